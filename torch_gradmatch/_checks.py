@@ -1,0 +1,148 @@
+"""Argument checks, each with its message: it names the argument, shows the value and says what is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``choices``.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        choices: The accepted values.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        accepted = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} should be one of {accepted} (got {value!r})")
+    return value
+
+
+def check_positive_int(name: str, value: object) -> int:
+    """Return ``value`` as an ``int`` if it is an integer of at least 1.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no integer or less than 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} should be an integer of at least 1 (got {value!r})")
+    return int(value)
+
+
+def check_meta_lr(value: object) -> float:
+    """Return eps, the interpolation weight, as a ``float`` if it lies in (0, 1].
+
+    Args:
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no real number in (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+        raise ValueError(f"meta_lr should be a number in (0, 1] (got {value!r})")
+    return float(value)
+
+
+def check_floating_dtype(name: str, value: object) -> torch.dtype:
+    """Return ``value`` if it is a real floating-point dtype.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no floating-point ``torch.dtype``.
+    """
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ValueError(f"{name} should be a floating-point torch.dtype such as torch.float32 (got {value!r})")
+    return value
+
+
+def check_loss(loss: object, batch_index: int) -> Tensor:
+    """Return what a loss function returned if it is a scalar that can be differentiated.
+
+    Reads no value, so it does not wait for an accelerator.
+
+    Args:
+        loss: What ``loss_fn(batch)`` returned.
+        batch_index: Position of the batch in the meta-iteration, for the message.
+
+    Returns:
+        The loss, shape ().
+
+    Raises:
+        TypeError: If it is not a tensor.
+        ValueError: If it is not a scalar or is cut off from the parameters.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn should return a scalar tensor; for batch {batch_index} it returned {type(loss).__name__}"
+        )
+    if loss.dim() != 0 and loss.numel() != 1:
+        raise ValueError(
+            f"loss_fn should return a scalar tensor; for batch {batch_index} it has shape {tuple(loss.shape)}: "
+            "reduce it, for instance with .mean()"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {batch_index} does not depend on any parameter that requires a gradient: "
+            "was it computed under torch.no_grad() or detached?"
+        )
+    return loss.reshape(())
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return ``value`` as an ``int`` if it is an integer of at least 0: a counter read from a state dict.
+
+    Args:
+        name: Name of the entry, for the message.
+        value: What the state dict holds.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no integer or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"the state dict's {name} should be an integer of at least 0 (got {value!r})")
+    return value
+
+
+def describe_number(value: Tensor) -> str:
+    """Return a 0-d tensor's value for an error message, ``nan`` and ``inf`` spelled out.
+
+    Args:
+        value: Shape ().
+
+    Returns:
+        The value as text.
+    """
+    number = float(value)
+    return str(number) if not math.isfinite(number) else f"{number:.4g}"

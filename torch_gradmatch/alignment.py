@@ -1,0 +1,232 @@
+r"""How well the gradients of several domains agree, measured with running sums.
+
+With gradients :math:`G_1, \ldots, G_S`, the mean inner product over pairs of domains (the GIP of Shi et al., ICLR 2022,
+arXiv 2104.09937, equation 3, divided by the number of pairs) is
+
+.. math:: \frac{1}{S(S-1)} \sum_{i \ne j} G_i \cdot G_j = \frac{2}{S(S-1)} \sum_i G_i \cdot \sum_{j<i} G_j .
+
+The right-hand side needs one gradient and one running sum at a time: its cost is linear in S and no S gradients are
+ever stored. Unlike :math:`|\sum_i G_i|^2 - \sum_i |G_i|^2` it subtracts nothing, so it does not cancel when gradients
+are nearly orthogonal. The mean cosine is the same with every gradient divided by its norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torch_gradmatch._checks import check_loss
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Alignment", "GradientAlignment", "gradient_alignment", "plot_alignment"]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How well the gradients of S domains agree. Tensors on the first gradient's device: reading them waits for it.
+
+    Attributes:
+        inner_product: Mean inner product over pairs of domains, shape (); NaN for fewer than two domains.
+        cosine: Mean cosine over pairs of domains, shape (); NaN for fewer than two domains. A zero gradient counts
+            as orthogonal to all others.
+        grad_norms: Euclidean norm of each domain's gradient, shape (S,).
+    """
+
+    inner_product: Tensor
+    cosine: Tensor
+    grad_norms: Tensor
+
+
+def _as_vector(gradient: Tensor) -> Tensor:
+    """Return a gradient as a real, dense vector in at least single precision."""
+    dense = gradient.detach()
+    if dense.layout != torch.strided:
+        dense = dense.to_dense()
+    if dense.is_complex():
+        dense = torch.view_as_real(dense.resolve_conj())
+    return dense.reshape(-1).to(torch.promote_types(dense.dtype, torch.float32))
+
+
+class GradientAlignment:
+    """Running sums over the gradients of one group of domains.
+
+    Memory: two vectors of the size of the parameters, whatever the number of domains.
+
+    Example:
+        >>> alignment = GradientAlignment()
+        >>> for gradient in torch.tensor([[3.0, 0.0], [1.0, 1.0]]):
+        ...     alignment.add([gradient])
+        >>> measured = alignment.result()
+        >>> measured.inner_product, measured.cosine, measured.grad_norms
+        (tensor(3.), tensor(0.7071), tensor([3.0000, 1.4142]))
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all gradients: a new group of domains begins."""
+        self._sums: dict[int, Tensor] = {}
+        self._unit_sums: dict[int, Tensor] = {}
+        self._norms: list[Tensor] = []
+        self._products: list[Tensor] = []
+        self._cosines: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take in one domain's gradient.
+
+        Args:
+            gradients: One tensor for each parameter, always in the same order; None counts as zero. Any shape, dense
+                or sparse, real or complex.
+
+        Raises:
+            ValueError: If every gradient is None.
+        """
+        vectors = {i: _as_vector(g) for i, g in enumerate(gradients) if g is not None}
+        if not vectors:
+            raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
+        first = next(iter(vectors.values()))
+
+        def total(values: Iterable[Tensor]) -> Tensor:
+            return torch.stack([v.to(first.device, first.dtype) for v in values]).sum()
+
+        zero = first.new_zeros(())
+        norm = total(torch.dot(v, v) for v in vectors.values()).sqrt()
+        seen = [i for i in vectors if i in self._sums]
+        product = total(torch.dot(vectors[i], self._sums[i]) for i in seen) if seen else zero
+        cosine = total(torch.dot(vectors[i], self._unit_sums[i]) for i in seen) if seen else zero
+        scale = torch.where(norm > 0, norm, 1.0).reciprocal()
+        self._norms.append(norm)
+        self._products.append(product)
+        self._cosines.append(cosine * scale)
+        for i, v in vectors.items():
+            unit_scale = scale.to(v.device, v.dtype)
+            if i in self._sums:
+                self._sums[i].add_(v)
+                self._unit_sums[i].addcmul_(v, unit_scale)
+            else:
+                self._sums[i] = v.clone()
+                self._unit_sums[i] = v * unit_scale
+
+    def result(self) -> Alignment:
+        """Return the agreement of the gradients taken in since the last reset.
+
+        Returns:
+            The means over pairs and the norms, in the precision of the gradients but at least single.
+
+        Raises:
+            RuntimeError: If no gradient was taken in.
+        """
+        if not self._norms:
+            raise RuntimeError("no gradient was measured: call add() first")
+        domains = len(self._norms)
+        pairs = domains * (domains - 1) / 2 if domains > 1 else float("nan")
+        return Alignment(
+            inner_product=torch.stack(self._products).sum() / pairs,
+            cosine=torch.stack(self._cosines).sum() / pairs,
+            grad_norms=torch.stack(self._norms),
+        )
+
+    def __len__(self) -> int:
+        return len(self._norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running sums as plain tensors and numbers.
+
+        Returns:
+            The state.
+        """
+        return {
+            "sums": dict(self._sums),
+            "unit_sums": dict(self._unit_sums),
+            "norms": list(self._norms),
+            "products": list(self._products),
+            "cosines": list(self._cosines),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from running sums that :meth:`state_dict` returned.
+
+        Args:
+            state: The state.
+        """
+        self._sums = {i: t.clone() for i, t in state["sums"].items()}
+        self._unit_sums = {i: t.clone() for i, t in state["unit_sums"].items()}
+        self._norms, self._products, self._cosines = (list(state[k]) for k in ("norms", "products", "cosines"))
+
+
+def gradient_alignment(
+    parameters: Iterable[Tensor], loss_fn: Callable[[Any], Tensor], batches: Iterable[Any]
+) -> Alignment:
+    """Measure how well the gradients of several domains agree at the present parameters.
+
+    Touches no ``.grad``. The model runs as ``loss_fn`` runs it: in training mode BatchNorm statistics move and dropout
+    draws random numbers.
+
+    Args:
+        parameters: The parameters to differentiate by; those that need no gradient are left out.
+        loss_fn: ``loss_fn(batch)`` returns a scalar.
+        batches: One batch of each domain.
+
+    Returns:
+        The agreement.
+
+    Raises:
+        ValueError: If there are no batches, or a loss is not a scalar or depends on no parameter.
+
+    Example:
+        >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> domains = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])]
+        >>> gradient_alignment([w], lambda x: (w * x).sum(), domains).inner_product
+        tensor(1.)
+    """
+    wanted = [p for p in parameters if p.requires_grad]
+    if not wanted:
+        raise ValueError("parameters holds no tensor that requires a gradient")
+    alignment = GradientAlignment()
+    for index, batch in enumerate(batches):
+        loss = check_loss(loss_fn(batch), index)
+        alignment.add(torch.autograd.grad(loss, wanted, allow_unused=True))
+    if not len(alignment):
+        raise ValueError("batches is empty: one batch of each domain is needed")
+    return alignment.result()
+
+
+def plot_alignment(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    axes: Axes,
+    *,
+    quantity: str = "inner product",
+) -> None:
+    """Draw the agreement of gradients over training, as in the tracking figure of the paper.
+
+    The vertical axis is symmetric-logarithmic: gradients shrink by orders of magnitude and their product may be
+    negative.
+
+    Args:
+        curves: Name of each method -> (gradient evaluations, measured agreement), two sequences of equal length.
+        axes: Matplotlib axes to draw on.
+        quantity: What was measured, for the label.
+
+    Raises:
+        ValueError: If there is no curve, or the two sequences of one differ in length.
+    """
+    if not curves:
+        raise ValueError("curves is empty: nothing to draw")
+    for name, (steps, values) in curves.items():
+        if len(steps) != len(values):
+            raise ValueError(f"curve {name!r} has {len(steps)} positions and {len(values)} values")
+        axes.plot(steps, values, label=name)
+    magnitudes = [abs(v) for _, values in curves.values() for v in values if v != 0]
+    axes.set_yscale("symlog", linthresh=min(magnitudes, default=1.0))
+    axes.axhline(0.0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("gradient evaluations")
+    axes.set_ylabel(f"mean {quantity} of domain gradients")
+    axes.legend()

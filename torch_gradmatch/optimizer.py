@@ -1,0 +1,313 @@
+"""``GradMatch``: gradient matching as a drop-in wrapper around any ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_gradmatch._checks import check_count
+from torch_gradmatch.fish import Fish
+from torch_gradmatch.method import MetaStep, Method
+
+__all__ = ["GradMatch", "MetaStep"]
+
+FORMAT_VERSION = 1
+
+
+class GradMatch(Optimizer):
+    r"""Wraps an optimizer so that training prefers updates on which the domains' gradients agree.
+
+    A real ``torch.optim.Optimizer``: learning-rate schedulers, ``GradScaler``, hooks, closures, deepcopy and pickle
+    work. Parameter groups and defaults *are* the wrapped optimizer's, at all times; nothing is ever written into its
+    ``state``. With :class:`~torch_gradmatch.Fish`, the model's parameters are the fast weights :math:`\tilde\theta`
+    during an inner loop and the slow weights :math:`\theta` between two.
+
+    Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
+
+    Args:
+        optimizer: The optimizer to wrap: any class, freshly built or in the middle of training.
+        method: How to match gradients; ``Fish()`` if left out.
+
+    Attributes:
+        optimizer: The wrapped optimizer.
+        method: The method.
+
+    Raises:
+        TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or ``method`` no method object.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(meta_lr=0.5, inner_steps=2))
+        >>> for x in torch.eye(2):  # one batch of each of two domains
+        ...     optimizer.zero_grad()
+        ...     model(x).square().sum().backward()
+        ...     optimizer.step()  # the second also interpolates
+        >>> optimizer.inner_step
+        0
+    """
+
+    def __init__(self, optimizer: Optimizer, method: Method | None = None) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer should be a torch.optim.Optimizer to wrap, already built (got {_kind(optimizer)})"
+            )
+        if isinstance(optimizer, GradMatch):
+            raise TypeError("optimizer is a GradMatch already: wrap the plain optimizer once")
+        if method is None:
+            method = Fish()
+        if not isinstance(method, Method):
+            raise TypeError(f"method should be a method object such as Fish() (got {_kind(method)})")
+        self.optimizer = optimizer
+        self.method = method
+        self._linked = False  # Optimizer.__init__ is about to register groups that are registered already
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._linked = True
+        self._loop = method.start(optimizer, self.state)
+
+    # -------------------------------------------------------------------------------- shared with the wrapped optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups: the same list, whatever is done to either."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._linked:
+            self.optimizer.param_groups = groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer; in an inner loop its parameters join from their present values.
+
+        Args:
+            param_group: As in ``torch.optim.Optimizer.add_param_group``.
+        """
+        if self._linked:
+            self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters.
+
+        Args:
+            set_to_none: As in ``torch.optim.Optimizer.zero_grad``.
+        """
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    # ---------------------------------------------------------------------------------------------------- the method
+
+    @property
+    def inner_step(self) -> int:
+        """Number of inner steps taken since the last meta-update."""
+        return self._loop.inner_step
+
+    @property
+    def last_meta_step(self) -> MetaStep | None:
+        """What the last meta-iteration measured, or None before the first."""
+        return self._loop.last
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of the wrapped optimizer; under ``Fish(inner_steps=S)`` every S-th also interpolates.
+
+        A step that raises does not count, and neither does one that a ``GradScaler`` skips.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; passed on to the wrapped optimizer.
+
+        Returns:
+            What the wrapped optimizer returns: the loss if there is a closure.
+
+        Raises:
+            RuntimeError: If the inner loop diverged (see ``Fish.nonfinite``). The slow weights are intact.
+        """
+        return self._loop.step(closure)
+
+    def interpolate(self) -> None:
+        r"""Close the inner loop: :math:`\theta \leftarrow \theta + \epsilon(\tilde\theta - \theta)`.
+
+        Raises:
+            RuntimeError: If no inner step was taken since the last interpolation, or the inner loop diverged.
+        """
+        self._loop.interpolate()
+
+    def rollback(self) -> None:
+        """Abandon the inner loop: parameters (and buffers, if followed) return to the slow weights, exactly.
+
+        Between two inner loops there is nothing to undo and nothing happens. The wrapped optimizer keeps its state;
+        if that holds NaN or infinity it is reset, with a warning, since no later step could recover.
+        """
+        self._loop.rollback()
+
+    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Iterable[Any]) -> MetaStep:
+        """Carry out one whole meta-iteration by the chosen method.
+
+        If anything raises on the way, parameters and followed buffers are back at what they were before the call.
+
+        Args:
+            loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
+            batches: One batch of each of S domains, whatever ``loss_fn`` takes.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            RuntimeError: In the middle of a manual inner loop, or if the inner loop diverged.
+            TypeError: If a loss is not a tensor.
+            ValueError: If there are no batches or not as many as ``Fish(inner_steps=S)`` says, or a loss is not a
+                scalar, not finite or depends on no parameter.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(()))
+            >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(meta_lr=1.0, track_alignment=True))
+            >>> report = optimizer.meta_step(lambda target: (w - target).square(), [1.0, 2.0])
+            >>> report.losses, report.grad_norms
+            (tensor([1.0000, 3.2400]), tensor([2.0000, 3.6000]))
+        """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("batches is empty: meta_step() needs one batch of each domain")
+        return self._loop.meta_step(loss_fn, batches, self.step)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state dict with one more entry, ``"gradmatch"``.
+
+        That entry holds the slow weights, the inner-step counter and the format version: plain tensors and numbers,
+        so ``torch.load(..., weights_only=True)`` reads it. As usual in torch, tensors are not copied. In the middle of
+        an inner loop the model's own state dict holds the fast weights; the two together resume bit for bit.
+
+        Returns:
+            The state; a plain optimizer of the wrapped class can load it, too, and ignores the entry.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
+        state_dict["gradmatch"] = {
+            "version": FORMAT_VERSION,
+            "method": type(self.method).__name__,
+            "shapes": self._shapes(),
+            **self._loop.state_dict(),
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned.
+
+        Args:
+            state_dict: The state.
+
+        Raises:
+            TypeError: If it is not a dictionary.
+            ValueError: If it is of another model, method or version, or malformed; the message names the first
+                mismatch and nothing has changed.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict should be a dictionary (got {_kind(state_dict)})")
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = dict(replaced)
+        own = self._check_state_dict(state_dict)
+        self._load_wrapped({k: v for k, v in state_dict.items() if k != "gradmatch"})
+        self._loop.load_state_dict(own)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        own = state_dict.get("gradmatch")
+        if not isinstance(own, dict):
+            raise ValueError(
+                "the state dict has no 'gradmatch' entry: it is a plain optimizer's. "
+                "To continue from that, load it into the wrapped optimizer: optimizer.optimizer.load_state_dict(...)"
+            )
+        version = check_count("version", own.get("version"))
+        if version != FORMAT_VERSION:
+            raise ValueError(f"the state dict has format version {version}; this package reads {FORMAT_VERSION}")
+        method = type(self.method).__name__
+        if own.get("method") != method:
+            raise ValueError(f"the state dict was saved by method {own.get('method')!r}; this optimizer uses {method}")
+        groups = state_dict.get("param_groups")
+        if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
+            raise ValueError("the state dict's 'param_groups' is missing or malformed")
+        if not isinstance(state_dict.get("state"), dict):
+            raise ValueError("the state dict's 'state' is missing or malformed")
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"the state dict has {len(groups)} parameter groups and this optimizer {len(self.param_groups)}"
+            )
+        for index, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if len(theirs["params"]) != len(ours["params"]):
+                raise ValueError(
+                    f"group {index} has {len(theirs['params'])} parameters in the state dict "
+                    f"and {len(ours['params'])} in this optimizer"
+                )
+        saved = own.get("shapes")
+        if not isinstance(saved, list) or len(saved) != len(self._shapes()):
+            raise ValueError("the state dict's 'shapes' is missing or malformed")
+        for position, (saved_shape, shape) in enumerate(zip(saved, self._shapes(), strict=True)):
+            if saved_shape != shape:
+                raise ValueError(f"parameter {position} has shape {saved_shape} in the state dict and {shape} here")
+        self._loop.check_state_dict(own)
+        return own
+
+    def _shapes(self) -> list[list[int]]:
+        return [list(p.shape) for group in self.param_groups for p in group["params"]]
+
+    def _load_wrapped(self, state_dict: dict[str, Any]) -> None:
+        """Load the wrapped optimizer's part; put everything back if it refuses."""
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        try:
+            self.optimizer.load_state_dict(state_dict)
+        except Exception as error:
+            self.optimizer.state, self.optimizer.param_groups = state, groups
+            raise ValueError(
+                f"the wrapped {type(self.optimizer).__name__} cannot load the state dict: {error}"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer.__getstate__ knows nothing of a subclass's own attributes; hooks are dropped, as it does. It also
+        # drops such attributes of the wrapped optimizer (LBFGS has some), which are carried along for it here.
+        plain = type(self.optimizer).__getstate__ is Optimizer.__getstate__
+        kept = {"state", "param_groups", "defaults", "step"}
+        return {
+            "optimizer": self.optimizer,
+            "method": self.method,
+            "state": self.state,
+            "_linked": True,
+            "_loop": self._loop,
+            "_wrapped_attributes": {
+                k: v
+                for k, v in vars(self.optimizer).items()
+                if plain and k not in kept and not k.startswith("_optimizer_") and not callable(v)
+            },
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for name, value in state.pop("_wrapped_attributes", {}).items():
+            vars(state["optimizer"]).setdefault(name, value)
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        return f"GradMatch(\n{self.optimizer!r},\n{self.method!r}\n)"
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
