@@ -59,6 +59,7 @@ class GradientAlignment:
     Memory: two vectors of the size of the parameters, whatever the number of domains.
 
     Example:
+        >>> import torch
         >>> alignment = GradientAlignment()
         >>> for gradient in torch.tensor([[3.0, 0.0], [1.0, 1.0]]):
         ...     alignment.add([gradient])
@@ -151,6 +152,28 @@ class GradientAlignment:
             "cosines": list(self._cosines),
         }
 
+    @staticmethod
+    def check_state_dict(state: Mapping[str, Any], sizes: Sequence[int]) -> None:
+        """Raise if :meth:`load_state_dict` could not use a state.
+
+        Args:
+            state: What :meth:`state_dict` once returned.
+            sizes: Number of (real) elements of each parameter's gradient, in order.
+
+        Raises:
+            ValueError: Names the entry that is missing or does not fit.
+        """
+        for key in ("sums", "unit_sums"):
+            vectors = state.get(key)
+            if not isinstance(vectors, dict) or not all(isinstance(v, Tensor) for v in vectors.values()):
+                raise ValueError(f"the state dict's alignment's {key!r} is missing or malformed")
+            if any(i not in range(len(sizes)) or v.shape != (sizes[i],) for i, v in vectors.items()):
+                raise ValueError(f"the state dict's alignment's {key!r} does not fit this optimizer's parameters")
+        for key in ("norms", "products", "cosines"):
+            scalars = state.get(key)
+            if not isinstance(scalars, list) or not all(isinstance(v, Tensor) and v.dim() == 0 for v in scalars):
+                raise ValueError(f"the state dict's alignment's {key!r} is missing or malformed")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from running sums that :meth:`state_dict` returned.
 
@@ -182,6 +205,7 @@ def gradient_alignment(
         ValueError: If there are no batches, or a loss is not a scalar or depends on no parameter.
 
     Example:
+        >>> import torch
         >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
         >>> domains = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])]
         >>> gradient_alignment([w], lambda x: (w * x).sum(), domains).inner_product

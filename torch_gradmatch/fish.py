@@ -350,6 +350,9 @@ class FishLoop(MetaLoop):
         for position in state["held"]:
             if position not in state["slow_weights"]:
                 raise ValueError(f"the state dict lacks the slow weights of parameter {position!r}")
+        if self.alignment is not None and state["alignment"] is not None:
+            sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+            self.alignment.check_state_dict(state["alignment"], sizes)
         buffers = {} if self.slow_buffers is None else self.slow_buffers.copies
         _check_copies("slow copy of buffer", state["slow_buffers"], buffers)
 

@@ -31,6 +31,7 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
         ValueError: If the lists differ in length or a pair in shape, or ``weight`` lies outside [0, 1].
 
     Example:
+        >>> import torch
         >>> slow, fast = [torch.zeros(2)], [torch.ones(2)]
         >>> interpolate_(slow, fast, 0.25)
         >>> slow[0], fast[0]

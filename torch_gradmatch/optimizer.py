@@ -39,6 +39,8 @@ class GradMatch(Optimizer):
         TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or ``method`` no method object.
 
     Example:
+        >>> import torch
+        >>> from torch_gradmatch import Fish, GradMatch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(meta_lr=0.5, inner_steps=2))
         >>> for x in torch.eye(2):  # one batch of each of two domains
@@ -168,6 +170,8 @@ class GradMatch(Optimizer):
                 scalar, not finite or depends on no parameter.
 
         Example:
+            >>> import torch
+            >>> from torch_gradmatch import Fish, GradMatch
             >>> w = torch.nn.Parameter(torch.zeros(()))
             >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(meta_lr=1.0, track_alignment=True))
             >>> report = optimizer.meta_step(lambda target: (w - target).square(), [1.0, 2.0])

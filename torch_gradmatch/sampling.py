@@ -77,9 +77,10 @@ class DomainBatchSampler(Sampler[list[int]]):
         TypeError: If ``domains`` is neither a sequence nor a mapping.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> hospitals = ["north"] * 4 + ["south"] * 6 + ["west"] * 5
         >>> sampler = DomainBatchSampler(hospitals, batch_size=2, domains_per_step=2)
-        >>> loader = torch.utils.data.DataLoader(torch.arange(15), batch_sampler=sampler)
+        >>> loader = DataLoader(range(15), batch_sampler=sampler)
         >>> for one, other in meta_batches(loader, 2):
         ...     assert len({hospitals[index] for index in one}) == 1
         ...     assert hospitals[one[0]] != hospitals[other[0]]
@@ -102,7 +103,8 @@ class DomainBatchSampler(Sampler[list[int]]):
 
         labels, self._indices = _indices_by_domain(domains)
         sizes = [indices.size for indices in self._indices]
-        self._num_batches = [(size if drop_last else size + batch_size - 1) // batch_size for size in sizes]
+        rounding = 0 if self.drop_last else self.batch_size - 1
+        self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
         if 0 in self._num_batches:
             first = self._num_batches.index(0)
             raise ValueError(
@@ -178,7 +180,10 @@ class DomainBatchSampler(Sampler[list[int]]):
         calls this before every epoch resumes rightly.
 
         Args:
-            epoch: Integer of at least 0; ``ValueError`` otherwise.
+            epoch: Integer of at least 0.
+
+        Raises:
+            ValueError: If it is not.
         """
         epoch = _check_not_negative("epoch", epoch)
         if epoch != self._next[0]:
@@ -346,7 +351,7 @@ def _draw_groups(
     """
     left = list(num_batches)
     weights = left if proportional else [1] * len(left)  # proportional: the same list, so it follows what is left
-    uniform = chain.from_iterable(iter(lambda: generator.random(4096).tolist(), None)).__next__
+    uniform = chain.from_iterable(iter(lambda: generator.random(512).tolist(), None)).__next__
     top = max(weights).bit_length()
     buckets: list[list[int]] = [[] for _ in range(top + 1)]
     totals = [0] * (top + 1)
@@ -397,7 +402,8 @@ def _indices_by_domain(domains: Any) -> tuple[list[Any], list[IntArray]]:
     numbers: list[int] = []
     number_of: dict[Any, int] = {}
     for index, label in enumerate(domains.tolist() if hasattr(domains, "tolist") else domains):
-        _check_label(f"domains[{index}]", label)
+        if type(label) is not str and type(label) is not int:  # the usual ones cost nothing
+            _check_label(f"domains[{index}]", label)
         numbers.append(number_of.setdefault(label, len(number_of)))
     if not numbers:
         raise ValueError("domains should hold one label per sample (got none)")

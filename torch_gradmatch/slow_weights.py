@@ -31,6 +31,7 @@ def slow_dtype(fast: Tensor, meta_dtype: torch.dtype | None) -> torch.dtype:
         The dtype.
 
     Example:
+        >>> import torch
         >>> slow_dtype(torch.zeros(1, dtype=torch.bfloat16), torch.float32)
         torch.float32
         >>> slow_dtype(torch.zeros(1, dtype=torch.float64), torch.float32)

@@ -1,0 +1,120 @@
+"""Small networks with every feature that optimizers and buffers stumble over, and comparisons between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DOMAINS = 3
+
+
+class FeatureNet(nn.Module):
+    """BatchNorm, a module used twice (tied weights), frozen weights, a parameter without gradient, one per domain.
+
+    Linear layers have no bias, so that all parameters but the two named below are matrices.
+    """
+
+    def __init__(self, generator: torch.Generator, *, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.inp = nn.Linear(4, 6, bias=False)
+        self.norm = nn.BatchNorm1d(6)
+        self.tied = nn.Linear(6, 6, bias=False)
+        self.frozen = nn.Linear(6, 6, bias=False)
+        self.out = nn.Linear(6, 2, bias=False)
+        self.per_domain = nn.ParameterList([nn.Parameter(torch.ones(1, 2)) for _ in range(DOMAINS)])
+        self.unused = nn.Parameter(torch.ones(2, 3))
+        self.empty = nn.Parameter(torch.ones(0, 3))
+        self.frozen.requires_grad_(False)
+        self.to(dtype)
+        with torch.no_grad():
+            for p in self.parameters():
+                if p.dim() == 2 and p.numel() and p is not self.unused:
+                    p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
+
+    def forward(self, x: Tensor, domain: int) -> Tensor:
+        x = torch.tanh(self.norm(self.inp(x)))
+        x = torch.tanh(self.tied(torch.tanh(self.tied(x))))
+        x = self.out(torch.tanh(self.frozen(x)))
+        return x * self.per_domain[domain]
+
+
+class SparseNet(nn.Module):
+    """Two embedding tables with sparse gradients; a domain touches few rows."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.first = nn.Embedding(10, 3, sparse=True)
+        self.second = nn.Embedding(7, 3, sparse=True)
+        self.double()
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor, domain: int) -> Tensor:
+        rows = torch.arange(x.shape[0])
+        return self.first((rows + 3 * domain) % 10) * self.second((rows + domain) % 7) + x[:, :3]
+
+
+def make_batches(
+    generator: torch.Generator, count: int, *, dtype: torch.dtype = torch.float64
+) -> list[tuple[Any, ...]]:
+    """``count`` batches (x, y, domain), the domains in turn."""
+    return [
+        (
+            torch.randn(5, 4, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randn(5, 1, generator=generator, dtype=torch.float64).to(dtype),
+            i % DOMAINS,
+        )
+        for i in range(count)
+    ]
+
+
+def loss_of(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+    x, y, domain = batch
+    return (model(x, domain) - y).square().mean()
+
+
+def assert_same_model(actual: nn.Module, expected: nn.Module, *, rtol: float = 1e-10) -> None:
+    """Parameters and buffers agree."""
+    ours, theirs = actual.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_state(actual: Any, expected: Any, *, rtol: float = 1e-10, path: str = "state") -> None:
+    """Nested optimizer state agrees, entry by entry."""
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol, msg=lambda m: f"{path}: {m}")
+    elif isinstance(expected, dict):
+        assert set(actual) == set(expected), f"{path}: {sorted(map(str, actual))} != {sorted(map(str, expected))}"
+        for key in expected:
+            assert_same_state(actual[key], expected[key], rtol=rtol, path=f"{path}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), path
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_state(a, e, rtol=rtol, path=f"{path}[{i}]")
+    elif isinstance(expected, float):
+        assert abs(actual - expected) <= rtol * max(1.0, abs(expected)), path
+    else:
+        assert actual == expected, path
+
+
+def assert_identical(actual: Any, expected: Any, path: str = "state") -> None:
+    """Nested state agrees bit for bit."""
+    if isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor), path
+        assert actual.dtype == expected.dtype, path
+        assert torch.equal(actual, expected), path
+    elif isinstance(expected, dict):
+        assert set(actual) == set(expected), path
+        for key in expected:
+            assert_identical(actual[key], expected[key], f"{path}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), path
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_identical(a, e, f"{path}[{i}]")
+    else:
+        assert actual == expected, path

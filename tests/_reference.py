@@ -1,0 +1,128 @@
+"""Slow, obvious oracles. Imports nothing of the package.
+
+Shi et al., Gradient Matching for Domain Generalization, ICLR 2022, arXiv 2104.09937.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+
+class ReferenceFish:
+    """Algorithm 1 as it is written: clone the model, walk with an inner optimizer, interpolate, throw the clone away.
+
+    ``model`` holds theta and ``inner_model`` theta~ while an inner loop is open.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        meta_lr: float,
+        inner_state: str = "carry",
+        buffers: str = "interpolate",
+    ) -> None:
+        self.model = model
+        self.build_optimizer = build_optimizer
+        self.meta_lr = meta_lr
+        self.inner_state = inner_state
+        self.buffers = buffers
+        self.inner_model: nn.Module | None = None
+        self.inner_optimizer: torch.optim.Optimizer | None = None
+        self.previous_optimizer: torch.optim.Optimizer | None = None
+
+    def begin(self) -> None:
+        """theta~ <- theta, with a new inner optimizer that may get the previous one's state."""
+        self.inner_model = copy.deepcopy(self.model)
+        self.inner_optimizer = self.build_optimizer(self.inner_model)
+        if self.inner_state == "carry" and self.previous_optimizer is not None:
+            # Entry by entry: Optimizer.load_state_dict would cast counters kept in single precision (NAdam, ASGD).
+            old, new = (
+                [p for group in optimizer.param_groups for p in group["params"]]
+                for optimizer in (self.previous_optimizer, self.inner_optimizer)
+            )
+            for old_parameter, new_parameter in zip(old, new, strict=False):
+                if old_parameter in self.previous_optimizer.state:
+                    state = copy.deepcopy(self.previous_optimizer.state[old_parameter])
+                    self.inner_optimizer.state[new_parameter] = state
+
+    def step(self, loss_fn: Callable[[nn.Module], Tensor]) -> Tensor:
+        """theta~ <- inner optimizer step on one domain's loss."""
+        if self.inner_model is None:
+            self.begin()
+        model, optimizer = self.inner_model, self.inner_optimizer
+        assert model is not None
+        assert optimizer is not None
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_fn(model)
+            loss.backward()
+            return loss
+
+        if isinstance(optimizer, torch.optim.LBFGS):
+            return optimizer.step(closure)
+        loss = closure()
+        optimizer.step()
+        return loss
+
+    def interpolate(self) -> None:
+        """theta <- theta + eps (theta~ - theta)."""
+        assert self.inner_model is not None
+        inner = dict(self.inner_model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter += self.meta_lr * (inner[name] - parameter)
+            inner_buffers = dict(self.inner_model.named_buffers())
+            for name, buffer in self.model.named_buffers():
+                if self.buffers == "interpolate" and buffer.is_floating_point():
+                    buffer += self.meta_lr * (inner_buffers[name] - buffer)
+                else:
+                    buffer.copy_(inner_buffers[name])
+        self.end()
+
+    def end(self) -> None:
+        """Forget theta~; also how an inner loop is abandoned."""
+        if self.inner_optimizer is not None:
+            self.previous_optimizer = self.inner_optimizer
+        self.inner_model = self.inner_optimizer = None
+
+    @property
+    def current_model(self) -> nn.Module:
+        """What the user's model should hold now."""
+        return self.model if self.inner_model is None else self.inner_model
+
+    @property
+    def optimizer_state(self) -> dict[str, Any]:
+        """What the user's wrapped optimizer should hold now: its last state stays until the next inner step."""
+        optimizer = self.inner_optimizer or self.previous_optimizer
+        return {} if optimizer is None else optimizer.state_dict()["state"]
+
+
+def mean_pairwise_inner_product(gradients: list[Tensor]) -> Tensor:
+    """1/(S(S-1)) sum over i != j of G_i . G_j, pair by pair."""
+    domains = len(gradients)
+    pairs = [gradients[i] @ gradients[j] for i in range(domains) for j in range(domains) if i != j]
+    return torch.stack(pairs).sum() / (domains * (domains - 1))
+
+
+def mean_pairwise_cosine(gradients: list[Tensor]) -> Tensor:
+    """The same with every gradient divided by its norm; a zero gradient is orthogonal to all."""
+    return mean_pairwise_inner_product([g / g.norm() if g.norm() > 0 else g for g in gradients])
+
+
+def idgm_direction(losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float) -> Tensor:
+    """Gbar - gamma dGIP/dtheta by plain autograd, keeping every graph."""
+    theta = theta.detach().requires_grad_()
+    gradients = [torch.autograd.grad(loss(theta), theta, create_graph=True)[0] for loss in losses]
+    gip = mean_pairwise_inner_product(gradients)
+    (gip_gradient,) = torch.autograd.grad(gip, theta)
+    return torch.stack(gradients).mean(dim=0).detach() - gamma * gip_gradient

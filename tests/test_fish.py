@@ -1,0 +1,377 @@
+"""Fish against the clone-per-iteration loop of Algorithm 1, for every optimizer of torch.optim, and the theorem."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _models import (
+    FeatureNet,
+    SparseNet,
+    assert_identical,
+    assert_same_model,
+    assert_same_state,
+    loss_of,
+    make_batches,
+)
+from _reference import ReferenceFish, idgm_direction, mean_pairwise_cosine, mean_pairwise_inner_product
+from torch import Tensor, nn
+
+from torch_gradmatch import Fish, GradMatch
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "ASGD": {"lr": 0.05, "t0": 2},
+    "Adadelta": {"lr": 0.5},
+    "Adafactor": {"lr": 0.05},
+    "Adagrad": {"lr": 0.05, "initial_accumulator_value": 0.1},
+    "Adam": {"lr": 0.05, "amsgrad": True},
+    "AdamW": {"lr": 0.05, "weight_decay": 0.1},
+    "Adamax": {"lr": 0.05},
+    "LBFGS": {"lr": 0.1, "max_iter": 3, "line_search_fn": "strong_wolfe"},
+    "Muon": {"lr": 0.05},
+    "NAdam": {"lr": 0.05},
+    "RAdam": {"lr": 0.05},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "Rprop": {"lr": 0.01},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "SparseAdam": {"lr": 0.05},
+}
+
+
+def test_table_holds_every_optimizer_of_torch():
+    classes = {
+        name
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    assert classes == set(OPTIMIZERS)
+
+
+def groups_of(name: str, model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups with different learning rates, where the optimizer takes more than one."""
+    lr = OPTIMIZERS[name]["lr"]
+    parameters = list(model.parameters())
+    if name == "Muon":
+        parameters = [p for p in parameters if p.dim() == 2 and p.numel()]
+    if name == "LBFGS":
+        return [{"params": parameters}]
+    half = len(parameters) // 2
+    return [{"params": parameters[:half], "lr": lr}, {"params": parameters[half:], "lr": lr / 2}]
+
+
+def build(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    return getattr(torch.optim, name)(groups_of(name, model), **OPTIMIZERS[name])
+
+
+def closure_of(optimizer: torch.optim.Optimizer, model: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("inner_state", ["carry", "reset"])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_follows_algorithm_1(name: str, inner_state: str):
+    """Parameters, buffers and optimizer state after every step, over three meta-iterations of four inner steps."""
+    network = SparseNet if name == "SparseAdam" else FeatureNet
+    model = network(torch.Generator().manual_seed(0))
+    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build(name, m), 0.3, inner_state)
+    optimizer = GradMatch(build(name, model), Fish(meta_lr=0.3, inner_steps=4, inner_state=inner_state, model=model))
+    for i, batch in enumerate(make_batches(torch.Generator().manual_seed(1), 12)):
+        optimizer.zero_grad()
+        if name == "LBFGS":
+            loss = optimizer.step(closure_of(optimizer, model, batch))
+        else:
+            loss = loss_of(model, batch)
+            loss.backward()
+            assert optimizer.step() is None
+        expected_loss = oracle.step(lambda m, batch=batch: loss_of(m, batch))
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=1e-9)
+        if i % 4 == 3:
+            oracle.interpolate()
+        assert optimizer.inner_step == (i + 1) % 4
+        assert_same_model(model, oracle.current_model, rtol=1e-8)
+        assert_same_state(optimizer.optimizer.state_dict()["state"], oracle.optimizer_state, rtol=1e-8)
+
+
+@pytest.mark.parametrize("buffers", ["interpolate", "latest"])
+@pytest.mark.parametrize("inner_state", ["carry", "reset"])
+def test_meta_step_is_the_manual_loop(inner_state: str, buffers: str):
+    model = FeatureNet(torch.Generator().manual_seed(0))
+    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build("Adam", m), 0.7, inner_state, buffers)
+    optimizer = GradMatch(build("Adam", model), Fish(0.7, inner_state=inner_state, model=model, buffers=buffers))
+    batches = make_batches(torch.Generator().manual_seed(2), 9)
+    for start in range(0, 9, 3):
+        report = optimizer.meta_step(lambda b: loss_of(model, b), batches[start : start + 3])
+        losses = [oracle.step(lambda m, b=b: loss_of(m, b)) for b in batches[start : start + 3]]
+        oracle.interpolate()
+        assert_same_model(model, oracle.model)
+        torch.testing.assert_close(report.losses, torch.stack(losses).detach())
+        assert report.losses.shape == (3,)
+        assert report.inner_product is report.cosine is report.grad_norms is None
+
+
+def test_without_a_model_buffers_keep_their_latest_value():
+    model = FeatureNet(torch.Generator().manual_seed(0))
+    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build("SGD", m), 0.5, buffers="latest")
+    optimizer = GradMatch(build("SGD", model), Fish(0.5))
+    batches = make_batches(torch.Generator().manual_seed(2), 3)
+    optimizer.meta_step(lambda b: loss_of(model, b), batches)
+    for batch in batches:
+        oracle.step(lambda m, b=batch: loss_of(m, b))
+    oracle.interpolate()
+    assert_same_model(model, oracle.model)
+
+
+# ------------------------------------------------------------------------------------------------------ the theorem
+
+
+def quartic_losses(generator: torch.Generator, domains: int, size: int) -> list[Any]:
+    """Smooth losses with third derivatives, each with its own data."""
+    data = [torch.randn(6, size, generator=generator, dtype=torch.float64) for _ in range(domains)]
+    targets = [torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(domains)]
+    return [
+        lambda theta, x=x, y=y: (torch.tanh(x @ theta) - y).square().mean() for x, y in zip(data, targets, strict=True)
+    ]
+
+
+def expected_fish_direction(losses: list[Any], theta: Tensor, alpha: float) -> Tensor:
+    """(theta - theta~) / (alpha S) averaged over all orders of the domains, through the public API."""
+    directions = []
+    for order in itertools.permutations(losses):
+        parameter = nn.Parameter(theta.clone())
+        optimizer = GradMatch(torch.optim.SGD([parameter], lr=alpha), Fish(meta_lr=1.0))
+        optimizer.meta_step(lambda loss, p=parameter: loss(p), order)
+        directions.append((theta - parameter.detach()) / (alpha * len(losses)))
+    return torch.stack(directions).mean(dim=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fish_follows_the_inner_product_gradient_to_second_order(seed: int):
+    """E[(theta - theta~)/(alpha S)] = Gbar - alpha(S-1)/4 dGIP/dtheta + O(alpha^2): halve alpha, quarter the error."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = quartic_losses(generator, domains=3, size=5)
+    theta = torch.randn(5, generator=generator, dtype=torch.float64)
+    errors = []
+    for halvings in range(4, 10):
+        alpha = 0.5**halvings
+        theorem = idgm_direction(losses, theta, gamma=alpha * (3 - 1) / 4)
+        errors.append(float((expected_fish_direction(losses, theta, alpha) - theorem).norm()))
+    ratios = [coarse / fine for coarse, fine in itertools.pairwise(errors)]
+    assert all(3.7 <= ratio <= 4.3 for ratio in ratios[-3:]), ratios
+    wrong = [
+        float((expected_fish_direction(losses, theta, a) - idgm_direction(losses, theta, gamma=0.0)).norm())
+        for a in (0.5**8, 0.5**9)
+    ]
+    assert wrong[0] / wrong[1] == pytest.approx(
+        2.0, abs=0.1
+    )  # without the GIP term only first order: the test can fail
+
+
+@pytest.mark.parametrize("meta_lr", [0.25, 0.5, 1.0])
+def test_interpolation_is_linear_in_meta_lr(meta_lr: float):
+    losses = quartic_losses(torch.Generator().manual_seed(3), domains=3, size=5)
+    theta = torch.randn(5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def moved(eps: float) -> Tensor:
+        parameter = nn.Parameter(theta.clone())
+        GradMatch(torch.optim.SGD([parameter], lr=0.1), Fish(eps)).meta_step(lambda f: f(parameter), losses)
+        return parameter.detach() - theta
+
+    torch.testing.assert_close(moved(meta_lr), meta_lr * moved(1.0))
+
+
+# ------------------------------------------------------------------------------------------------------ tracking
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["meta_step", "loop"])
+def test_tracked_alignment_is_that_of_the_inner_gradients(manual: bool):
+    model = FeatureNet(torch.Generator().manual_seed(0))
+    optimizer = GradMatch(build("SGD", model), Fish(0.5, track_alignment=True))
+    gradients: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        gradients.append(torch.cat([g.reshape(-1) for g in grads]))
+
+    optimizer.register_step_pre_hook(keep)
+    for batches in (make_batches(torch.Generator().manual_seed(s), 4) for s in range(2)):
+        gradients.clear()
+        if manual:
+            for batch in batches:
+                optimizer.zero_grad()
+                loss_of(model, batch).backward()
+                optimizer.step()
+            optimizer.interpolate()
+            report = optimizer.last_meta_step
+            assert report is not None
+            assert report.losses is None
+        else:
+            report = optimizer.meta_step(lambda b: loss_of(model, b), batches)
+            assert optimizer.last_meta_step is report
+        torch.testing.assert_close(report.inner_product, mean_pairwise_inner_product(gradients))
+        torch.testing.assert_close(report.cosine, mean_pairwise_cosine(gradients))
+        torch.testing.assert_close(report.grad_norms, torch.stack([g.norm() for g in gradients]))
+
+
+def test_tracking_changes_nothing_and_measures_closures_once():
+    results = []
+    for track in (False, True):
+        model = FeatureNet(torch.Generator().manual_seed(0))
+        optimizer = GradMatch(build("LBFGS", model), Fish(0.5, inner_steps=2, track_alignment=track))
+        for batch in make_batches(torch.Generator().manual_seed(1), 2):
+            optimizer.step(closure_of(optimizer, model, batch))
+        results.append(model.state_dict())
+    assert_identical(results[1], results[0])
+    assert optimizer.last_meta_step is not None
+    assert optimizer.last_meta_step.grad_norms.shape == (2,)
+
+
+def test_a_failed_step_leaves_no_half_measured_alignment():
+    model = nn.Linear(2, 1)
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(0.5, inner_steps=2, track_alignment=True))
+
+    def fail_once(*_: Any) -> None:
+        handle.remove()
+        raise RuntimeError("out of memory")
+
+    handle = optimizer.optimizer.register_step_pre_hook(fail_once)
+    model(torch.ones(3, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert optimizer.inner_step == 0
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.inner_step == 0
+    assert optimizer.last_meta_step is not None
+    assert optimizer.last_meta_step.inner_product is None  # three gradients were measured for two steps
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.last_meta_step.inner_product is not None
+
+
+# ------------------------------------------------------------------------------------------------------ precision
+
+
+def test_meta_dtype_keeps_what_bfloat16_would_lose():
+    """A meta_lr so small that every single interpolation rounds away in bf16 still adds up in fp32."""
+
+    def train(meta_dtype: torch.dtype | None) -> float:
+        parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0625), Fish(0.01, inner_steps=1, meta_dtype=meta_dtype))
+        for _ in range(400):
+            optimizer.zero_grad()
+            parameter.sum().backward()
+            optimizer.step()
+        return float(parameter.detach().mean())
+
+    assert train(None) == 1.0
+    assert train(torch.float32) == pytest.approx(1.0 - 400 * 0.01 * 0.0625, abs=0.01)
+
+
+def test_meta_dtype_honours_weight_surgery_between_loops_where_it_happened():
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0625), Fish(0.01, inner_steps=1, meta_dtype=torch.float32))
+
+    def meta_iteration() -> Tensor:
+        optimizer.zero_grad()
+        parameter.sum().backward()
+        optimizer.step()
+        return optimizer.state[parameter]["slow"]
+
+    before = meta_iteration().clone()
+    parameter.data[1] = 3.0
+    after = meta_iteration()
+    torch.testing.assert_close(after[0], before[0] - 0.01 * 0.0625, rtol=1e-4, atol=0.0)  # extra digits kept
+    torch.testing.assert_close(after[1], torch.tensor(3.0 - 0.01 * 0.0625), rtol=1e-4, atol=0.0)
+
+
+def test_meta_dtype_never_narrows():
+    parameter = nn.Parameter(torch.full((1,), 1 + 1e-12, dtype=torch.float64))
+    optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0), Fish(0.5, inner_steps=1, meta_dtype=torch.float32))
+    parameter.sum().backward()
+    optimizer.step()
+    assert optimizer.state[parameter]["slow"].dtype == torch.float64
+    assert parameter.item() == 1 + 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "shown"),
+    [
+        ({"meta_lr": 0.0}, "meta_lr", "0.0"),
+        ({"meta_lr": -0.1}, "meta_lr", "-0.1"),
+        ({"meta_lr": 1.5}, "meta_lr", "1.5"),
+        ({"meta_lr": float("nan")}, "meta_lr", "nan"),
+        ({"meta_lr": float("inf")}, "meta_lr", "inf"),
+        ({"meta_lr": "0.1"}, "meta_lr", "'0.1'"),
+        ({"meta_lr": True}, "meta_lr", "True"),
+        ({"inner_steps": 0}, "inner_steps", "0"),
+        ({"inner_steps": -3}, "inner_steps", "-3"),
+        ({"inner_steps": 2.5}, "inner_steps", "2.5"),
+        ({"inner_steps": True}, "inner_steps", "True"),
+        ({"inner_state": "keep"}, "inner_state", "'keep'"),
+        ({"inner_state": None}, "inner_state", "None"),
+        ({"buffers": "mean"}, "buffers", "'mean'"),
+        ({"meta_dtype": torch.int64}, "meta_dtype", "torch.int64"),
+        ({"meta_dtype": "float32"}, "meta_dtype", "'float32'"),
+        ({"track_alignment": 1}, "track_alignment", "1"),
+        ({"nonfinite": "skip"}, "nonfinite", "'skip'"),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_named_and_shown(settings: dict[str, Any], name: str, shown: str):
+    with pytest.raises(ValueError, match=f"{name} .*got {shown}"):
+        Fish(**settings)
+
+
+def test_a_model_of_the_wrong_type_is_refused():
+    with pytest.raises(TypeError, match=r"model .*got list"):
+        Fish(model=[1])
+
+
+def test_meta_lr_can_be_scheduled_and_is_checked_again():
+    parameter = nn.Parameter(torch.zeros(1))
+    method = Fish(meta_lr=1.0, inner_steps=1)
+    optimizer = GradMatch(torch.optim.SGD([parameter], lr=1.0), method)
+    for meta_lr, expected in ((0.5, -0.5), (0.25, -0.75)):
+        method.meta_lr = meta_lr
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        assert parameter.item() == expected
+    method.meta_lr = 7.0
+    with pytest.raises(ValueError, match="meta_lr"):
+        optimizer.step()
+    optimizer.rollback()
+    assert parameter.item() == -0.75
+
+
+def test_one_method_object_serves_several_optimizers():
+    method = Fish(meta_lr=0.5, inner_steps=2)
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    first, second = (GradMatch(torch.optim.SGD([p], lr=1.0), method) for p in parameters)
+    for p in parameters:
+        p.grad = torch.ones(1)
+    first.step()
+    assert (first.inner_step, second.inner_step) == (1, 0)
+    second.step()
+    second.step()
+    assert (first.inner_step, second.inner_step) == (1, 0)
+    assert [p.item() for p in parameters] == [-1.0, -1.0]
+
+
+def test_repr_shows_settings_and_only_the_class_of_the_model():
+    text = repr(Fish(meta_lr=0.1, model=nn.Linear(1, 1)))
+    assert "meta_lr=0.1" in text
+    assert "model='Linear'" in text
