@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 SEED ?= 0
-CHECKED := torch_gradmatch tests examples benchmarks setup.py
+CHECKED := torch_gradmatch tests examples setup.py
 
 .PHONY: help install demo test test-lowest lint format clean
 

@@ -38,6 +38,7 @@ class ReferenceFish:
         self.inner_model: nn.Module | None = None
         self.inner_optimizer: torch.optim.Optimizer | None = None
         self.previous_optimizer: torch.optim.Optimizer | None = None
+        self.steps_taken = 0  # in this inner loop
 
     def begin(self) -> None:
         """theta~ <- theta, with a new inner optimizer that may get the previous one's state."""
@@ -68,6 +69,7 @@ class ReferenceFish:
             loss.backward()
             return loss
 
+        self.steps_taken += 1
         if isinstance(optimizer, torch.optim.LBFGS):
             return optimizer.step(closure)
         loss = closure()
@@ -91,9 +93,10 @@ class ReferenceFish:
 
     def end(self) -> None:
         """Forget theta~; also how an inner loop is abandoned."""
-        if self.inner_optimizer is not None:
+        if self.steps_taken > 0:
             self.previous_optimizer = self.inner_optimizer
         self.inner_model = self.inner_optimizer = None
+        self.steps_taken = 0
 
     @property
     def current_model(self) -> nn.Module:
@@ -103,7 +106,7 @@ class ReferenceFish:
     @property
     def optimizer_state(self) -> dict[str, Any]:
         """What the user's wrapped optimizer should hold now: its last state stays until the next inner step."""
-        optimizer = self.inner_optimizer or self.previous_optimizer
+        optimizer = self.inner_optimizer if self.steps_taken > 0 else self.previous_optimizer
         return {} if optimizer is None else optimizer.state_dict()["state"]
 
 

@@ -166,7 +166,7 @@ def test_repr_shows_the_wrapped_optimizer_and_the_method():
     assert "meta_lr=0.25" in text
 
 
-# ------------------------------------------------------------------------------------------ schedulers, scaler, closures
+# ----------------------------------------------------------------------------------------- schedulers, scaler, closures
 
 SCHEDULERS: dict[str, Any] = {
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(o, 2), lr_scheduler.LinearLR(o)]),

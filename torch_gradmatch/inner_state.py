@@ -75,9 +75,10 @@ class NewlyBuilt:
         self._state_when_wrapped = self._copy_state(optimizer) if new is None and keep_state else {}
         self._new_groups = [self._entries(group) for group in (new or optimizer).param_groups]
         self.counters: set[str] = {"step"} - self._accepted
-        if new is not None and not takes_any:
+        if new is not None and optimizer.state and not takes_any:  # trained before: counters may have moved already
             for group, fresh in zip(optimizer.param_groups, self._new_groups, strict=True):
-                self.counters |= {k for k, v in fresh.items() if k in group and not _same(group[k], v)}
+                moved = {k for k, v in fresh.items() if k in group and not _same(group[k], v)}
+                self.counters |= {k for k in moved if not isinstance(fresh[k], bool)}  # a mode is no counter
 
     @staticmethod
     def _copy_state(optimizer: Optimizer) -> dict[Any, Any]:

@@ -43,7 +43,7 @@ class _Progress:
     yielded: int = 0  # by the sampler, which a DataLoader with workers makes run ahead of the loop
     handed_out: int | None = None  # by meta_batches, which knows what the loop received
     exhausted: bool = False  # the sampler came to the end of the epoch
-    over: bool = False  # exhausted or broken off: nobody iterates any more
+    over: bool = False  # exhausted or broken off, and meta_batches hands out no more
 
 
 class DomainBatchSampler(Sampler[list[int]]):
@@ -115,7 +115,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         self.domains_per_step = len(labels)
         if domains_per_step is not None:
             self.domains_per_step = check_positive_int("domains_per_step", domains_per_step)
-            if domains_per_step > len(labels):
+            if self.domains_per_step > len(labels):
                 raise ValueError(
                     f"domains_per_step should be at most {len(labels)}, the number of domains (got {domains_per_step})"
                 )
@@ -170,8 +170,7 @@ class DomainBatchSampler(Sampler[list[int]]):
                 yield batch
             progress.exhausted = True
         finally:
-            if progress.handed_out is None:
-                progress.over = True
+            progress.over = True
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iterator serves; without this, epochs follow one another.
@@ -321,7 +320,7 @@ class _MetaBatches(Generic[Batch]):
                         progress = sampler._progress  # of the iterator that the loader has just started
                     if progress is not None:
                         progress.handed_out = (progress.handed_out or 0) + size
-                        progress.over = False  # although workers may have taken the epoch's last batch
+                        progress.over = False  # although workers may have taken the last batch
                     yield batches
                     batches = []
             if progress is not None:
