@@ -10,20 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from itertools import chain
 from numbers import Integral
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from torch_gradmatch._checks import check_choice, check_count, check_positive_int
+from torch_gradmatch.domain_plan import IntArray, draw_groups, indices_by_domain
 
 __all__ = ["DomainBatchSampler", "meta_batches"]
 
 STATE_VERSION = 1
-IntArray = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
 
 
@@ -101,7 +99,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         self.seed = _check_not_negative("seed", seed)
         self.drop_last = bool(drop_last)
 
-        labels, self._indices = _indices_by_domain(domains)
+        labels, self._indices = indices_by_domain(domains)
         sizes = [indices.size for indices in self._indices]
         rounding = 0 if self.drop_last else self.batch_size - 1
         self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
@@ -251,7 +249,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         # The domain of every batch of an epoch, shape (groups * S,), kept until another epoch is asked for.
         if self._planned is None or self._planned[0] != epoch:
             proportional, generator = self.weighting == "proportional", self._generator(epoch, 0)
-            groups = _draw_groups(self._num_batches, self.domains_per_step, proportional, generator)
+            groups = draw_groups(self._num_batches, self.domains_per_step, proportional, generator)
             self._planned = (epoch, groups.reshape(-1))
         return self._planned[1]
 
@@ -328,119 +326,6 @@ class _MetaBatches(Generic[Batch]):
         finally:
             if progress is not None:
                 progress.over = True
-
-
-def _draw_groups(
-    num_batches: Sequence[int], domains_per_step: int, proportional: bool, generator: np.random.Generator
-) -> IntArray:
-    """Draw groups of distinct domains until fewer than S have a batch left.
-
-    A draw costs the same for 3 domains and for 10,000, however unequal: the domains that can be drawn stand in
-    buckets, by the bit length of their weight. A bucket is drawn by its total weight; in it a domain is drawn
-    uniformly, and again unless it passes with probability weight / (the bucket's largest possible weight) > 1/2.
-
-    Args:
-        num_batches: The batches of each domain, at least 1.
-        domains_per_step: S.
-        proportional: Whether a domain's weight is the number of batches it has left, or 1.
-        generator: The source of randomness.
-
-    Returns:
-        Domains by number, shape (groups, S).
-    """
-    left = list(num_batches)
-    weights = left if proportional else [1] * len(left)  # proportional: the same list, so it follows what is left
-    uniform = chain.from_iterable(iter(lambda: generator.random(512).tolist(), None)).__next__
-    top = max(weights).bit_length()
-    buckets: list[list[int]] = [[] for _ in range(top + 1)]
-    totals = [0] * (top + 1)
-    drawn: list[int] = []
-    returning: Iterable[int] = range(len(left))
-    num_drawable = 0
-    while True:
-        for domain in returning:
-            if left[domain]:
-                bits = weights[domain].bit_length()
-                buckets[bits].append(domain)
-                totals[bits] += weights[domain]
-                num_drawable += 1
-        if num_drawable < domains_per_step:
-            break
-        for _ in range(domains_per_step):
-            target, bits = int(uniform() * sum(totals)), top
-            while target >= totals[bits]:
-                target -= totals[bits]
-                bits -= 1
-            bucket, largest = buckets[bits], (1 << bits) - 1
-            while True:
-                place = uniform() * len(bucket)
-                index = int(place)
-                domain = bucket[index]
-                if (place - index) * largest < weights[domain]:  # the fraction is uniform in [0, 1) again
-                    break
-            bucket[index] = bucket[-1]
-            bucket.pop()
-            totals[bits] -= weights[domain]
-            drawn.append(domain)
-        returning = drawn[-domains_per_step:]
-        num_drawable -= domains_per_step
-        for domain in returning:
-            left[domain] -= 1
-    # A group's heaviest domain is in general drawn first: shuffle within the groups.
-    return generator.permuted(np.array(drawn, dtype=np.int64).reshape(-1, domains_per_step), axis=1)
-
-
-def _indices_by_domain(domains: Any) -> tuple[list[Any], list[IntArray]]:
-    # The labels, in the order in which they first appear, and the indices of their samples.
-    if isinstance(domains, Mapping):
-        return _indices_from_mapping(domains)
-    if isinstance(domains, str | bytes) or not (isinstance(domains, Sequence) or hasattr(domains, "tolist")):
-        raise TypeError(f"domains should be a sequence of labels or a mapping from label to indices (got {domains!r})")
-    if getattr(domains, "ndim", 1) != 1:
-        raise ValueError(f"domains should have one dimension, one label per sample (got shape {domains.shape})")
-    numbers: list[int] = []
-    number_of: dict[Any, int] = {}
-    for index, label in enumerate(domains.tolist() if hasattr(domains, "tolist") else domains):
-        if type(label) is not str and type(label) is not int:  # the usual ones cost nothing
-            _check_label(f"domains[{index}]", label)
-        numbers.append(number_of.setdefault(label, len(number_of)))
-    if not numbers:
-        raise ValueError("domains should hold one label per sample (got none)")
-    ends = np.bincount(numbers).cumsum()
-    return list(number_of), np.split(np.argsort(numbers, kind="stable"), ends[:-1])
-
-
-def _indices_from_mapping(domains: Mapping[Any, Any]) -> tuple[list[Any], list[IntArray]]:
-    labels = list(domains)
-    indices_of: list[IntArray] = []
-    for label in labels:
-        _check_label("a key of domains", label)
-        indices = np.asarray(domains[label])
-        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
-            raise ValueError(f"domains[{label!r}] should be a sequence of sample indices (got {domains[label]!r})")
-        indices_of.append(indices.astype(np.int64))
-    empty = [label for label, indices in zip(labels, indices_of, strict=True) if not indices.size]
-    if empty or not labels:
-        which = f"domain {empty[0]!r} is empty, {len(empty)} of {len(labels)} are" if empty else "got no domain"
-        raise ValueError(f"domains should map each label to at least one sample index ({which})")
-    samples = np.concatenate(indices_of)
-    owners = np.repeat(np.arange(len(labels)), [indices.size for indices in indices_of])
-    order = samples.argsort(kind="stable")
-    if samples[order[0]] < 0:
-        owner = labels[owners[order[0]]]
-        raise ValueError(f"domains[{owner!r}] should hold indices of at least 0 (got {samples[order[0]]})")
-    for repeat in np.flatnonzero(np.diff(samples[order]) == 0)[:1]:
-        one, other = (labels[owners[position]] for position in order[repeat : repeat + 2])
-        raise ValueError(
-            f"sample {samples[order[repeat]]} is in domains[{one!r}] and again in domains[{other!r}]: give it once"
-        )
-    return labels, indices_of
-
-
-def _check_label(name: str, label: object) -> None:
-    accepted = isinstance(label, str | Integral) and not isinstance(label, bool)
-    if not accepted:
-        raise ValueError(f"{name} is {label!r}: the label of a domain should be a string or an integer")
 
 
 def _check_not_negative(name: str, value: object) -> int:

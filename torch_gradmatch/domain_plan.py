@@ -1,0 +1,139 @@
+"""Which domain serves each batch of an epoch, and which samples a domain has: the arithmetic behind the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["IntArray", "draw_groups", "indices_by_domain"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+def draw_groups(
+    num_batches: Sequence[int], domains_per_step: int, proportional: bool, generator: np.random.Generator
+) -> IntArray:
+    """Draw groups of distinct domains until fewer than S have a batch left.
+
+    A draw costs the same for 3 domains and for 10,000, however unequal: the domains that can be drawn stand in
+    buckets, by the bit length of their weight. A bucket is drawn by its total weight; in it a domain is drawn
+    uniformly, and again unless it passes with probability weight / (the bucket's largest possible weight) > 1/2.
+
+    Args:
+        num_batches: The batches of each domain, at least 1.
+        domains_per_step: S.
+        proportional: Whether a domain's weight is the number of batches it has left, or 1.
+        generator: The source of randomness.
+
+    Returns:
+        Domains by number, shape (groups, S).
+    """
+    left = list(num_batches)
+    weights = left if proportional else [1] * len(left)  # proportional: the same list, so it follows what is left
+    uniform = chain.from_iterable(iter(lambda: generator.random(512).tolist(), None)).__next__
+    top = max(weights).bit_length()
+    buckets: list[list[int]] = [[] for _ in range(top + 1)]
+    totals = [0] * (top + 1)
+    drawn: list[int] = []
+    returning: Iterable[int] = range(len(left))
+    num_drawable = 0
+    while True:
+        for domain in returning:
+            if left[domain]:
+                bits = weights[domain].bit_length()
+                buckets[bits].append(domain)
+                totals[bits] += weights[domain]
+                num_drawable += 1
+        if num_drawable < domains_per_step:
+            break
+        for _ in range(domains_per_step):
+            target, bits = int(uniform() * sum(totals)), top
+            while target >= totals[bits]:
+                target -= totals[bits]
+                bits -= 1
+            bucket, largest = buckets[bits], (1 << bits) - 1
+            while True:
+                place = uniform() * len(bucket)
+                index = int(place)
+                domain = bucket[index]
+                if (place - index) * largest < weights[domain]:  # the fraction is uniform in [0, 1) again
+                    break
+            bucket[index] = bucket[-1]
+            bucket.pop()
+            totals[bits] -= weights[domain]
+            drawn.append(domain)
+        returning = drawn[-domains_per_step:]
+        num_drawable -= domains_per_step
+        for domain in returning:
+            left[domain] -= 1
+    # A group's heaviest domain is in general drawn first: shuffle within the groups.
+    return generator.permuted(np.array(drawn, dtype=np.int64).reshape(-1, domains_per_step), axis=1)
+
+
+def indices_by_domain(domains: Any) -> tuple[list[Any], list[IntArray]]:
+    """Sort the samples of a data set by domain.
+
+    Args:
+        domains: As in :class:`torch_gradmatch.DomainBatchSampler`.
+
+    Returns:
+        The labels, in the order in which they first appear, and the indices of each one's samples.
+
+    Raises:
+        TypeError: If ``domains`` is neither a sequence nor a mapping.
+        ValueError: If a label or index is missing, malformed or given twice, or a domain is empty.
+    """
+    if isinstance(domains, Mapping):
+        return _indices_from_mapping(domains)
+    if isinstance(domains, str | bytes) or not (isinstance(domains, Sequence) or hasattr(domains, "tolist")):
+        raise TypeError(f"domains should be a sequence of labels or a mapping from label to indices (got {domains!r})")
+    if getattr(domains, "ndim", 1) != 1:
+        raise ValueError(f"domains should have one dimension, one label per sample (got shape {domains.shape})")
+    numbers: list[int] = []
+    number_of: dict[Any, int] = {}
+    for index, label in enumerate(domains.tolist() if hasattr(domains, "tolist") else domains):
+        if type(label) is not str and type(label) is not int:  # the usual ones cost nothing
+            _check_label(f"domains[{index}]", label)
+        numbers.append(number_of.setdefault(label, len(number_of)))
+    if not numbers:
+        raise ValueError("domains should hold one label per sample (got none)")
+    ends = np.bincount(numbers).cumsum()
+    return list(number_of), np.split(np.argsort(numbers, kind="stable"), ends[:-1])
+
+
+def _indices_from_mapping(domains: Mapping[Any, Any]) -> tuple[list[Any], list[IntArray]]:
+    labels = list(domains)
+    indices_of: list[IntArray] = []
+    for label in labels:
+        _check_label("a key of domains", label)
+        indices = np.asarray(domains[label])
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise ValueError(f"domains[{label!r}] should be a sequence of sample indices (got {domains[label]!r})")
+        indices_of.append(indices.astype(np.int64))
+    empty = [label for label, indices in zip(labels, indices_of, strict=True) if not indices.size]
+    if empty or not labels:
+        which = f"domain {empty[0]!r} is empty, {len(empty)} of {len(labels)} are" if empty else "got no domain"
+        raise ValueError(f"domains should map each label to at least one sample index ({which})")
+    samples = np.concatenate(indices_of)
+    owners = np.repeat(np.arange(len(labels)), [indices.size for indices in indices_of])
+    order = samples.argsort(kind="stable")
+    if samples[order[0]] < 0:
+        owner = labels[owners[order[0]]]
+        raise ValueError(f"domains[{owner!r}] should hold indices of at least 0 (got {samples[order[0]]})")
+    for repeat in np.flatnonzero(np.diff(samples[order]) == 0)[:1]:
+        one, other = (labels[owners[position]] for position in order[repeat : repeat + 2])
+        raise ValueError(
+            f"sample {samples[order[repeat]]} is in domains[{one!r}] and again in domains[{other!r}]: give it once"
+        )
+    return labels, indices_of
+
+
+def _check_label(name: str, label: object) -> None:
+    accepted = isinstance(label, str | Integral) and not isinstance(label, bool)
+    if not accepted:
+        raise ValueError(f"{name} is {label!r}: the label of a domain should be a string or an integer")
