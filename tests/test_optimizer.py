@@ -676,3 +676,12 @@ def test_the_graph_of_an_interpolated_parameter_is_stale():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_frozen_parameter_with_a_left_over_gradient_moves_and_is_interpolated():
+    """torch's optimizers look at the gradient only; so must the slow weights."""
+    parameter = nn.Parameter(torch.ones(1), requires_grad=False)
+    parameter.grad = torch.ones(1)
+    optimizer = GradMatch(SGD([parameter], lr=1.0), Fish(0.5, inner_steps=1))
+    optimizer.step()
+    assert parameter.item() == 0.5
