@@ -79,6 +79,15 @@ def test_nan_and_infinity_pass_through_from_the_fast_weights():
     assert slow[1:].tolist() == [float("inf"), -float("inf")]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_0_and_1_are_exact_even_where_the_difference_overflows(dtype: torch.dtype):
+    largest = torch.finfo(dtype).max
+    for weight, expected in ((0.0, largest), (1.0, -largest)):
+        slow, fast = torch.full((2,), largest, dtype=dtype), torch.full((2,), -largest, dtype=dtype)
+        interpolate_([slow], [fast], weight)
+        assert slow.tolist() == fast.tolist() == [expected] * 2
+
+
 def test_empty_lists_are_fine():
     interpolate_([], [], 0.5)
 

@@ -685,3 +685,20 @@ def test_a_frozen_parameter_with_a_left_over_gradient_moves_and_is_interpolated(
     optimizer = GradMatch(SGD([parameter], lr=1.0), Fish(0.5, inner_steps=1))
     optimizer.step()
     assert parameter.item() == 0.5
+
+
+def test_slow_weights_kept_for_their_digits_do_not_open_an_inner_loop_when_loaded():
+    """Between two inner loops a state dict holds wider slow weights, and surgery after loading still counts."""
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = GradMatch(SGD([parameter], lr=0.0), Fish(0.5, inner_steps=1, meta_dtype=torch.float32))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = through_file(optimizer.state_dict())
+    assert state["gradmatch"]["slow_weights"][0].dtype == torch.float32
+    optimizer.load_state_dict(state)
+    with torch.no_grad():
+        parameter.fill_(3.0)
+    optimizer.rollback()
+    assert parameter.tolist() == [3.0, 3.0]
+    optimizer.step()
+    assert parameter.tolist() == [3.0, 3.0]

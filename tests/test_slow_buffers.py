@@ -313,3 +313,17 @@ def test_an_aborted_meta_step_restores_the_buffers():
         optimizer.meta_step(interrupted, [-torch.ones(4, 2), torch.ones(4, 2)])
     torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
     assert optimizer.inner_step == 0
+
+
+def test_what_validation_moves_by_hand_is_the_users():
+    """An evaluation-mode forward pass does not begin an inner loop, so what follows it is still surgery."""
+    model = network()
+    optimizer = wrap(model, inner_steps=1)
+    model.eval()
+    model(torch.randn(4, 2))
+    model[1].running_mean.fill_(5.0)
+    model.train()
+    backward(model, 0)
+    moved = model[1].running_mean.clone()
+    optimizer.step()
+    torch.testing.assert_close(model[1].running_mean, 5.0 + 0.25 * (moved - 5.0))

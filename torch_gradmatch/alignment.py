@@ -24,7 +24,10 @@ from torch_gradmatch._checks import check_loss
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Alignment", "GradientAlignment", "gradient_alignment", "plot_alignment"]
+__all__ = ["OKABE_ITO", "Alignment", "GradientAlignment", "gradient_alignment", "plot_alignment"]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 @dataclass(frozen=True)
@@ -228,29 +231,32 @@ def plot_alignment(
     axes: Axes,
     *,
     quantity: str = "inner product",
+    colours: Sequence[str] = OKABE_ITO,
+    smoothing: int = 2,
 ) -> None:
     """Draw the agreement of gradients over training, as in the tracking figure of the paper.
 
-    The vertical axis is symmetric-logarithmic: gradients shrink by orders of magnitude and their product may be
-    negative.
+    One batch of each domain makes a noisy measurement: a thin line shows every one, a thick line the mean of each with
+    its neighbours.
 
     Args:
-        curves: Name of each method -> (gradient evaluations, measured agreement), two sequences of equal length.
+        curves: Name of each method -> (positions in training, measured agreement), two sequences of equal length.
         axes: Matplotlib axes to draw on.
         quantity: What was measured, for the label.
+        colours: One for each method.
+        smoothing: How many measurements before and after count in a thick line.
 
     Raises:
-        ValueError: If there is no curve, or the two sequences of one differ in length.
+        ValueError: If there is no curve or more than there are colours, or the two sequences of one differ in length.
     """
-    if not curves:
-        raise ValueError("curves is empty: nothing to draw")
-    for name, (steps, values) in curves.items():
-        if len(steps) != len(values):
-            raise ValueError(f"curve {name!r} has {len(steps)} positions and {len(values)} values")
-        axes.plot(steps, values, label=name)
-    magnitudes = [abs(v) for _, values in curves.values() for v in values if v != 0]
-    axes.set_yscale("symlog", linthresh=min(magnitudes, default=1.0))
-    axes.axhline(0.0, color="0.6", linewidth=0.8)
-    axes.set_xlabel("gradient evaluations")
-    axes.set_ylabel(f"mean {quantity} of domain gradients")
+    if not 0 < len(curves) <= len(colours):
+        raise ValueError(f"curves should hold from 1 to {len(colours)} curves, one for each colour (got {len(curves)})")
+    for (name, (positions, values)), colour in zip(curves.items(), colours, strict=False):
+        if len(positions) != len(values):
+            raise ValueError(f"curve {name!r} has {len(positions)} positions and {len(values)} values")
+        windows = [values[max(0, i - smoothing) : i + smoothing + 1] for i in range(len(values))]
+        axes.plot(positions, values, color=colour, linewidth=1.0, alpha=0.4)
+        axes.plot(positions, [sum(w) / len(w) for w in windows], color=colour, linewidth=2.2, label=name)
+    axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
+    axes.set_ylabel(quantity)
     axes.legend()

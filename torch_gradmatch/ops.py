@@ -45,6 +45,21 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
         if s.shape != f.shape:
             raise ValueError(f"slow[{index}] has shape {tuple(s.shape)} and fast[{index}] {tuple(f.shape)}")
 
+    if weight == 0.0:
+        _copy(fast, slow)
+    elif weight == 1.0:  # no arithmetic: the difference of two finite numbers may overflow, and times zero that is NaN
+        _copy(slow, fast)
+        _copy(fast, slow)
+    else:
+        _lerp(slow, fast, weight)
+
+
+def _copy(target: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    if target:
+        torch._foreach_copy_(list(target), list(source))
+
+
+def _lerp(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) -> None:
     alike = [(s, f) for s, f in zip(slow, fast, strict=True) if s.dtype == f.dtype]
     if alike:
         same_slow, same_fast = map(list, zip(*alike, strict=True))

@@ -1,0 +1,237 @@
+"""What the CdSprites demo shows: progress, the table and the figure."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from _cdsprites_data import SHAPES, CdSprites, Split
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from torch_gradmatch.alignment import OKABE_ITO, plot_alignment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import SubFigure
+
+SPRITES_PER_SHAPE = 4
+SHOWN_DOMAINS = 5
+SMOOTHED = 2
+
+
+@dataclass
+class Run:
+    """What one method did: curves over training, whose first point is before any step, and totals.
+
+    Attributes:
+        method: its key in the demo's ``METHODS``.
+        title: its name for readers.
+        iteration: meta-iterations at each point of the curves.
+        gradient_evaluations: the same in gradients of one batch.
+        train_accuracy: on a fixed sample of the training images.
+        validation_accuracy: on training colours, worn by either shape.
+        unseen_accuracy: on colours that training never shows.
+        inner_product: mean inner product of two training domains' gradients.
+        cosine: mean cosine of the same.
+        seconds: wall-clock time of the whole run.
+        seconds_measuring: the part of it spent on measuring the curves.
+        threads: torch threads.
+    """
+
+    method: str
+    title: str
+    iteration: list[int] = field(default_factory=list)
+    gradient_evaluations: list[int] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    validation_accuracy: list[float] = field(default_factory=list)
+    unseen_accuracy: list[float] = field(default_factory=list)
+    inner_product: list[float] = field(default_factory=list)
+    cosine: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    seconds_measuring: float = 0.0
+    threads: int = 0
+
+    def final(self) -> dict[str, float]:
+        """Sum the run up; inner product and cosine are means over the points of the curve but the first.
+
+        Returns:
+            The numbers of the table and some more, by name.
+        """
+        return {
+            "train_accuracy": self.train_accuracy[-1],
+            "validation_accuracy": self.validation_accuracy[-1],
+            "unseen_accuracy": self.unseen_accuracy[-1],
+            "gradient_evaluations": self.gradient_evaluations[-1],
+            "seconds": self.seconds,
+            "mean_inner_product": float(np.mean(self.inner_product[1:])),
+            "mean_cosine": float(np.mean(self.cosine[1:])),
+        }
+
+
+class Progress(NamedTuple):
+    """News of a run for the reader."""
+
+    method: str
+    iteration: int
+    unseen_accuracy: float
+
+
+class Display:
+    """Shows how far the runs are: progress bars on a terminal, elsewhere a line at every tenth of the way.
+
+    Args:
+        titles: what to call each method.
+        iterations: meta-iterations of each.
+    """
+
+    def __init__(self, titles: Mapping[str, str], iterations: int) -> None:
+        self.titles = titles
+        self.iterations = iterations
+        self.started = time.perf_counter()
+        self.tenths = dict.fromkeys(titles, 0)
+        self.bars: dict[str, tqdm] = {}
+        if sys.stderr.isatty():
+            for position, name in enumerate(titles):
+                self.bars[name] = tqdm(
+                    total=iterations, desc=f"{self.titles[name]:5}", unit="meta-it", position=position
+                )
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for bar in self.bars.values():  # from the top line down
+            bar.close()
+
+    def show(self, progress: Progress) -> None:
+        """Take note of news."""
+        name, iteration, unseen_accuracy = progress
+        if bar := self.bars.get(name):
+            bar.set_postfix_str(f"unseen colours {unseen_accuracy:.3f}", refresh=False)
+            bar.update(iteration - bar.n)
+        elif (tenth := 10 * iteration // self.iterations) > self.tenths[name]:
+            self.tenths[name] = tenth
+            print(
+                f"{self.titles[name]:5} {iteration:6}/{self.iterations} meta-iterations, unseen colours "
+                f"{unseen_accuracy:.3f}, {time.perf_counter() - self.started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Lay out the final numbers, a row for each method.
+
+    Returns:
+        Lines of text.
+    """
+    heads = ("method", "train accuracy", "unseen colours", "gradient evaluations", "seconds", "mean inner product")
+    rows = [heads]
+    for run in runs:
+        final = run.final()
+        rows.append(
+            (
+                run.title,
+                f"{final['train_accuracy']:.3f}",
+                f"{final['unseen_accuracy']:.3f}",
+                f"{final['gradient_evaluations']}",
+                f"{final['seconds']:.0f}",
+                f"{final['mean_inner_product']:.2e}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def save_figure(path: Path, data: CdSprites, runs: Sequence[Run]) -> None:
+    """Draw sample sprites of the splits beside the curves of the runs."""
+    figure = Figure(figsize=(13.5, 7.6), dpi=110, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05), wspace=0.04)
+    _sprites(left, data)
+    accuracy, inner_product, cosine = right.subplots(3, 1, sharex=True, height_ratios=(1.6, 1, 1))
+    for run, colour in zip(runs, OKABE_ITO, strict=False):
+        x = run.iteration
+        accuracy.plot(x, run.unseen_accuracy, color=colour, linewidth=2.2, label=f"{run.title}, unseen colours")
+        accuracy.plot(x, run.train_accuracy, "--", color=colour, linewidth=1.3, label=f"{run.title}, training images")
+    accuracy.set_title("Accuracy in telling squares from ellipses", fontsize=12)
+    accuracy.set_ylabel("accuracy")
+    accuracy.set_ylim(0.42, 1.02)
+    accuracy.axhline(0.5, color="0.6", linewidth=1, linestyle=":")
+    place = {"xy": (1, 0.5), "xytext": (-4, -3), "xycoords": accuracy.get_yaxis_transform()}
+    accuracy.annotate("guessing", **place, textcoords="offset points", ha="right", va="top", color="0.4")
+    products = {run.title: (run.iteration, run.inner_product) for run in runs}
+    cosines = {run.title: (run.iteration, run.cosine) for run in runs}
+    plot_alignment(products, inner_product, quantity="inner product", smoothing=SMOOTHED)
+    plot_alignment(cosines, cosine, quantity="cosine", smoothing=SMOOTHED)
+    inner_product.set_title("Gradients of two training domains, mean over all pairs", fontsize=12)
+    evaluations = runs[0].gradient_evaluations[-1] // runs[0].iteration[-1]
+    cosine.set_xlabel(
+        f"meta-iteration ({evaluations} gradient evaluations each)\n"
+        f"thin: every measurement; thick: its mean with up to {SMOOTHED} before and after"
+    )
+    for ax in (accuracy, inner_product, cosine):
+        ax.legend(loc="center right" if ax is accuracy else "upper right", fontsize=9)
+        ax.grid(alpha=0.25)
+    figure.savefig(path)
+
+
+def _sprites(figure: SubFigure, data: CdSprites) -> None:
+    """Show rows of sprites: some training domains, validation and test."""
+    domains = int(data.train.domains.max()) + 1
+    shown = min(domains, SHOWN_DOMAINS)
+    rows: list[tuple[str, Split, np.ndarray]] = [
+        (f"training\ndomain {domain + 1}", data.train, data.train.domains == domain) for domain in range(shown)
+    ]
+    rows.append(
+        ("validation:\nsame colours,\neither shape", data.validation, np.full(len(data.validation.labels), True))
+    )
+    rows.append(("test: unseen\ncolours,\neither shape", data.test, np.full(len(data.test.labels), True)))
+    axes = figure.subplots(len(rows), 1)
+    for ax, (title, split, of_row) in zip(axes, rows, strict=True):
+        picked = [_pick(split, np.flatnonzero(of_row & (split.labels == label))) for label in range(len(SHAPES))]
+        strips = [_strip(split, indices) for indices in picked]
+        gap = np.ones((strips[0].shape[0], strips[0].shape[0] // 3, 3))
+        ax.imshow(np.concatenate([strips[0], gap, strips[1]], axis=1), interpolation="nearest")
+        ax.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=8, fontsize=10)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+    for centre, shape in zip((0.24, 0.76), SHAPES, strict=True):
+        axes[0].text(
+            centre, 1.06, f"label: {shape}", transform=axes[0].transAxes, ha="center", va="bottom", fontsize=11
+        )
+    figure.suptitle(f"Sample sprites of the data ({shown} of {domains} training domains)", fontsize=12)
+
+
+def _pick(split: Split, candidates: np.ndarray) -> np.ndarray:
+    """Pick sprites from small to large whose colours are spread over all there are.
+
+    Returns:
+        Indices into the split.
+    """
+    colours = np.unique(split.colours[candidates], axis=0)
+    picked = []
+    for place in range(SPRITES_PER_SHAPE):
+        colour = colours[place * len(colours) // SPRITES_PER_SHAPE]
+        of_colour = candidates[(split.colours[candidates] == colour).all(axis=1)]
+        by_area = of_colour[np.argsort(split.masks[of_colour].sum(axis=(1, 2), dtype=np.int64), kind="stable")]
+        picked.append(by_area[int((0.4 + 0.59 * place / (SPRITES_PER_SHAPE - 1)) * (len(by_area) - 1))])
+    return np.array(picked)
+
+
+def _strip(split: Split, indices: np.ndarray) -> np.ndarray:
+    """Lay sprites side by side, a thin white line between them.
+
+    Returns:
+        (size, width, 3) red, green and blue in [0, 1].
+    """
+    images = split.masks[indices, :, :, None] / 255 * split.colours[indices, None, None, :]
+    line = np.ones((images.shape[1], max(1, images.shape[1] // 32), 3))
+    return np.concatenate([part for image in images for part in (image, line)][:-1], axis=1)

@@ -1,0 +1,500 @@
+"""ERM against Fish on CdSprites-N, the data set on which ordinary training learns colour and not shape.
+
+    python examples/cdsprites.py --out out --seed 0
+
+trains a small network on squares and ellipses of 15 domains, once by ordinary training (ERM) and once with Fish, for
+the same number of gradient evaluations: 2 cores, a few minutes. In every training domain colour and shape go together,
+in each with other colours (``_cdsprites_data.py``), so colour is the easy answer and shape the one that lasts. Prints a
+table and writes ``cdsprites.png`` and ``cdsprites.json``.
+
+Both methods go through the same loop (``train``). Fish wraps the optimizer and takes each batch from one domain; ERM
+takes shuffled batches of the same size from all domains together. Everything else is shared: data, initial weights,
+inner optimizer and its learning rate.
+
+Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937. ``--paper`` sets the
+configuration of the authors' code (github.com/YugeTen/fish) and is meant for a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from _cdsprites_data import CdSprites, DrawnSprites, DSpritesFile, SpriteDataset, SpriteSource, make_cdsprites
+from _cdsprites_plot import Display, Progress, Run, save_figure, table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+
+from torch_gradmatch import DomainBatchSampler, Fish, GradMatch
+from torch_gradmatch.alignment import gradient_alignment
+
+MEASURED_TRAIN_IMAGES = 3000
+
+
+@dataclass(frozen=True)
+class Config:
+    """What both methods share; ``main`` documents each setting in its help text."""
+
+    domains: int
+    images_per_domain: int
+    eval_images: int
+    size: int
+    batch_size: int
+    iterations: int
+    lr: float
+    meta_lr: float
+    measurements: int
+    seed: int
+    device: str
+    paper: bool
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Gradients of one batch each that a method may use: S in every meta-iteration."""
+        return self.iterations * self.domains
+
+
+# ---------------------------------------------------------------------------------------------------------- methods
+
+
+def make_model(config: Config) -> nn.Module:
+    """Build the network: strided convolutions down to at most 4 x 4 pixels, then a linear layer.
+
+    Returns:
+        The network of the official code for ``--paper``, else a narrower one.
+    """
+    channels = iter((32, 32, 64, 128) if config.paper else (16, 32, 64, 64, 64))
+    layers: list[nn.Module] = []
+    width, side = 3, config.size
+    while side > 4:
+        wider = next(channels)
+        layers += [nn.Conv2d(width, wider, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        width, side = wider, side // 2
+    if config.paper:
+        layers += [nn.Conv2d(width, 128, kernel_size=4, stride=2), nn.ReLU()]
+        width, side = 128, 1
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, 2))
+
+
+def make_inner_optimizer(model: nn.Module, config: Config) -> Optimizer:
+    """Build the optimizer that ERM uses as it is and Fish wraps.
+
+    Returns:
+        Adam as in the official code.
+    """
+    return torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True)
+
+
+def make_fish(model: nn.Module, config: Config) -> Optimizer:
+    """Wrap the optimizer: the one line in which training with Fish differs.
+
+    Returns:
+        The wrapped optimizer; every N-th step ends a meta-iteration.
+    """
+    method = Fish(meta_lr=config.meta_lr, inner_steps=config.domains, inner_state="reset")
+    return GradMatch(make_inner_optimizer(model, config), method)
+
+
+def pooled_batches(dataset: SpriteDataset, config: Config) -> Sampler[list[int]]:
+    """Shuffle all domains together, as ordinary training does.
+
+    Returns:
+        The batches of one epoch.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    return BatchSampler(RandomSampler(dataset, generator=generator), config.batch_size, drop_last=True)
+
+
+def domain_batches(dataset: SpriteDataset, config: Config) -> Sampler[list[int]]:
+    """Take each batch from one domain, and N batches in a row from the N domains in random order.
+
+    Returns:
+        The batches of one epoch.
+    """
+    return DomainBatchSampler(dataset.domains, config.batch_size, seed=config.seed, drop_last=True)
+
+
+class Method(NamedTuple):
+    """One row of the table and one curve of the figure."""
+
+    title: str
+    make_optimizer: Callable[[nn.Module, Config], Optimizer]
+    make_batches: Callable[[SpriteDataset, Config], Sampler[list[int]]]
+
+
+METHODS = {
+    "erm": Method("ERM", make_inner_optimizer, pooled_batches),
+    "fish": Method("Fish", make_fish, domain_batches),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class Measurements:
+    """Measures a model on fixed images; its gradients are no training gradients and are not counted as such.
+
+    Args:
+        data: the splits.
+        config: the settings.
+    """
+
+    def __init__(self, data: CdSprites, config: Config) -> None:
+        device = torch.device(config.device)
+        train, validation, unseen = (SpriteDataset(split, device) for split in data)
+        count = min(len(train), MEASURED_TRAIN_IMAGES)
+        rng = np.random.default_rng(config.seed)
+        self.accuracy_on = {
+            "train_accuracy": (train, rng.choice(len(train), count, replace=False)),
+            "validation_accuracy": (validation, np.arange(len(validation))),
+            "unseen_accuracy": (unseen, np.arange(len(unseen))),
+        }
+        self.domain_batches = [
+            train.__getitems__(domain * config.images_per_domain + np.arange(config.batch_size))
+            for domain in range(config.domains)
+        ]
+
+    def record(self, model: nn.Module, run: Run) -> None:
+        """Append accuracies and agreement of the domains' gradients to the curves of a run."""
+        with torch.no_grad():
+            for curve, (dataset, indices) in self.accuracy_on.items():
+                correct = 0
+                for part in np.array_split(indices, -(-len(indices) // 500)):
+                    images, labels = dataset.__getitems__(part)
+                    correct += int((model(images).argmax(dim=1) == labels).sum())
+                getattr(run, curve).append(correct / len(indices))
+        criterion = nn.CrossEntropyLoss()
+        agreement = gradient_alignment(
+            model.parameters(), lambda batch: criterion(model(batch[0]), batch[1]), self.domain_batches
+        )
+        run.inner_product.append(float(agreement.inner_product))
+        run.cosine.append(float(agreement.cosine))
+
+
+def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go through a loader epoch after epoch.
+
+    Yields:
+        Batches.
+    """
+    while True:
+        yield from loader
+
+
+def train(name: str, data: CdSprites, config: Config, report: Callable[[Progress], None]) -> Run:
+    """Train one model by one method.
+
+    Args:
+        name: key of ``METHODS``.
+        data: the splits.
+        config: the settings.
+        report: is told after every meta-iteration.
+
+    Returns:
+        Its curves.
+    """
+    method, run = METHODS[name], Run(name, METHODS[name].title, threads=torch.get_num_threads())
+    started = time.perf_counter()
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    model = make_model(config).to(device)
+    criterion = nn.CrossEntropyLoss()
+    dataset = SpriteDataset(data.train, device)
+    # The dataset hands out whole batches, so there is nothing left to collate.
+    loader = DataLoader(dataset, batch_sampler=method.make_batches(dataset, config), collate_fn=lambda batch: batch)
+    optimizer = method.make_optimizer(model, config)
+    measurements = Measurements(data, config)
+    measured_at = set(np.linspace(0, config.iterations, config.measurements + 1).round().astype(int).tolist())
+
+    def measure(iteration: int) -> None:
+        before = time.perf_counter()
+        run.iteration.append(iteration)
+        run.gradient_evaluations.append(iteration * config.domains)
+        measurements.record(model, run)
+        run.seconds_measuring += time.perf_counter() - before
+
+    measure(0)
+    for step, (x, y) in enumerate(islice(endless(loader), config.gradient_evaluations), start=1):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        if step % config.domains == 0:
+            iteration = step // config.domains
+            if iteration in measured_at:
+                measure(iteration)
+            report(Progress(name, iteration, run.unseen_accuracy[-1]))
+    run.seconds = time.perf_counter() - started
+    return run
+
+
+# --------------------------------------------------------------------------------- several methods at the same time
+
+
+def work(name: str, data: CdSprites, config: Config, connection: Connection) -> None:
+    """Train one method in a process of its own, on one thread, and send news and at last the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, too, and ends this process
+    torch.set_num_threads(1)
+    # Gradients of a model that fits its training set vanish into denormal numbers, on which CPUs are slow.
+    torch.set_flush_denormal(True)
+    with suppress(BrokenPipeError):  # the parent is gone
+        connection.send(train(name, data, config, connection.send))
+
+
+def train_in_parallel(methods: Sequence[str], data: CdSprites, config: Config, display: Display) -> dict[str, Run]:
+    """Train every method in a process of its own: they do not wait for one another.
+
+    Returns:
+        The run of each method.
+
+    Raises:
+        RuntimeError: if a process fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    runs: dict[str, Run] = {}
+    with ExitStack() as stack:
+        waiting: dict[Any, str] = {}
+        for name in methods:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(name, data, config, sender), daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.terminate)
+            sender.close()
+            waiting[receiver] = name
+        while waiting:
+            for receiver in wait(list(waiting)):
+                try:
+                    news = receiver.recv()
+                except EOFError:
+                    raise RuntimeError(f"the process that trained {waiting[receiver]!r} ended early") from None
+                if isinstance(news, Progress):
+                    display.show(news)
+                else:
+                    runs[waiting.pop(receiver)] = news
+    return runs
+
+
+def train_all(methods: Sequence[str], data: CdSprites, config: Config) -> dict[str, Run]:
+    """Train every method: at the same time on a CPU, one after the other on a GPU.
+
+    Returns:
+        The run of each method.
+    """
+    with Display({name: METHODS[name].title for name in methods}, config.iterations) as display:
+        if torch.device(config.device).type == "cpu" and len(methods) > 1:
+            runs = train_in_parallel(methods, data, config, display)
+        else:
+            runs = {name: train(name, data, config, display.show) for name in methods}
+    return {name: runs[name] for name in methods}
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+DEMO = {
+    "size": 32,
+    "batch_size": 64,
+    "domains": 15,
+    "images_per_domain": 2000,
+    "eval_images": 3000,
+    "iterations": 600,
+    "lr": 1e-3,
+    "meta_lr": 0.3,
+}
+# 491,520 squares and ellipses in 17 parts, 451 full batches in each, 100 epochs; 0.15 / 15 is the official code's step.
+PAPER = {
+    "size": 64,
+    "batch_size": 64,
+    "domains": 15,
+    "images_per_domain": 28912,
+    "eval_images": 28912,
+    "iterations": 45100,
+    "lr": 1e-3,
+    "meta_lr": 0.01,
+}
+
+
+def _whole(least: int, most: int | None = None, even: bool = False) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least or (most is not None and number > most) or (even and number % 2):
+            limits = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"should be {'even and ' if even else ''}{limits} (got {number})")
+        return number
+
+    parse.__name__ = "whole number"  # argparse shows it in its message
+    return parse
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"should be in (0, 1] (got {number})")
+    return number
+
+
+def _method_names(text: str) -> list[str]:
+    asked = {name.strip().lower() for name in text.split(",")}
+    if unknown := sorted(asked - set(METHODS)):
+        raise argparse.ArgumentTypeError(f"should be some of {','.join(METHODS)} (got {unknown[0]!r})")
+    return [name for name in METHODS if name in asked]
+
+
+def _usable_device(text: str) -> str:
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train ERM and Fish on CdSprites-N and compare them on colours that training never shows.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out"), help="folder for cdsprites.png and cdsprites.json")
+    add(
+        "--seed",
+        type=_whole(0, 2**32 - 1),
+        default=0,
+        help="decides images, colours, initial weights and order of batches",
+    )
+    add("--methods", type=_method_names, default="erm,fish", help="which methods to train, separated by commas")
+    add("--device", type=_usable_device, default="cpu", help="torch device; a CPU trains the methods side by side")
+    add("--dsprites", type=Path, metavar="FILE", help="take sprites from the dSprites npz file instead of drawing them")
+    add("--domains", type=_whole(2, 100), help="training domains N, also the inner steps of a meta-iteration")
+    add("--images-per-domain", type=_whole(2, even=True), help="training images of each domain")
+    add("--eval-images", type=_whole(2, even=True), help="images of validation and as many of test")
+    add("--size", type=_whole(16, 128), help="side of the images in pixels")
+    add("--batch-size", type=_whole(1), help="images in a batch, of ERM as of Fish")
+    add("--iterations", type=_whole(1), help="meta-iterations; each is N gradient evaluations, for ERM as for Fish")
+    add("--lr", type=_rate, help="learning rate of Adam, in ERM as inside Fish")
+    add("--meta-lr", type=_rate, help="the fraction of its inner walk that Fish keeps")
+    add("--measurements", type=_whole(1), default=30, help="points of the curves; their gradients are not counted")
+    add("--paper", action="store_true", help="the configuration of the authors' code as defaults; meant for a GPU")
+    parser.set_defaults(**DEMO)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Config, SpriteSource]:
+    """Read the command line; what is wrong with it ends the program with a message.
+
+    Returns:
+        The arguments, the settings of the runs, and where the sprites come from.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.paper:
+        parser.set_defaults(**PAPER)
+        options = parser.parse_args(arguments)
+        if options.size != PAPER["size"]:
+            parser.error(f"argument --size: the network of --paper takes 64 pixels (got {options.size})")
+    if options.batch_size > options.images_per_domain:
+        parser.error(f"argument --batch-size: should be at most --images-per-domain (got {options.batch_size})")
+    source: SpriteSource = DrawnSprites()
+    if options.dsprites is not None:
+        try:
+            source = DSpritesFile(options.dsprites)
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --dsprites: {error}")
+    needed = (options.domains * options.images_per_domain + 2 * options.eval_images) // 2
+    if needed > source.available:
+        parser.error(
+            f"{needed} different squares and as many ellipses are asked for, and there are {source.available}: "
+            "lower --domains, --images-per-domain or --eval-images"
+        )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    names = Config.__dataclass_fields__
+    return options, Config(**{name: value for name, value in vars(options).items() if name in names}), source
+
+
+def environment(config: Config) -> dict[str, str | int]:
+    """Describe what the times depend on.
+
+    Returns:
+        Versions, device and number of CPUs.
+    """
+    device = torch.device(config.device)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
+        "cpus": os.cpu_count() or 1,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Returns:
+        The exit status.
+    """
+    options, config, source = parse(arguments)
+    try:
+        data = make_cdsprites(
+            source,
+            domains=config.domains,
+            images_per_domain=config.images_per_domain,
+            eval_images=config.eval_images,
+            size=config.size,
+            seed=config.seed,
+        )
+    except ValueError as error:  # what is wrong with a dSprites file may show only now
+        print(f"cdsprites.py: error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"CdSprites-{config.domains}: {len(data.train.labels)} training images of {config.size} pixels, seed "
+        f"{config.seed}; {config.iterations} meta-iterations, {config.gradient_evaluations} gradients a method"
+    )
+    try:
+        runs = train_all(options.methods, data, config)
+    except KeyboardInterrupt:
+        print("interrupted: nothing written", file=sys.stderr)
+        return 130
+    print(f"\n{table(list(runs.values()))}\n")
+    print(
+        "unseen colours: accuracy on test images; inner product: of two training domains' gradients, mean over pairs "
+        "and over training.\nMeasuring the curves is in the seconds but not among the gradient evaluations.\n"
+    )
+    save_figure(options.out / "cdsprites.png", data, list(runs.values()))
+    results = {
+        "config": asdict(config) | {"sprites": "drawn" if options.dsprites is None else "dsprites file"},
+        "environment": environment(config),
+        "final": {name: run.final() for name, run in runs.items()},
+        "runs": {name: asdict(run) for name, run in runs.items()},
+    }
+    (options.out / "cdsprites.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"wrote {options.out / 'cdsprites.png'} and {options.out / 'cdsprites.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
