@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 SHAPES = ("square", "ellipse")  # a label is an index into this
 FACTOR_SIZES = (6, 40, 32, 32)  # scale, orientation, posX, posY; the last varies fastest, as in the dSprites file
 
-# At scale 1, in image widths, chosen to look like dSprites: on 64 pixels the square has side 19.2, the ellipse axes 25.6
-# and 14.4, and the centre moves one pixel at a time from 16 to 47. The original sprites come with --dsprites.
+# At scale 1, in image widths, chosen to look like dSprites: on 64 pixels the square has side 19.2, the ellipse axes
+# 25.6 and 14.4, and the centre moves one pixel at a time from 16 to 47. The original sprites come with --dsprites.
 SQUARE_SIDE = 0.3
 ELLIPSE_AXES = (0.4, 0.225)
 CENTRE_RANGE = (16 / 64, 47 / 64)
@@ -222,11 +222,12 @@ class DSpritesFile:
 def palette(domains: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Choose the colours: vivid ones for training and pastel ones never seen there.
 
-    The training hues stand evenly around the colour wheel, two for squares, two for ellipses and so on, so that no
-    rule as simple as warm against cold tells the shapes apart. How hard colour is to learn decides the experiment: with
-    shapes taking turns at every hue ordinary training learns shape, too, and with hues dealt at random Fish needs
-    longer than this demo runs. The seed decides which two colours share a domain. The unseen hues stand between those
-    of training, at half the saturation.
+    The training hues stand evenly around the colour wheel, two for squares, two for ellipses and so on. The seed
+    decides which two colours share a domain. The unseen hues stand between those of training, at half the saturation.
+
+    How hard colour is to learn decides the outcome, so this order is a choice. Measured with the demo's settings: where
+    the shapes take turns at every hue, ERM learns shape, too (1.00 on unseen colours); where the hues are dealt to the
+    shapes at random, even a few simple rules of colour go far, and Fish, too, learns colour (0.51 to 0.55).
 
     Returns:
         Colours of the training domains, of squares and of ellipses, and unseen colours: each (domains, 2, 3).

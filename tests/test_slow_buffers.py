@@ -327,3 +327,62 @@ def test_what_validation_moves_by_hand_is_the_users():
     moved = model[1].running_mean.clone()
     optimizer.step()
     torch.testing.assert_close(model[1].running_mean, 5.0 + 0.25 * (moved - 5.0))
+
+
+def test_our_hook_runs_before_the_users_own():
+    model = network()
+
+    def shift(module: nn.Module, _: Any) -> None:
+        module.running_mean.add_(1.0)
+
+    model[1].register_forward_pre_hook(shift)
+    optimizer = wrap(model)
+    before = statistics(model)
+    backward(model, 0)
+    optimizer.rollback()
+    torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
+
+
+def test_rollback_between_inner_loops_undoes_no_surgery():
+    model = network()
+    optimizer = wrap(model, inner_steps=1)
+    backward(model, 0)
+    optimizer.step()
+    model[1].running_mean.fill_(5.0)
+    optimizer.rollback()
+    assert model[1].running_mean.tolist() == [5.0, 5.0, 5.0]
+
+
+@pytest.mark.filterwarnings("default")
+def test_meta_step_of_a_compiled_model_honours_any_surgery():
+    results = []
+    for compiled in (False, True):
+        model = network()
+        optimizer = wrap(model)
+        called = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(2):
+            model[1].running_mean.fill_(5.0)
+            batches = list(torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0)))
+            optimizer.meta_step(lambda x, m=called: m(x).square().mean(), batches)
+        results.append(statistics(model))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_model_goes_back_to_a_checkpoint_between_inner_loops():
+    """Taken between two inner loops, loaded in the middle of one: what the model holds then is what counts."""
+    results = []
+    for compiled in (False, True):
+        model = network()
+        optimizer = wrap(model, inner_steps=2)
+        called = torch.compile(model, backend="eager") if compiled else model
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        backward(called, 0)
+        optimizer.step()
+        model.load_state_dict(saved[0] | {"1.running_mean": torch.tensor([1.0, 2.0, 3.0])})
+        optimizer.load_state_dict(saved[1])
+        for seed in (1, 2):
+            backward(called, seed)
+            optimizer.step()
+        results.append(statistics(model))
+    torch.testing.assert_close(results[1], results[0])
