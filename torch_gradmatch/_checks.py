@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -133,16 +132,3 @@ def check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"the state dict's {name} should be an integer of at least 0 (got {value!r})")
     return value
-
-
-def describe_number(value: Tensor) -> str:
-    """Return a 0-d tensor's value for an error message, ``nan`` and ``inf`` spelled out.
-
-    Args:
-        value: Shape ().
-
-    Returns:
-        The value as text.
-    """
-    number = float(value)
-    return str(number) if not math.isfinite(number) else f"{number:.4g}"

@@ -14,6 +14,7 @@ of inner steps before use; here ``meta_lr`` is :math:`\epsilon` itself, as in th
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -233,14 +234,15 @@ class FishLoop(MetaLoop):
                 'return to them; Fish(nonfinite="ignore") turns this check off'
             )
 
-    def _refuse_nonfinite_losses(self) -> None:
-        """Raise if a loss of the meta_step in progress is not finite."""
-        for index, loss in enumerate(self._losses):
-            if not bool(torch.isfinite(loss)):
-                raise ValueError(
-                    f"the loss of batch {index} is {float(loss)}: parameters and buffers were set back to what they "
-                    "were before this meta_step()"
-                )
+    def _refuse_nonfinite_losses(self, first: int = 0) -> None:
+        """Raise if a loss of the meta_step in progress, from the ``first`` on, is not finite."""
+        if self._losses[first:]:
+            for index, loss in enumerate(torch.stack(self._losses[first:]).tolist(), start=first):
+                if not math.isfinite(loss):
+                    raise ValueError(
+                        f"the loss of batch {index} is {loss}: parameters and buffers were set back to what they were "
+                        "before this meta_step()"
+                    )
 
     def _describe(self, position: int) -> str:
         names = [name for group in self.optimizer.param_groups for name in group.get("param_names", ())]
@@ -304,7 +306,7 @@ class FishLoop(MetaLoop):
                     loss = check_loss(loss_fn(batch), index)
                     self._losses.append(loss.detach())
                     if loss.device.type == "cpu" and self.method.nonfinite == "raise":
-                        self._refuse_nonfinite_losses()  # elsewhere reading it would wait: once, before interpolating
+                        self._refuse_nonfinite_losses(index)  # elsewhere that waits: once, before interpolating
                     loss.backward()
                 step()
             if self.is_open:
