@@ -202,6 +202,21 @@ def test_a_group_added_later_starts_anew_with_the_rest():
         assert [group["k"] for group in wrapped.param_groups] == [1, 1]
 
 
+def test_a_checkpoint_between_meta_iterations_remembers_what_counts():
+    def build() -> tuple[nn.Parameter, GradMatch]:
+        parameter = nn.Parameter(torch.ones(2))
+        return parameter, GradMatch(CountsInDefaults([parameter]), Fish(0.5, inner_steps=2, inner_state="reset"))
+
+    parameter, optimizer = build()
+    step(optimizer, parameter)
+    step(optimizer, parameter)
+    new_parameter, new = build()
+    new.load_state_dict(optimizer.state_dict())
+    assert new.param_groups[0]["k"] == 2
+    step(new, new_parameter)
+    assert new.param_groups[0]["k"] == 1
+
+
 def test_an_optimizer_that_cannot_be_built_again_returns_to_what_it_was_when_wrapped():
     parameter = nn.Parameter(torch.ones(2))
     module = nn.Module()
