@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -256,3 +257,41 @@ def test_reset_keeps_the_users_optimizer_object_and_its_hooks():
     step(optimizer, parameter)
     assert optimizer.optimizer is wrapped
     assert calls == [1, 1]
+
+
+def test_a_learning_rate_that_a_hook_inside_the_step_changes_is_no_counter():
+    parameter = nn.Parameter(torch.ones(2))
+    wrapped = SGD([parameter], lr=1.0)
+
+    def halve(optimizer: Optimizer, *_: Any) -> None:
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+    wrapped.register_step_post_hook(halve)
+    optimizer = GradMatch(wrapped, Fish(0.5, inner_steps=1, inner_state="reset"))
+    for _ in range(3):
+        step(optimizer, parameter)
+    assert wrapped.param_groups[0]["lr"] == 0.125
+
+
+def test_an_option_that_the_signature_does_not_name_stays():
+    parameter = nn.Parameter(torch.ones(2))
+    wrapped = TakesAnything([parameter], d0=3.0)
+    step(wrapped, parameter)
+    optimizer = GradMatch(wrapped, Fish(0.5, inner_steps=1, inner_state="reset"))
+    step(optimizer, parameter)
+    assert wrapped.param_groups[0]["d0"] == 3.0
+
+
+def test_building_again_repeats_no_warning():
+    class Warns(Adagrad):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            warnings.warn("this optimizer is experimental", stacklevel=2)
+            super().__init__(params, lr=lr)
+
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match="experimental"):
+        wrapped = Warns([parameter])
+    optimizer = GradMatch(wrapped, Fish(0.5, inner_steps=1, inner_state="reset"))
+    for _ in range(2):
+        step(optimizer, parameter)
+        assert wrapped.state[parameter]["step"] == 1
