@@ -13,7 +13,7 @@ import torch_gradmatch
 
 PACKAGE = Path(torch_gradmatch.__file__).parent
 LAYERS = [
-    {"_checks", "domain_plan"},
+    {"_checks", "_native", "domain_plan"},
     {"ops"},
     {"slow_weights"},
     {"slow_buffers", "inner_state", "alignment", "method", "sampling"},
