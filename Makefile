@@ -5,13 +5,29 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 SEED ?= 0
-CHECKED := torch_gradmatch tests examples setup.py
+CHECKED := torch_gradmatch tests examples benchmarks csrc setup.py
 
-.PHONY: help install demo test test-lowest lint format clean
+NVCC ?= $(shell command -v nvcc)
+TORCH_INCLUDE = $(shell $(BIN)/python -c "import torch; print(torch.__path__[0] + '/include')")
+DEFINES := -DTORCH_TARGET_VERSION=0x020a000000000000
+
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
+	$(abspath $(BIN))/python
+
+.PHONY: help install demo test test-fallback test-sanitize test-cuda test-lowest lint check-abi check-csrc wheel \
+	bench-interpolate format clean
 
 help:
 	@echo "make demo         train ERM and Fish on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
 	@echo "make test         the whole test suite"
+	@echo "make test-fallback      the suite with the native extension switched off"
+	@echo "make test-sanitize      the operator's tests under ASan and UBSan"
+	@echo "make test-cuda          the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
+	@echo "make check-csrc         compile csrc/ with all warnings as errors, the .cu too where nvcc is found"
+	@echo "make check-abi          prove that the extension uses nothing of torch but its stable ABI"
+	@echo "make wheel              one wheel for torch 2.10 and later, in dist/"
+	@echo "make bench-interpolate  time the interpolation against its peers"
 	@echo "make lint         ruff format check, ruff, mypy strict on the package"
 	@echo "make format       apply ruff's formatting and safe fixes"
 	@echo "make test-lowest  the suite on the lowest supported torch (large download)"
@@ -19,7 +35,7 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements-dev.txt pyproject.toml setup.py
+$(INSTALLED): requirements-dev.txt pyproject.toml setup.py csrc/ops.cpp csrc/interpolate.h csrc/cpu/interpolate.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
@@ -30,6 +46,44 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-fallback: $(INSTALLED)
+	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest
+
+# The sanitizers' run-time libraries have to be loaded before Python; leaks are Python's own affair.
+test-sanitize: $(INSTALLED)
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r torch_gradmatch setup.py pyproject.toml csrc build/sanitize
+	cp README.md LICENSE build/sanitize
+	cd build/sanitize && TORCH_GRADMATCH_NATIVE=require TORCH_GRADMATCH_CUDA=0 TORCH_GRADMATCH_SANITIZE=1 \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	nm -D build/sanitize/torch_gradmatch/_C.abi3.so | grep -q __asan_report
+	cd build/sanitize && $(SANITIZED) -c "import torch_gradmatch as t; assert 'sanitize' in t.__file__ and t.native_status().cpu"
+	cd build/sanitize && $(SANITIZED) -m pytest -c ../../pyproject.toml ../../tests/test_ops.py -k "not compile and not 31_bytes"
+
+test-cuda: $(INSTALLED)
+	$(BIN)/python -m pytest -m cuda
+	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m "cuda and not large"
+
+check-csrc: $(INSTALLED)
+	mkdir -p build
+	for file in csrc/ops.cpp csrc/cpu/interpolate.cpp; do \
+		$(CXX) -std=c++17 -O3 -fPIC -Wall -Wextra -Werror $(DEFINES) -isystem $(TORCH_INCLUDE) -c $$file -o /dev/null || exit 1; \
+	done
+	if [ -n "$(NVCC)" ]; then $(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-Wall,-Werror $(DEFINES) -DUSE_CUDA \
+		-isystem $(TORCH_INCLUDE) -gencode arch=compute_75,code=sm_75 -gencode arch=compute_80,code=sm_80 \
+		-gencode arch=compute_90,code=[sm_90,compute_90] -c csrc/cuda/interpolate.cu -o build/interpolate.cu.o; \
+	else echo "nvcc is not found: csrc/cuda/interpolate.cu was not compiled"; fi
+
+check-abi: $(INSTALLED)
+	$(BIN)/python csrc/check_abi.py torch_gradmatch/_C.abi3.so
+
+wheel: $(INSTALLED)
+	TORCH_GRADMATCH_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+bench-interpolate: $(INSTALLED)
+	mkdir -p out
+	$(BIN)/python -m pytest benchmarks/test_interpolate.py --benchmark-only --benchmark-json=out/interpolate.json -q
+	$(BIN)/python benchmarks/report_interpolate.py out/interpolate.json
 
 test-lowest: requirements-dev.txt
 	$(PYTHON) -m venv $(LOWEST)

@@ -2,6 +2,7 @@
 
     TORCH_GRADMATCH_NATIVE=off|auto|require   auto: build it if torch and a compiler are there, else go on without
     TORCH_GRADMATCH_CUDA=0|1|auto             auto: with CUDA if torch has CUDA and nvcc is found
+    TORCH_GRADMATCH_SANITIZE=1                with ASan and UBSan, for ``make test-sanitize``
 
 The extension is one shared library on LibTorch's stable ABI for torch 2.10 and later. It uses nothing of Python.
 """
@@ -66,8 +67,12 @@ def native_arguments() -> dict[str, Any]:
     cuda = with_cuda(asked_for_cuda, torch, cpp_extension.CUDA_HOME)
     sources = ["csrc/ops.cpp", "csrc/cpu/interpolate.cpp"]
     define = f"-DTORCH_TARGET_VERSION={TORCH_2_10}"
-    sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if "SANITIZE" in os.environ else []
-    flags = {"cxx": ["-O3", "-fvisibility=hidden", "-Wall", define, *sanitize]}
+    sanitize = (
+        ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
+        if "TORCH_GRADMATCH_SANITIZE" in os.environ
+        else []
+    )
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", define, *sanitize]}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources.append("csrc/cuda/interpolate.cu")

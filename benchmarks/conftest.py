@@ -1,0 +1,18 @@
+"""The environment saved beside the numbers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from torch_gradmatch import native_status
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:  # noqa: ARG001
+    """Say what the times depend on, and leave out the machine's name."""
+    machine_info.pop("node", None)
+    machine_info["torch"] = torch.__version__
+    machine_info["cpus"] = os.cpu_count()
+    machine_info["native"] = str(native_status())

@@ -1,0 +1,143 @@
+"""Time of the interpolation step, slow <- slow + eps (fast - slow), fast <- slow, of whole networks.
+
+Each way starts from the same two lists of tensors. ``flat memory`` is the limit: two in-place passes, each over one of
+two flat buffers of the same bytes, reading and writing every byte once.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from _shapes import NETWORKS
+from torch import Tensor
+
+from torch_gradmatch import native_status, ops
+
+WEIGHT = 0.1
+Lists = tuple[list[Tensor], list[Tensor]]
+
+
+def native(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
+    if not native_status().cpu:
+        pytest.skip(f"no native kernel: {native_status().reason}")
+    return lambda: ops.interpolate_(slow, fast, WEIGHT)
+
+
+def foreach(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        if slow[0].dtype == fast[0].dtype:
+            torch._foreach_lerp_(slow, fast, WEIGHT)
+        else:
+            torch._foreach_lerp_(slow, [f.to(slow[0].dtype) for f in fast], WEIGHT)
+        torch._foreach_copy_(fast, slow)
+
+    return run
+
+
+def tensor_loop(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        for s, f in zip(slow, fast, strict=True):
+            s.add_(f.to(s.dtype) - s, alpha=WEIGHT)
+            f.copy_(s)
+
+    return run
+
+
+class _Model(torch.nn.Module):
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.nn.Parameter(t, requires_grad=False) for t in tensors])
+
+
+def clone_and_dictionary(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
+    """What the public implementations do in each meta-iteration: clone the network to walk with, then dictionaries."""
+    model, inner = _Model(slow), _Model(fast)
+
+    def run() -> None:
+        copy.deepcopy(model)  # the clone that walks
+        outer, walked = model.state_dict(), inner.state_dict()
+        difference = OrderedDict((k, walked[k] - outer[k]) for k in outer)
+        scaled = OrderedDict((k, WEIGHT * d) for k, d in difference.items())
+        moved = OrderedDict((k, outer[k] + scaled[k]) for k in outer)
+        model.load_state_dict(copy.deepcopy(moved))
+
+    return run
+
+
+def lookahead_of_pytorch_optimizer(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lookahead = pytest.importorskip("pytorch_optimizer").Lookahead
+    parameters = [torch.nn.Parameter(f) for f in fast]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    wrapper = lookahead(torch.optim.SGD(parameters, lr=0.0), k=1, alpha=WEIGHT)
+    for group in wrapper.param_groups:
+        wrapper.init_group(group)
+        for p, s in zip(parameters, slow, strict=True):
+            wrapper.state[p]["slow_params"] = s
+
+    def run() -> None:
+        with torch.no_grad():
+            for group in wrapper.param_groups:
+                wrapper.update(group)
+
+    return run
+
+
+def flat_memory(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
+    flat = [torch.cat([t.reshape(-1) for t in tensors]) for tensors in (slow, fast)]
+
+    def run() -> None:
+        for buffer in flat:
+            buffer.neg_()
+
+    return run
+
+
+WAYS = {
+    "native": native,
+    "foreach": foreach,
+    "loop over tensors": tensor_loop,
+    "clone + dictionary": clone_and_dictionary,
+    "Lookahead (pytorch_optimizer)": lookahead_of_pytorch_optimizer,
+    "flat memory": flat_memory,
+}
+DTYPES = {"fp32": (torch.float32, torch.float32), "fp32/bf16": (torch.float32, torch.bfloat16)}
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n} thread{'s' if n > 1 else ''}")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_interpolate(benchmark, network: str, dtypes: str, threads: int, way: str) -> None:
+    if way.startswith(("clone", "Lookahead")) and dtypes != "fp32":
+        pytest.skip("keeps slow and fast weights in one dtype")
+    shapes = NETWORKS[network]()
+    slow, fast = ([torch.randn(shape).to(dtype) for shape in shapes] for dtype in DTYPES[dtypes])
+    numel = sum(t.numel() for t in slow)
+    run = WAYS[way](slow, fast)
+    small = numel < 1_000_000
+    benchmark.extra_info.update(
+        network=network,
+        dtypes=dtypes,
+        threads=threads,
+        way=way,
+        tensors=len(shapes),
+        parameters=numel,
+        bytes=2 * sum(s.nbytes + f.nbytes for s, f in zip(slow, fast, strict=True)),
+    )
+    benchmark.pedantic(run, rounds=30 if small else 15, iterations=20 if small else 1, warmup_rounds=3)
+    assert all(bool(t.isfinite().all()) for t in slow)
