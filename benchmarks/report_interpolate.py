@@ -9,7 +9,7 @@ from typing import Any
 
 
 def table(results: dict[str, Any]) -> str:
-    """Lay out, for each network, dtypes and number of threads, the native time and how much longer the others take."""
+    """Lay out, for each network, dtypes and threads, the native time and how much longer the others take."""
     cells: dict[tuple[str, str, int], dict[str, float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     bytes_of: dict[tuple[str, str], int] = {}
@@ -43,9 +43,7 @@ def main() -> None:
     print(
         f"torch {info['torch']}, {info['cpu'].get('brand_raw', 'unknown CPU')}, {info['cpus']} CPUs; {info['native']}"
     )
-    print(
-        "Medians. The columns from foreach on: time of each way as a multiple of native's (above 1: native is faster).\n"
-    )
+    print("Medians. From the column foreach on: time of each way as a multiple of native's.\n")
     print(table(results))
 
 

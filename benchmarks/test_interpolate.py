@@ -55,14 +55,22 @@ class _Model(torch.nn.Module):
 
 
 def clone_and_dictionary(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
-    """What the public implementations do in each meta-iteration: clone the network to walk with, then dictionaries."""
+    """What the public implementations do in each meta-iteration, in as many passes over dictionaries as they take.
+
+    The network is cloned to walk with. The update is then a sum of weighted differences of state dicts, written with
+    an arithmetic of dictionaries in which a difference is the sum with the negative and a sum starts from zero times
+    the weights. The result is copied once more and loaded into the network.
+    """
     model, inner = _Model(slow), _Model(fast)
 
     def run() -> None:
         copy.deepcopy(model)  # the clone that walks
         outer, walked = model.state_dict(), inner.state_dict()
-        difference = OrderedDict((k, walked[k] - outer[k]) for k in outer)
-        scaled = OrderedDict((k, WEIGHT * d) for k, d in difference.items())
+        zero = OrderedDict((k, 0 * t) for k, t in outer.items())
+        negative = OrderedDict((k, -t) for k, t in outer.items())
+        difference = OrderedDict((k, walked[k] + negative[k]) for k in outer)
+        total = OrderedDict((k, zero[k] + difference[k]) for k in outer)
+        scaled = OrderedDict((k, WEIGHT * t) for k, t in total.items())
         moved = OrderedDict((k, outer[k] + scaled[k]) for k in outer)
         model.load_state_dict(copy.deepcopy(moved))
 

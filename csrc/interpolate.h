@@ -78,10 +78,12 @@ inline bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) {
     return true;
   }
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) != 1) {
-      dims.emplace_back(tensor.stride(i), tensor.size(i));
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] != 1) {
+      dims.emplace_back(strides[i], sizes[i]);
     }
   }
   std::sort(dims.begin(), dims.end());
@@ -96,11 +98,15 @@ inline bool is_dense(const Tensor& tensor) {
 }
 
 inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) {
+  const auto sizes_a = a.sizes();
+  const auto sizes_b = b.sizes();
+  if (sizes_a.size() != sizes_b.size() || !std::equal(sizes_a.begin(), sizes_a.end(), sizes_b.begin())) {
     return false;
   }
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i) || (a.size(i) != 1 && a.stride(i) != b.stride(i))) {
+  const auto strides_a = a.strides();
+  const auto strides_b = b.strides();
+  for (size_t i = 0; i < sizes_a.size(); ++i) {
+    if (sizes_a[i] != 1 && strides_a[i] != strides_b[i]) {
       return false;
     }
   }
@@ -136,25 +142,28 @@ inline std::vector<Group> make_groups(const std::vector<Tensor>& slow, const std
   for (size_t i = 0; i < slow.size(); ++i) {
     const Tensor& s = slow[i];
     const Tensor& f = fast[i];
+    const int32_t device = s.get_device_index();
+    const ScalarType slow_dtype = s.scalar_type();
+    const ScalarType fast_dtype = f.scalar_type();
     STD_TORCH_CHECK(
-        s.get_device_index() == f.get_device_index() && s.is_cuda() == f.is_cuda() && s.is_cpu() == f.is_cpu(),
+        device == f.get_device_index() && s.is_cpu() == f.is_cpu(),
         "interpolate_: slow[", i, "] and fast[", i, "] are on different devices");
     STD_TORCH_CHECK(
         same_layout(s, f) && is_dense(s),
         "interpolate_: slow[", i, "] and fast[", i, "] should have the same sizes and strides and no gaps");
     STD_TORCH_CHECK(
-        visit_dtype_pair(s.scalar_type(), f.scalar_type(), [](auto) {}),
+        visit_dtype_pair(slow_dtype, fast_dtype, [](auto) {}),
         "interpolate_: the dtypes of slow[", i, "] and fast[", i, "] are none of those that the kernel takes");
     const int64_t numel = s.numel();
     if (numel == 0) {
       continue;
     }
     const auto belongs = [&](const Group& g) {
-      return g.slow_dtype == s.scalar_type() && g.fast_dtype == f.scalar_type() && g.device == s.get_device_index();
+      return g.slow_dtype == slow_dtype && g.fast_dtype == fast_dtype && g.device == device;
     };
     auto group = std::find_if(groups.begin(), groups.end(), belongs);
     if (group == groups.end()) {
-      group = groups.insert(groups.end(), Group{s.scalar_type(), f.scalar_type(), s.get_device_index(), {}, 0});
+      group = groups.insert(groups.end(), Group{slow_dtype, fast_dtype, device, {}, 0});
     }
     group->spans.push_back(
         {static_cast<char*>(s.mutable_data_ptr()), static_cast<char*>(f.mutable_data_ptr()), group->numel, numel});

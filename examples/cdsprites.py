@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
-from torch_gradmatch import DomainBatchSampler, Fish, GradMatch
+from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, native_status
 from torch_gradmatch.alignment import gradient_alignment
 
 MEASURED_TRAIN_IMAGES = 3000
@@ -443,6 +443,7 @@ def environment(config: Config) -> dict[str, str | int]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "interpolation": str(native_status()),
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -472,7 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(
         f"CdSprites-{config.domains}: {len(data.train.labels)} training images of {config.size} pixels, seed "
-        f"{config.seed}; {config.iterations} meta-iterations, {config.gradient_evaluations} gradients a method"
+        f"{config.seed}; {config.iterations} meta-iterations, {config.gradient_evaluations} gradients a method\n"
+        f"interpolation by {native_status()}"
     )
     try:
         runs = train_all(options.methods, data, config)

@@ -132,6 +132,17 @@ def test_without_a_model_buffers_keep_their_latest_value():
     assert_same_model(model, oracle.model)
 
 
+def test_two_parameters_on_the_same_storage():
+    """Tied by storage, not by being the same object: what is walked twice is interpolated once."""
+    first = nn.Parameter(torch.ones(3))
+    second = nn.Parameter(first.detach())
+    assert second.data_ptr() == first.data_ptr()
+    optimizer = GradMatch(torch.optim.SGD([first, second], lr=0.5), Fish(0.25, inner_steps=1))
+    (first + second).sum().backward()
+    optimizer.step()
+    assert first.tolist() == second.tolist() == [1.0 - 0.25 * 2 * 0.5] * 3
+
+
 # ------------------------------------------------------------------------------------------------------ the theorem
 
 

@@ -321,17 +321,29 @@ def test_the_operator_refuses_what_it_cannot_do(slow, fast, weight, message):
 
 
 @needs_kernel
-def test_memory_shared_between_tensors_is_an_error():
+def test_slow_memory_shared_with_another_tensor_is_an_error():
     block = torch.zeros(10)
-    for slow, fast in (([block[:6]], [block[4:]]), ([block[:4], block[3:7]], [torch.ones(4), torch.ones(4)])):
-        if len(fast[0]) != len(slow[0]):
-            fast = [fast[0][: len(slow[0])]]
+    shared = {
+        "slow with fast": ([block[:6]], [block[4:]]),
+        "slow with slow": ([block[:4], block[3:7]], [torch.ones(4), torch.ones(4)]),
+        "slow with another fast": ([block[:3], torch.ones(5)], [torch.ones(3), block[2:7]]),
+        "slow is fast": ([block], [block]),
+    }
+    for slow, fast in shared.values():
         with pytest.raises(RuntimeError, match="share memory"):
             interpolate_(slow, fast, 0.5)
-    with pytest.raises(RuntimeError, match="share memory"):
-        interpolate_([block], [block], 0.5)
     assert bool((block == 0).all())
     interpolate_([block[:5]], [block[5:]], 0.5)  # neighbours are fine
+
+
+@pytest.mark.parametrize("interpolate", [interpolate_, ops._interpolate_foreach], ids=["routed", "foreach"])
+def test_fast_weights_may_share_memory_among_themselves(interpolate: Interpolate):
+    """Weights tied by their storage: each slow copy holds the same numbers, so both move to the same place."""
+    fast = torch.arange(6.0)
+    slow = [torch.zeros(4), torch.zeros(4), torch.zeros(6)]
+    interpolate(slow, [fast[:4], fast[2:], fast], 0.5)
+    assert fast.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert slow[1].tolist() == [1.0, 1.5, 2.0, 2.5]
 
 
 @needs_kernel

@@ -14,16 +14,15 @@ from torch_gradmatch._native import native_status
 
 __all__ = ["interpolate_"]
 
-# The (slow, fast) dtypes that the kernels take; interpolate.h has the same table.
+# The dtypes of fast weights that the kernels take, by that of the slow ones; interpolate.h has the same table.
 _KERNEL_DTYPES = {
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
+    torch.float32: {torch.float32, torch.bfloat16, torch.float16},
+    torch.float64: {torch.float64},
+    torch.bfloat16: {torch.bfloat16},
+    torch.float16: {torch.float16},
 }
-_KERNEL_DEVICES = {name for name in ("cpu", "cuda") if getattr(native_status(), name)}
+_PLAIN = {Tensor, torch.nn.Parameter}
+_CPU_KERNEL, _CUDA_KERNEL = native_status().cpu, native_status().cuda
 
 
 @torch.no_grad()
@@ -45,7 +44,7 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
 
     Raises:
         ValueError: If the lists differ in length or a pair in shape, or ``weight`` lies outside [0, 1].
-        RuntimeError: If two of the tensors share memory.
+        RuntimeError: If a slow tensor shares memory with another tensor.
 
     Example:
         >>> import torch
@@ -58,39 +57,65 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
         raise ValueError(f"slow and fast should have the same length (got {len(slow)} and {len(fast)})")
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"weight should lie in [0, 1] (got {weight!r})")
-    native_slow: list[Tensor] = []
-    native_fast: list[Tensor] = []
-    other_slow: list[Tensor] = []
-    other_fast: list[Tensor] = []
+    taken = list(map(_kernel_takes, slow, fast))
+    if all(taken):
+        if taken:
+            _interpolate_native(slow, fast, weight)
+        return
+    _check_shapes(slow, fast)
+    native = [pair for pair, take in zip(zip(slow, fast, strict=True), taken, strict=True) if take]
+    other = [pair for pair, take in zip(zip(slow, fast, strict=True), taken, strict=True) if not take]
+    if native:
+        _interpolate_native([s for s, _ in native], [f for _, f in native], weight)
+    _interpolate_foreach([s for s, _ in other], [f for _, f in other], weight)
+
+
+def _check_shapes(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
     for index, (s, f) in enumerate(zip(slow, fast, strict=True)):
         if s.shape != f.shape:
             raise ValueError(f"slow[{index}] has shape {tuple(s.shape)} and fast[{index}] {tuple(f.shape)}")
-        if _kernel_takes(s, f):
-            native_slow.append(s)
-            native_fast.append(f)
-        else:
-            other_slow.append(s)
-            other_fast.append(f)
-    if native_slow:
-        torch.ops.torch_gradmatch.interpolate_(native_slow, native_fast, float(weight))
-        # The kernel writes behind autograd's back: a graph built before must notice.
-        torch.autograd.graph.increment_version(native_slow)
-        torch.autograd.graph.increment_version(native_fast)
-    if other_slow:
-        _interpolate_foreach(other_slow, other_fast, weight)
+
+
+def _interpolate_native(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) -> None:
+    try:
+        torch.ops.torch_gradmatch.interpolate_.default(slow, fast, float(weight))
+    except RuntimeError:  # refused before anything was written
+        _check_shapes(slow, fast)
+        if _slow_memory_is_shared(slow, fast):
+            raise
+        # Parameters that share memory among themselves (weights tied by their storage): not in one pass, but in two.
+        _interpolate_foreach(slow, fast, weight)
+        return
+    # The kernel writes behind autograd's back: a graph built before must notice.
+    torch.autograd.graph.increment_version(slow)
+    torch.autograd.graph.increment_version(fast)
+
+
+def _slow_memory_is_shared(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> bool:
+    """Whether the memory of a slow tensor is also that of another tensor; all are dense."""
+    tagged = [(t, True) for t in slow] + [(t, False) for t in fast]
+    pieces = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, is_slow) for t, is_slow in tagged if t.numel())
+    end_of_any = end_of_slow = 0
+    for begin, end, is_slow in pieces:
+        if begin < end_of_slow or (is_slow and begin < end_of_any):
+            return True
+        end_of_any = max(end_of_any, end)
+        end_of_slow = max(end_of_slow, end) if is_slow else end_of_slow
+    return False
 
 
 def _kernel_takes(slow: Tensor, fast: Tensor) -> bool:
-    if slow.device.type not in _KERNEL_DEVICES or slow.device != fast.device:
+    """Whether the kernel takes a pair of tensors, given that they have the same shape."""
+    on_cpu = _CPU_KERNEL and slow.is_cpu and fast.is_cpu
+    if not (on_cpu or (_CUDA_KERNEL and slow.is_cuda and slow.device == fast.device)):
         return False
-    if (slow.dtype, fast.dtype) not in _KERNEL_DTYPES or type(slow) not in _PLAIN or type(fast) not in _PLAIN:
+    if type(slow) not in _PLAIN or type(fast) not in _PLAIN:
+        return False
+    if fast.dtype not in _KERNEL_DTYPES.get(slow.dtype, ()):
         return False
     if slow.is_contiguous() and fast.is_contiguous():
         return True
     return slow.layout == fast.layout == torch.strided and slow.stride() == fast.stride() and _is_dense(slow)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -125,7 +150,7 @@ def _fake(_slow: Sequence[Tensor], _fast: Sequence[Tensor], _weight: float) -> N
     """What tracing needs to know of the operator: it returns nothing."""
 
 
-if _KERNEL_DEVICES:
+if _CPU_KERNEL or _CUDA_KERNEL:
     # Devices without a kernel of their own, meta tensors and tracing.
     torch.library.impl("torch_gradmatch::interpolate_", "CompositeExplicitAutograd", _interpolate_foreach)
     torch.library.register_fake("torch_gradmatch::interpolate_", _fake)
