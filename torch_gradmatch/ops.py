@@ -25,7 +25,6 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 _CPU_KERNEL, _CUDA_KERNEL = native_status().cpu, native_status().cuda
 
 
-@torch.no_grad()
 def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) -> None:
     r"""Move the slow weights towards the fast ones and set the fast ones to the result, in place.
 
@@ -58,9 +57,10 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"weight should lie in [0, 1] (got {weight!r})")
     taken = list(map(_kernel_takes, slow, fast))
+    if not taken:
+        return
     if all(taken):
-        if taken:
-            _interpolate_native(slow, fast, weight)
+        _interpolate_native(slow, fast, weight)
         return
     _check_shapes(slow, fast)
     native = [pair for pair, take in zip(zip(slow, fast, strict=True), taken, strict=True) if take]
@@ -77,6 +77,7 @@ def _check_shapes(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
 
 
 def _interpolate_native(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) -> None:
+    # No torch.no_grad(): the operator returns nothing that autograd could record, and small networks would notice it.
     try:
         torch.ops.torch_gradmatch.interpolate_.default(slow, fast, float(weight))
     except RuntimeError:  # refused before anything was written
@@ -128,6 +129,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+@torch.no_grad()
 def _interpolate_foreach(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) -> None:
     if weight == 0.0:
         torch._foreach_copy_(list(fast), list(slow))
