@@ -240,7 +240,7 @@ SpanFunction span_function() {
   return span_baseline<Pair>;
 }
 
-constexpr int64_t kGrain = 1 << 15;  // elements for which a second thread is worth waking
+constexpr int64_t kGrain = 1 << 16;  // elements for which a second thread is worth waking
 
 void interpolate_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
   for (const Group& group : make_groups(slow, fast, weight)) {
