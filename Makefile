@@ -19,23 +19,23 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	bench-interpolate format clean
 
 help:
-	@echo "make demo         train ERM and Fish on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
-	@echo "make test         the whole test suite"
-	@echo "make test-fallback      the suite with the native extension switched off"
-	@echo "make test-sanitize      the operator's tests under ASan and UBSan"
-	@echo "make test-cuda          the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
-	@echo "make check-csrc         compile csrc/ with all warnings as errors, the .cu too where nvcc is found"
-	@echo "make check-abi          prove that the extension uses nothing of torch but its stable ABI"
-	@echo "make wheel              one wheel for torch 2.10 and later, in dist/"
-	@echo "make bench-interpolate  time the interpolation against its peers"
-	@echo "make lint         ruff format check, ruff, mypy strict on the package"
-	@echo "make format       apply ruff's formatting and safe fixes"
-	@echo "make test-lowest  the suite on the lowest supported torch (large download)"
-	@echo "make clean        remove environments, caches and outputs"
+	@echo "make demo              train ERM and Fish on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
+	@echo "make test              the whole test suite"
+	@echo "make test-fallback     the suite with the native extension switched off"
+	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
+	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
+	@echo "make test-lowest       the suite on the lowest supported torch (large download)"
+	@echo "make lint              ruff format check, ruff, mypy strict on the package"
+	@echo "make format            apply ruff's formatting and safe fixes"
+	@echo "make check-csrc        compile csrc/ with all warnings as errors, the .cu too where nvcc is found"
+	@echo "make check-abi         prove that the extension uses nothing of torch but its stable ABI"
+	@echo "make wheel             one wheel for torch 2.10 and later, in dist/"
+	@echo "make bench-interpolate time the interpolation against its peers"
+	@echo "make clean             remove environments, caches and outputs"
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements-dev.txt pyproject.toml setup.py csrc/ops.cpp csrc/interpolate.h csrc/cpu/interpolate.cpp
+$(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.c*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
