@@ -133,7 +133,8 @@ inline void check_no_overlap(const std::vector<Group>& groups) {
 }
 
 // Checks everything before anything is written and sorts the pairs into groups.
-inline std::vector<Group> make_groups(const std::vector<Tensor>& slow, const std::vector<Tensor>& fast, double weight) {
+inline std::vector<Group> make_groups(
+    const std::vector<Tensor>& slow, const std::vector<Tensor>& fast, double weight, bool on_cuda) {
   STD_TORCH_CHECK(
       slow.size() == fast.size(),
       "interpolate_: slow and fast should have the same length (got ", slow.size(), " and ", fast.size(), ")");
@@ -146,8 +147,8 @@ inline std::vector<Group> make_groups(const std::vector<Tensor>& slow, const std
     const ScalarType slow_dtype = s.scalar_type();
     const ScalarType fast_dtype = f.scalar_type();
     STD_TORCH_CHECK(
-        device == f.get_device_index() && s.is_cpu() == f.is_cpu(),
-        "interpolate_: slow[", i, "] and fast[", i, "] are on different devices");
+        device == f.get_device_index() && (on_cuda ? s.is_cuda() && f.is_cuda() : s.is_cpu() && f.is_cpu()),
+        "interpolate_: slow[", i, "] and fast[", i, "] are on different devices, or not on the kind of the others");
     STD_TORCH_CHECK(
         same_layout(s, f) && is_dense(s),
         "interpolate_: slow[", i, "] and fast[", i, "] should have the same sizes and strides and no gaps");

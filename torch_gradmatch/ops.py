@@ -56,18 +56,29 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
         raise ValueError(f"slow and fast should have the same length (got {len(slow)} and {len(fast)})")
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"weight should lie in [0, 1] (got {weight!r})")
-    taken = list(map(_kernel_takes, slow, fast))
-    if not taken:
+    if not slow:
         return
-    if all(taken):
-        _interpolate_native(slow, fast, weight)
-        return
+    if (_CPU_KERNEL or _CUDA_KERNEL) and _PLAIN.issuperset(map(type, slow)) and _PLAIN.issuperset(map(type, fast)):
+        try:  # The kernel checks everything before it writes anything: asking it first is what costs least.
+            _interpolate_native(slow, fast, weight)
+        except RuntimeError:
+            pass
+        else:
+            return
     _check_shapes(slow, fast)
-    native = [pair for pair, take in zip(zip(slow, fast, strict=True), taken, strict=True) if take]
-    other = [pair for pair, take in zip(zip(slow, fast, strict=True), taken, strict=True) if not take]
+    pairs = list(zip(slow, fast, strict=True))
+    native = [pair for pair in pairs if _kernel_takes(*pair)]
+    other = [pair for pair in pairs if not _kernel_takes(*pair)]
     if native:
-        _interpolate_native([s for s, _ in native], [f for _, f in native], weight)
-    _interpolate_foreach([s for s, _ in other], [f for _, f in other], weight)
+        try:
+            _interpolate_native([s for s, _ in native], [f for _, f in native], weight)
+        except RuntimeError:
+            if _slow_memory_is_shared(*zip(*native, strict=True)):
+                raise
+            # Parameters that share memory among themselves (weights tied by their storage): in two passes.
+            other = pairs
+    if other:
+        _interpolate_foreach([s for s, _ in other], [f for _, f in other], weight)
 
 
 def _check_shapes(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
@@ -78,15 +89,7 @@ def _check_shapes(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
 
 def _interpolate_native(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) -> None:
     # No torch.no_grad(): the operator returns nothing that autograd could record, and small networks would notice it.
-    try:
-        torch.ops.torch_gradmatch.interpolate_.default(slow, fast, float(weight))
-    except RuntimeError:  # refused before anything was written
-        _check_shapes(slow, fast)
-        if _slow_memory_is_shared(slow, fast):
-            raise
-        # Parameters that share memory among themselves (weights tied by their storage): not in one pass, but in two.
-        _interpolate_foreach(slow, fast, weight)
-        return
+    torch.ops.torch_gradmatch.interpolate_.default(slow, fast, float(weight))
     # The kernel writes behind autograd's back: a graph built before must notice.
     torch.autograd.graph.increment_version(slow)
     torch.autograd.graph.increment_version(fast)

@@ -243,7 +243,7 @@ SpanFunction span_function() {
 constexpr int64_t kGrain = 1 << 16;  // elements for which a second thread is worth waking
 
 void interpolate_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  for (const Group& group : make_groups(slow, fast, weight)) {
+  for (const Group& group : make_groups(slow, fast, weight, /*on_cuda=*/false)) {
     visit_dtype_pair(group.slow_dtype, group.fast_dtype, [&](auto pair) {
       using Pair = decltype(pair);
       const SpanFunction run = span_function<Pair>();

@@ -178,7 +178,7 @@ void launch(const Group& group, double weight, cudaStream_t stream) {
 }
 
 void interpolate_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  for (const Group& group : make_groups(slow, fast, weight)) {
+  for (const Group& group : make_groups(slow, fast, weight, /*on_cuda=*/true)) {
     const torch::stable::accelerator::DeviceGuard guard(group.device);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(group.device, &stream));
