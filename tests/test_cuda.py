@@ -112,6 +112,12 @@ def test_the_device_of_the_tensors_is_used_and_the_current_one_kept():
     assert bool((slow == 0.5).all())
 
 
+def test_a_list_with_tensors_on_cpu_and_gpu():
+    slow, fast = ([make(5), make(5, device="cuda")] for make in (torch.zeros, torch.ones))
+    interpolate_(slow, fast, 0.5)
+    assert all(t.tolist() == [0.5] * 5 for t in slow + fast)
+
+
 @pytest.mark.large
 def test_more_than_two_to_the_31_elements():
     numel = 2**31 + 4097

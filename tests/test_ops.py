@@ -282,6 +282,24 @@ def test_the_kernel_takes_what_it_can_and_foreach_the_rest(name: str, monkeypatc
     assert bool((slow == fast).all())
 
 
+@needs_kernel
+def test_a_kernel_that_fails_is_an_error_and_not_a_slower_path(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("launch failed")
+
+    monkeypatch.setattr(ops, "_interpolate_native", fail)
+    slow = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="launch failed"):
+        interpolate_([slow], [torch.ones(3)], 0.5)
+    assert slow.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shapes_that_would_broadcast_are_refused_on_every_device(device: str):
+    with pytest.raises(ValueError, match=r"slow\[0\] has shape \(3,\) and fast\[0\] \(1,\)"):
+        interpolate_([torch.zeros(3, device=device)], [torch.ones(1, device=device)], 0.5)
+
+
 def test_a_list_of_both_kinds_is_done_in_full():
     slow = [torch.zeros(4), torch.zeros(8)[::2], torch.zeros(3) + 0j, torch.zeros(2, dtype=torch.float64)]
     fast = [torch.ones(4), torch.ones(8)[::2], torch.ones(3) + 0j, torch.ones(2)]

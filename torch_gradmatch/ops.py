@@ -69,14 +69,12 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
     pairs = list(zip(slow, fast, strict=True))
     native = [pair for pair in pairs if _kernel_takes(*pair)]
     other = [pair for pair in pairs if not _kernel_takes(*pair)]
-    if native:
-        try:
-            _interpolate_native([s for s, _ in native], [f for _, f in native], weight)
-        except RuntimeError:
-            if _slow_memory_is_shared(*zip(*native, strict=True)):
-                raise
-            # Parameters that share memory among themselves (weights tied by their storage): in two passes.
-            other = pairs
+    if native and not _memory_is_shared(*zip(*native, strict=True)) and _memory_is_shared([f for _, f in native]):
+        native, other = [], pairs  # weights tied by their storage: right in two passes, not in one
+    for on_cpu in (True, False):
+        here = [pair for pair in native if pair[0].is_cpu is on_cpu]
+        if here:  # what the kernel now refuses, or fails at, is an error
+            _interpolate_native([s for s, _ in here], [f for _, f in here], weight)
     if other:
         _interpolate_foreach([s for s, _ in other], [f for _, f in other], weight)
 
@@ -95,16 +93,16 @@ def _interpolate_native(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: 
     torch.autograd.graph.increment_version(fast)
 
 
-def _slow_memory_is_shared(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> bool:
-    """Whether the memory of a slow tensor is also that of another tensor; all are dense."""
-    tagged = [(t, True) for t in slow] + [(t, False) for t in fast]
-    pieces = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, is_slow) for t, is_slow in tagged if t.numel())
-    end_of_any = end_of_slow = 0
-    for begin, end, is_slow in pieces:
-        if begin < end_of_slow or (is_slow and begin < end_of_any):
+def _memory_is_shared(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bool:
+    """Whether one of some dense tensors shares memory with another of them or of ``others``."""
+    tagged = [(t, True) for t in tensors] + [(t, False) for t in others]
+    pieces = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, counts) for t, counts in tagged if t.numel())
+    end_of_any = end_of_counted = 0
+    for begin, end, counts in pieces:
+        if begin < end_of_counted or (counts and begin < end_of_any):
             return True
         end_of_any = max(end_of_any, end)
-        end_of_slow = max(end_of_slow, end) if is_slow else end_of_slow
+        end_of_counted = max(end_of_counted, end) if counts else end_of_counted
     return False
 
 
@@ -151,11 +149,18 @@ def _interpolate_foreach(slow: Sequence[Tensor], fast: Sequence[Tensor], weight:
                 f.copy_(s)
 
 
-def _fake(_slow: Sequence[Tensor], _fast: Sequence[Tensor], _weight: float) -> None:
-    """What tracing needs to know of the operator: it returns nothing."""
+def _without_kernel(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) -> None:
+    """The operator where a device has no kernel of its own: checked like a kernel, since foreach would broadcast."""
+    _check_shapes(slow, fast)
+    _interpolate_foreach(slow, fast, weight)
+
+
+def _fake(slow: Sequence[Tensor], fast: Sequence[Tensor], _weight: float) -> None:
+    """What tracing and meta tensors need of the operator: its checks; it returns nothing."""
+    _check_shapes(slow, fast)
 
 
 if _CPU_KERNEL or _CUDA_KERNEL:
     # Devices without a kernel of their own, meta tensors and tracing.
-    torch.library.impl("torch_gradmatch::interpolate_", "CompositeExplicitAutograd", _interpolate_foreach)
+    torch.library.impl("torch_gradmatch::interpolate_", "CompositeExplicitAutograd", _without_kernel)
     torch.library.register_fake("torch_gradmatch::interpolate_", _fake)
