@@ -14,10 +14,11 @@ import torch_gradmatch
 PACKAGE = Path(torch_gradmatch.__file__).parent
 LAYERS = [
     {"_checks", "_native", "domain_plan"},
-    {"ops"},
-    {"slow_weights"},
-    {"slow_buffers", "inner_state", "alignment", "method", "sampling"},
-    {"fish"},
+    {"ops", "alignment", "hvp", "random_state"},
+    {"slow_weights", "agreement"},
+    {"slow_buffers", "inner_state", "functional", "method", "sampling"},
+    {"direction"},
+    {"fish", "idgm", "smooth_fish"},
     {"optimizer"},
     {"__init__"},
 ]

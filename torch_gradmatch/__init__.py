@@ -3,17 +3,26 @@
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 """
 
+from torch_gradmatch import agreement, functional
 from torch_gradmatch._native import NativeStatus, native_status
+from torch_gradmatch.agreement import fish_gamma
 from torch_gradmatch.fish import Fish
+from torch_gradmatch.idgm import IDGM
 from torch_gradmatch.optimizer import GradMatch, MetaStep
 from torch_gradmatch.sampling import DomainBatchSampler, meta_batches
+from torch_gradmatch.smooth_fish import SmoothFish
 
 __all__ = [
+    "IDGM",
     "DomainBatchSampler",
     "Fish",
     "GradMatch",
     "MetaStep",
     "NativeStatus",
+    "SmoothFish",
+    "agreement",
+    "fish_gamma",
+    "functional",
     "meta_batches",
     "native_status",
 ]

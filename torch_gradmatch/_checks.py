@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
@@ -46,6 +47,94 @@ def check_positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"{name} should be an integer of at least 1 (got {value!r})")
     return int(value)
+
+
+def check_positive_number(name: str, value: object) -> float:
+    """Return ``value`` as a ``float`` if it is a finite number greater than 0.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no real number, not finite or not greater than 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
+        raise ValueError(f"{name} should be a finite number greater than 0 (got {value!r})")
+    return float(value)
+
+
+def check_gamma(value: object) -> float:
+    """Return gamma, the strength of the matching, as a ``float`` if it is finite and not negative.
+
+    Args:
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no real number, not finite or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
+        raise ValueError(f"gamma should be a finite number of at least 0 (got {value!r})")
+    return float(value)
+
+
+def check_model(value: object) -> nn.Module:
+    """Return ``value`` if it is a module.
+
+    Args:
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module (got {type(value).__name__})")
+    return value
+
+
+def check_num_domains(number: int) -> int:
+    """Return S if there are two domains or more, which gradients need to be matched.
+
+    Args:
+        number: How many batches there are.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if number < 2:
+        raise ValueError(f"batches should hold one batch of each of at least 2 domains (got {number})")
+    return number
+
+
+def check_hvp_domains(value: object, domains: int) -> int:
+    """Return ``value`` as an ``int`` if so many domains can be drawn.
+
+    Args:
+        value: What the caller passed.
+        domains: S.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no integer from 1 to S.
+    """
+    number = check_positive_int("hvp_domains", value)
+    if number > domains:
+        raise ValueError(f"hvp_domains should be at most the number of domains, {domains} (got {number})")
+    return number
 
 
 def check_meta_lr(value: object) -> float:

@@ -56,6 +56,20 @@ def _as_vector(gradient: Tensor) -> Tensor:
     return dense.reshape(-1).to(torch.promote_types(dense.dtype, torch.float32))
 
 
+def _total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the sum of some scalars, zero if there are none, on the device and in the dtype of ``like``."""
+    if not parts:
+        return like.new_zeros(())
+    return torch.stack([part.to(like.device, like.dtype) for part in parts]).sum()
+
+
+def _like(vector: Tensor, gradient: Tensor) -> Tensor:
+    """Give a vector of :func:`_as_vector` the shape of a gradient, and complex numbers if it has them."""
+    if gradient.is_complex():
+        return torch.view_as_complex(vector.view(*gradient.shape, 2))
+    return vector.view(gradient.shape)
+
+
 class GradientAlignment:
     """Running sums over the gradients of one group of domains.
 
@@ -97,15 +111,10 @@ class GradientAlignment:
         if not vectors:
             raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
         first = next(iter(vectors.values()))
-
-        def total(values: Iterable[Tensor]) -> Tensor:
-            return torch.stack([v.to(first.device, first.dtype) for v in values]).sum()
-
-        zero = first.new_zeros(())
-        norm = total(torch.dot(v, v) for v in vectors.values()).sqrt()
         seen = [i for i in vectors if i in self._sums]
-        product = total(torch.dot(vectors[i], self._sums[i]) for i in seen) if seen else zero
-        cosine = total(torch.dot(vectors[i], self._unit_sums[i]) for i in seen) if seen else zero
+        norm = _total([torch.dot(v, v) for v in vectors.values()], first).sqrt()
+        product = _total([torch.dot(vectors[i], self._sums[i]) for i in seen], first)
+        cosine = _total([torch.dot(vectors[i], self._unit_sums[i]) for i in seen], first)
         scale = torch.where(norm > 0, norm, 1.0).reciprocal()
         self._norms.append(norm)
         self._products.append(product)
@@ -137,6 +146,58 @@ class GradientAlignment:
             cosine=torch.stack(self._cosines).sum() / pairs,
             grad_norms=torch.stack(self._norms),
         )
+
+    def total(self, index: int, like: Tensor, *, unit: bool = False) -> Tensor:
+        """Return the sum over domains of one parameter's gradient: the running sum itself, not a copy.
+
+        Args:
+            index: Which parameter; some domain had a gradient for it.
+            like: A gradient of it, for shape and kind.
+            unit: Whether every domain's whole gradient counts with length one.
+
+        Returns:
+            The shape of ``like``, in at least single precision.
+        """
+        return _like((self._unit_sums if unit else self._sums)[index], like)
+
+    @property
+    def indices(self) -> list[int]:
+        """The parameters for which some domain had a gradient, in order."""
+        return sorted(self._sums)
+
+    @torch.no_grad()
+    def dot_unit_total(self, gradient: Sequence[Tensor | None]) -> Tensor:
+        """Return the inner product of a gradient with the sum of the unit gradients.
+
+        Args:
+            gradient: As in :meth:`add`; one that was taken in.
+
+        Returns:
+            Shape ().
+        """
+        vectors = {i: _as_vector(g) for i, g in enumerate(gradient) if g is not None}
+        return _total([torch.dot(v, self._unit_sums[i]) for i, v in vectors.items()], self._norms[0])
+
+    @torch.no_grad()
+    def squared_distance(self, gradient: Sequence[Tensor | None], scale: float) -> Tensor:
+        """Return the squared distance of a gradient from ``scale`` times the sum of those taken in.
+
+        Args:
+            gradient: As in :meth:`add`; None counts as zero.
+            scale: A number.
+
+        Returns:
+            Shape ().
+        """
+        parts = []
+        for index in {*self._sums, *(i for i, g in enumerate(gradient) if g is not None)}:
+            g, total = gradient[index], self._sums.get(index)
+            if g is None or total is None:
+                difference = _as_vector(g) if g is not None else self._sums[index] * scale
+            else:
+                difference = torch.sub(_as_vector(g), total, alpha=scale)
+            parts.append(torch.dot(difference, difference))
+        return _total(parts, self._norms[0])
 
     def __len__(self) -> int:
         return len(self._norms)

@@ -1,0 +1,258 @@
+r"""Hessian-vector products :math:`Hv` of one loss :math:`L(\theta)`, three ways.
+
+``"reverse"``
+    Double backward, :math:`\partial_\theta\,(G(\theta)\cdot v)`: exact; the graph of the gradient is alive. Takes every
+    model whose operations have second derivatives, also with ``autograd.Function`` of the old style, checkpointing and
+    recurrent layers.
+``"forward"``
+    Forward over reverse (Pearlmutter, 1994), ``torch.func.jvp`` of ``torch.func.grad``: exact, no graph of the
+    gradient; every operation needs a forward derivative and must be one that ``torch.func`` transforms.
+``"finite_difference"``
+    :math:`(G(\theta + hv) - G(\theta - hv)) / 2h`: first derivatives only, for models that have no second one. Its
+    error is of order :math:`h^2` and of order (rounding error of the gradient)/h; the step is chosen between the two,
+    :math:`h = \varepsilon^{1/3} (1 + |\theta|) / |v|` with the dtype's machine epsilon.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from torch_gradmatch._checks import check_choice
+
+__all__ = [
+    "HVPS",
+    "Linearization",
+    "differentiable_attention",
+    "first_order",
+    "hessian_vector_product",
+    "linearize",
+]
+
+Loss = Callable[[list[Tensor]], Tensor]
+Vector = Sequence[Tensor | None]  # one tensor for each leaf; None where the loss does not depend on it
+
+
+def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: Any, hvp: str = "reverse") -> Any:
+    r"""Return :math:`Hv`, the Hessian of a loss at some parameters times a vector.
+
+    Args:
+        loss: ``loss(params)`` returns a scalar.
+        params: Tensors, or dictionaries, lists or tuples of tensors.
+        vector: v, in the same structure.
+        hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``.
+
+    Returns:
+        Hv, in the same structure.
+
+    Raises:
+        RuntimeError: If the loss has an operation without the derivative that is needed.
+        ValueError: If ``hvp`` is none of the three or the structures differ.
+
+    Example:
+        >>> import torch
+        >>> theta, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> hessian_vector_product(lambda p: (p**3).sum() + p.prod(), theta, v)  # H = [[6 a, 1], [1, 6 b]]
+        tensor([ 7., 13.])
+    """
+    leaves, structure = tree_flatten(params)
+    parts, structure_of_vector = tree_flatten(vector)
+    if structure != structure_of_vector:
+        raise ValueError(f"vector should have the structure of params, {structure} (got {structure_of_vector})")
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    with differentiable_attention(check_choice("hvp", hvp, HVPS)):
+        products = linearize(hvp, lambda ls: loss(tree_unflatten(ls, structure)), leaves).product(parts)
+    filled = [torch.zeros_like(leaf) if p is None else p for leaf, p in zip(leaves, products, strict=True)]
+    return tree_unflatten(filled, structure)
+
+
+def first_order(loss: Loss, leaves: list[Tensor], *, create_graph: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the value and the gradient of a loss.
+
+    Args:
+        loss: Maps the leaves to a scalar.
+        leaves: Tensors that require a gradient.
+        create_graph: Whether the gradient is to be differentiated again.
+
+    Returns:
+        The loss, detached, and one dense tensor for each leaf, None where the loss does not depend on it.
+    """
+    value = loss(leaves)
+    gradient = torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True)
+    return value.detach(), [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradient]
+
+
+# How torch says that an operation cannot be differentiated again, or not by a transform of torch.func.
+_MISSING_DERIVATIVE = re.compile(
+    "is not implemented|not been implemented|once_differentiable|double backward|setup_context|saved tensor hooks"
+    "|does not support it",
+    re.IGNORECASE,
+)
+
+
+class Linearization(ABC):
+    """The gradient of one loss at one point, and its Hessian there as a product with vectors.
+
+    Args:
+        loss: Maps the leaves to a scalar; gives the same value each time.
+        leaves: The point: tensors that require a gradient.
+    """
+
+    remedy = ""  # what to do if an operation lacks a derivative
+
+    def __init__(self, loss: Loss, leaves: list[Tensor]) -> None:
+        self.loss = loss
+        self.leaves = leaves
+
+    def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Evaluate the loss and its gradient.
+
+        Returns:
+            As :func:`first_order`.
+        """
+        return first_order(self.loss, self.leaves)
+
+    def product(self, vector: Vector) -> list[Tensor | None]:
+        """Return the Hessian times a vector; to be called once.
+
+        Args:
+            vector: One tensor for each leaf; None counts as zero.
+
+        Returns:
+            One tensor for each leaf, None for zero.
+
+        Raises:
+            RuntimeError: If an operation lacks a derivative; the message says which and what to do.
+        """
+        try:
+            return self._product(vector)
+        except (RuntimeError, NotImplementedError) as error:
+            if self.remedy and _MISSING_DERIVATIVE.search(str(error)):
+                raise RuntimeError(f"{self.remedy} What failed: {str(error).splitlines()[0]}") from error
+            raise
+
+    @abstractmethod
+    def _product(self, vector: Vector) -> list[Tensor | None]: ...
+
+
+class _Reverse(Linearization):
+    remedy = (
+        'hvp="reverse" differentiates every operation of the model twice, and one has no second derivative: use '
+        'hvp="finite_difference", which needs first derivatives only, or another implementation of the operation '
+        "(for attention the MATH kernel of scaled_dot_product_attention, or an 'eager' one)."
+    )
+
+    def __init__(self, loss: Loss, leaves: list[Tensor]) -> None:
+        super().__init__(loss, leaves)
+        self._graph: list[Tensor | None] | None = None
+
+    def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
+        value, self._graph = first_order(self.loss, self.leaves, create_graph=True)
+        return value, [None if g is None else g.detach() for g in self._graph]
+
+    def _product(self, vector: Vector) -> list[Tensor | None]:
+        if self._graph is None:
+            self.gradient()
+        graph, self._graph = self._graph or [], None
+        # Where the gradient does not depend on the parameters the second derivative is zero.
+        outputs, cotangents = [], []
+        for g, v in zip(graph, vector, strict=True):
+            if g is not None and g.requires_grad and v is not None:
+                outputs.append(g)
+                cotangents.append(v)
+        if not outputs:
+            return [None] * len(self.leaves)
+        products = torch.autograd.grad(outputs, self.leaves, cotangents, allow_unused=True)
+        return [p if p is None or p.layout == torch.strided else p.to_dense() for p in products]
+
+
+class _Forward(Linearization):
+    remedy = (
+        'hvp="forward" transforms the model by torch.func.jvp and torch.func.grad, which one of its operations does '
+        'not allow: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.'
+    )
+
+    def _product(self, vector: Vector) -> list[Tensor | None]:
+        point = [leaf.detach() for leaf in self.leaves]
+        tangent = [torch.zeros_like(x) if v is None else v.detach() for x, v in zip(point, vector, strict=True)]
+        _, products = jvp(grad(self.loss), (point,), (tangent,))
+        return [p.detach() for p in products]
+
+
+class _FiniteDifference(Linearization):
+    def _product(self, vector: Vector) -> list[Tensor | None]:
+        step, reciprocal = self._step(vector)
+        plus, minus = (self._gradient_at(vector, sign * step) for sign in (1, -1))
+        return [
+            None if a is None or b is None else (a - b) * reciprocal.to(a.device, a.real.dtype)
+            for a, b in zip(plus, minus, strict=True)
+        ]
+
+    def _gradient_at(self, vector: Vector, step: Tensor) -> list[Tensor | None]:
+        with torch.no_grad():
+            displaced = [
+                x.clone() if v is None else x + v * step.to(x.device, v.real.dtype)
+                for x, v in zip(self.leaves, vector, strict=True)
+            ]
+        return first_order(self.loss, [x.requires_grad_() for x in displaced])[1]
+
+    def _step(self, vector: Vector) -> tuple[Tensor, Tensor]:
+        """Return h and 1/2h; both zero for a zero vector. Waits for no accelerator."""
+        epsilon = max(torch.finfo(leaf.dtype).eps for leaf in self.leaves)
+        size, length = _norm(self.leaves), _norm(vector)
+        step = epsilon ** (1 / 3) * (1 + size) / torch.where(length > 0, length, 1.0)
+        zero = torch.zeros_like(step)
+        return torch.where(length > 0, step, zero), torch.where(length > 0, 0.5 / step, zero)
+
+
+def _norm(vector: Vector) -> Tensor:
+    squares = [torch.linalg.vector_norm(v.detach()).double() ** 2 for v in vector if v is not None]
+    return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt() if squares else torch.zeros(())
+
+
+HVPS: dict[str, type[Linearization]] = {
+    "reverse": _Reverse,
+    "forward": _Forward,
+    "finite_difference": _FiniteDifference,
+}
+
+
+def linearize(hvp: str, loss: Loss, leaves: list[Tensor]) -> Linearization:
+    """Make what gives a loss's gradient and Hessian-vector products at one point. Evaluates nothing yet.
+
+    Args:
+        hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``.
+        loss: Maps the leaves to a scalar.
+        leaves: Tensors that require a gradient.
+
+    Returns:
+        The linearization.
+
+    Raises:
+        ValueError: If ``hvp`` is none of the three.
+    """
+    return HVPS[check_choice("hvp", hvp, HVPS)](loss, leaves)
+
+
+def differentiable_attention(hvp: str) -> AbstractContextManager[Any]:
+    """Choose the kernel of scaled dot product attention that has the derivatives needed.
+
+    The default kernels have no second derivative; the MATH kernel has, at the price of holding the matrix of attention
+    weights. It serves for first derivatives, too, where they must match: other kernels draw dropout in another order.
+
+    Args:
+        hvp: The kind of Hessian-vector product; finite differences need no second derivative and leave the choice be.
+
+    Returns:
+        A context manager.
+    """
+    return nullcontext() if hvp == "finite_difference" else sdpa_kernel(SDPBackend.MATH)
