@@ -184,7 +184,7 @@ class _Forward(Linearization):
     def _product(self, vector: Vector) -> list[Tensor | None]:
         point = [leaf.detach() for leaf in self.leaves]
         tangent = [torch.zeros_like(x) if v is None else v.detach() for x, v in zip(point, vector, strict=True)]
-        _, products = jvp(grad(self.loss), (point,), (tangent,))
+        products = jvp(grad(self.loss), (point,), (tangent,))[1]
         return [p.detach() for p in products]
 
 
