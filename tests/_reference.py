@@ -122,6 +122,52 @@ def mean_pairwise_cosine(gradients: list[Tensor]) -> Tensor:
     return mean_pairwise_inner_product([g / g.norm() if g.norm() > 0 else g for g in gradients])
 
 
+def agreement_of(name: str, gradients: list[Tensor]) -> Tensor:
+    """The three agreements as they are written, on flat gradients."""
+    if name == "inner_product":
+        return mean_pairwise_inner_product(gradients)
+    if name == "cosine":
+        return mean_pairwise_cosine(gradients)
+    mean = torch.stack(gradients).mean(dim=0)
+    return -torch.stack([(g - mean).square().sum() for g in gradients]).mean()
+
+
+def naive_idgm(
+    parameters: list[Tensor],
+    losses: list[Callable[[], Tensor]],
+    gamma: float,
+    agreement: str | Callable[[list[Tensor]], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """1/S sum L_i - gamma phi and its gradient by plain autograd, every graph kept. Losses are called in order."""
+    values, gradients = [], []
+    for loss in losses:
+        value = loss()
+        parts = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+        values.append(value)
+        gradients.append(torch.cat([g.reshape(-1) for g in parts]))
+    phi = agreement(gradients) if callable(agreement) else agreement_of(agreement, gradients)
+    objective = torch.stack(values).mean() - gamma * phi
+    gradient = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
+    return objective.detach(), list(gradient)
+
+
+def smooth_fish_direction(
+    losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float, alpha: float
+) -> Tensor:
+    """Gbar + gamma (Gtilde - Gbar), Gtilde the mean of the gradients along a walk by SGD."""
+
+    def gradient(loss: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+        point = point.detach().requires_grad_()
+        return torch.autograd.grad(loss(point), point)[0]
+
+    here = torch.stack([gradient(loss, theta) for loss in losses]).mean(dim=0)
+    along, point = [], theta.detach()
+    for loss in losses:
+        along.append(gradient(loss, point))
+        point = point - alpha * along[-1]
+    return here + gamma * (torch.stack(along).mean(dim=0) - here)
+
+
 def idgm_direction(losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float) -> Tensor:
     """Gbar - gamma dGIP/dtheta by plain autograd, keeping every graph."""
     theta = theta.detach().requires_grad_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from torch_gradmatch.method import MetaLoop, MetaStep
+from torch_gradmatch.method import MetaLoop, MetaStep, needs_closure
 
 __all__ = ["Direction", "DirectionLoop", "copy_buffers", "write_buffers"]
 
@@ -184,16 +183,3 @@ class DirectionLoop(MetaLoop):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: ARG002
         """Forget what the last meta-iteration measured. See ``MetaLoop.load_state_dict``."""
         self.last = None
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer's ``step`` cannot do without a closure, as LBFGS's.
-
-    Args:
-        optimizer: The wrapped optimizer.
-
-    Returns:
-        Whether.
-    """
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty

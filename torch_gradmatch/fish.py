@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,7 @@ from torch_gradmatch._checks import (
 )
 from torch_gradmatch.alignment import GradientAlignment
 from torch_gradmatch.inner_state import NewlyBuilt
-from torch_gradmatch.method import MetaLoop, MetaStep, Method
+from torch_gradmatch.method import MetaLoop, MetaStep, Method, needs_closure
 from torch_gradmatch.slow_buffers import SlowBuffers
 from torch_gradmatch.slow_weights import SlowWeights
 
@@ -283,7 +284,7 @@ class FishLoop(MetaLoop):
 
     # -------------------------------------------------------------------------------------------- meta-iteration
 
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[[], Any]) -> MetaStep:
+    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
         """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
         inner_steps = self.method.inner_steps
         if self.is_open:
@@ -301,14 +302,12 @@ class FishLoop(MetaLoop):
         self._losses = []
         try:
             for index, batch in enumerate(batches):
-                self.optimizer.zero_grad()
-                with record_function("GradMatch.domain_gradient"):
-                    loss = check_loss(loss_fn(batch), index)
-                    self._losses.append(loss.detach())
-                    if loss.device.type == "cpu" and self.method.nonfinite == "raise":
-                        self._refuse_nonfinite_losses(index)  # elsewhere that waits: once, before interpolating
-                    loss.backward()
-                step()
+                closure = partial(self._differentiate, loss_fn, batch, index)
+                if needs_closure(self.optimizer):
+                    step(closure)
+                else:
+                    closure()
+                    step()
             if self.is_open:
                 self.interpolate()
             self.last = replace(self.last or MetaStep(), losses=torch.stack(self._losses))
@@ -318,6 +317,18 @@ class FishLoop(MetaLoop):
         finally:
             self._losses = []
         return self.last
+
+    def _differentiate(self, loss_fn: Callable[[Any], Tensor], batch: Any, index: int) -> Tensor:
+        """Leave the gradient of one domain's loss in ``.grad``; what LBFGS calls again and again."""
+        self.optimizer.zero_grad()
+        with record_function("GradMatch.domain_gradient"):
+            loss = check_loss(loss_fn(batch), index)
+            if index == len(self._losses):  # not again
+                self._losses.append(loss.detach())
+                if loss.device.type == "cpu" and self.method.nonfinite == "raise":
+                    self._refuse_nonfinite_losses(index)  # elsewhere that waits: once, before interpolating
+            loss.backward()
+        return loss
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -9,16 +9,22 @@ r"""Hessian-vector products :math:`Hv` of one loss :math:`L(\theta)`, three ways
     gradient; every operation needs a forward derivative and must be one that ``torch.func`` transforms.
 ``"finite_difference"``
     :math:`(G(\theta + hv) - G(\theta - hv)) / 2h`: first derivatives only, for models that have no second one. Its
-    error is of order :math:`h^2` and of order (rounding error of the gradient)/h; the step is chosen between the two,
-    :math:`h = \varepsilon^{1/3} (1 + |\theta|) / |v|` with the dtype's machine epsilon.
+    error is of order :math:`h^2` and of order (rounding error of the gradient)/h; the step lies between the two,
+    :math:`h = 0.1\,\varepsilon^{1/3} (1 + |\theta|) / |v|` with the dtype's machine epsilon :math:`\varepsilon`.
+    Measured against the exact product for three domains, relative error in fp32 and fp64: MLP with tanh 7e-5 and 9e-11,
+    convolutions with BatchNorm and GELU 7e-5 and 2e-10, Transformer with GELU 9e-5 and 1e-10. With **ReLU** there is
+    no such bound: the exact product leaves out the kinks, a difference crosses them (in fp32 it was 1.2 to 9 times as
+    large as what it was compared with).
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,8 +177,37 @@ class _Reverse(Linearization):
                 cotangents.append(v)
         if not outputs:
             return [None] * len(self.leaves)
+        _refuse_once_differentiable(outputs)
         products = torch.autograd.grad(outputs, self.leaves, cotangents, allow_unused=True)
         return [p if p is None or p.layout == torch.strided else p.to_dense() for p in products]
+
+
+def _refuse_once_differentiable(outputs: Sequence[Tensor]) -> None:
+    """Raise if a backward pass marked as once differentiable took part in a gradient.
+
+    torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet
+    it and miss that part of the Hessian in silence.
+    """
+    waiting = [output.grad_fn for output in outputs]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+@cache
+def _prepare_forward_mode() -> None:
+    """Let torch load its rules for forward mode, which warns of the deprecated means by which torch does so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
 class _Forward(Linearization):
@@ -184,6 +219,7 @@ class _Forward(Linearization):
     def _product(self, vector: Vector) -> list[Tensor | None]:
         point = [leaf.detach() for leaf in self.leaves]
         tangent = [torch.zeros_like(x) if v is None else v.detach() for x, v in zip(point, vector, strict=True)]
+        _prepare_forward_mode()
         products = jvp(grad(self.loss), (point,), (tangent,))[1]
         return [p.detach() for p in products]
 
@@ -209,7 +245,7 @@ class _FiniteDifference(Linearization):
         """Return h and 1/2h; both zero for a zero vector. Waits for no accelerator."""
         epsilon = max(torch.finfo(leaf.dtype).eps for leaf in self.leaves)
         size, length = _norm(self.leaves), _norm(vector)
-        step = epsilon ** (1 / 3) * (1 + size) / torch.where(length > 0, length, 1.0)
+        step = 0.1 * epsilon ** (1 / 3) * (1 + size) / torch.where(length > 0, length, 1.0)
         zero = torch.zeros_like(step)
         return torch.where(length > 0, step, zero), torch.where(length > 0, 0.5 / step, zero)
 

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_choice, check_gamma, check_model, check_positive_int
-from torch_gradmatch.agreement import Agreement, check_agreement
+from torch_gradmatch.agreement import Agreement, check_agreement, inner_product
 from torch_gradmatch.direction import Direction, DirectionLoop
 from torch_gradmatch.functional import IDGMGradient, functional_loss, idgm_grad
 from torch_gradmatch.hvp import HVPS
 from torch_gradmatch.method import MetaStep, Method
 
 __all__ = ["IDGM"]
+
+# gamma times the inner product over the loss. Where an IDGM that works has at most about 1 (for a quadratic loss more
+# than 1 means unbounded below), one that diverges passes 10 soon after it begins to; see tests/test_idgm.py.
+EXPLODED = 10.0
 
 
 @dataclass
@@ -118,6 +122,7 @@ class IDGMLoop(DirectionLoop):
     def __init__(self, method: IDGM, optimizer: Optimizer) -> None:
         super().__init__(optimizer, method.model)
         self.method = method
+        self.first_loss: float | None = None  # its size, in the first meta-iteration
 
     def names(self) -> list[str]:
         """Return the model's name of every parameter of the optimizer, in order.
@@ -166,11 +171,39 @@ class IDGMLoop(DirectionLoop):
         )
 
     def _refuse_divergence(self, found: IDGMGradient) -> None:
+        method = self.method
         gradient = [g for g, reached in zip(found.gradient.values(), found.reached.values(), strict=True) if reached]
-        norm, agreement = self.read_finite(found.losses, gradient, found.agreement)
+        norm, agreement, loss = self.read_finite(found.losses, gradient, found.agreement, found.losses.mean())
         if not (math.isfinite(norm) and math.isfinite(agreement)):
             raise RuntimeError(
                 f"IDGM diverged: the agreement of the gradients is {agreement} and the direction has norm {norm}, with "
-                f"gamma={self.method.gamma}. Nothing was changed: lower gamma, or use agreement='variance', which is "
+                f"gamma={method.gamma}. Nothing was changed: lower gamma, or use agreement='variance', which is "
                 "bounded"
             )
+        begins = self.first_loss is None
+        if self.first_loss is None:
+            self.first_loss = abs(loss)
+        matching = method.gamma * agreement
+        scale = max(abs(loss), self.first_loss)
+        if check_agreement(method.agreement) is inner_product and matching > EXPLODED * scale:
+            history = "" if begins else "; earlier meta-iterations have led here, so go back to a checkpoint"
+            raise RuntimeError(
+                f"IDGM diverges: gamma times the inner product is {matching:.3g} but the mean loss {loss:.3g} (in the "
+                f"first meta-iteration {self.first_loss:.3g}), with gamma={method.gamma}. The inner product is "
+                "unbounded, and training would only raise the gradients. Nothing was changed by this meta_step()"
+                f"{history}. Lower gamma, or use agreement='variance', which is bounded"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the check against divergence compares with. See ``MetaLoop.state_dict``."""
+        return {"first_loss": self.first_loss}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if the state is malformed. See ``MetaLoop.check_state_dict``."""
+        if "first_loss" not in state or not isinstance(state["first_loss"], float | None):
+            raise ValueError("the state dict's 'first_loss' is missing or malformed")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
+        super().load_state_dict(state)
+        self.first_loss = state["first_loss"]

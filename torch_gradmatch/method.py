@@ -6,6 +6,7 @@ A new method is one new file: a :class:`Method` with the settings, whose :meth:`
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["MetaLoop", "MetaStep", "Method"]
+__all__ = ["MetaLoop", "MetaStep", "Method", "needs_closure"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class MetaLoop(ABC):
         """Carry out ``GradMatch.rollback``."""
 
     @abstractmethod
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[[], Any]) -> MetaStep:
+    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
         """Carry out ``GradMatch.meta_step``.
 
         Args:
@@ -127,3 +128,16 @@ class MetaLoop(ABC):
         Args:
             state: What :meth:`state_dict` once returned.
         """
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer's ``step`` cannot do without a closure, as LBFGS's.
+
+    Args:
+        optimizer: The wrapped optimizer.
+
+    Returns:
+        Whether.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
