@@ -150,7 +150,7 @@ class Once(torch.autograd.Function):
 
 
 class OldStyle(torch.autograd.Function):
-    """A square without ``setup_context``, which torch.func refuses."""
+    """A square without ``jvp``, which has no forward derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def test_without_second_derivative_the_remedy_is_named_and_works():
 
     with pytest.raises(RuntimeError, match=r'hvp="finite_difference", which needs first derivatives only.*once_diff'):
         hessian_vector_product(loss, theta, v, "reverse")
-    with pytest.raises(RuntimeError, match=r'use hvp="reverse", which asks less.*setup_context'):
+    with pytest.raises(RuntimeError, match=r'use hvp="reverse", which asks less.*implement the jvp'):
         hessian_vector_product(loss, theta, v, "forward")
     found = hessian_vector_product(loss, theta, v, "finite_difference")
     torch.testing.assert_close(found, 12 * theta**2 * v, rtol=1e-6, atol=1e-6)

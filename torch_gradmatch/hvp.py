@@ -5,8 +5,9 @@ r"""Hessian-vector products :math:`Hv` of one loss :math:`L(\theta)`, three ways
     model whose operations have second derivatives, also with ``autograd.Function`` of the old style, checkpointing and
     recurrent layers.
 ``"forward"``
-    Forward over reverse (Pearlmutter, 1994), ``torch.func.jvp`` of ``torch.func.grad``: exact, no graph of the
-    gradient; every operation needs a forward derivative and must be one that ``torch.func`` transforms.
+    Forward over reverse (Pearlmutter, 1994), the ``jvp`` of ``grad``: exact, no graph of the gradient; every operation
+    needs a forward derivative. By the dual numbers that ``torch.func.jvp`` is made of and not by its wrapped tensors,
+    in which dropout puts the same random numbers into other places than a plain forward pass does.
 ``"finite_difference"``
     :math:`(G(\theta + hv) - G(\theta - hv)) / 2h`: first derivatives only, for models that have no second one. Its
     error is of order :math:`h^2` and of order (rounding error of the gradient)/h; the step lies between the two,
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -97,10 +98,10 @@ def first_order(loss: Loss, leaves: list[Tensor], *, create_graph: bool = False)
     return value.detach(), [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradient]
 
 
-# How torch says that an operation cannot be differentiated again, or not by a transform of torch.func.
+# How torch says that an operation cannot be differentiated again, or not in forward mode.
 _MISSING_DERIVATIVE = re.compile(
-    "is not implemented|not been implemented|once_differentiable|double backward|setup_context|saved tensor hooks"
-    "|does not support it",
+    "is not implemented|not been implemented|once_differentiable|double backward"
+    "|does not support it|must implement the jvp|different number of tensors was saved",
     re.IGNORECASE,
 )
 
@@ -187,6 +188,12 @@ def _refuse_once_differentiable(outputs: Sequence[Tensor]) -> None:
 
     torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet
     it and miss that part of the Hessian in silence.
+
+    Args:
+        outputs: The gradient, with its graph.
+
+    Raises:
+        RuntimeError: If there is one.
     """
     waiting = [output.grad_fn for output in outputs]
     seen = set(waiting)
@@ -205,23 +212,27 @@ def _refuse_once_differentiable(outputs: Sequence[Tensor]) -> None:
 @cache
 def _prepare_forward_mode() -> None:
     """Let torch load its rules for forward mode, which warns of the deprecated means by which torch does so."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
-        jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 class _Forward(Linearization):
     remedy = (
-        'hvp="forward" transforms the model by torch.func.jvp and torch.func.grad, which one of its operations does '
-        'not allow: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.'
+        'hvp="forward" takes forward derivatives of every operation of the model and of its backward pass, and one '
+        'has none: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.'
     )
 
     def _product(self, vector: Vector) -> list[Tensor | None]:
-        point = [leaf.detach() for leaf in self.leaves]
-        tangent = [torch.zeros_like(x) if v is None else v.detach() for x, v in zip(point, vector, strict=True)]
         _prepare_forward_mode()
-        products = jvp(grad(self.loss), (point,), (tangent,))[1]
-        return [p.detach() for p in products]
+        with forward_ad.dual_level():
+            duals = [
+                leaf if v is None else forward_ad.make_dual(leaf.detach().requires_grad_(), v.detach())
+                for leaf, v in zip(self.leaves, vector, strict=True)
+            ]
+            gradient = torch.autograd.grad(self.loss(duals), duals, allow_unused=True)
+            tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient]
+        return [None if t is None else t.detach() for t in tangents]
 
 
 class _FiniteDifference(Linearization):
