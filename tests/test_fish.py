@@ -120,6 +120,18 @@ def test_meta_step_is_the_manual_loop(inner_state: str, buffers: str):
         assert report.inner_product is report.cosine is report.grad_norms is None
 
 
+def test_meta_step_with_an_optimizer_that_needs_a_closure():
+    model = FeatureNet(torch.Generator().manual_seed(0))
+    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build("LBFGS", m), 0.7)
+    optimizer = GradMatch(build("LBFGS", model), Fish(0.7, model=model))
+    batches = make_batches(torch.Generator().manual_seed(2), 3)
+    report = optimizer.meta_step(lambda b: loss_of(model, b), batches)
+    losses = [oracle.step(lambda m, b=b: loss_of(m, b)) for b in batches]
+    oracle.interpolate()
+    assert_same_model(model, oracle.model, rtol=1e-9)
+    torch.testing.assert_close(report.losses, torch.stack(losses).detach())
+
+
 def test_without_a_model_buffers_keep_their_latest_value():
     model = FeatureNet(torch.Generator().manual_seed(0))
     oracle = ReferenceFish(copy.deepcopy(model), lambda m: build("SGD", m), 0.5, buffers="latest")
@@ -146,9 +158,9 @@ def test_two_parameters_on_the_same_storage():
 # ------------------------------------------------------------------------------------------------------ the theorem
 
 
-def quartic_losses(generator: torch.Generator, domains: int, size: int) -> list[Any]:
-    """Smooth losses with third derivatives, each with its own data."""
-    data = [torch.randn(6, size, generator=generator, dtype=torch.float64) for _ in range(domains)]
+def quartic_losses(generator: torch.Generator, domains: int, size: int, scale: float = 1.0) -> list[Any]:
+    """Smooth losses with third derivatives, each with its own data; curvature grows with the square of the scale."""
+    data = [scale * torch.randn(6, size, generator=generator, dtype=torch.float64) for _ in range(domains)]
     targets = [torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(domains)]
     return [
         lambda theta, x=x, y=y: (torch.tanh(x @ theta) - y).square().mean() for x, y in zip(data, targets, strict=True)

@@ -180,19 +180,19 @@ class IDGMLoop(DirectionLoop):
                 f"gamma={method.gamma}. Nothing was changed: lower gamma, or use agreement='variance', which is "
                 "bounded"
             )
-        begins = self.first_loss is None
-        if self.first_loss is None:
-            self.first_loss = abs(loss)
+        first_loss = abs(loss) if self.first_loss is None else self.first_loss
         matching = method.gamma * agreement
-        scale = max(abs(loss), self.first_loss)
-        if check_agreement(method.agreement) is inner_product and matching > EXPLODED * scale:
-            history = "" if begins else "; earlier meta-iterations have led here, so go back to a checkpoint"
+        exploded = matching > EXPLODED * max(abs(loss), first_loss)
+        if exploded and check_agreement(method.agreement) is inner_product:
+            history = "; earlier meta-iterations have led here, so go back to a checkpoint"
             raise RuntimeError(
                 f"IDGM diverges: gamma times the inner product is {matching:.3g} but the mean loss {loss:.3g} (in the "
-                f"first meta-iteration {self.first_loss:.3g}), with gamma={method.gamma}. The inner product is "
-                "unbounded, and training would only raise the gradients. Nothing was changed by this meta_step()"
-                f"{history}. Lower gamma, or use agreement='variance', which is bounded"
+                f"first meta-iteration {first_loss:.3g}), with gamma={method.gamma}. The inner product is unbounded, "
+                "and training would only raise the gradients. Nothing was changed by this meta_step()"
+                f"{'' if self.first_loss is None else history}. Lower gamma, or use agreement='variance', which is "
+                "bounded"
             )
+        self.first_loss = first_loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the check against divergence compares with. See ``MetaLoop.state_dict``."""
