@@ -34,6 +34,7 @@ class Run:
         title: its name for readers.
         iteration: meta-iterations at each point of the curves.
         gradient_evaluations: the same in gradients of one batch.
+        hessian_products: the same in Hessian-vector products of one batch.
         train_accuracy: on a fixed sample of the training images.
         validation_accuracy: on training colours, worn by either shape.
         unseen_accuracy: on colours that training never shows.
@@ -48,6 +49,7 @@ class Run:
     title: str
     iteration: list[int] = field(default_factory=list)
     gradient_evaluations: list[int] = field(default_factory=list)
+    hessian_products: list[int] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
     unseen_accuracy: list[float] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Run:
             "validation_accuracy": self.validation_accuracy[-1],
             "unseen_accuracy": self.unseen_accuracy[-1],
             "gradient_evaluations": self.gradient_evaluations[-1],
+            "hessian_products": self.hessian_products[-1],
             "seconds": self.seconds,
             "mean_inner_product": float(np.mean(self.inner_product[1:])),
             "mean_cosine": float(np.mean(self.cosine[1:])),
@@ -86,21 +89,17 @@ class Display:
     """Shows how far the runs are: progress bars on a terminal, elsewhere a line at every tenth of the way.
 
     Args:
-        titles: what to call each method.
-        iterations: meta-iterations of each.
+        lengths: what to call each method, and its number of meta-iterations.
     """
 
-    def __init__(self, titles: Mapping[str, str], iterations: int) -> None:
-        self.titles = titles
-        self.iterations = iterations
+    def __init__(self, lengths: Mapping[str, tuple[str, int]]) -> None:
+        self.lengths = lengths
         self.started = time.perf_counter()
-        self.tenths = dict.fromkeys(titles, 0)
+        self.tenths = dict.fromkeys(lengths, 0)
         self.bars: dict[str, tqdm] = {}
         if sys.stderr.isatty():
-            for position, name in enumerate(titles):
-                self.bars[name] = tqdm(
-                    total=iterations, desc=f"{self.titles[name]:5}", unit="meta-it", position=position
-                )
+            for position, (name, (title, iterations)) in enumerate(lengths.items()):
+                self.bars[name] = tqdm(total=iterations, desc=f"{title:5}", unit="meta-it", position=position)
 
     def __enter__(self) -> Display:
         return self
@@ -112,13 +111,14 @@ class Display:
     def show(self, progress: Progress) -> None:
         """Take note of news."""
         name, iteration, unseen_accuracy = progress
+        title, iterations = self.lengths[name]
         if bar := self.bars.get(name):
             bar.set_postfix_str(f"unseen colours {unseen_accuracy:.3f}", refresh=False)
             bar.update(iteration - bar.n)
-        elif (tenth := 10 * iteration // self.iterations) > self.tenths[name]:
+        elif (tenth := 10 * iteration // iterations) > self.tenths[name]:
             self.tenths[name] = tenth
             print(
-                f"{self.titles[name]:5} {iteration:6}/{self.iterations} meta-iterations, unseen colours "
+                f"{title:5} {iteration:6}/{iterations} meta-iterations, unseen colours "
                 f"{unseen_accuracy:.3f}, {time.perf_counter() - self.started:.0f} s",
                 file=sys.stderr,
                 flush=True,
@@ -131,7 +131,7 @@ def table(runs: Sequence[Run]) -> str:
     Returns:
         Lines of text.
     """
-    heads = ("method", "train accuracy", "unseen colours", "gradient evaluations", "seconds", "mean inner product")
+    heads = ("method", "train accuracy", "unseen colours", "gradients", "Hv", "seconds", "mean inner product")
     rows = [heads]
     for run in runs:
         final = run.final()
@@ -141,6 +141,7 @@ def table(runs: Sequence[Run]) -> str:
                 f"{final['train_accuracy']:.3f}",
                 f"{final['unseen_accuracy']:.3f}",
                 f"{final['gradient_evaluations']}",
+                f"{final['hessian_products']}",
                 f"{final['seconds']:.0f}",
                 f"{final['mean_inner_product']:.2e}",
             )
@@ -172,8 +173,11 @@ def save_figure(path: Path, data: CdSprites, runs: Sequence[Run]) -> None:
     plot_alignment(cosines, cosine, quantity="cosine", smoothing=SMOOTHED)
     inner_product.set_title("Gradients of two training domains, mean over all pairs", fontsize=12)
     evaluations = runs[0].gradient_evaluations[-1] // runs[0].iteration[-1]
+    products = (
+        "; of Exact as many Hessian-vector products, too" if any(run.hessian_products[-1] for run in runs) else ""
+    )
     cosine.set_xlabel(
-        f"meta-iteration ({evaluations} gradient evaluations each)\n"
+        f"meta-iteration ({evaluations} gradients each{products})\n"
         f"thin: every measurement; thick: its mean with up to {SMOOTHED} before and after"
     )
     for ax in (accuracy, inner_product, cosine):
