@@ -246,6 +246,32 @@ def test_a_closure_that_lbfgs_calls_again():
     assert_same_model(model, oracle, rtol=1e-8)
 
 
+def test_evaluations_of_one_step_draw_the_same_random_numbers():
+    """LBFGS on a network with dropout: a deterministic objective, and afterwards the generator has moved once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    batches = [torch.randn(6, 4, dtype=torch.float64) + i for i in range(3)]
+    seen = []
+
+    def loss_fn(x: Tensor) -> Tensor:
+        seen.append(torch.rand(()).item())
+        return (model(x) - 1).square().mean()
+
+    settings: dict[str, Any] = {"lr": 0.5, "max_iter": 5, "line_search_fn": "strong_wolfe"}
+    for method in (IDGM(model, 0.1, "variance"), SmoothFish(1.0, 0.01, model)):
+        optimizer = GradMatch(torch.optim.LBFGS(model.parameters(), **settings), method)
+        seen.clear()
+        torch.manual_seed(1)
+        optimizer.meta_step(loss_fn, batches)
+        next_number = torch.rand(())
+        assert len(seen) > 10
+        assert len(set(seen)) == 3  # one for each domain
+        torch.manual_seed(1)
+        for x in batches:
+            loss_fn(x)
+        assert torch.equal(torch.rand(()), next_number)
+
+
 def test_a_schedule_and_a_hook_see_one_step_for_each_meta_iteration():
     model = FeatureNet(torch.Generator().manual_seed(0))
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 0.1))

@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from torch_gradmatch.method import MetaLoop, MetaStep, needs_closure
+from torch_gradmatch.random_state import RandomState, devices_of
 
 __all__ = ["Direction", "DirectionLoop", "copy_buffers", "write_buffers"]
 
@@ -81,7 +82,7 @@ class DirectionLoop(MetaLoop):
         self.model = model
 
     @abstractmethod
-    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any]) -> Direction:
+    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
         """Work out the direction at the present parameters.
 
         Parameters, buffers and ``.grad`` are afterwards as before, also if it raises.
@@ -89,6 +90,7 @@ class DirectionLoop(MetaLoop):
         Args:
             loss_fn: ``loss_fn(batch)`` returns a scalar.
             batches: One batch of each domain, at least one.
+            check: Whether to refuse what is not finite or diverges, if the method does so.
 
         Returns:
             The direction and what was measured.
@@ -145,25 +147,42 @@ class DirectionLoop(MetaLoop):
 
     def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
         """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
+        random_state = None
+        if needs_closure(self.optimizer):
+            random_state = RandomState.capture(devices_of(self.parameters(), batches))
         found = self.evaluate(loss_fn, batches)
         self._assign(found.gradient)
         if self.model is not None and found.buffers is not None:
             write_buffers(self.model, found.buffers)
-        if needs_closure(self.optimizer):
-            step(self._closure(found, loss_fn, batches))
-        else:
+        if random_state is None:
             step()
+        else:
+            step(self._closure(found, loss_fn, batches, random_state))
         self.last = found.report
         return found.report
 
     def _closure(
-        self, found: Direction, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any]
+        self,
+        found: Direction,
+        loss_fn: Callable[[Any], Tensor],
+        batches: Sequence[Any],
+        random_state: RandomState,
     ) -> Callable[[], Tensor]:
-        """Return a closure for an optimizer that evaluates more than once; the first time it knows the answer."""
+        """Return a closure for an optimizer that evaluates more than once, always with the same random numbers.
+
+        The first time it knows the answer. A line search may look at points where nothing is finite, so they are not
+        refused.
+        """
         first = [found]
 
         def closure() -> Tensor:
-            now = first.pop() if first else self.evaluate(loss_fn, batches)
+            if first:
+                now = first.pop()
+            else:
+                after = RandomState.capture(devices_of(self.parameters(), batches))
+                random_state.restore()
+                now = self.evaluate(loss_fn, batches, check=False)
+                after.restore()
             self._assign(now.gradient)
             return now.objective
 

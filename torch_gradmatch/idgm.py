@@ -36,8 +36,9 @@ class IDGM(Method):
     r"""Minimize :math:`\frac1S\sum_i L_i - \gamma\,\phi(G_1,\ldots,G_S)` itself (equation 4), by ``meta_step``.
 
     **The inner product is unbounded**: with gamma too large the objective falls for ever while the gradients grow, and
-    the model diverges. Near ``fish_gamma(lr, S)`` it does about what Fish does. ``agreement="variance"`` and
-    ``"cosine"`` are bounded; variance with gamma around 1 trains well.
+    the model diverges; or, where the gradients cannot grow, training settles where they are large and agree, because
+    nothing is learnt. Warm up by ordinary training. Near ``fish_gamma(lr, S)`` it does about what Fish does.
+    ``agreement="variance"`` and ``"cosine"`` are bounded; variance with gamma around 1 trains well.
 
     Attributes:
         model: The model. Its parameters and buffers are passed functionally (``torch.func.functional_call``), so that
@@ -144,7 +145,7 @@ class IDGMLoop(DirectionLoop):
                 )
         return [name_of[id(p)] for p in parameters]
 
-    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any]) -> Direction:
+    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
         """Work out the gradient of the objective. See ``DirectionLoop.evaluate``."""
         method = self.method
         name_of = dict(zip(self.parameters(), self.names(), strict=True))
@@ -160,7 +161,7 @@ class IDGMLoop(DirectionLoop):
             keep_graphs=method.keep_graphs,
             buffers=dict(method.model.named_buffers()),
         )
-        if method.nonfinite == "raise":
+        if check and method.nonfinite == "raise":
             self._refuse_divergence(found)
         measured = found.alignment
         return Direction(

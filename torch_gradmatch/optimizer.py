@@ -23,7 +23,8 @@ class GradMatch(Optimizer):
     A real ``torch.optim.Optimizer``: learning-rate schedulers, ``GradScaler``, hooks, closures, deepcopy and pickle
     work. Parameter groups and defaults *are* the wrapped optimizer's, at all times; nothing is ever written into its
     ``state``. With :class:`~torch_gradmatch.Fish`, the model's parameters are the fast weights :math:`\tilde\theta`
-    during an inner loop and the slow weights :math:`\theta` between two.
+    during an inner loop and the slow weights :math:`\theta` between two. :class:`~torch_gradmatch.SmoothFish` and
+    :class:`~torch_gradmatch.IDGM` hand the wrapped optimizer a gradient of their own, one in each meta-iteration.
 
     Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 
@@ -122,7 +123,8 @@ class GradMatch(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of the wrapped optimizer; under ``Fish(inner_steps=S)`` every S-th also interpolates.
 
-        A step that raises does not count, and neither does one that a ``GradScaler`` skips.
+        Under ``IDGM`` and ``SmoothFish``, whose steps are taken by :meth:`meta_step`, this is ordinary training. A step
+        that raises does not count, and neither does one that a ``GradScaler`` skips.
 
         Args:
             closure: Re-evaluates the model and returns the loss; passed on to the wrapped optimizer.
@@ -139,7 +141,8 @@ class GradMatch(Optimizer):
         r"""Close the inner loop: :math:`\theta \leftarrow \theta + \epsilon(\tilde\theta - \theta)`.
 
         Raises:
-            RuntimeError: If no inner step was taken since the last interpolation, or the inner loop diverged.
+            RuntimeError: If no inner step was taken since the last interpolation, the inner loop diverged, or the
+                method has none.
         """
         self._loop.interpolate()
 
@@ -155,6 +158,8 @@ class GradMatch(Optimizer):
         """Carry out one whole meta-iteration by the chosen method.
 
         If anything raises on the way, parameters and followed buffers are back at what they were before the call.
+        (Under ``IDGM`` and ``SmoothFish``: anything but the wrapped optimizer's own step, which comes last. Until then
+        ``.grad``, too, is as it was.)
 
         Args:
             loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
@@ -164,10 +169,11 @@ class GradMatch(Optimizer):
             What was measured.
 
         Raises:
-            RuntimeError: In the middle of a manual inner loop, or if the inner loop diverged.
+            RuntimeError: In the middle of a manual inner loop; if training diverges; under ``IDGM`` if an operation
+                lacks the derivative needed. The message says what to do.
             TypeError: If a loss is not a tensor.
-            ValueError: If there are no batches or not as many as ``Fish(inner_steps=S)`` says, or a loss is not a
-                scalar, not finite or depends on no parameter.
+            ValueError: If there are no batches (under ``IDGM`` and ``SmoothFish``: fewer than two), or not as many as
+                ``Fish(inner_steps=S)`` says, or a loss is not a scalar, not finite or depends on no parameter.
 
         Example:
             >>> import torch

@@ -123,7 +123,7 @@ class SmoothFishLoop(DirectionLoop):
         self.method = method
         self.slow_weights = SlowWeights(state, None)
 
-    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any]) -> Direction:
+    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
         """Work out the direction. See ``DirectionLoop.evaluate``."""
         domains = check_num_domains(len(batches))
         gamma, step = check_gamma(self.method.gamma), check_positive_number("inner_lr", self.method.inner_lr)
@@ -167,7 +167,7 @@ class SmoothFishLoop(DirectionLoop):
             direction[parameters[i]] = mean.to(parameters[i].dtype)
         stacked = torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses])
         measured = sums.result()
-        if self.method.nonfinite == "raise":
+        if check and self.method.nonfinite == "raise":
             norm = self.read_finite(stacked, list(direction.values()))[0]
             if not math.isfinite(norm):
                 raise RuntimeError(
