@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -203,6 +203,23 @@ def check_loss(loss: object, batch_index: int) -> Tensor:
             "was it computed under torch.no_grad() or detached?"
         )
     return loss.reshape(())
+
+
+def check_reached(gradient: Sequence[Tensor | None], batch_index: int) -> None:
+    """Raise if a loss depends on none of the parameters that are trained.
+
+    Args:
+        gradient: One tensor for each parameter, None where the loss does not depend on it.
+        batch_index: Position of the batch in the meta-iteration, for the message.
+
+    Raises:
+        ValueError: If all are None.
+    """
+    if all(g is None for g in gradient):
+        raise ValueError(
+            f"the loss of batch {batch_index} depends on none of the parameters that the optimizer trains: "
+            "does loss_fn call the model that they are of?"
+        )
 
 
 def check_count(name: str, value: Any) -> int:

@@ -147,17 +147,30 @@ class DirectionLoop(MetaLoop):
 
     def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
         """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
-        random_state = None
-        if needs_closure(self.optimizer):
-            random_state = RandomState.capture(devices_of(self.parameters(), batches))
-        found = self.evaluate(loss_fn, batches)
-        self._assign(found.gradient)
-        if self.model is not None and found.buffers is not None:
-            write_buffers(self.model, found.buffers)
-        if random_state is None:
-            step()
-        else:
-            step(self._closure(found, loss_fn, batches, random_state))
+        parameters = self.parameters()
+        gradients = [p.grad for p in parameters]
+        buffers = None if self.model is None else copy_buffers(self.model)
+        again = needs_closure(self.optimizer)
+        # An optimizer that evaluates again has moved the parameters when the loss raises.
+        values = [p.detach().clone() for p in parameters] if again else []
+        random_state = RandomState.capture(devices_of(parameters, batches)) if again else None
+        try:
+            found = self.evaluate(loss_fn, batches)
+            self._assign(found.gradient)
+            if self.model is not None and found.buffers is not None:
+                write_buffers(self.model, found.buffers)
+            if random_state is None:
+                step()
+            else:
+                step(self._closure(found, loss_fn, batches, random_state))
+        except BaseException:
+            with torch.no_grad():
+                for p, value in zip(parameters, values, strict=False):
+                    p.copy_(value)
+            self._assign(gradients)
+            if self.model is not None and buffers is not None:
+                write_buffers(self.model, buffers)
+            raise
         self.last = found.report
         return found.report
 

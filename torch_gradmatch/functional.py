@@ -30,7 +30,14 @@ from torch.func import functional_call, grad_and_value
 from torch.profiler import record_function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from torch_gradmatch._checks import check_choice, check_gamma, check_hvp_domains, check_loss, check_num_domains
+from torch_gradmatch._checks import (
+    check_choice,
+    check_gamma,
+    check_hvp_domains,
+    check_loss,
+    check_num_domains,
+    check_reached,
+)
 from torch_gradmatch.agreement import Agreement, RunningAgreement, check_agreement, running_agreement
 from torch_gradmatch.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.alignment import Alignment, GradientAlignment
@@ -289,7 +296,8 @@ def idgm_grad(
         batches: One of each of S >= 2 domains.
         gamma: Strength of the matching, at least 0; at 0 there is no second pass.
         agreement: As in :func:`idgm_loss`.
-        hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see :mod:`torch_gradmatch.hvp`.
+        hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see :mod:`torch_gradmatch.hvp`. The last moves the
+            parameters for the time of an evaluation.
         hvp_domains: In the second pass take only this many domains, drawn at random, and weigh them by
             S/``hvp_domains``: unbiased. None for all.
         keep_graphs: Keep the graph of each domain's gradient from the first pass (with the two hvps that have none,
@@ -325,7 +333,8 @@ def idgm_grad(
     if gamma == 0:
         chosen = []
     flat, structure = tree_flatten(params)
-    leaves = [leaf.detach().requires_grad_() for leaf in flat]
+    # A model's own parameters stay themselves: a loss may use them past the model, as a penalty on a list of them does.
+    leaves = [leaf if leaf.is_leaf and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in flat]
     sums = GradientAlignment()
     phi = running_agreement(agreement, sums, domains, params)
     passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp)
@@ -381,6 +390,7 @@ class _TwoPasses:
                     self._kept[i] = (linearization, gradient)
                 else:
                     loss, gradient = first_order(domain, self._leaves)
+            check_reached(gradient, i)
             losses.append(loss)
             phi.add(gradient)
             sums.add(gradient)

@@ -23,8 +23,8 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -94,14 +94,18 @@ def first_order(loss: Loss, leaves: list[Tensor], *, create_graph: bool = False)
         The loss, detached, and one dense tensor for each leaf, None where the loss does not depend on it.
     """
     value = loss(leaves)
+    return value.detach(), _differentiate(value, leaves, create_graph=create_graph)
+
+
+def _differentiate(value: Tensor, leaves: list[Tensor], *, create_graph: bool) -> list[Tensor | None]:
     gradient = torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True)
-    return value.detach(), [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradient]
+    return [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradient]
 
 
 # How torch says that an operation cannot be differentiated again, or not in forward mode.
 _MISSING_DERIVATIVE = re.compile(
     "is not implemented|not been implemented|once_differentiable|double backward"
-    "|does not support it|must implement the jvp|different number of tensors was saved",
+    "|does not support it|must implement the jvp|different number of tensors was saved|donated buffer",
     re.IGNORECASE,
 )
 
@@ -140,15 +144,21 @@ class Linearization(ABC):
         Raises:
             RuntimeError: If an operation lacks a derivative; the message says which and what to do.
         """
-        try:
+        with self._explaining():
             return self._product(vector)
+
+    @abstractmethod
+    def _product(self, vector: Vector) -> list[Tensor | None]: ...
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Say what to do where torch says that an operation lacks a derivative."""
+        try:
+            yield
         except (RuntimeError, NotImplementedError) as error:
             if self.remedy and _MISSING_DERIVATIVE.search(str(error)):
                 raise RuntimeError(f"{self.remedy} What failed: {str(error).splitlines()[0]}") from error
             raise
-
-    @abstractmethod
-    def _product(self, vector: Vector) -> list[Tensor | None]: ...
 
 
 class _Reverse(Linearization):
@@ -163,12 +173,15 @@ class _Reverse(Linearization):
         self._graph: list[Tensor | None] | None = None
 
     def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
-        value, self._graph = first_order(self.loss, self.leaves, create_graph=True)
+        value = self.loss(self.leaves)
+        with self._explaining():
+            self._graph = _differentiate(value, self.leaves, create_graph=True)
+        value = value.detach()
         return value, [None if g is None else g.detach() for g in self._graph]
 
     def _product(self, vector: Vector) -> list[Tensor | None]:
         if self._graph is None:
-            self.gradient()
+            self._graph = first_order(self.loss, self.leaves, create_graph=True)[1]
         graph, self._graph = self._graph or [], None
         # Where the gradient does not depend on the parameters the second derivative is zero.
         outputs, cotangents = [], []
@@ -230,7 +243,15 @@ class _Forward(Linearization):
                 leaf if v is None else forward_ad.make_dual(leaf.detach().requires_grad_(), v.detach())
                 for leaf, v in zip(self.leaves, vector, strict=True)
             ]
-            gradient = torch.autograd.grad(self.loss(duals), duals, allow_unused=True)
+            # With create_graph some backward passes (SiLU's) are made of operations that have forward derivatives.
+            both = [*duals, *self.leaves]
+            every = torch.autograd.grad(self.loss(duals), both, allow_unused=True, create_graph=True)
+            gradient, past = every[: len(duals)], every[len(duals) :]
+            if any(g is not None for g, d, x in zip(past, duals, self.leaves, strict=True) if d is not x):
+                raise RuntimeError(
+                    'hvp="forward" puts other tensors into the model for a while, and the loss uses a parameter past '
+                    'the model: use hvp="reverse"'
+                )
             tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient]
         return [None if t is None else t.detach() for t in tangents]
 
@@ -245,12 +266,25 @@ class _FiniteDifference(Linearization):
         ]
 
     def _gradient_at(self, vector: Vector, step: Tensor) -> list[Tensor | None]:
+        """Return the gradient at the displaced leaves.
+
+        They are moved in place and set back, so that everything that uses them sees it: a penalty on them past the
+        model, and what checkpointing computes again in the backward pass.
+        """
+        moving = [(x, v) for x, v in zip(self.leaves, vector, strict=True) if v is not None]
         with torch.no_grad():
-            displaced = [
-                x.clone() if v is None else x + v * step.to(x.device, v.real.dtype)
-                for x, v in zip(self.leaves, vector, strict=True)
-            ]
-        return first_order(self.loss, [x.requires_grad_() for x in displaced])[1]
+            values = [x.clone() for x, _ in moving]
+        try:
+            with torch.no_grad():
+                for x, v in moving:
+                    x.add_(v * step.to(x.device, v.real.dtype))
+            torch.clear_autocast_cache()
+            return first_order(self.loss, self.leaves)[1]
+        finally:
+            with torch.no_grad():
+                for (x, _), value in zip(moving, values, strict=True):
+                    x.copy_(value)
+            torch.clear_autocast_cache()
 
     def _step(self, vector: Vector) -> tuple[Tensor, Tensor]:
         """Return h and 1/2h; both zero for a zero vector. Waits for no accelerator."""

@@ -193,7 +193,14 @@ class IDGMLoop(DirectionLoop):
                 f"{'' if self.first_loss is None else history}. Lower gamma, or use agreement='variance', which is "
                 "bounded"
             )
-        self.first_loss = first_loss
+
+    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
+        """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
+        report = super().meta_step(loss_fn, batches, step)
+        if self.first_loss is None and self.method.nonfinite == "raise":
+            assert report.losses is not None
+            self.first_loss = abs(float(report.losses.mean()))
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the check against divergence compares with. See ``MetaLoop.state_dict``."""

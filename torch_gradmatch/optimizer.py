@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -135,7 +136,10 @@ class GradMatch(Optimizer):
         Raises:
             RuntimeError: If the inner loop diverged (see ``Fish.nonfinite``). The slow weights are intact.
         """
-        return self._loop.step(closure)
+        try:
+            return self._loop.step(closure)
+        finally:
+            torch.clear_autocast_cache()  # autocast around several steps would go on with the weights of the first
 
     def interpolate(self) -> None:
         r"""Close the inner loop: :math:`\theta \leftarrow \theta + \epsilon(\tilde\theta - \theta)`.
@@ -145,6 +149,7 @@ class GradMatch(Optimizer):
                 method has none.
         """
         self._loop.interpolate()
+        torch.clear_autocast_cache()
 
     def rollback(self) -> None:
         """Abandon the inner loop: parameters (and buffers, if followed) return to the slow weights, exactly.
@@ -153,13 +158,14 @@ class GradMatch(Optimizer):
         if that holds NaN or infinity it is reset, with a warning, since no later step could recover.
         """
         self._loop.rollback()
+        torch.clear_autocast_cache()
 
     def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Iterable[Any]) -> MetaStep:
         """Carry out one whole meta-iteration by the chosen method.
 
         If anything raises on the way, parameters and followed buffers are back at what they were before the call.
-        (Under ``IDGM`` and ``SmoothFish``: anything but the wrapped optimizer's own step, which comes last. Until then
-        ``.grad``, too, is as it was.)
+        Under ``IDGM`` and ``SmoothFish`` so is ``.grad``; but if it is the wrapped optimizer's own step that raises,
+        which comes last, the parameters stay where it left them.
 
         Args:
             loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.

@@ -34,6 +34,7 @@ from torch_gradmatch._checks import (
     check_model,
     check_num_domains,
     check_positive_number,
+    check_reached,
 )
 from torch_gradmatch.alignment import GradientAlignment
 from torch_gradmatch.direction import Direction, DirectionLoop, copy_buffers, write_buffers
@@ -140,6 +141,7 @@ class SmoothFishLoop(DirectionLoop):
             for index, batch in enumerate(batches):
                 randoms.append(RandomState.capture(devices_of(parameters, batch)))
                 loss, gradient = differentiate(index)
+                check_reached(gradient, index)
                 losses.append(loss)
                 sums.add(gradient)
                 if index == 0:
@@ -157,6 +159,7 @@ class SmoothFishLoop(DirectionLoop):
                 random.restore()
         finally:
             self.slow_weights.rollback()
+            torch.clear_autocast_cache()
             self._write(before)
         direction: dict[Tensor, Tensor] = {}
         for i in sums.indices:
@@ -204,3 +207,4 @@ def _sgd_step(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None], s
     pairs = [(p, g) for p, g in zip(parameters, gradient, strict=True) if g is not None]
     if pairs:
         torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-step)
+        torch.clear_autocast_cache()  # around the whole meta_step it would hold the weights before the walk
