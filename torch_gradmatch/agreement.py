@@ -209,19 +209,21 @@ class RunningAgreement(ABC):
             One tensor like each of the gradient's, None where that is None.
         """
 
+    @torch.no_grad()
     def _combine(
         self, gradient: Vector, of_sum: Tensor | float, of_gradient: Tensor | float, *, unit: bool = False
     ) -> list[Tensor | None]:
         """Return ``of_sum`` times the sum of the (unit) gradients plus ``of_gradient`` times this gradient."""
-        combined: list[Tensor | None] = []
-        for index, g in enumerate(gradient):
-            if g is None:
-                combined.append(None)
-                continue
-            total = self.sums.total(index, g.detach(), unit=unit)
-            a, b = (c.to(g.device) if isinstance(c, Tensor) else c for c in (of_sum, of_gradient))
-            combined.append((a * total + b * g.detach().to(total.dtype)).to(g.dtype))
-        return combined
+        found = {i: g.detach() for i, g in enumerate(gradient) if g is not None}
+        given, totals = list(found.values()), [self.sums.total(i, g, unit=unit) for i, g in found.items()]
+        if isinstance(of_sum, Tensor) or isinstance(of_gradient, Tensor):
+            a, b = (torch.as_tensor(c) for c in (of_sum, of_gradient))
+            combined = [t * a.to(t.device) + g.to(t.dtype) * b.to(t.device) for t, g in zip(totals, given, strict=True)]
+        else:
+            combined = list(torch._foreach_mul(totals, of_sum))
+            torch._foreach_add_(combined, given, alpha=of_gradient)
+        cotangents = {i: c.to(g.dtype) for (i, g), c in zip(found.items(), combined, strict=True)}
+        return [cotangents.get(i) for i in range(len(gradient))]
 
 
 class _InnerProduct(RunningAgreement):

@@ -24,6 +24,8 @@ from torch_gradmatch._checks import check_loss
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SMALL = 1 << 16  # elements; copying a larger gradient costs more than the calls it saves
+
 __all__ = ["OKABE_ITO", "Alignment", "GradientAlignment", "gradient_alignment", "plot_alignment"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -66,8 +68,27 @@ def _total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 def _like(vector: Tensor, gradient: Tensor) -> Tensor:
     """Give a vector of :func:`_as_vector` the shape of a gradient, and complex numbers if it has them."""
     if gradient.is_complex():
-        return torch.view_as_complex(vector.view(*gradient.shape, 2))
+        pairs = vector.view(*gradient.shape, 2)
+        return torch.complex(pairs[..., 0], pairs[..., 1])  # as a view it would have to begin at an even place
     return vector.view(gradient.shape)
+
+
+class _Block:
+    """The sums of one or more parameters' gradients, side by side in one vector."""
+
+    def __init__(self, sizes: dict[int, int], like: Tensor) -> None:
+        self.sizes = sizes
+        self.sums = like.new_zeros(sum(sizes.values()))
+        self.units = torch.zeros_like(self.sums)
+
+    def vector(self, given: Mapping[int, Tensor]) -> Tensor | None:
+        """Return a gradient's part in this block; None if it has none."""
+        if len(self.sizes) == 1:
+            return given.get(next(iter(self.sizes)))
+        if not any(i in given for i in self.sizes):
+            return None
+        parts = [given[i] if i in given else self.sums.new_zeros(size) for i, size in self.sizes.items()]
+        return torch.cat(parts)
 
 
 class GradientAlignment:
@@ -90,8 +111,8 @@ class GradientAlignment:
 
     def reset(self) -> None:
         """Forget all gradients: a new group of domains begins."""
-        self._sums: dict[int, Tensor] = {}
-        self._unit_sums: dict[int, Tensor] = {}
+        self._blocks: list[_Block] = []
+        self._place: dict[int, tuple[_Block, slice]] = {}
         self._norms: list[Tensor] = []
         self._products: list[Tensor] = []
         self._cosines: list[Tensor] = []
@@ -107,26 +128,34 @@ class GradientAlignment:
         Raises:
             ValueError: If every gradient is None.
         """
-        vectors = {i: _as_vector(g) for i, g in enumerate(gradients) if g is not None}
-        if not vectors:
+        given = {i: _as_vector(g) for i, g in enumerate(gradients) if g is not None}
+        if not given:
             raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
-        first = next(iter(vectors.values()))
-        seen = [i for i in vectors if i in self._sums]
-        norm = _total([torch.dot(v, v) for v in vectors.values()], first).sqrt()
-        product = _total([torch.dot(vectors[i], self._sums[i]) for i in seen], first)
-        cosine = _total([torch.dot(vectors[i], self._unit_sums[i]) for i in seen], first)
+        self._make_place({i: v for i, v in given.items() if i not in self._place})
+        vectors = [(block, vector) for block in self._blocks if (vector := block.vector(given)) is not None]
+        parts = [(torch.dot(v, v), torch.dot(v, b.sums), torch.dot(v, b.units)) for b, v in vectors]
+        squared, product, cosine = (_total(part, parts[0][0]) for part in zip(*parts, strict=True))
+        norm = squared.sqrt()
         scale = torch.where(norm > 0, norm, 1.0).reciprocal()
         self._norms.append(norm)
         self._products.append(product)
         self._cosines.append(cosine * scale)
+        for block, vector in vectors:
+            block.sums.add_(vector)
+            block.units.addcmul_(vector, scale.to(vector.device, vector.dtype))
+
+    def _make_place(self, vectors: Mapping[int, Tensor]) -> None:
+        """Set up sums for some parameters: small ones side by side, so that many layers take few calls."""
+        together: dict[tuple[torch.device, torch.dtype, int | None], list[int]] = {}
         for i, v in vectors.items():
-            unit_scale = scale.to(v.device, v.dtype)
-            if i in self._sums:
-                self._sums[i].add_(v)
-                self._unit_sums[i].addcmul_(v, unit_scale)
-            else:
-                self._sums[i] = v.clone()
-                self._unit_sums[i] = v * unit_scale
+            together.setdefault((v.device, v.dtype, i if v.numel() > SMALL else None), []).append(i)
+        for indices in together.values():
+            block = _Block({i: vectors[i].numel() for i in indices}, vectors[indices[0]])
+            self._blocks.append(block)
+            start = 0
+            for i, size in block.sizes.items():
+                self._place[i] = (block, slice(start, start + size))
+                start += size
 
     def result(self) -> Alignment:
         """Return the agreement of the gradients taken in since the last reset.
@@ -148,7 +177,7 @@ class GradientAlignment:
         )
 
     def total(self, index: int, like: Tensor, *, unit: bool = False) -> Tensor:
-        """Return the sum over domains of one parameter's gradient: the running sum itself, not a copy.
+        """Return the sum over domains of one parameter's gradient, to be read: it may be the running sum itself.
 
         Args:
             index: Which parameter; some domain had a gradient for it.
@@ -158,12 +187,13 @@ class GradientAlignment:
         Returns:
             The shape of ``like``, in at least single precision.
         """
-        return _like((self._unit_sums if unit else self._sums)[index], like)
+        block, place = self._place[index]
+        return _like((block.units if unit else block.sums)[place], like)
 
     @property
     def indices(self) -> list[int]:
         """The parameters for which some domain had a gradient, in order."""
-        return sorted(self._sums)
+        return sorted(self._place)
 
     @torch.no_grad()
     def dot_unit_total(self, gradient: Sequence[Tensor | None]) -> Tensor:
@@ -175,8 +205,9 @@ class GradientAlignment:
         Returns:
             Shape ().
         """
-        vectors = {i: _as_vector(g) for i, g in enumerate(gradient) if g is not None}
-        return _total([torch.dot(v, self._unit_sums[i]) for i, v in vectors.items()], self._norms[0])
+        given = {i: _as_vector(g) for i, g in enumerate(gradient) if g is not None}
+        parts = [torch.dot(v, b.units) for b in self._blocks if (v := b.vector(given)) is not None]
+        return _total(parts, self._norms[0])
 
     @torch.no_grad()
     def squared_distance(self, gradient: Sequence[Tensor | None], scale: float) -> Tensor:
@@ -189,15 +220,12 @@ class GradientAlignment:
         Returns:
             Shape ().
         """
-        parts = []
-        for index in {*self._sums, *(i for i, g in enumerate(gradient) if g is not None)}:
-            g, total = gradient[index], self._sums.get(index)
-            if g is None or total is None:
-                difference = _as_vector(g) if g is not None else self._sums[index] * scale
-            else:
-                difference = torch.sub(_as_vector(g), total, alpha=scale)
-            parts.append(torch.dot(difference, difference))
-        return _total(parts, self._norms[0])
+        given = {i: _as_vector(g) for i, g in enumerate(gradient) if g is not None}
+        differences = [v for i, v in given.items() if i not in self._place]
+        for block in self._blocks:
+            vector = block.vector(given)
+            differences.append(block.sums * scale if vector is None else torch.sub(vector, block.sums, alpha=scale))
+        return _total([torch.dot(d, d) for d in differences], self._norms[0])
 
     def __len__(self) -> int:
         return len(self._norms)
@@ -209,8 +237,8 @@ class GradientAlignment:
             The state.
         """
         return {
-            "sums": dict(self._sums),
-            "unit_sums": dict(self._unit_sums),
+            "sums": {i: block.sums[place] for i, (block, place) in self._place.items()},
+            "unit_sums": {i: block.units[place] for i, (block, place) in self._place.items()},
             "norms": list(self._norms),
             "products": list(self._products),
             "cosines": list(self._cosines),
@@ -244,8 +272,10 @@ class GradientAlignment:
         Args:
             state: The state.
         """
-        self._sums = {i: t.clone() for i, t in state["sums"].items()}
-        self._unit_sums = {i: t.clone() for i, t in state["unit_sums"].items()}
+        self.reset()
+        self._make_place(state["sums"])
+        for i, (block, place) in self._place.items():
+            block.sums[place], block.units[place] = state["sums"][i], state["unit_sums"][i]
         self._norms, self._products, self._cosines = (list(state[k]) for k in ("norms", "products", "cosines"))
 
 

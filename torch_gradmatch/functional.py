@@ -130,12 +130,12 @@ def functional_loss(
         >>> loss, buffers
         (tensor(11.), {})
     """
-    closure = _Closure(model, loss_fn)
+    closure, own = _Closure(model, loss_fn), dict(model.named_parameters())
 
     def pure(params: dict[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Buffers]:
-        held = {f"model.{name}": tensor for name, tensor in params.items()}
+        held = {f"model.{name}": tensor for name, tensor in params.items() if own.get(name) is not tensor}
         held |= {f"model.{name}": buffer.detach().clone() for name, buffer in buffers.items()}
-        loss = functional_call(closure, held, (batch,))
+        loss = functional_call(closure, held, (batch,)) if held else loss_fn(batch)
         # functional_call leaves in the dictionary what a module put in a buffer's place.
         return loss, {name: held[f"model.{name}"].detach() for name in buffers}
 
@@ -246,6 +246,7 @@ class _Domain:
         self._devices = devices | devices_of(batch)
         self._random: RandomState | None = None
         self._is_next = True
+        self.replays = True  # whether it will be evaluated more than once
         self.buffers: Any = None
         self.buffers_after: Any = None
 
@@ -259,10 +260,10 @@ class _Domain:
         self.buffers = self.buffers_after = None
 
     def __call__(self, leaves: list[Tensor]) -> Tensor:
-        if self._random is None:
-            self._random = RandomState.capture(self._devices)
-        else:
+        if self._random is not None:
             self._random.restore()
+        elif self.replays:
+            self._random = RandomState.capture(self._devices)
         loss, buffers = self._pure(tree_unflatten(leaves, self._structure), self.buffers, self._batch)
         if self._is_next:  # a plain evaluation at the parameters, not one inside a transform or displaced
             self.buffers_after, self._is_next = buffers, False
@@ -379,12 +380,16 @@ class _TwoPasses:
         """
         losses = []
         buffers = self._buffers
-        # Without kept graphs all domains go through both passes, and the second finds their buffers by itself.
-        replays = not keep_graphs and len(chosen) == len(self._domains)
+        last = len(self._domains) - 1
+        # If all domains go through both passes, the second finds their buffers by itself.
+        chains = not keep_graphs and len(chosen) == len(self._domains)
         for i, domain in enumerate(self._domains):
             domain.enter(buffers)
+            # Only one graph is alive at a time, and the last domain's may as well be the first of the second pass.
+            keeps = i in chosen and (keep_graphs or i == last)
+            domain.replays = i in chosen and not (keeps and self._hvp == "reverse")
             with record_function("GradMatch.domain_gradient"):
-                if keep_graphs and i in chosen:
+                if keeps:
                     linearization = linearize(self._hvp, domain, self._leaves)
                     loss, gradient = linearization.gradient()
                     self._kept[i] = (linearization, gradient)
@@ -396,7 +401,7 @@ class _TwoPasses:
             sums.add(gradient)
             del gradient  # before the next graph grows
             buffers = domain.buffers_after
-            if replays or i not in chosen:
+            if i not in chosen or (chains and not keeps):
                 domain.release()
         return torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses]), buffers
 
@@ -406,7 +411,7 @@ class _TwoPasses:
             return
         random_state = RandomState.capture(self._devices)
         buffers = self._buffers
-        for i in chosen:
+        for i in sorted(chosen, key=lambda i: i not in self._kept):
             domain = self._domains[i]
             with record_function("GradMatch.hessian_vector_product"):
                 if i in self._kept:
@@ -419,8 +424,8 @@ class _TwoPasses:
                 products = linearization.product(phi.cotangent(i, gradient))
             domain.release()
             with torch.no_grad():
-                for position, product in enumerate(products):
-                    if product is not None and position in result:
-                        result[position].add_(product, alpha=scale)
-            del linearization, gradient, products  # before the next graph grows
+                found = {p: product for p, product in enumerate(products) if product is not None and p in result}
+                if found:  # a loss that is linear in the parameters has none
+                    torch._foreach_add_([result[p] for p in found], list(found.values()), alpha=scale)
+            del linearization, gradient, products, found  # before the next graph grows
         random_state.restore()
