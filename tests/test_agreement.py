@@ -18,6 +18,7 @@ from torch_gradmatch.alignment import GradientAlignment
 
 drawn = {"domains": st.integers(2, 7), "size": st.integers(2, 12), "seed": st.integers(0, 2**32)}
 NAMES = sorted(AGREEMENTS)
+law = settings(deadline=None, max_examples=25)
 
 
 def draw(domains: int, size: int, seed: int) -> list[Tensor]:
@@ -31,7 +32,7 @@ def spread(gradient: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None)
+@law
 @given(**drawn)
 def test_function_is_what_is_written(name: str, domains: int, size: int, seed: int):
     gradients = draw(domains, size, seed)
@@ -39,7 +40,7 @@ def test_function_is_what_is_written(name: str, domains: int, size: int, seed: i
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None)
+@law
 @given(**drawn)
 def test_running_form_has_the_value_and_the_derivative(name: str, domains: int, size: int, seed: int):
     gradients = [g.requires_grad_() for g in draw(domains, size, seed)]
@@ -56,7 +57,7 @@ def test_running_form_has_the_value_and_the_derivative(name: str, domains: int, 
         torch.testing.assert_close(found, v, rtol=1e-9, atol=1e-12)
 
 
-@settings(deadline=None)
+@law
 @given(**drawn)
 def test_variance_and_inner_product_differ_by_what_the_algebra_says(domains: int, size: int, seed: int):
     """-1/S sum |G_i - Gbar|^2 = (S-1)/S (GIP - 1/S sum |G_i|^2)."""
@@ -66,7 +67,7 @@ def test_variance_and_inner_product_differ_by_what_the_algebra_says(domains: int
     torch.testing.assert_close(agreement.variance(gradients), expected)
 
 
-@settings(deadline=None)
+@law
 @given(**drawn)
 def test_inner_product_by_the_squares_of_sums(domains: int, size: int, seed: int):
     """GIP = (|sum G_i|^2 - sum |G_i|^2) / (S(S-1))."""
@@ -75,7 +76,7 @@ def test_inner_product_by_the_squares_of_sums(domains: int, size: int, seed: int
     torch.testing.assert_close(agreement.inner_product(gradients), sums / (domains * (domains - 1)))
 
 
-@settings(deadline=None)
+@law
 @given(domains=st.integers(2, 7), size=st.integers(2, 12), seed=st.integers(0, 2**32), scale=st.floats(0.1, 10.0))
 def test_scaling_of_all_gradients(domains: int, size: int, seed: int, scale: float):
     gradients = draw(domains, size, seed)
@@ -85,7 +86,7 @@ def test_scaling_of_all_gradients(domains: int, size: int, seed: int, scale: flo
     torch.testing.assert_close(agreement.cosine(scaled), agreement.cosine(gradients))
 
 
-@settings(deadline=None)
+@law
 @given(**drawn)
 def test_bounds(domains: int, size: int, seed: int):
     gradients = draw(domains, size, seed)
@@ -93,7 +94,7 @@ def test_bounds(domains: int, size: int, seed: int):
     assert -1 <= agreement.cosine(gradients) <= 1 + 1e-12
 
 
-@settings(deadline=None)
+@law
 @given(**drawn)
 def test_identical_gradients_agree_completely(domains: int, size: int, seed: int):
     gradients = draw(1, size, seed) * domains

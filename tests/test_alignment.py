@@ -129,7 +129,50 @@ def test_only_two_vectors_are_kept_whatever_the_number_of_domains():
         alignment.add([torch.randn(100)])
     state = alignment.state_dict()
     assert sum(v.numel() for part in ("sums", "unit_sums") for v in state[part].values()) == 200
-    assert all(v.numel() == 1 for part in ("norms", "products", "cosines") for v in state[part])
+    assert all(v.numel() == 1 for part in ("squares", "products", "cosines") for v in state[part])
+
+
+@pytest.mark.parametrize("small", [0, 4, 1 << 16])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), domains=st.integers(2, 6), seed=st.integers(0, 2**32))
+def test_sums_side_by_side_or_apart_with_gaps_and_a_checkpoint_between(small: int, data, domains: int, seed: int):
+    """Parameters of several sizes, dtypes and kinds, each missing in some domains; saved and loaded half way."""
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = [torch.float64, torch.float64, torch.complex128, torch.float64, torch.float32]
+    shapes = [(3,), (2, 3), (2,), (1, 1), (5,)]
+    present = data.draw(
+        st.lists(st.lists(st.booleans(), min_size=5, max_size=5).filter(any), min_size=domains, max_size=domains)
+    )
+    alignment, flat = GradientAlignment(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_gradmatch.alignment.SMALL", small)
+        for mask in present:
+            gradient = [
+                torch.randn(shape, generator=generator, dtype=dtype) if there else None
+                for shape, dtype, there in zip(shapes, dtypes, mask, strict=True)
+            ]
+            if len(alignment) == domains // 2 > 0:
+                saved, alignment = alignment.state_dict(), GradientAlignment()
+                alignment.check_state_dict(saved, [3, 6, 4, 1, 5])
+                alignment.load_state_dict(saved)
+            alignment.add(gradient)
+            pairs = [
+                torch.zeros(s, dtype=d) if g is None else g for g, s, d in zip(gradient, shapes, dtypes, strict=True)
+            ]
+            real = [torch.view_as_real(g) if g.is_complex() else g for g in pairs]
+            flat.append(torch.cat([g.reshape(-1).double() for g in real]))
+    measured = alignment.result()
+    close = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}  # some sums are in single precision
+    torch.testing.assert_close(measured.inner_product, mean_pairwise_inner_product(flat), **close)
+    torch.testing.assert_close(measured.cosine, mean_pairwise_cosine(flat), **close)
+    torch.testing.assert_close(measured.grad_norms, torch.stack([g.norm() for g in flat]), **close)
+    for i in alignment.indices:
+        like = torch.zeros(shapes[i], dtype=dtypes[i])
+        start = sum(s * k for s, k in zip([3, 6, 2, 1, 5][:i], [1, 1, 2, 1, 1], strict=False))
+        total = alignment.total(i, like)
+        assert total.shape == like.shape
+        real = torch.view_as_real(total) if total.is_complex() else total
+        torch.testing.assert_close(real.reshape(-1).double(), sum(flat)[start : start + real.numel()], **close)
 
 
 def test_the_probe_measures_the_domains_gradients_and_touches_no_grad():

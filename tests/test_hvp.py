@@ -28,7 +28,7 @@ def test_the_table_holds_the_three():
 
 
 @pytest.mark.parametrize("hvp", ALL)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(size=st.integers(1, 6), seed=st.integers(0, 2**32))
 def test_against_the_hessian(hvp: str, size: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def test_against_the_hessian(hvp: str, size: int, seed: int):
 
 
 @pytest.mark.parametrize("hvp", ALL)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**32), a=st.floats(-3, 3), b=st.floats(-3, 3))
 def test_symmetric_and_linear_in_the_vector(hvp: str, seed: int, a: float, b: float):
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_
 from test_fish import expected_fish_direction, quartic_losses
 from torch import Tensor, nn
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, fish_gamma
+from torch_gradmatch import IDGM, GradMatch, SmoothFish, fish_gamma
 
 
 def expected_idgm_direction(losses: list[Any], theta: Tensor, gamma: float) -> Tensor:
@@ -159,7 +159,7 @@ def test_the_bounded_agreements_are_not_suspected():
 def test_a_stable_gamma_is_not_suspected():
     """gamma = 0.4: bounded below, minimum of the mean loss kept, ratio of the matching term to the loss below one."""
     model, optimizer, loss_fn, targets = bowl(gamma=0.4, lr=0.5)
-    for _ in range(300):
+    for _ in range(120):
         optimizer.meta_step(loss_fn, targets)
     assert model.weight.item() == pytest.approx(2.0, abs=1e-4)
 
@@ -177,47 +177,12 @@ def test_nonfinite_gradients_are_an_error_that_names_gamma_and_variance():
 
 def test_the_check_can_be_turned_off():
     model, optimizer, loss_fn, targets = bowl(gamma=20.0, nonfinite="ignore")
-    for _ in range(200):
+    for _ in range(80):
         optimizer.meta_step(loss_fn, targets)
     assert not bool(torch.isfinite(model.weight).all())
 
 
-def test_a_nonfinite_loss_names_its_batch_and_changes_nothing():
-    model = FeatureNet(torch.Generator().manual_seed(0))
-    batches = make_batches(torch.Generator().manual_seed(1), 3)
-    batches[2] = (batches[2][0] * float("nan"), *batches[2][1:])
-    for method in (IDGM(model, 0.1), SmoothFish(1.0, 0.1, model)):
-        optimizer = GradMatch(torch.optim.Adam(model.parameters()), method)
-        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        with pytest.raises(ValueError, match="the loss of batch 2 is nan: nothing was changed"):
-            optimizer.meta_step(lambda b: loss_of(model, b), batches)
-        assert_identical(model.state_dict(), before[0])
-        assert_identical(optimizer.state_dict(), before[1])
-        assert all(p.grad is None for p in model.parameters())
-
-
 # --------------------------------------------------------------------------------------------------- the other calls
-
-
-@pytest.mark.parametrize(
-    "make", [lambda m: IDGM(m, 0.1), lambda m: SmoothFish(2.0, 0.01, m)], ids=["IDGM", "SmoothFish"]
-)
-def test_step_is_plain_and_there_is_no_inner_loop(make: Any):
-    model = FeatureNet(torch.Generator().manual_seed(0))
-    plain = copy.deepcopy(model)
-    optimizer = GradMatch(torch.optim.Adam(model.parameters()), make(model))
-    ordinary = torch.optim.Adam(plain.parameters())
-    for batch in make_batches(torch.Generator().manual_seed(1), 3):
-        for m, o in ((model, optimizer), (plain, ordinary)):
-            o.zero_grad()
-            loss_of(m, batch).backward()
-            o.step()
-    assert_identical(model.state_dict(), plain.state_dict())
-    optimizer.rollback()
-    assert_identical(model.state_dict(), plain.state_dict())
-    with pytest.raises(RuntimeError, match=r"has no inner loop to close by interpolate\(\): call meta_step"):
-        optimizer.interpolate()
-    assert optimizer.inner_step == 0
 
 
 def test_a_closure_that_lbfgs_calls_again():
@@ -272,27 +237,6 @@ def test_evaluations_of_one_step_draw_the_same_random_numbers():
         assert torch.equal(torch.rand(()), next_number)
 
 
-def test_a_schedule_and_a_hook_see_one_step_for_each_meta_iteration():
-    model = FeatureNet(torch.Generator().manual_seed(0))
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 0.1))
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    norms = []
-
-    def clip(*_: Any) -> None:
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1e-3)))
-
-    optimizer.register_step_pre_hook(clip)
-    before = [p.detach().clone() for p in model.parameters()]
-    for start in (0, 3):
-        optimizer.meta_step(lambda b: loss_of(model, b), make_batches(torch.Generator().manual_seed(start), 3))
-        schedule.step()
-    assert len(norms) == 2
-    assert min(norms) > 1e-3
-    moved = torch.cat([(p.detach() - b).reshape(-1) for p, b in zip(model.parameters(), before, strict=True)]).norm()
-    assert float(moved) <= 1e-3 * (0.1 + 0.05) * 1.001
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
-
-
 def test_checkpoint_goes_on_bit_for_bit(tmp_path: Any):
     batches = make_batches(torch.Generator().manual_seed(1), 12)
 
@@ -320,29 +264,14 @@ def test_checkpoint_goes_on_bit_for_bit(tmp_path: Any):
     assert_identical(again.state_dict(), optimizer.state_dict())
 
 
-def test_state_dicts_of_other_methods_and_malformed_ones_are_refused():
+def test_malformed_state_dicts_are_refused():
     model = FeatureNet(torch.Generator().manual_seed(0))
     optimizer = GradMatch(torch.optim.Adam(model.parameters()), IDGM(model, 0.2))
-    other = GradMatch(torch.optim.Adam(model.parameters()), Fish(0.5))
-    with pytest.raises(ValueError, match="saved by method 'Fish'; this optimizer uses IDGM"):
-        optimizer.load_state_dict(other.state_dict())
     state = optimizer.state_dict()
     for bad in ("1.0", 1, ()):
         state["gradmatch"]["first_loss"] = bad
         with pytest.raises(ValueError, match="'first_loss' is missing or malformed"):
             optimizer.load_state_dict(state)
-
-
-def test_copies_train_on_by_themselves():
-    model = FeatureNet(torch.Generator().manual_seed(0))
-    optimizer = GradMatch(torch.optim.Adam(model.parameters()), IDGM(model, 0.2))
-    other, its_optimizer = copy.deepcopy((model, optimizer))
-    before = copy.deepcopy(model.state_dict())
-    batches = make_batches(torch.Generator().manual_seed(1), 3)
-    its_optimizer.meta_step(lambda b: loss_of(other, b), batches)
-    assert_identical(model.state_dict(), before)
-    optimizer.meta_step(lambda b: loss_of(model, b), batches)
-    assert_identical(model.state_dict(), other.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -374,7 +303,7 @@ def test_bad_models():
     inside, outside = nn.Linear(1, 1), nn.Linear(2, 1)
     parameters = [*inside.parameters(), *outside.parameters()]
     with pytest.raises(
-        ValueError, match=r"parameter number 2 of the optimizer, of shape \(1, 2\), is not in the model"
+        ValueError, match=r"parameter number 2 of the optimizer, of shape \(1, 2\), is not in the model Linear"
     ):
         GradMatch(torch.optim.SGD(parameters, lr=0.1), IDGM(inside, 1.0))
     frozen = nn.Linear(1, 1).requires_grad_(False)

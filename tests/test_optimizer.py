@@ -413,7 +413,7 @@ def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
         (("gradmatch", "held", 0), 50, "lacks the slow weights of parameter 50"),
         (("gradmatch", "alignment"), 3, "'alignment' is missing or malformed"),
         (("gradmatch", "alignment"), {}, "alignment's 'sums' is missing or malformed"),
-        (("gradmatch", "alignment", "norms"), 1, "alignment's 'norms' is missing or malformed"),
+        (("gradmatch", "alignment", "squares"), 1, "alignment's 'squares' is missing or malformed"),
         (("gradmatch", "alignment", "unit_sums", 2), torch.zeros(1), "alignment's 'unit_sums' does not fit"),
         (("gradmatch", "counters"), KeyError, "'counters' is missing or malformed"),
         (("param_groups",), KeyError, "'param_groups' is missing"),

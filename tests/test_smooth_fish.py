@@ -28,7 +28,7 @@ def direction(losses: Any, theta: Tensor, gamma: float, inner_lr: float) -> Tens
     return parameter.grad
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(domains=st.integers(2, 5), seed=st.integers(0, 2**32), gamma=st.floats(0, 5), inner_lr=st.floats(1e-3, 1.0))
 def test_against_the_definition(domains: int, seed: int, gamma: float, inner_lr: float):
     generator = torch.Generator().manual_seed(seed)
@@ -96,13 +96,6 @@ def test_adam_on_the_network_with_every_feature():
         assert report.losses.shape == report.grad_norms.shape == (3,)
         assert report.inner_product.shape == report.cosine.shape == ()
     assert model.unused.grad is None
-
-
-def test_without_a_model_buffers_move_in_both_passes():
-    model = FeatureNet(torch.Generator().manual_seed(0))
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, 0.1))
-    optimizer.meta_step(lambda b: loss_of(model, b), make_batches(torch.Generator().manual_seed(1), 3))
-    assert model.norm.num_batches_tracked == 2 * 3 - 1
 
 
 def test_costs_two_gradients_for_each_domain_but_one():
@@ -181,14 +174,6 @@ def test_a_walk_that_diverges_is_an_error_that_names_the_step():
 def test_bad_settings(arguments: tuple[Any, ...], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         SmoothFish(*arguments)
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_needs_two_domains(count: int):
-    w = nn.Parameter(torch.ones(()))
-    optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), SmoothFish(1.0, 0.1))
-    with pytest.raises(ValueError, match="batch of each"):
-        optimizer.meta_step(lambda t: (w - t).square(), [1.0] * count)
 
 
 def test_representation():

@@ -181,6 +181,7 @@ class RunningAgreement(ABC):
     def __init__(self, sums: GradientAlignment, domains: int) -> None:
         self.sums = sums
         self.domains = domains
+        self._scaled: dict[int, Tensor] = {}  # the sum's part in the cotangents, the same for all domains
 
     def add(self, gradient: Vector) -> None:  # noqa: B027  most need nothing but the sums
         """Take in one domain's gradient, before the sums do.
@@ -214,15 +215,18 @@ class RunningAgreement(ABC):
         self, gradient: Vector, of_sum: Tensor | float, of_gradient: Tensor | float, *, unit: bool = False
     ) -> list[Tensor | None]:
         """Return ``of_sum`` times the sum of the (unit) gradients plus ``of_gradient`` times this gradient."""
-        found = {i: g.detach() for i, g in enumerate(gradient) if g is not None}
-        given, totals = list(found.values()), [self.sums.total(i, g, unit=unit) for i, g in found.items()]
+        given = {i: g.detach() for i, g in enumerate(gradient) if g is not None}
         if isinstance(of_sum, Tensor) or isinstance(of_gradient, Tensor):
             a, b = (torch.as_tensor(c) for c in (of_sum, of_gradient))
-            combined = [t * a.to(t.device) + g.to(t.dtype) * b.to(t.device) for t, g in zip(totals, given, strict=True)]
+            totals = [self.sums.total(i, g, unit=unit) for i, g in given.items()]
+            pairs = zip(totals, given.values(), strict=True)
+            combined = [t * a.to(t.device) + g.to(t.dtype) * b.to(t.device) for t, g in pairs]
         else:
-            combined = list(torch._foreach_mul(totals, of_sum))
-            torch._foreach_add_(combined, given, alpha=of_gradient)
-        cotangents = {i: c.to(g.dtype) for (i, g), c in zip(found.items(), combined, strict=True)}
+            if self._scaled.keys() != given.keys():
+                totals = [self.sums.total(i, g, unit=unit) for i, g in given.items()]
+                self._scaled = dict(zip(given, torch._foreach_mul(totals, of_sum), strict=True))
+            combined = list(torch._foreach_add(list(self._scaled.values()), list(given.values()), alpha=of_gradient))
+        cotangents = {i: c.to(g.dtype) for (i, g), c in zip(given.items(), combined, strict=True)}
         return [cotangents.get(i) for i in range(len(gradient))]
 
 

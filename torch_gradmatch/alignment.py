@@ -55,13 +55,16 @@ def _as_vector(gradient: Tensor) -> Tensor:
         dense = dense.to_dense()
     if dense.is_complex():
         dense = torch.view_as_real(dense.resolve_conj())
-    return dense.reshape(-1).to(torch.promote_types(dense.dtype, torch.float32))
+    vector = dense.reshape(-1)
+    return vector if vector.dtype == torch.float32 else vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
 def _total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """Return the sum of some scalars, zero if there are none, on the device and in the dtype of ``like``."""
     if not parts:
         return like.new_zeros(())
+    if len(parts) == 1 and parts[0].device == like.device and parts[0].dtype == like.dtype:
+        return parts[0]
     return torch.stack([part.to(like.device, like.dtype) for part in parts]).sum()
 
 
@@ -113,7 +116,7 @@ class GradientAlignment:
         """Forget all gradients: a new group of domains begins."""
         self._blocks: list[_Block] = []
         self._place: dict[int, tuple[_Block, slice]] = {}
-        self._norms: list[Tensor] = []
+        self._squares: list[Tensor] = []
         self._products: list[Tensor] = []
         self._cosines: list[Tensor] = []
 
@@ -131,13 +134,17 @@ class GradientAlignment:
         given = {i: _as_vector(g) for i, g in enumerate(gradients) if g is not None}
         if not given:
             raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
-        self._make_place({i: v for i, v in given.items() if i not in self._place})
+        if not given.keys() <= self._place.keys():
+            self._make_place({i: v for i, v in given.items() if i not in self._place})
         vectors = [(block, vector) for block in self._blocks if (vector := block.vector(given)) is not None]
-        parts = [(torch.dot(v, v), torch.dot(v, b.sums), torch.dot(v, b.units)) for b, v in vectors]
-        squared, product, cosine = (_total(part, parts[0][0]) for part in zip(*parts, strict=True))
-        norm = squared.sqrt()
-        scale = torch.where(norm > 0, norm, 1.0).reciprocal()
-        self._norms.append(norm)
+        like = vectors[0][1]
+        squared = _total([torch.dot(v, v) for _, v in vectors], like)
+        product = _total([torch.dot(v, b.sums) for b, v in vectors], like)
+        cosine = _total([torch.dot(v, b.units) for b, v in vectors], like)
+        scale = squared.clamp(
+            min=torch.finfo(squared.dtype).tiny
+        ).rsqrt()  # of a zero gradient nothing is left to scale
+        self._squares.append(squared)
         self._products.append(product)
         self._cosines.append(cosine * scale)
         for block, vector in vectors:
@@ -166,14 +173,14 @@ class GradientAlignment:
         Raises:
             RuntimeError: If no gradient was taken in.
         """
-        if not self._norms:
+        if not self._squares:
             raise RuntimeError("no gradient was measured: call add() first")
-        domains = len(self._norms)
+        domains = len(self._squares)
         pairs = domains * (domains - 1) / 2 if domains > 1 else float("nan")
         return Alignment(
             inner_product=torch.stack(self._products).sum() / pairs,
             cosine=torch.stack(self._cosines).sum() / pairs,
-            grad_norms=torch.stack(self._norms),
+            grad_norms=torch.stack(self._squares).sqrt(),
         )
 
     def total(self, index: int, like: Tensor, *, unit: bool = False) -> Tensor:
@@ -207,7 +214,7 @@ class GradientAlignment:
         """
         given = {i: _as_vector(g) for i, g in enumerate(gradient) if g is not None}
         parts = [torch.dot(v, b.units) for b in self._blocks if (v := b.vector(given)) is not None]
-        return _total(parts, self._norms[0])
+        return _total(parts, self._squares[0])
 
     @torch.no_grad()
     def squared_distance(self, gradient: Sequence[Tensor | None], scale: float) -> Tensor:
@@ -225,10 +232,10 @@ class GradientAlignment:
         for block in self._blocks:
             vector = block.vector(given)
             differences.append(block.sums * scale if vector is None else torch.sub(vector, block.sums, alpha=scale))
-        return _total([torch.dot(d, d) for d in differences], self._norms[0])
+        return _total([torch.dot(d, d) for d in differences], self._squares[0])
 
     def __len__(self) -> int:
-        return len(self._norms)
+        return len(self._squares)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running sums as plain tensors and numbers.
@@ -239,7 +246,7 @@ class GradientAlignment:
         return {
             "sums": {i: block.sums[place] for i, (block, place) in self._place.items()},
             "unit_sums": {i: block.units[place] for i, (block, place) in self._place.items()},
-            "norms": list(self._norms),
+            "squares": list(self._squares),
             "products": list(self._products),
             "cosines": list(self._cosines),
         }
@@ -261,7 +268,7 @@ class GradientAlignment:
                 raise ValueError(f"the state dict's alignment's {key!r} is missing or malformed")
             if any(i not in range(len(sizes)) or v.shape != (sizes[i],) for i, v in vectors.items()):
                 raise ValueError(f"the state dict's alignment's {key!r} does not fit this optimizer's parameters")
-        for key in ("norms", "products", "cosines"):
+        for key in ("squares", "products", "cosines"):
             scalars = state.get(key)
             if not isinstance(scalars, list) or not all(isinstance(v, Tensor) and v.dim() == 0 for v in scalars):
                 raise ValueError(f"the state dict's alignment's {key!r} is missing or malformed")
@@ -276,7 +283,7 @@ class GradientAlignment:
         self._make_place(state["sums"])
         for i, (block, place) in self._place.items():
             block.sums[place], block.units[place] = state["sums"][i], state["unit_sums"][i]
-        self._norms, self._products, self._cosines = (list(state[k]) for k in ("norms", "products", "cosines"))
+        self._squares, self._products, self._cosines = (list(state[k]) for k in ("squares", "products", "cosines"))
 
 
 def gradient_alignment(

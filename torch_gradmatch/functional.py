@@ -41,7 +41,15 @@ from torch_gradmatch._checks import (
 from torch_gradmatch.agreement import Agreement, RunningAgreement, check_agreement, running_agreement
 from torch_gradmatch.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.alignment import Alignment, GradientAlignment
-from torch_gradmatch.hvp import HVPS, Linearization, differentiable_attention, first_order, linearize
+from torch_gradmatch.hvp import (
+    HVPS,
+    Linearization,
+    Vector,
+    differentiable_attention,
+    first_order,
+    linearize,
+    sum_of_products,
+)
 from torch_gradmatch.random_state import RandomState, devices_of
 
 __all__ = [
@@ -410,22 +418,32 @@ class _TwoPasses:
         if not chosen:
             return
         random_state = RandomState.capture(self._devices)
-        buffers = self._buffers
-        for i in sorted(chosen, key=lambda i: i not in self._kept):
-            domain = self._domains[i]
+        chains = len(chosen) == len(self._domains)
+        waiting = [i for i in chosen if i not in self._kept]
+        if self._kept:
             with record_function("GradMatch.hessian_vector_product"):
-                if i in self._kept:
-                    linearization, gradient = self._kept.pop(i)
-                else:
-                    domain.enter(buffers if len(chosen) == len(self._domains) else domain.buffers)
-                    linearization = linearize(self._hvp, domain, self._leaves)
-                    gradient = linearization.gradient()[1]
-                    buffers = domain.buffers_after
+                cotangents = [phi.cotangent(i, gradient) for i, (_, gradient) in self._kept.items()]
+                linearizations = [linearization for linearization, _ in self._kept.values()]
+                self._kept.clear()
+                _add(result, sum_of_products(linearizations, cotangents), scale)
+            del cotangents
+        buffers = self._buffers
+        for i in waiting:
+            domain = self._domains[i]
+            domain.enter(buffers if chains else domain.buffers)
+            with record_function("GradMatch.hessian_vector_product"):
+                linearization = linearize(self._hvp, domain, self._leaves)
+                gradient = linearization.gradient()[1]
+                buffers = domain.buffers_after
                 products = linearization.product(phi.cotangent(i, gradient))
             domain.release()
-            with torch.no_grad():
-                found = {p: product for p, product in enumerate(products) if product is not None and p in result}
-                if found:  # a loss that is linear in the parameters has none
-                    torch._foreach_add_([result[p] for p in found], list(found.values()), alpha=scale)
-            del linearization, gradient, products, found  # before the next graph grows
+            _add(result, products, scale)
+            del linearization, gradient, products  # before the next graph grows
         random_state.restore()
+
+
+@torch.no_grad()
+def _add(result: dict[int, Tensor], vector: Vector, scale: float) -> None:
+    found = {i: v for i, v in enumerate(vector) if v is not None and i in result}
+    if found:  # the products of a loss that is linear in the parameters have no element
+        torch._foreach_add_([result[i] for i in found], list(found.values()), alpha=scale)

@@ -179,10 +179,22 @@ class _Reverse(Linearization):
         value = value.detach()
         return value, [None if g is None else g.detach() for g in self._graph]
 
-    def _product(self, vector: Vector) -> list[Tensor | None]:
+    def take_graph(self) -> list[Tensor | None]:
+        """Hand over the gradient with its graph."""
         if self._graph is None:
             self._graph = first_order(self.loss, self.leaves, create_graph=True)[1]
-        graph, self._graph = self._graph or [], None
+        graph, self._graph = self._graph, None
+        return graph
+
+    def _product(self, vector: Vector) -> list[Tensor | None]:
+        return self._vector_product(self.take_graph(), vector)
+
+    def product_of(self, graph: Vector, vector: Vector) -> list[Tensor | None]:
+        """Return the derivative by the leaves of gradients with graphs, times a vector."""
+        with self._explaining():
+            return self._vector_product(graph, vector)
+
+    def _vector_product(self, graph: Vector, vector: Vector) -> list[Tensor | None]:
         # Where the gradient does not depend on the parameters the second derivative is zero.
         outputs, cotangents = [], []
         for g, v in zip(graph, vector, strict=True):
@@ -305,6 +317,28 @@ HVPS: dict[str, type[Linearization]] = {
     "forward": _Forward,
     "finite_difference": _FiniteDifference,
 }
+
+
+def sum_of_products(linearizations: list[Linearization], vectors: list[list[Tensor | None]]) -> list[Tensor | None]:
+    r"""Return :math:`\sum_i H_i v_i`, by double backward in one traversal of all graphs.
+
+    Args:
+        linearizations: Of several losses by the same leaves, emptied in the course.
+        vectors: As many.
+
+    Returns:
+        As :meth:`Linearization.product`.
+    """
+    first = linearizations[0]
+    if isinstance(first, _Reverse):
+        graphs = [linearization.take_graph() for linearization in linearizations if isinstance(linearization, _Reverse)]
+        linearizations.clear()
+        return first.product_of([g for graph in graphs for g in graph], [v for vector in vectors for v in vector])
+    total: list[Tensor | None] = [None] * len(first.leaves)
+    while linearizations:
+        product = linearizations.pop().product(vectors.pop())
+        total = [a if b is None else b if a is None else a + b for a, b in zip(total, product, strict=True)]
+    return total
 
 
 def linearize(hvp: str, loss: Loss, leaves: list[Tensor]) -> Linearization:

@@ -1,0 +1,79 @@
+"""Which parameters move: those that the optimizer has, the loss uses and the model holds."""
+
+from __future__ import annotations
+
+import copy
+
+import _networks as networks
+import pytest
+import torch
+from _networks import make, regression
+from _second_order import (
+    GAMMA,
+    METHODS,
+    assert_close,
+    assert_same_buffers,
+    flat,
+    gradient_of,
+    nothing_changes,
+    one_thread,
+    plain_autograd,
+)
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from torch_gradmatch import IDGM, GradMatch, SmoothFish
+
+_one_thread = pytest.fixture(autouse=True)(one_thread)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_parameters_of_the_optimizer_that_a_loss_uses_move(method: str):
+    """AdamW decays every parameter that has a gradient, so those without must have None."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({n: nn.Linear(4, 4) for n in ("trained", "frozen", "unused", "elsewhere")}).double()
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3).double()))
+    model.register_parameter("of_one_domain", nn.Parameter(torch.ones(4).double()))
+    model["frozen"].requires_grad_(False)
+    twin = copy.deepcopy(model)
+    groups = [
+        {"params": [*model["trained"].parameters(), *model["frozen"].parameters()], "lr": 0.05},
+        {"params": [*model["unused"].parameters(), model.empty, model.of_one_domain], "lr": 0.5},
+    ]
+    optimizer = GradMatch(AdamW(groups, weight_decay=0.5), METHODS[method](model))
+
+    def loss(batch: tuple[int, Tensor]) -> Tensor:
+        domain, x = batch
+        hidden = torch.tanh(model["elsewhere"](torch.tanh(model["frozen"](model["trained"](x)))))
+        return (hidden * model.of_one_domain if domain == 1 else hidden).square().mean()
+
+    optimizer.meta_step(loss, [(d, x) for d, (x, _) in enumerate(regression(5, 4))])
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, twin.get_parameter(n))}
+    assert moved == {"trained.weight", "trained.bias", "of_one_domain"}
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    if method != "Fish":  # whose backward() leaves gradients wherever they are required
+        assert with_gradient == moved
+    assert not model["frozen"].weight.requires_grad
+    step = (model["trained"].weight - twin["trained"].weight).detach().abs().max()
+    larger = (model.of_one_domain - twin.of_one_domain).detach().abs().min()
+    assert float(larger) > 2 * float(step)  # by the groups' learning rates
+
+
+def test_part_of_the_model_is_differentiated_alone():
+    """A head trained by IDGM on a body that another optimizer trains: the direction is that of the head."""
+    case = make(networks.batch_norm_1d)
+    twin = copy.deepcopy(case.model)
+    optimizer = GradMatch(SGD(case.model[3].parameters(), lr=0.1), IDGM(case.model, GAMMA))
+    optimizer.meta_step(lambda batch: case.loss(case.model, batch), case.batches)
+    expected = plain_autograd(twin, case.loss, case.batches, names=["3.weight", "3.bias"])
+    assert_close(flat(gradient_of(case.model), case.model), flat(expected.direction, twin), 1e-11)
+    assert case.model[0].weight.grad is None
+    assert_same_buffers(case.model, twin)
+
+
+def test_a_loss_that_uses_no_trained_parameter_is_named():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 1), "other": nn.Linear(4, 1)})
+    for method in (IDGM(model, GAMMA), SmoothFish(1.0, 0.1, model)):
+        optimizer = GradMatch(SGD(model["head"].parameters(), lr=0.1), method)
+        with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"batch 1 .*depend"):
+            optimizer.meta_step(lambda name: model[name](torch.ones(2, 4)).sum(), ["head", "other", "head"])
