@@ -16,7 +16,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	$(abspath $(BIN))/python
 
 .PHONY: help install demo test test-fallback test-sanitize test-cuda test-lowest lint check-abi check-csrc wheel \
-	bench-interpolate format clean
+	bench-interpolate bench-exact format clean
 
 help:
 	@echo "make demo              train ERM, Fish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
@@ -31,6 +31,7 @@ help:
 	@echo "make check-abi         prove that the extension uses nothing of torch but its stable ABI"
 	@echo "make wheel             one wheel for torch 2.10 and later, in dist/"
 	@echo "make bench-interpolate time the interpolation against its peers"
+	@echo "make bench-exact       time and memory of the exact gradient against doing it naively"
 	@echo "make clean             remove environments, caches and outputs"
 
 install: $(INSTALLED)
@@ -84,6 +85,9 @@ bench-interpolate: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/python -m pytest benchmarks/test_interpolate.py --benchmark-only --benchmark-json=out/interpolate.json -q
 	$(BIN)/python benchmarks/report_interpolate.py out/interpolate.json
+
+bench-exact: $(INSTALLED)
+	$(BIN)/python benchmarks/exact_gradient.py --json out/exact_gradient.json
 
 test-lowest: requirements-dev.txt
 	$(PYTHON) -m venv $(LOWEST)

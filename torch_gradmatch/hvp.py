@@ -132,6 +132,7 @@ class Linearization(ABC):
         """
         return first_order(self.loss, self.leaves)
 
+    @abstractmethod
     def product(self, vector: Vector) -> list[Tensor | None]:
         """Return the Hessian times a vector; to be called once.
 
@@ -144,14 +145,9 @@ class Linearization(ABC):
         Raises:
             RuntimeError: If an operation lacks a derivative; the message says which and what to do.
         """
-        with self._explaining():
-            return self._product(vector)
-
-    @abstractmethod
-    def _product(self, vector: Vector) -> list[Tensor | None]: ...
 
     @contextmanager
-    def _explaining(self) -> Iterator[None]:
+    def explaining(self) -> Iterator[None]:
         """Say what to do where torch says that an operation lacks a derivative."""
         try:
             yield
@@ -174,10 +170,9 @@ class _Reverse(Linearization):
 
     def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
         value = self.loss(self.leaves)
-        with self._explaining():
+        with self.explaining():
             self._graph = _differentiate(value, self.leaves, create_graph=True)
-        value = value.detach()
-        return value, [None if g is None else g.detach() for g in self._graph]
+        return value.detach(), [None if g is None else g.detach() for g in self._graph]
 
     def take_graph(self) -> list[Tensor | None]:
         """Hand over the gradient with its graph."""
@@ -186,26 +181,24 @@ class _Reverse(Linearization):
         graph, self._graph = self._graph, None
         return graph
 
-    def _product(self, vector: Vector) -> list[Tensor | None]:
-        return self._vector_product(self.take_graph(), vector)
+    def product(self, vector: Vector) -> list[Tensor | None]:
+        with self.explaining():
+            return _derivative_of(self.take_graph(), vector, self.leaves)
 
-    def product_of(self, graph: Vector, vector: Vector) -> list[Tensor | None]:
-        """Return the derivative by the leaves of gradients with graphs, times a vector."""
-        with self._explaining():
-            return self._vector_product(graph, vector)
 
-    def _vector_product(self, graph: Vector, vector: Vector) -> list[Tensor | None]:
-        # Where the gradient does not depend on the parameters the second derivative is zero.
-        outputs, cotangents = [], []
-        for g, v in zip(graph, vector, strict=True):
-            if g is not None and g.requires_grad and v is not None:
-                outputs.append(g)
-                cotangents.append(v)
-        if not outputs:
-            return [None] * len(self.leaves)
-        _refuse_once_differentiable(outputs)
-        products = torch.autograd.grad(outputs, self.leaves, cotangents, allow_unused=True)
-        return [p if p is None or p.layout == torch.strided else p.to_dense() for p in products]
+def _derivative_of(gradient: Vector, vector: Vector, leaves: list[Tensor]) -> list[Tensor | None]:
+    """Return the derivative of a gradient with graph, times a vector, by the leaves."""
+    # Where the gradient does not depend on the parameters the second derivative is zero.
+    outputs, cotangents = [], []
+    for g, v in zip(gradient, vector, strict=True):
+        if g is not None and g.requires_grad and v is not None:
+            outputs.append(g)
+            cotangents.append(v)
+    if not outputs:
+        return [None] * len(leaves)
+    _refuse_once_differentiable(outputs)
+    products = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+    return [p if p is None or p.layout == torch.strided else p.to_dense() for p in products]
 
 
 def _refuse_once_differentiable(outputs: Sequence[Tensor]) -> None:
@@ -248,9 +241,9 @@ class _Forward(Linearization):
         'has none: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.'
     )
 
-    def _product(self, vector: Vector) -> list[Tensor | None]:
+    def product(self, vector: Vector) -> list[Tensor | None]:
         _prepare_forward_mode()
-        with forward_ad.dual_level():
+        with self.explaining(), forward_ad.dual_level():
             duals = [
                 leaf if v is None else forward_ad.make_dual(leaf.detach().requires_grad_(), v.detach())
                 for leaf, v in zip(self.leaves, vector, strict=True)
@@ -269,7 +262,7 @@ class _Forward(Linearization):
 
 
 class _FiniteDifference(Linearization):
-    def _product(self, vector: Vector) -> list[Tensor | None]:
+    def product(self, vector: Vector) -> list[Tensor | None]:
         step, reciprocal = self._step(vector)
         plus, minus = (self._gradient_at(vector, sign * step) for sign in (1, -1))
         return [
@@ -308,8 +301,11 @@ class _FiniteDifference(Linearization):
 
 
 def _norm(vector: Vector) -> Tensor:
-    squares = [torch.linalg.vector_norm(v.detach()).double() ** 2 for v in vector if v is not None]
-    return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt() if squares else torch.zeros(())
+    norms = [torch.linalg.vector_norm(v.detach()) for v in vector if v is not None]
+    if not norms:
+        return torch.zeros(())
+    wide = torch.promote_types(norms[0].dtype, torch.float32)
+    return torch.stack([n.to(norms[0].device, wide) for n in norms]).square().sum().sqrt()
 
 
 HVPS: dict[str, type[Linearization]] = {
@@ -333,7 +329,9 @@ def sum_of_products(linearizations: list[Linearization], vectors: list[list[Tens
     if isinstance(first, _Reverse):
         graphs = [linearization.take_graph() for linearization in linearizations if isinstance(linearization, _Reverse)]
         linearizations.clear()
-        return first.product_of([g for graph in graphs for g in graph], [v for vector in vectors for v in vector])
+        with first.explaining():
+            gradients, cotangents = ([part for parts in lists for part in parts] for lists in (graphs, vectors))
+            return _derivative_of(gradients, cotangents, first.leaves)
     total: list[Tensor | None] = [None] * len(first.leaves)
     while linearizations:
         product = linearizations.pop().product(vectors.pop())
