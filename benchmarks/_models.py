@@ -1,0 +1,96 @@
+"""Small models of several kinds and batches of S domains for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+def mlp() -> nn.Module:
+    """Three layers, 784 to 10."""
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def cdsprites() -> nn.Module:
+    """The network of ``examples/cdsprites.py`` at 32 pixels."""
+    layers: list[nn.Module] = []
+    for narrow, wide in ((3, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 2))
+
+
+class _Residual(nn.Module):
+    """He et al., 2016: two convolutions around which the input goes."""
+
+    def __init__(self, narrow: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, wide, 3, padding=1, bias=False),
+            nn.BatchNorm2d(wide),
+        )
+        self.around: nn.Module = nn.Identity()
+        if stride > 1 or narrow != wide:
+            self.around = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.convs(x) + self.around(x))
+
+
+def resnet18(width: int = 16, classes: int = 10) -> nn.Module:
+    """ResNet-18 with the stem for 32 pixels, a quarter as wide as the original: BatchNorm, 62 parameter tensors."""
+    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    channels = width
+    for stage in range(4):
+        wide = width * 2**stage
+        layers += [_Residual(channels, wide, stride=1 if stage == 0 else 2), _Residual(wide, wide, stride=1)]
+        channels = wide
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, width: int, layers: int, classes: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+def transformer(width: int = 64, layers: int = 2, classes: int = 10) -> nn.Module:
+    """An encoder with dropout 0.1."""
+    return _Encoder(width, layers, classes)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model, and the shape and classes of one domain's batch."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int
+
+    def batches(self, domains: int, size: int | None = None) -> list[Batch]:
+        """Draw S batches; each domain has inputs about another mean."""
+        shape = self.shape if size is None else (size, *self.shape[1:])
+        return [
+            (torch.randn(shape) + 0.5 * torch.randn(shape[1:]), torch.randint(self.classes, shape[:1]))
+            for _ in range(domains)
+        ]
+
+
+NETWORKS = {
+    "MLP": Network(mlp, (64, 784), 10),
+    "CdSprites CNN": Network(cdsprites, (32, 3, 32, 32), 2),
+    "ResNet-18/4": Network(resnet18, (8, 3, 32, 32), 10),
+    "Transformer": Network(transformer, (16, 32, 64), 10),
+}
