@@ -38,14 +38,6 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
 DIRECTIONS = {name: method for name, method in METHODS.items() if name != "Fish"}
 
 
-def one_thread() -> Iterator[None]:
-    """For a fixture: networks this small only lose by more threads, and much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seed_everything(seed: int = 3) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed also prints the stack, for devices not yet in use
     np.random.seed(seed)  # noqa: NPY002  the global generator is the one that losses draw from

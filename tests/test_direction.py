@@ -24,7 +24,6 @@ from _second_order import (
     flat,
     gradient_of,
     nothing_changes,
-    one_thread,
     plain_autograd,
     plain_smooth_fish,
     train,
@@ -33,9 +32,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
-
-_one_thread = pytest.fixture(autouse=True)(one_thread)
-
 
 # --------------------------------------------------------------------------------------------------------------- errors
 

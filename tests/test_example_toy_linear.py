@@ -16,14 +16,6 @@ SEEDS = range(3)
 MATCHED = ["IDGM", "Fish", "SmoothFish"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small would only wait for the other threads
-    yield
-    torch.set_num_threads(threads)
-
-
 def train(method, config):
     return toy_linear.train(method, *toy_linear.make_domains(config), config)
 

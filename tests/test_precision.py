@@ -17,7 +17,6 @@ from _second_order import (
     assert_close,
     flat,
     gradient_of,
-    one_thread,
     plain_autograd,
 )
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from torch.optim import SGD
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 
-_one_thread = pytest.fixture(autouse=True)(one_thread)
 LOW_PRECISION = {**METHODS, "SmoothFish": lambda model: SmoothFish(5.0, 0.5, model), "Fish": lambda model: Fish(1.0)}
 
 

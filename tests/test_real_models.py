@@ -22,7 +22,6 @@ from _second_order import (
     gradient_of,
     next_random_numbers,
     nothing_changes,
-    one_thread,
     plain_autograd,
     plain_smooth_fish,
     seed_everything,
@@ -34,9 +33,6 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
-
-_one_thread = pytest.fixture(autouse=True)(one_thread)
-
 
 # ------------------------------------------------------------------------------------------- the zoo of models
 

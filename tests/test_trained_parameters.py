@@ -16,15 +16,12 @@ from _second_order import (
     flat,
     gradient_of,
     nothing_changes,
-    one_thread,
     plain_autograd,
 )
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
-
-_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,19 @@
+"""One thread for networks as small as these: more would only wait for one another, on a busy machine for long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+USE_THREADS = {"test_ops", "test_native"}  # the kernel works on several
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if request.module.__name__ not in USE_THREADS:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
