@@ -322,15 +322,18 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def heading(network: str, size: dict[str, Any], threads: int) -> str:
+    parameters = f"{size['parameters'] / 1e6:.2f} M parameters in {size['tensors']} tensors"
+    return f"{network}: {parameters}, batch {size['batch']}, threads: {threads}"
+
+
 def time_table(timings: list[Timing]) -> str:
-    rows = [["network", "threads", "way", "ms", "of ERM", "of naive", "error"]]
-    rows += [
-        [
-            t.network, str(t.threads), t.way, f"{median(t.seconds) * 1e3:.1f}", with_quartiles(t.of_erm),
-            with_quartiles(t.of_naive), "-" if t.error is None else f"{t.error:.0e}",
-        ]
-        for t in timings
-    ]  # fmt: skip
+    rows = [["way", "ms", "of ERM", "of naive", "error"]]
+    for t in timings:
+        error = "-" if t.error is None else f"{t.error:.0e}"
+        rows.append(
+            [t.way, f"{median(t.seconds) * 1e3:.1f}", with_quartiles(t.of_erm), with_quartiles(t.of_naive), error]
+        )
     return markdown(rows)
 
 
@@ -371,29 +374,27 @@ def main() -> None:
         return
     where, shapes = environment(), sizes(options.models)
     print(f"torch {where['torch']}, {where['cpu']}, {where['cpus']} CPUs")
-    for name, size in shapes.items():
-        millions = size["parameters"] / 1e6
-        print(f"{name}: {millions:.2f} M parameters in {size['tensors']} tensors, batch {size['batch']}")
+    print(f"Times: one meta-iteration, S={options.domains}, {options.rounds} rounds.")
     steps = len(options.models) * len(options.threads) * options.rounds * (2 + len(SETTINGS))
     timings: list[Timing] = []
     with tqdm(total=steps, desc="time", file=sys.stderr) as progress:
         for threads in options.threads:
             for network in options.models:
-                timings += time_network(network, options.domains, options.rounds, threads, progress)
-    if timings:
-        print(f"\nOne meta-iteration, S={options.domains}, {options.rounds} rounds.\n")
-        print(time_table(timings))
-    found = measure_memory(options.threads[0]) if options.memory else []
-    if found:
+                found = time_network(network, options.domains, options.rounds, threads, progress)
+                timings += found
+                progress.clear()
+                print(f"\n{heading(network, shapes[network], threads)}\n\n{time_table(found)}", flush=True)
+    peaks = measure_memory(options.threads[0]) if options.memory else []
+    if peaks:
         print(f"\nPeak memory over model and batches: {MEMORY_NETWORK}, batch {MEMORY_BATCH}.\n")
-        print(memory_table(found))
-        if not all(entry["record_reset"] for entry in found):
+        print(memory_table(peaks))
+        if not all(entry["record_reset"] for entry in peaks):
             print("\nThis system cannot reset the record of memory: a peak may be that of the warm-up.")
     if options.json is not None:
         settings = {"domains": options.domains, "rounds": options.rounds, "threads": options.threads}
         results = {
             "environment": where, "settings": settings, "sizes": shapes, "times": [asdict(t) for t in timings],
-            "memory": {"network": MEMORY_NETWORK, "batch": MEMORY_BATCH, "peaks": found},
+            "memory": {"network": MEMORY_NETWORK, "batch": MEMORY_BATCH, "peaks": peaks},
         }  # fmt: skip
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
