@@ -12,7 +12,7 @@ from torch import nn
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "toy_linear.py"
 DEFAULTS = toy_linear.parse([])
-SEEDS = range(3)
+SEEDS = range(5)
 MATCHED = ["IDGM", "Fish", "SmoothFish"]
 
 

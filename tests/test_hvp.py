@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from torch_gradmatch import functional
 from torch_gradmatch.hvp import HVPS, hessian_vector_product, linearize
 
 EXACT = ["reverse", "forward"]
@@ -256,7 +255,3 @@ def test_error_of_finite_differences(name: str, dtype: torch.dtype, bound: float
     )
     error = float((found - exact).norm() / exact.norm())
     assert 0 < error < bound
-
-
-def test_the_engine_uses_these():
-    assert functional.idgm_grad(lambda w, t: (w - t) ** 4, torch.tensor(0.0), [1.0, 2.0], 0.1).gradient.shape == ()

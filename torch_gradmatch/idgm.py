@@ -99,7 +99,7 @@ class IDGM(Method):
 
         Args:
             optimizer: The wrapped optimizer.
-            state: Not used: nothing is kept from one meta-iteration to the next.
+            state: Not used: no tensor of a parameter is kept from one meta-iteration to the next.
 
         Returns:
             The loop.
