@@ -14,12 +14,15 @@ import torch_gradmatch
 PACKAGE = Path(torch_gradmatch.__file__).parent
 LAYERS = [
     {"_checks", "_native", "domain_plan"},
-    {"ops", "alignment", "hvp", "random_state"},
+    {"ops", "alignment", "hvp", "random_state", "peak_memory"},
     {"slow_weights", "agreement"},
     {"slow_buffers", "inner_state", "functional", "method", "sampling"},
     {"direction"},
     {"fish", "idgm", "smooth_fish"},
     {"optimizer"},
+    {"trial"},
+    {"fidelity", "cost"},
+    {"comparison"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -6,6 +6,7 @@ Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104
 from torch_gradmatch import agreement, functional
 from torch_gradmatch._native import NativeStatus, native_status
 from torch_gradmatch.agreement import fish_gamma
+from torch_gradmatch.comparison import Comparison, compare
 from torch_gradmatch.fish import Fish
 from torch_gradmatch.idgm import IDGM
 from torch_gradmatch.optimizer import GradMatch, MetaStep
@@ -14,6 +15,7 @@ from torch_gradmatch.smooth_fish import SmoothFish
 
 __all__ = [
     "IDGM",
+    "Comparison",
     "DomainBatchSampler",
     "Fish",
     "GradMatch",
@@ -21,6 +23,7 @@ __all__ = [
     "NativeStatus",
     "SmoothFish",
     "agreement",
+    "compare",
     "fish_gamma",
     "functional",
     "meta_batches",

@@ -8,7 +8,7 @@ just before it does. Whatever a user does to the buffers between two inner loops
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch_gradmatch.slow_weights import refresh
 
-__all__ = ["SlowBuffers"]
+__all__ = ["SlowBuffers", "take_off_hooks"]
 
 
 class _Hook:
@@ -60,6 +60,30 @@ class _AfterLoad(_Hook):
         owner = self.owner
         if owner is not None:
             owner.follow()
+
+
+def take_off_hooks(model: nn.Module) -> Callable[[], None]:
+    """Let no :class:`SlowBuffers` follow a model for a while.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Puts the hooks back as they were, and removes those that came since.
+    """
+    tables = [model._load_state_dict_post_hooks, *(module._forward_pre_hooks for module in model.modules())]
+    before = [list(hooks.items()) for hooks in tables]
+    for hooks in tables:
+        for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
+            del hooks[key]
+
+    def put_back() -> None:
+        for hooks, items in zip(tables, before, strict=True):
+            others = [(k, h) for k, h in hooks.items() if not isinstance(h, _Hook) and k not in dict(items)]
+            hooks.clear()
+            hooks.update(items + others)
+
+    return put_back
 
 
 class SlowBuffers:
