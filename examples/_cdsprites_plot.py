@@ -40,6 +40,7 @@ class Run:
         unseen_accuracy: on colours that training never shows.
         inner_product: mean inner product of two training domains' gradients.
         cosine: mean cosine of the same.
+        seconds_training: wall-clock time up to each point, without measuring the curves.
         seconds: wall-clock time of the whole run.
         seconds_measuring: the part of it spent on measuring the curves.
         threads: torch threads.
@@ -55,6 +56,7 @@ class Run:
     unseen_accuracy: list[float] = field(default_factory=list)
     inner_product: list[float] = field(default_factory=list)
     cosine: list[float] = field(default_factory=list)
+    seconds_training: list[float] = field(default_factory=list)
     seconds: float = 0.0
     seconds_measuring: float = 0.0
     threads: int = 0
@@ -172,18 +174,29 @@ def save_figure(path: Path, data: CdSprites, runs: Sequence[Run]) -> None:
     plot_alignment(products, inner_product, quantity="inner product", smoothing=SMOOTHED)
     plot_alignment(cosines, cosine, quantity="cosine", smoothing=SMOOTHED)
     inner_product.set_title("Gradients of two training domains, mean over all pairs", fontsize=12)
-    evaluations = runs[0].gradient_evaluations[-1] // runs[0].iteration[-1]
-    products = (
-        "; of Exact as many Hessian-vector products, too" if any(run.hessian_products[-1] for run in runs) else ""
-    )
     cosine.set_xlabel(
-        f"meta-iteration ({evaluations} gradients each{products})\n"
+        f"meta-iteration ({_evaluations(runs)})\n"
         f"thin: every measurement; thick: its mean with up to {SMOOTHED} before and after"
     )
     for ax in (accuracy, inner_product, cosine):
         ax.legend(loc="center right" if ax is accuracy else "upper right", fontsize=9)
         ax.grid(alpha=0.25)
     figure.savefig(path)
+
+
+def _evaluations(runs: Sequence[Run]) -> str:
+    """Say how many gradients a meta-iteration takes, and of which methods also Hessian-vector products.
+
+    Returns:
+        Words.
+    """
+    of: dict[int, list[str]] = {}
+    for run in runs:
+        of.setdefault(run.gradient_evaluations[-1] // run.iteration[-1], []).append(run.title)
+    first = next(iter(of))
+    words = [f"{first} gradients each", *(f"of {' and '.join(of[n])} {n}" for n in of if n != first)]
+    words += [f"of {run.title} as many Hessian-vector products, too" for run in runs if run.hessian_products[-1]]
+    return "; ".join(words)
 
 
 def _sprites(figure: SubFigure, data: CdSprites) -> None:

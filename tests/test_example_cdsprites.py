@@ -305,38 +305,42 @@ def run(*arguments, cwd):
 
 SMALL = (
     *("--domains", 3, "--size", 16, "--images-per-domain", 20, "--eval-images", 20),
-    *("--batch-size", 6, "--iterations", 8, "--exact-iterations", 8, "--measurements", 4, "--seed", 5),
+    *("--batch-size", 6, "--iterations", 8, "--exact-iterations", 8, "--smooth-iterations", 8),
+    *("--measurements", 4, "--seed", 5),
 )
 
 
 def test_small_run_writes_figure_and_numbers(tmp_path):
-    finished = run("--out", "out", *SMALL, cwd=tmp_path)
+    finished = run("--out", "out", "--methods", "exact,smooth_fish,fish,erm", *SMALL, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "unseen colours" in finished.stdout
-    assert finished.stderr.count("8/8 meta-iterations") == 3
+    assert finished.stderr.count("8/8 meta-iterations") == 4
     png = (tmp_path / "out" / "cdsprites.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert png.endswith(b"IEND\xaeB`\x82")
     results = json.loads((tmp_path / "out" / "cdsprites.json").read_text())
-    assert list(results["runs"]) == ["erm", "fish", "exact"]
+    assert list(results["runs"]) == ["erm", "fish", "smooth_fish", "exact"]
     assert results["config"]["seed"] == 5
     assert results["config"]["sprites"] == "drawn"
     for name, curves in results["runs"].items():
         assert curves["iteration"] == [0, 2, 4, 6, 8]
-        assert curves["gradient_evaluations"] == [0, 6, 12, 18, 24]
+        each = 5 if name == "smooth_fish" else 3
+        assert curves["gradient_evaluations"] == [each * iteration for iteration in curves["iteration"]]
+        assert curves["seconds_training"] == sorted(curves["seconds_training"])
+        assert 0 <= curves["seconds_training"][0] < curves["seconds_training"][-1] < curves["seconds"]
         assert curves["hessian_products"] == ([0, 6, 12, 18, 24] if name == "exact" else [0] * 5)
         for curve in ("train_accuracy", "validation_accuracy", "unseen_accuracy", "inner_product", "cosine"):
             assert len(curves[curve]) == 5
             assert np.isfinite(curves[curve]).all()
         final = results["final"][name]
-        assert final["gradient_evaluations"] == 24
+        assert final["gradient_evaluations"] == 8 * each
         assert final["mean_inner_product"] == pytest.approx(np.mean(curves["inner_product"][1:]))
         assert 0 <= final["unseen_accuracy"] <= 1
-    erm, fish, exact = results["runs"].values()
+    runs = results["runs"].values()
     # The same initial weights:
-    assert erm["unseen_accuracy"][0] == fish["unseen_accuracy"][0] == exact["unseen_accuracy"][0]
-    assert erm["inner_product"][0] == fish["inner_product"][0] == exact["inner_product"][0]
-    assert len({run["inner_product"][-1] for run in (erm, fish, exact)}) == 3
+    assert len({run["unseen_accuracy"][0] for run in runs}) == 1
+    assert len({run["inner_product"][0] for run in runs}) == 1
+    assert len({run["inner_product"][-1] for run in runs}) == 4
 
 
 def test_one_method_on_a_dsprites_file(tmp_path, miniature):
@@ -368,7 +372,7 @@ def test_grey_dsprites_file_ends_with_a_message(tmp_path):
         (["--batch-size", "3000"], "argument --batch-size: should be at most --images-per-domain (got 3000)"),
         (["--meta-lr", "2"], "argument --meta-lr: should be in (0, 1] (got 2.0)"),
         (["--seed", "one"], "argument --seed: invalid whole number value: 'one'"),
-        (["--methods", "erm,foo"], "argument --methods: should be some of erm,fish,exact (got 'foo')"),
+        (["--methods", "erm,foo"], "argument --methods: should be some of erm,fish,smooth_fish,exact (got 'foo')"),
         (["--device", "abacus"], "argument --device: 'abacus' cannot be used here"),
         (["--dsprites", "absent.npz"], "argument --dsprites: no dSprites file at 'absent.npz'"),
         (["--images-per-domain", "60000"], "453000 different squares and as many ellipses are asked for"),
