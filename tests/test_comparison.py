@@ -97,9 +97,11 @@ def test_a_new_users_transformer_gets_an_answer_and_keeps_everything(capsys: pyt
     assert printed == f"{found}\n"
     assert "Fish or exact? " in printed
     assert "AdamW(lr=0.000" in printed
-    assert [row.name for row in found.rows] == ["ERM", *default_methods(case.model, 1e-3, 4)]
+    names = ["ERM", *default_methods(case.model, 1e-3, 4)]
+    assert [row.name for row in found.rows if row.cost] == names
+    assert [row.name for row in found.rows[2:4]] == ["Fish, lr x 0.1", "Fish, lr x 10"]
     assert not any(row.error for row in found.rows)
-    assert all(len(row.cost.of_erm) == 5 for row in found.rows)
+    assert all(len(found[name].cost.of_erm) == 5 for name in names)
     assert max(map(len, printed.splitlines())) <= 120
     trained(case, optimizer)  # and it goes on
 
@@ -140,12 +142,17 @@ def test_the_figures_are_those_of_the_methods():
     case = make(networks.batch_norm_1d)
     lr = 1e-4
     found = compare(case.model, loss_of(case), case.batches, optimizer=SGD(case.model.parameters(), lr=lr), **BRIEF)
-    evaluations = {row.name: row.cost.evaluations for row in found.rows}
+    evaluations = {row.name: row.cost.evaluations for row in found.rows if row.cost}
     assert evaluations["ERM"] == evaluations["Fish"] == evaluations["IDGM, keep_graphs"] == 3
     assert evaluations["SmoothFish"] == evaluations["IDGM"] == 2 * 3 - 1  # one graph is kept
     assert evaluations["IDGM, hvp_domains=1"] in (3, 4)
     assert found["ERM"].cost.of_erm == [1.0]
-    assert all(row.cost.seconds[0] > 0 for row in found.rows)
+    assert all(row.cost.seconds[0] > 0 for row in found.rows if row.cost)
+    assert [row.name for row in found.rows if not row.cost] == ["Fish, lr x 0.1", "Fish, lr x 10"]
+    for factor in (0.1, 10.0):
+        other = found[f"Fish, lr x {factor:g}"].fidelity
+        assert other.gamma == pytest.approx(factor * fish_gamma(lr, 3), rel=0.2)
+    assert found["Fish, lr x 0.1"].fidelity.relative_error < found["Fish"].fidelity.relative_error
     assert found["Fish"].fidelity.gamma == pytest.approx(fish_gamma(lr, 3), rel=0.02)
     assert found["SmoothFish"].fidelity.gamma == pytest.approx(fish_gamma(lr, 3), rel=0.02)
     assert found["IDGM"].fidelity.gamma == pytest.approx(fish_gamma(lr, 3), rel=1e-6)
@@ -183,6 +190,12 @@ def test_the_answer_turns_with_the_learning_rate():
     assert answers[1e-4].startswith("Fish or exact? Fish. ")
     assert answers[3.0].startswith("Fish or exact? exact, if ") or "rough stand-in" in answers[3.0]
     assert "lost in rounding" in answers[1e-17]
+    case = make(networks.resnet)
+    optimizer = SGD(case.model.parameters(), lr=3e-3)
+    found = compare(case.model, loss_of(case), case.batches, optimizer=optimizer, **BRIEF)
+    by_rate = {name: found[name].fidelity.cosine for name in ("Fish, lr x 0.1", "Fish", "Fish, lr x 10")}
+    assert by_rate["Fish, lr x 0.1"] > by_rate["Fish"] + 0.05
+    assert "nearer at 0.1 times the inner learning rate" in found.answer.replace("\n", " ")
 
 
 @dataclasses.dataclass
@@ -250,7 +263,7 @@ def test_other_forms_of_the_arguments():
     batches = ((x.float(), y.float()) for x, y in case.batches)
     found = compare(case.model, loss_of(case), batches, [SmoothFish(2.0, 0.01), Fish(0.3)], **BRIEF)
     assert "SGD(lr=0.01)" in found.setting
-    assert [row.name.split("(")[0] for row in found.rows] == ["ERM", "SmoothFish", "Fish"]
+    assert [row.name.split("(")[0] for row in found.rows if row.cost] == ["ERM", "SmoothFish", "Fish"]
     assert found.answer == "Fish or exact? That takes a Fish and an IDGM over all domains among the methods."
     assert isinstance(found, Comparison)
     assert math.isfinite(found.rows[1].fidelity.gamma)

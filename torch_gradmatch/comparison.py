@@ -27,6 +27,7 @@ from torch_gradmatch.trial import Trial, copy_optimizer
 __all__ = ["Comparison", "Cost", "Row", "compare", "default_methods"]
 
 CLOSE, FAR = 0.9, 0.5  # cosines, between which the first-order approximation is called rough
+OTHER_RATES = (0.1, 10.0)  # of the inner learning rate, at which Fish's fidelity is measured, too
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Comparison:
     Attributes:
         setting: Model, data, optimizer and device in words.
         reference: What the fidelities are measured against, in words.
-        rows: ERM first, then one for each method.
+        rows: ERM first, then one for each method. After Fish come its fidelities at a tenth of the inner learning rate
+            and at ten times as much, called ``"Fish, lr x 0.1"`` and so on.
         answer: "Fish or exact?", answered from the rows in sentences.
     """
 
@@ -186,12 +188,21 @@ def compare(
         drawn = random_orders(domains, orders, torch.Generator().manual_seed(seed))
         for name, method in named.items():
             if exact is not None and name not in errors:
+                factors = (1.0, *OTHER_RATES) if isinstance(method, Fish) else (1.0,)
                 try:
-                    fidelities[name] = fidelity(trial, method, exact, drawn)
+                    for factor in factors:
+                        title = name if factor == 1.0 else _at_other_rate(name, factor)
+                        fidelities[title] = fidelity(trial, method, exact, drawn, factor)
                 except Exception as error:  # noqa: BLE001  any method, any reason: the row says it
-                    errors[name] = str(error)
+                    errors[title] = str(error)
     rows = [Row(ERM, ERM, measured[ERM], None, None)]
-    rows += [Row(n, repr(m), measured.get(n), fidelities.get(n), errors.get(n)) for n, m in named.items()]
+    for name, method in named.items():
+        titles = [name, *(_at_other_rate(name, factor) for factor in OTHER_RATES)]
+        rows += [
+            Row(title, repr(method), measured.get(title), fidelities.get(title), errors.get(title))
+            for title in titles
+            if title == name or title in fidelities or title in errors
+        ]
     found = Comparison(_setting(trial, plain, lr), reference, rows, _answer(rows, named))
     if show:
         print(found)  # noqa: T201  it is what was asked for
@@ -213,6 +224,10 @@ def _refuse_nonfinite(trial: Trial) -> None:
     loss = float(trial.differentiate_mean_loss())
     if not math.isfinite(loss):
         raise ValueError(f"the mean loss of the batches is {loss}: there is nothing to compare at these parameters")
+
+
+def _at_other_rate(name: str, factor: float) -> str:
+    return f"{name}, lr x {factor:g}"
 
 
 def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method]:
@@ -284,6 +299,10 @@ def _answer(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
             "ERM is lost in rounding. Raise it, or choose the strength freely by SmoothFish or IDGM."
         )
     strength = f"{found.strength:.2g} of the ERM gradient's length"
+    others = [(factor, by_name.get(_at_other_rate(fish.name, factor))) for factor in OTHER_RATES]
+    cosines = [(f.cosine, factor) for factor, row in others if row and (f := row.fidelity) and f.resolved]
+    best, factor = max(cosines, default=(0.0, 1.0))
+    nearer = f"; nearer at {factor:g} times the inner learning rate, {best:.2f}" if best > found.cosine + 0.05 else ""
     if found.cosine >= CLOSE:
         verdict = (
             f"Fish. Its mean direction beyond ERM is that of the exact objective with gamma = {found.gamma:.3g} "
@@ -291,13 +310,13 @@ def _answer(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
         )
     elif found.cosine >= FAR:
         verdict = (
-            f"Fish is a rough stand-in here (cosine {found.cosine:.2f} with exact, {strength}). If held-out domains do "
-            "not gain by it, lower the inner learning rate or try the exact objective."
+            f"Fish is a rough stand-in for exact here (cosine {found.cosine:.2f}, {strength}{nearer}). If held-out "
+            "domains do not gain by it, try the exact objective."
         )
     else:
         verdict = (
             f"exact, if it is the inner product that is to be matched: at this inner learning rate the first-order "
-            f"approximation does not hold (cosine {found.cosine:.2f}, {strength}). A lower one brings Fish nearer."
+            f"approximation does not hold (cosine {found.cosine:.2f}, {strength}{nearer})."
         )
     return _wrapped(f"Fish or exact? {verdict} {longer} Which trains the better model only domains held out can tell.")
 

@@ -8,6 +8,10 @@ exact objective's is :math:`-\gamma\,\partial\mathrm{GIP}/\partial\theta`, and f
           = -\gamma_\mathrm{Fish}\,\frac{\partial\,\mathrm{GIP}}{\partial\theta} + O(\alpha^2)
 
 averaged over the order of the domains; an order and its reverse are enough for the first term.
+
+That holds where the gradients are smooth. Across the kinks of ReLUs they jump, at random places: on a walk of length
+:math:`\delta` the sum of the jumps grows as :math:`\sqrt\delta`, so that a *shorter* walk is farther from the exact
+direction, which knows of no kinks.
 """
 
 from __future__ import annotations
@@ -111,7 +115,9 @@ class ExactTerm:
         return [(g - m) / gamma for g, m in zip(gradient, self.mean, strict=True)]
 
 
-def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: Sequence[int]) -> Vector:
+def direction_beyond_erm(
+    trial: Trial, method: Method, exact: ExactTerm, order: Sequence[int], lr_factor: float = 1.0
+) -> Vector:
     """Carry out one meta-iteration and return what its gradients have beyond the mean gradient.
 
     Args:
@@ -119,12 +125,13 @@ def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: 
         method: The method.
         exact: Holds the mean gradient.
         order: In which to go through the domains.
+        lr_factor: Multiplies the optimizer's learning rates.
 
     Returns:
         For each parameter.
     """
     trial.reset()
-    optimizer = trial.wrap(method)
+    optimizer = trial.wrap(method, lr_factor)
     total: Vector = []
     steps = 0
 
@@ -139,7 +146,9 @@ def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: 
     return [t / steps - m for t, m in zip(total, exact.mean, strict=True)]
 
 
-def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Sequence[int]]) -> Fidelity | None:
+def fidelity(
+    trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Sequence[int]], lr_factor: float = 1.0
+) -> Fidelity | None:
     """Measure a method's direction beyond ERM against the exact objective's.
 
     Args:
@@ -147,6 +156,7 @@ def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Se
         method: The method.
         exact: What to compare with.
         orders: Orders of the domains, one meta-iteration for each. Methods without a walk take one.
+        lr_factor: Multiplies the optimizer's learning rates, for the effect of the inner one on Fish.
 
     Returns:
         What was found, or None for an optimizer that evaluates gradients itself (LBFGS).
@@ -159,7 +169,7 @@ def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Se
     mean: Vector = []
     for number, order in enumerate(orders):
         torch.default_generator.manual_seed(number)  # what a method draws for itself, as hvp_domains
-        beyond = direction_beyond_erm(trial, method, exact, order)
+        beyond = direction_beyond_erm(trial, method, exact, order, lr_factor)
         cosines.append(_cosine(beyond, exact.term))
         mean = beyond if not mean else [m + b for m, b in zip(mean, beyond, strict=True)]
     mean = [m / len(orders) for m in mean]

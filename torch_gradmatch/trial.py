@@ -140,16 +140,20 @@ class Trial:
                 self._loss_fn(content)  # draws what the next domain's must not
         self.reset()
 
-    def wrap(self, method: Method) -> GradMatch:
+    def wrap(self, method: Method, lr_factor: float = 1.0) -> GradMatch:
         """Return a copy of the optimizer, wrapped with a method.
 
         Args:
             method: The method.
+            lr_factor: Multiplies the copy's learning rates.
 
         Returns:
             The wrapper.
         """
-        return GradMatch(copy_optimizer(self.optimizer), method)
+        copied = copy_optimizer(self.optimizer)
+        for group in copied.param_groups if lr_factor != 1.0 else ():
+            group["lr"] = group["lr"] * lr_factor
+        return GradMatch(copied, method)
 
     def differentiate_mean_loss(self) -> Tensor:
         """Leave the gradient of the mean loss in ``.grad``: ordinary training (ERM).
