@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 LOWEST := .venv-lowest
 SEED ?= 0
 CHECKED := torch_gradmatch tests examples benchmarks csrc setup.py
@@ -16,7 +17,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	$(abspath $(BIN))/python
 
 .PHONY: help install demo test test-fallback test-sanitize test-cuda test-lowest lint check-abi check-csrc wheel \
-	bench-interpolate bench-exact format clean
+	bench bench-micro bench-interpolate format clean
 
 help:
 	@echo "make demo              train ERM, Fish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
@@ -30,8 +31,9 @@ help:
 	@echo "make check-csrc        compile csrc/ with all warnings as errors, the .cu too where nvcc is found"
 	@echo "make check-abi         prove that the extension uses nothing of torch but its stable ABI"
 	@echo "make wheel             one wheel for torch 2.10 and later, in dist/"
+	@echo "make bench             Fish against exact: cost, fidelity, outcome; writes benchmarks/report/index.md"
+	@echo "make bench-micro       pytest-benchmark's suite; writes out/micro.json"
 	@echo "make bench-interpolate time the interpolation against its peers"
-	@echo "make bench-exact       time and memory of the exact gradient against doing it naively"
 	@echo "make clean             remove environments, caches and outputs"
 
 install: $(INSTALLED)
@@ -40,6 +42,11 @@ $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.h c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# Without what they depend on: one of them asks for torchvision, which would replace the torch that is here.
+$(PEERS): $(INSTALLED) benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
 	touch $@
 
 demo: $(INSTALLED)
@@ -81,13 +88,17 @@ check-abi: $(INSTALLED)
 wheel: $(INSTALLED)
 	TORCH_GRADMATCH_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
+bench: $(INSTALLED) $(PEERS)
+	$(BIN)/python -m benchmarks
+
+bench-micro: $(INSTALLED) $(PEERS)
+	mkdir -p out
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/micro.json -q
+
 bench-interpolate: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/python -m pytest benchmarks/test_interpolate.py --benchmark-only --benchmark-json=out/interpolate.json -q
 	$(BIN)/python benchmarks/report_interpolate.py out/interpolate.json
-
-bench-exact: $(INSTALLED)
-	$(BIN)/python benchmarks/exact_gradient.py --json out/exact_gradient.json
 
 test-lowest: requirements-dev.txt
 	$(PYTHON) -m venv $(LOWEST)

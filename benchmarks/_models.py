@@ -11,28 +11,33 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 
 
-def mlp() -> nn.Module:
+Activation = Callable[[], nn.Module]
+
+
+def mlp(activation: Activation = nn.ReLU) -> nn.Module:
     """Three layers, 784 to 10."""
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    layers = [nn.Linear(784, 256), activation(), nn.Linear(256, 256), activation(), nn.Linear(256, 10)]
+    return nn.Sequential(*layers)
 
 
-def cdsprites() -> nn.Module:
+def cdsprites(activation: Activation = nn.ReLU) -> nn.Module:
     """The network of ``examples/cdsprites.py`` at 32 pixels."""
     layers: list[nn.Module] = []
     for narrow, wide in ((3, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1), activation()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 2))
 
 
 class _Residual(nn.Module):
     """He et al., 2016: two convolutions around which the input goes."""
 
-    def __init__(self, narrow: int, wide: int, stride: int) -> None:
+    def __init__(self, narrow: int, wide: int, stride: int, activation: Activation) -> None:
         super().__init__()
+        self.activation = activation()
         self.convs = nn.Sequential(
             nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False),
             nn.BatchNorm2d(wide),
-            nn.ReLU(),
+            activation(),
             nn.Conv2d(wide, wide, 3, padding=1, bias=False),
             nn.BatchNorm2d(wide),
         )
@@ -41,24 +46,26 @@ class _Residual(nn.Module):
             self.around = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.convs(x) + self.around(x))
+        return self.activation(self.convs(x) + self.around(x))
 
 
-def resnet18(width: int = 16, classes: int = 10) -> nn.Module:
+def resnet18(activation: Activation = nn.ReLU, width: int = 16, classes: int = 10) -> nn.Module:
     """ResNet-18 with the stem for 32 pixels, a quarter as wide as the original: BatchNorm, 62 parameter tensors."""
-    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), activation()]
     channels = width
     for stage in range(4):
         wide = width * 2**stage
-        layers += [_Residual(channels, wide, stride=1 if stage == 0 else 2), _Residual(wide, wide, stride=1)]
+        layers += [_Residual(channels, wide, 1 if stage == 0 else 2, activation), _Residual(wide, wide, 1, activation)]
         channels = wide
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 class _Encoder(nn.Module):
-    def __init__(self, width: int, layers: int, classes: int) -> None:
+    def __init__(self, activation: Activation, width: int, layers: int, classes: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, dropout=0.1, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, nhead=4, dim_feedforward=4 * width, dropout=0.1, activation=activation(), batch_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, classes)
 
@@ -66,16 +73,16 @@ class _Encoder(nn.Module):
         return self.head(self.encoder(x).mean(1))
 
 
-def transformer(width: int = 64, layers: int = 2, classes: int = 10) -> nn.Module:
+def transformer(activation: Activation = nn.ReLU, width: int = 64, layers: int = 2, classes: int = 10) -> nn.Module:
     """An encoder with dropout 0.1."""
-    return _Encoder(width, layers, classes)
+    return _Encoder(activation, width, layers, classes)
 
 
 @dataclass(frozen=True)
 class Network:
     """A model, and the shape and classes of one domain's batch."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]  # takes an activation, ReLU if none
     shape: tuple[int, ...]
     classes: int
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from _shapes import NETWORKS
 from torch import Tensor
 
+from benchmarks._shapes import NETWORKS
 from torch_gradmatch import native_status, ops
 
 WEIGHT = 0.1

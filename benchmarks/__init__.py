@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks`` writes the report, ``make bench-micro`` runs the files ``test_*.py``."""

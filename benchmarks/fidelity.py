@@ -1,0 +1,134 @@
+"""How far the first-order approximations reach: directions beyond ERM against the exact ones.
+
+By :mod:`torch_gradmatch.fidelity`, on networks that a few steps of ordinary training have moved from where they began.
+Fish and SmoothFish are measured against the inner learning rate, in steps of SGD; they and what else approximates the
+exact direction also against the batch size. Every repeat draws network, data and orders of the domains anew. Against
+the learning rate each network is measured with GELU in place of ReLU, too: the theorem is about smooth gradients, and
+those of ReLU networks jump.
+
+``error`` is ``|d - gamma e| / |gamma e|`` for the mean d of a method's directions beyond ERM over the orders, e the
+exact one and gamma what theory says: ``fish_gamma(lr, S)`` for Fish and SmoothFish, the method's own for IDGM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._models import NETWORKS, Batch
+from benchmarks.workers import in_processes
+from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
+from torch_gradmatch.fidelity import ExactTerm, Fidelity, fidelity, random_orders
+from torch_gradmatch.method import Method
+from torch_gradmatch.trial import Trial
+
+DOMAINS = 5
+ORDERS = 4
+REPEATS = 3
+LEARNING_RATES = [10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0)]
+SMOOTH_FISH_RATES = LEARNING_RATES[::4]  # its direction is that of Fish by SGD: a few are enough to show it
+BATCH_SIZES = {"MLP": [4, 16, 64, 256], "CdSprites CNN": [4, 16, 64], "ResNet-18/4": [2, 4, 8],
+               "Transformer": [2, 4, 16]}  # fmt: skip
+BATCH_SIZE = {"MLP": 64, "CdSprites CNN": 16, "ResNet-18/4": 4, "Transformer": 8}  # where the learning rate varies
+RATE_OF_BATCHES = 1e-2  # inner learning rate where the batch size varies
+WARMUP_STEPS = 20
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "GELU": nn.GELU}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method's fidelity at one setting.
+
+    Attributes:
+        against: What varies: ``"learning rate"`` or ``"batch size"``.
+        at: Its value.
+        repeat: Which draw of network and data.
+        cosine: Of the mean direction beyond ERM and the exact one.
+        cosines: Of single meta-iterations.
+        error: As above.
+        strength: Length of the direction beyond ERM over that of the mean gradient.
+        resolved: Whether it is longer than rounding errors.
+    """
+
+    network: str
+    activation: str
+    method: str
+    against: str
+    at: float
+    repeat: int
+    cosine: float
+    cosines: list[float]
+    error: float
+    strength: float
+    resolved: bool
+
+
+def error_at(found: Fidelity, gamma: float) -> float:
+    """The relative error against the exact direction times ``gamma``, from that against the fitted one."""
+    along = found.gamma / gamma
+    return math.hypot(along - 1, along * found.relative_error)
+
+
+def sweep(
+    network: str, activation: str, batch_size: int, against: str, repeat: int, told: Callable[..., object]
+) -> list[Measured]:
+    """Measure the methods on one draw of network and data."""
+    torch.set_num_threads(1)
+    torch.manual_seed(repeat)
+    model = NETWORKS[network].make(ACTIVATIONS[activation]).train()
+    batches = NETWORKS[network].batches(DOMAINS, batch_size)
+
+    def loss_fn(batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(WARMUP_STEPS):
+        adam.zero_grad()
+        torch.stack([loss_fn(batch) for batch in batches]).mean().backward()
+        adam.step()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    orders = random_orders(DOMAINS, ORDERS, torch.Generator().manual_seed(repeat))
+    measured = []
+    with Trial(model, loss_fn, batches, sgd) as trial:
+        trial.fix_random_numbers()
+        exact = ExactTerm(trial)
+        for rate in LEARNING_RATES if against == "learning rate" else [RATE_OF_BATCHES]:
+            gamma = fish_gamma(rate, DOMAINS)
+            methods: dict[str, Method] = {"Fish": Fish(model=model, nonfinite="ignore")}
+            if rate in SMOOTH_FISH_RATES:
+                methods["SmoothFish"] = SmoothFish(1.0, rate, model, nonfinite="ignore")
+            if against == "batch size":
+                methods["IDGM, hvp_domains=1"] = IDGM(model, gamma, hvp_domains=1)
+                methods["IDGM, finite_difference"] = IDGM(model, gamma, hvp="finite_difference")
+            trial.optimizer.param_groups[0]["lr"] = rate
+            for name, method in methods.items():
+                found = fidelity(trial, method, exact, orders)
+                assert found is not None  # SGD needs no closure
+                at = rate if against == "learning rate" else batch_size
+                finite = math.isfinite(found.cosine) and math.isfinite(found.relative_error)
+                error = error_at(found, gamma) if finite else math.inf
+                measured.append(
+                    Measured(
+                        network, activation, name, against, at, repeat, found.cosine if finite else math.nan,
+                        found.cosines, error, found.strength, found.resolved and finite,
+                    )
+                )  # fmt: skip
+    told()
+    return measured
+
+
+def measure(networks: Sequence[str], repeats: int, processes: int) -> list[Measured]:
+    """Measure all networks against learning rate and batch size."""
+    tasks = []
+    for repeat, network in product(range(repeats), reversed(networks)):
+        tasks += [(network, activation, BATCH_SIZE[network], "learning rate", repeat) for activation in ACTIVATIONS]
+        tasks += [(network, "ReLU", size, "batch size", repeat) for size in BATCH_SIZES[network]]
+    parts = in_processes(sweep, tasks, processes, len(tasks), "fidelity", "sweep")
+    order = {name: i for i, name in enumerate([*networks, *ACTIVATIONS])}
+    found = [measured for part in parts for measured in part]
+    return sorted(found, key=lambda m: (order[m.network], order[m.activation], m.method, m.against, m.at, m.repeat))

@@ -1,0 +1,221 @@
+"""The report's pictures. Colours are Okabe and Ito's, and every line has a marker or dash of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from torch_gradmatch.alignment import OKABE_ITO
+
+ORANGE, BLUE, GREEN, PINK, AMBER, SKY, _, BLACK = OKABE_ITO
+STYLES: dict[str, dict[str, Any]] = {
+    "ERM": {"color": BLACK, "marker": "o"},
+    "Fish": {"color": BLUE, "marker": "s"},
+    "SmoothFish": {"color": SKY, "marker": "D"},
+    "IDGM": {"color": ORANGE, "marker": "^"},
+    "Exact": {"color": ORANGE, "marker": "^"},
+    "IDGM, keep_graphs": {"color": ORANGE, "marker": "v", "linestyle": "--"},
+    "IDGM, hvp_domains=1": {"color": AMBER, "marker": "P"},
+    "IDGM, forward": {"color": GREEN, "marker": "<", "linestyle": "--"},
+    "IDGM, finite_difference": {"color": GREEN, "marker": ">"},
+    "create_graph": {"color": PINK, "marker": "X"},
+    "curvlinops": {"color": "0.5", "marker": "*", "linestyle": ":"},
+}
+RING = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
+Rows = Sequence[Mapping[str, Any]]
+
+
+def style(name: str) -> dict[str, Any]:
+    return {"linestyle": "-", "markersize": 5, "linewidth": 1.6} | STYLES[name]
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    values = list(values)
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, median(values), high
+
+
+def panels(
+    networks: Sequence[str], title: str, x_label: str, y_label: str, rows: int = 1
+) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(figsize=(3.5 * len(networks) + 0.4, 3.3 * rows + 1.3), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, len(networks), squeeze=False, sharex="col")
+    figure.suptitle(title, fontsize=12)
+    for ax, network in zip(axes[0], networks, strict=True):
+        ax.set_title(network, fontsize=11)
+    for ax in axes[-1]:
+        ax.set_xlabel(x_label)
+    axes[0][0].set_ylabel(y_label)
+    for ax in axes.flat:
+        ax.grid(alpha=0.25, which="major")
+    return figure, [list(row) for row in axes]
+
+
+def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    order = [name for name in STYLES if name in handles]
+    names = order + [name for name in handles if name not in STYLES]
+    figure.legend(
+        [handles[n] for n in names], names, loc="outside lower center", ncols=min(len(names), 6), frameon=False
+    )
+
+
+def at_the_values(ax: Axes, values: Sequence[float]) -> None:
+    """Label a logarithmic axis at the measured values."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(list(values)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+
+
+def plain_numbers(ax: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    ticks = [
+        t for t in (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000) if low * 0.7 < t < high * 1.4
+    ]
+    ax.yaxis.set_major_locator(FixedLocator(ticks))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def grow(
+    path: Path,
+    rows: Rows,
+    networks: Sequence[str],
+    values_of: Callable[[Mapping[str, Any]], Sequence[float]],
+    title: str,
+    y_label: str,
+) -> None:
+    """One panel for each network, one line for each way, against the number of domains; bands are quartiles."""
+    figure, ((*axes,),) = panels(networks, title, "number of domains S", y_label)
+    for ax, network in zip(axes, networks, strict=True):
+        shown: list[float] = []
+        for way in dict.fromkeys(row["way"] for row in rows):
+            points = [(r["domains"], spread(values_of(r))) for r in rows if (r["network"], r["way"]) == (network, way)]
+            points = [p for p in points if p[1][1] > 0]
+            if points:
+                x = [s for s, _ in points]
+                low, middle, high = zip(*(values for _, values in points), strict=True)
+                ax.plot(x, middle, label=way, **style(way))
+                ax.fill_between(x, low, high, color=style(way)["color"], alpha=0.2, linewidth=0)
+                shown += middle
+        ax.set_yscale("log")
+        at_the_values(ax, sorted({r["domains"] for r in rows}))
+        plain_numbers(ax, shown)
+    legend_below(figure, axes)
+    figure.savefig(path)
+
+
+def cost(path: Path, times: Rows, networks: Sequence[str]) -> None:
+    rows = [row for row in times if row["seconds"]]
+    title = "Time of a meta-iteration over that of the ERM gradient and a step, by number of domains"
+    grow(path, rows, networks, lambda row: row["of_erm"], title, "time / ERM")
+
+
+def memory(path: Path, peaks: Rows, networks: Sequence[str]) -> None:
+    rows = [row for row in peaks if row["bytes"]]
+    title = "Peak memory of a meta-iteration above model and batches, by number of domains"
+    grow(path, rows, networks, lambda row: [row["bytes"] / 1e6], title, "MB")
+
+
+def over_repeats(rows: Rows, quantity: str) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Values of ``at``, and for each the least, the median and the greatest over repeats."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row["resolved"]:
+            found.setdefault(row["at"], []).append(row[quantity])
+    x = sorted(found)
+    return x, [min(found[a]) for a in x], [median(found[a]) for a in x], [max(found[a]) for a in x]
+
+
+def fidelity_by_rate(path: Path, measured: Rows, networks: Sequence[str]) -> None:
+    rows = [row for row in measured if row["against"] == "learning rate"]
+    title = "Direction beyond ERM against the exact one, by inner learning rate (bands: all repeats)"
+    figure, (top, bottom) = panels(networks, title, "inner learning rate", "cosine with exact", rows=2)
+    bottom[0].set_ylabel("relative error")
+    looks = {"ReLU": {"color": BLUE, "marker": "s"}, "GELU": {"color": ORANGE, "marker": "^", "linestyle": "--"}}
+    for upper, lower, network in zip(top, bottom, networks, strict=True):
+        of_network = [row for row in rows if row["network"] == network]
+        for activation, look in looks.items():
+            for method, extra in (("Fish", look | {"markersize": 4}), ("SmoothFish", None)):
+                some = [r for r in of_network if (r["activation"], r["method"]) == (activation, method)]
+                for ax, quantity in ((upper, "cosine"), (lower, "error")):
+                    x, low, middle, high = over_repeats(some, quantity)
+                    if extra is None:
+                        ax.plot(x, middle, color=look["color"], label=f"SmoothFish, {activation}", **RING)
+                    else:
+                        ax.plot(x, middle, label=f"Fish by SGD, {activation}", **extra)
+                        ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        upper.set_xscale("log")
+        upper.set_ylim(-0.6, 1.05)
+        lower.set_yscale("log")
+        lower.set_ylim(1e-3, 1e2)
+        rates = np.array([1e-4, 1e-1])
+        lower.plot(rates, 30 * rates, color="0.6", linewidth=1, linestyle=":", label="slope 1, as in the theorem")
+    legend_below(figure, [*top, *bottom])
+    figure.savefig(path)
+
+
+def fidelity_by_batch(path: Path, measured: Rows, networks: Sequence[str], rate: float) -> None:
+    rows = [row for row in measured if row["against"] == "batch size"]
+    title = (
+        f"Direction beyond ERM against the exact one, by batch size (inner learning rate {rate:g}; bands: all repeats)"
+    )
+    figure, ((*axes,),) = panels(networks, title, "batch size of a domain", "relative error")
+    for ax, network in zip(axes, networks, strict=True):
+        for method in ("Fish", "IDGM, hvp_domains=1", "IDGM, finite_difference"):
+            x, low, middle, high = over_repeats(
+                [r for r in rows if (r["network"], r["method"]) == (network, method)], "error"
+            )
+            ax.plot(x, middle, label=method, **style(method))
+            ax.fill_between(x, low, high, color=style(method)["color"], alpha=0.2, linewidth=0)
+        x, _, middle, _ = over_repeats(
+            [r for r in rows if (r["network"], r["method"]) == (network, "SmoothFish")], "error"
+        )
+        ax.plot(x, middle, label="SmoothFish", color=BLACK, **RING)
+        ax.set_yscale("log")
+        ax.set_ylim(5e-3, 2e1)
+        at_the_values(ax, sorted({r["at"] for r in rows if r["network"] == network}))
+    legend_below(figure, axes)
+    figure.savefig(path)
+
+
+def outcome(path: Path, outcomes: Rows) -> None:
+    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+    by_time, by_gradients = figure.subplots(1, 2, sharey=True)
+    figure.suptitle("CdSprites-15: accuracy on unseen colours (mean and range over seeds)", fontsize=12)
+    for title in dict.fromkeys(row["title"] for row in outcomes):
+        runs = [row for row in outcomes if row["title"] == title]
+        accuracy = np.array([run["accuracy"] for run in runs])
+        products = np.array(runs[0]["hessian_products"])
+        looks = style(title) | {"markevery": 2, "markersize": 4}
+        for ax, x in (
+            (by_time, np.mean([run["seconds"] for run in runs], axis=0)),
+            (by_gradients, np.array(runs[0]["gradients"]) + products),
+        ):
+            ax.plot(x, accuracy.mean(axis=0), label=title, **looks)
+            ax.fill_between(
+                x, accuracy.min(axis=0), accuracy.max(axis=0), color=looks["color"], alpha=0.15, linewidth=0
+            )
+    by_time.set_xlabel("seconds of training, one thread")
+    by_gradients.set_xlabel("gradients of a batch, and Hessian-vector products of a batch")
+    by_time.set_ylabel("accuracy on unseen colours")
+    for ax in (by_time, by_gradients):
+        ax.axhline(0.5, color="0.6", linewidth=1, linestyle=":")
+        ax.grid(alpha=0.25)
+        ax.set_ylim(0.45, 1.02)
+    legend_below(figure, [by_time])
+    figure.savefig(path)

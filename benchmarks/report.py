@@ -1,0 +1,205 @@
+"""The report: ``index.md`` with tables and pictures, from the figures in ``report.json``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import plots
+from benchmarks._models import NETWORKS
+from torch_gradmatch import native_status
+
+Rows = Sequence[Mapping[str, Any]]
+SHOWN_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+REACHED = 0.95
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    model = platform.processor() or "unknown CPU"
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": model,
+        "cpus": os.cpu_count(),
+        "native": str(native_status()),
+    }
+
+
+def sizes(networks: Iterable[str]) -> dict[str, dict[str, Any]]:
+    made = {name: list(NETWORKS[name].make().parameters()) for name in networks}
+    return {
+        name: {"parameters": sum(p.numel() for p in ps), "tensors": len(ps), "batch": list(NETWORKS[name].shape)}
+        for name, ps in made.items()
+    }
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    rule = "|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in widths[1:]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def with_quartiles(values: Sequence[float]) -> str:
+    low, middle, high = plots.spread(values)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Write ``index.md`` and the pictures of whatever parts the results have."""
+    where, settings = results["environment"], results["settings"]
+    took = " + ".join(f"{seconds:.0f} s ({part})" for part, seconds in results["seconds"].items())
+    parts = [
+        "# Fish against exact second order",
+        (
+            f"`python -m benchmarks`, {where['date']}: torch {where['torch']}, Python {where['python']}, "
+            f"{where['cpu']}, {where['cpus']} CPUs, {settings['processes']} processes at a time of one thread each; "
+            f"interpolation by {where['native']}. Took {took}."
+        ),
+        (
+            "`ERM` is the reference cost: the gradient of the mean loss over S domains, and a step. `create_graph` is "
+            "the exact objective written down naively, `curvlinops` its two passes with that package's Hessian "
+            "products, everything else `meta_step` of this package; `IDGM` alone streams, by double backward. How each "
+            "figure is taken is said in `benchmarks/ways.py`, `cost.py`, `fidelity.py` and `outcome.py`."
+        ),
+    ]
+    if "times" in results:
+        plots.cost(folder / "cost.png", results["times"], settings["networks"])
+        parts += _cost(results)
+    if "memory" in results:
+        plots.memory(folder / "memory.png", results["memory"], settings["networks"])
+        parts += _memory(results)
+    if "fidelity" in results:
+        rate = results["rate_of_batches"]
+        plots.fidelity_by_rate(folder / "fidelity.png", results["fidelity"], settings["networks"])
+        plots.fidelity_by_batch(folder / "fidelity_batch.png", results["fidelity"], settings["networks"], rate)
+        parts += _fidelity(results)
+    if "outcome" in results:
+        plots.outcome(folder / "outcome.png", results["outcome"])
+        parts += _outcome(results["outcome"])
+    (folder / "index.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _cost(results: Mapping[str, Any]) -> list[str]:
+    times: Rows = results["times"]
+    networks, domains = results["settings"]["networks"], results["settings"]["domains"]
+    parts = [
+        "## Cost: time",
+        "![Time against the number of domains](cost.png)",
+        (
+            f"Medians of {results['settings']['rounds']} rounds with quartiles; ratios are of times of one round. Per "
+            "evaluation: time over ERM's, for each time that the loss of a batch is evaluated. Error: distance of the "
+            "direction from `create_graph`'s over the length of the second term, with S = 5; finite differences are "
+            "off where they step across the kinks of ReLUs, curvlinops where dropout is not replayed."
+        ),
+    ]
+    for network in networks:
+        size = results["sizes"][network]
+        shape = " x ".join(map(str, size["batch"]))
+        parts.append(
+            f"**{network}**: {size['parameters'] / 1e6:.2f} M parameters in {size['tensors']} tensors, batch {shape}"
+        )
+        of_network = [row for row in times if row["network"] == network]
+        middle = 15 if 15 in domains else max(domains)
+        heads = ["way", *(f"S={s}, / ERM" for s in domains), f"/ create_graph, S={middle}"]
+        rows = [[*heads, f"ms, S={middle}", "evaluations", "per evaluation", "error"]]
+        for way in dict.fromkeys(row["way"] for row in of_network if row["seconds"]):
+            by_s = {row["domains"]: row for row in of_network if row["way"] == way}
+            at = by_s[middle]
+            error = next((row["error"] for row in by_s.values() if row["error"] is not None), None)
+            per = median(at["of_erm"]) * middle / at["evaluations"]
+            rows.append(
+                [
+                    way,
+                    *(with_quartiles(by_s[s]["of_erm"]) for s in domains),
+                    with_quartiles(at["of_naive"]),
+                    f"{median(at['seconds']) * 1e3:.1f}",
+                    str(at["evaluations"]),
+                    f"{per:.2f}",
+                    "-" if error is None else f"{error:.0e}",
+                ]
+            )
+        parts.append(table(rows))
+        failures = {row["way"]: row["failure"] for row in of_network if row["failure"]}
+        parts += [f"{way} cannot be timed here: {' '.join(why.split())[:160]} ..." for way, why in failures.items()]
+    return parts
+
+
+def _memory(results: Mapping[str, Any]) -> list[str]:
+    domains = results["settings"]["domains"]
+    rows = [["network", "way", *(f"S={s}, MB" for s in domains), f"S={max(domains)} / S={min(domains)}"]]
+    peaks: dict[tuple[str, str], dict[int, int | None]] = {}
+    for row in results["memory"]:
+        peaks.setdefault((row["network"], row["way"]), {})[row["domains"]] = row["bytes"]
+    for (network, way), of_s in peaks.items():
+        shown = [f"{of_s[s] / 1e6:.1f}" if of_s.get(s) else "-" for s in domains]
+        least, most = of_s.get(min(domains)), of_s.get(max(domains))
+        rows.append([network, way, *shown, f"{most / least:.2f}" if least and most else "-"])
+    return ["## Cost: memory", "![Peak memory against the number of domains](memory.png)", table(rows)]
+
+
+def _fidelity(results: Mapping[str, Any]) -> list[str]:
+    rows = [["network", "activation", "", *(f"lr {rate:g}" for rate in SHOWN_RATES)]]
+    measured = [row for row in results["fidelity"] if row["against"] == "learning rate" and row["method"] == "Fish"]
+    for network in results["settings"]["networks"]:
+        for activation in dict.fromkeys(row["activation"] for row in measured):
+            some = [row for row in measured if (row["network"], row["activation"]) == (network, activation)]
+            for quantity, digits in (("cosine", ".3f"), ("error", ".1g")):
+                x, _, middle, _ = plots.over_repeats(some, quantity)
+                by_rate = dict(zip(x, middle, strict=True))
+                shown = [f"{by_rate[rate]:{digits}}" if rate in by_rate else "lost in rounding" for rate in SHOWN_RATES]
+                rows.append([network, activation, quantity, *shown])
+    return [
+        "## Fidelity",
+        "![Cosine and relative error against the inner learning rate](fidelity.png)",
+        (
+            "Fish by SGD, medians over repeats; rings in the picture are SmoothFish. The relative error is that of the "
+            "mean over two orders of the domains and their reverses from the exact direction with gamma = "
+            "`fish_gamma(lr, 5)`."
+        ),
+        table(rows),
+        "![Relative error against the batch size](fidelity_batch.png)",
+    ]
+
+
+def _outcome(outcomes: Rows) -> list[str]:
+    heads = ["method", "seed", "accuracy at the end", "gradients", "Hessian products", "seconds"]
+    rows = [[*heads, f"{REACHED} after gradients and products", "seconds until then"]]
+    for run in outcomes:
+        first = next((i for i, accuracy in enumerate(run["accuracy"]) if accuracy >= REACHED), None)
+        work = [g + h for g, h in zip(run["gradients"], run["hessian_products"], strict=True)]
+        rows.append(
+            [
+                run["title"],
+                str(run["seed"]),
+                f"{run['accuracy'][-1]:.3f}",
+                str(run["gradients"][-1]),
+                str(run["hessian_products"][-1]),
+                f"{run['seconds'][-1]:.0f}",
+                "-" if first is None else str(work[first]),
+                "-" if first is None else f"{run['seconds'][first]:.0f}",
+            ]
+        )
+    return [
+        "## Outcome",
+        "![Accuracy on unseen colours against time and gradients](outcome.png)",
+        (
+            "CdSprites-15 at 24 pixels, batch 32 of each domain, Adam (amsgrad, 2e-3) inside every method; Fish with "
+            "meta_lr 0.3, SmoothFish with gamma 1 and inner_lr 0.2, exact by variance with gamma 0.3 and kept graphs. "
+            "As many runs at a time as processes, so the seconds are those of a busy machine."
+        ),
+        table(rows),
+    ]

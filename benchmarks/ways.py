@@ -1,0 +1,184 @@
+"""One model, S batches, and every way to spend a meta-iteration on them: ordinary, by this package, by hand, by peers.
+
+``ERM``
+    The reference cost: the gradient of the mean loss, one backward pass for each domain, and a step.
+``create_graph``
+    The exact objective written down: each domain's gradient with ``create_graph=True``, every graph kept, the agreement
+    of the gradients, one ``backward`` through it all. The authors' code (github.com/YugeTen/fish) has Fish only; this
+    is written by hand, as public code writes penalties on gradients (``IGA`` of DomainBed, for one).
+``curvlinops``
+    The two passes with the Hessian-vector products of ``curvlinops-for-pytorch``, one operator for each domain.
+the others
+    ``meta_step`` of this package.
+
+The wrapped optimizer is SGD with learning rate 0, so that every way is timed at the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks._models import NETWORKS, Batch
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch.method import Method
+
+try:
+    from curvlinops import HessianLinearOperator
+except ImportError:
+    HessianLinearOperator = None
+
+Gradients = Sequence[Sequence[Tensor]]
+Way = Callable[[], None]
+ERM, NAIVE, CURVLINOPS = "ERM", "create_graph", "curvlinops"
+SMOOTH_FISH_LR = 1e-3
+
+METHODS: dict[str, Callable[[nn.Module, float], Method]] = {
+    "Fish": lambda model, _: Fish(model=model),
+    "SmoothFish": lambda model, _: SmoothFish(1.0, SMOOTH_FISH_LR, model),
+    "IDGM": IDGM,
+    "IDGM, keep_graphs": lambda model, gamma: IDGM(model, gamma, keep_graphs=True),
+    "IDGM, hvp_domains=1": lambda model, gamma: IDGM(model, gamma, hvp_domains=1),
+    "IDGM, forward": lambda model, gamma: IDGM(model, gamma, hvp="forward"),
+    "IDGM, finite_difference": lambda model, gamma: IDGM(model, gamma, hvp="finite_difference"),
+}
+EXACT = [name for name in METHODS if name.startswith("IDGM")]
+
+
+def names() -> list[str]:
+    """Every way that can be gone here."""
+    return [ERM, *METHODS, NAIVE, *([] if HessianLinearOperator is None else [CURVLINOPS])]
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def inner_product(gradients: Gradients) -> Tensor:
+    total = [sum(parts) for parts in zip(*gradients, strict=True)]
+    domains = len(gradients)
+    return (dot(total, total) - sum(dot(g, g) for g in gradients)) / (domains * (domains - 1))
+
+
+class Problem:
+    """A network with S batches.
+
+    Attributes:
+        evaluations: How often the loss of a batch was evaluated.
+    """
+
+    def __init__(self, network: str, domains: int, batch_size: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = NETWORKS[network].make().train()
+        self.parameters = list(self.model.parameters())
+        self.batches: list[Batch] = NETWORKS[network].batches(domains, batch_size)
+        self.optimizer = torch.optim.SGD(self.parameters, lr=0.0)
+        self.evaluations = 0
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.evaluations += 1
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def way(self, name: str, gamma: float) -> Way:
+        """A way by its name; ``gamma`` is the strength of the exact methods' matching."""
+        if name == ERM:
+            return self.erm
+        if name == NAIVE:
+            return partial(self.naive, gamma)
+        if name == CURVLINOPS:
+            return partial(self.curvlinops, gamma)
+        optimizer = GradMatch(self.optimizer, METHODS[name](self.model, gamma))
+        return lambda: self._meta_step(optimizer)
+
+    def _meta_step(self, optimizer: GradMatch) -> None:
+        optimizer.zero_grad()
+        optimizer.meta_step(self.loss, self.batches)
+
+    def erm(self) -> None:
+        self.optimizer.zero_grad()
+        for batch in self.batches:
+            (self.loss(batch) / len(self.batches)).backward()
+        self.optimizer.step()
+
+    def naive(self, gamma: float, only: int | None = None) -> None:
+        """Differentiate the objective; with ``only``, weigh one domain's part of the second term by S."""
+        self.optimizer.zero_grad()
+        losses, gradients = [], []
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            for batch in self.batches:
+                losses.append(self.loss(batch))
+                gradients.append(torch.autograd.grad(losses[-1], self.parameters, create_graph=True))
+            factor = 1
+            if only is not None:
+                factor = len(self.batches)
+                gradients = [g if i == only else [x.detach() for x in g] for i, g in enumerate(gradients)]
+            objective = torch.stack(losses).mean() - factor * gamma * inner_product(gradients)
+            objective.backward()
+        self.optimizer.step()
+
+    def curvlinops(self, gamma: float) -> None:
+        self.optimizer.zero_grad()
+        domains = len(self.batches)
+        gradients = [torch.autograd.grad(self.loss(batch), self.parameters) for batch in self.batches]
+        total = [sum(parts) for parts in zip(*gradients, strict=True)]
+        result = [t / domains for t in total]
+        scale = 2 / (domains * (domains - 1))
+        criterion = nn.CrossEntropyLoss()
+        with sdpa_kernel(SDPBackend.MATH):
+            for batch, gradient in zip(self.batches, gradients, strict=True):
+                self.evaluations += 1
+                cotangent = [scale * (t - g) for t, g in zip(total, gradient, strict=True)]
+                hessian = HessianLinearOperator(
+                    self.model, criterion, self.parameters, [batch], check_deterministic=False, num_data=len(batch[0])
+                )
+                products = hessian @ cotangent
+                result = [r - gamma * h for r, h in zip(result, products, strict=True)]
+        for p, r in zip(self.parameters, result, strict=True):
+            p.grad = r
+        self.optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------------------- directions
+
+
+def drawn_domain(problem: Problem) -> int:
+    """Seed dropout and the draw of ``hvp_domains=1``; return the domain drawn, which comes before anything else."""
+    torch.manual_seed(1)
+    return int(torch.randperm(len(problem.batches))[0])
+
+
+def direction(problem: Problem, way: Way, *, draw: bool = False) -> Tensor:
+    """Return the gradient that a way finds after seeding, and after the draw for a way that draws nothing itself."""
+    if draw:
+        drawn_domain(problem)
+    else:
+        torch.manual_seed(1)
+    way()
+    return torch.cat([p.grad.flatten() for p in problem.parameters if p.grad is not None]).double()
+
+
+class Reference:
+    """What the naive way finds, at the gamma at which both terms of the objective have gradients of one length."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        mean = direction(problem, problem.erm)
+        matched = direction(problem, partial(problem.naive, 1.0))
+        self.length = mean.norm()
+        self.gamma = float(self.length / (matched - mean).norm())
+        self.expected = mean + self.gamma * (matched - mean)
+
+    def error(self, name: str, way: Way) -> float | None:
+        """Return an exact way's distance from the naive direction, over the length of the second term."""
+        found = direction(self.problem, way)
+        if name not in EXACT and name != CURVLINOPS:
+            return None
+        expected = self.expected
+        if "hvp_domains" in name:  # with the naive second term of the domain that it drew
+            naive = partial(self.problem.naive, self.gamma, drawn_domain(self.problem))
+            expected = direction(self.problem, naive, draw=True)
+        return float((found - expected).norm() / self.length)
