@@ -49,7 +49,7 @@ NETWORKS = {
     "MLP": Network(wide_mlp, (64, 784), 10),
     "ResNet-18": Network(partial(resnet18, width=64), (16, 3, 32, 32), 10),
 }
-ROUNDS = {"MLP": 6, "ResNet-18": 4}  # even: each goes first as often as the other
+ROUNDS = {"MLP": 10, "ResNet-18": 6}  # even: each goes first as often as the other
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": partial(SGD, lr=1e-3, momentum=0.9),
     "Adam": partial(Adam, lr=1e-4),

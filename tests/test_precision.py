@@ -92,5 +92,5 @@ def test_bfloat16_parameters(method: str):
         )
         assert {p.dtype for p in network.parameters()} == {p.grad.dtype for p in network.parameters()} == {dtype}
         found.append(flat(gradient_of(network), network).double())
-    least = 0.95 if "finite_difference" in method else 0.99  # the step is long where the dtype is coarse
+    least = 0.97 if "finite_difference" in method else 0.99  # the step is long where the dtype is coarse
     assert float(torch.cosine_similarity(found[0], found[1], dim=0)) > least

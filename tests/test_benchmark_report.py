@@ -1,0 +1,136 @@
+"""``python -m benchmarks`` measures and writes its report, and says what is wrong with its arguments."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import cost, fidelity, outcome, report, same_order, ways  # noqa: E402
+from torch_gradmatch.fidelity import Fidelity  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on the smallest network."""
+    folder = tmp_path_factory.mktemp("report")
+    arguments = ["cost", "memory", "--networks", "MLP", "--domains", "2", "5", "--rounds", "2", "--processes", "1"]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments, "--out", str(folder)], check=True, cwd=ROOT, timeout=200
+    )
+    return folder
+
+
+def test_times_and_directions(measured: Path):
+    rows = json.loads((measured / "report.json").read_text())["times"]
+    assert {(row["domains"], row["way"]) for row in rows} == {(s, way) for s in (2, 5) for way in ways.names()}
+    for row in rows:
+        assert len(row["seconds"]) == len(row["of_erm"]) == len(row["of_naive"]) == 2
+        assert row["failure"] is None
+        exact = row["way"] in ways.EXACT or row["way"] == ways.CURVLINOPS
+        assert (row["error"] is not None) == (exact and row["domains"] == cost.CHECKED)
+        if row["error"] is not None and "finite" not in row["way"]:  # those cross the kinks of ReLUs
+            assert row["error"] < 1e-5
+    evaluations = {row["way"]: row["evaluations"] for row in rows if row["domains"] == 5}
+    assert evaluations["ERM"] == evaluations["Fish"] == evaluations["create_graph"] == 5
+    assert evaluations["SmoothFish"] == evaluations["IDGM"] == 9
+
+
+def test_memory_grows_with_kept_graphs_alone(measured: Path):
+    rows = json.loads((measured / "report.json").read_text())["memory"]
+    if any(row["bytes"] is None for row in rows):
+        pytest.skip("peak memory is told on Linux")
+    peak = {(row["way"], row["domains"]): row["bytes"] for row in rows}
+    graph = 64 * 256 * 4  # bytes of one layer's activations of one domain
+    assert peak["create_graph", 5] > peak["create_graph", 2] + 3 * graph
+    assert peak["ERM", 5] < peak["create_graph", 5] / 2
+
+
+def test_the_report_has_tables_and_pictures(measured: Path, tmp_path: Path):
+    text = (measured / "index.md").read_text()
+    assert "## Cost: time" in text
+    assert "| IDGM, keep_graphs " in text
+    for name in ("cost.png", "memory.png"):
+        assert (measured / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in text
+    assert command.main(["--again", str(measured), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "index.md").read_text() == text
+
+
+def test_two_reports_are_compared(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = json.loads((measured / "report.json").read_text())
+    assert same_order.main([str(measured), str(measured)]) == 0
+    assert ", 0 in another order" in capsys.readouterr().out
+    for row in results["times"]:
+        if (row["way"], row["domains"]) == ("Fish", 2):
+            row["of_erm"] = [1000.0, 1000.0]
+    (tmp_path / "report.json").write_text(json.dumps(results))
+    assert same_order.main([str(measured), str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "time, MLP, S=2: Fish over IDGM " in printed
+    assert "S=5" not in printed
+    assert same_order.main([str(measured), str(tmp_path / "none")]) == 2
+    assert same_order.main([]) == 2
+
+
+def test_fidelity_of_one_sweep():
+    news: list[int] = []
+    rows = fidelity.sweep("CdSprites CNN", "GELU", 4, "learning rate", 0, told=lambda: news.append(1))
+    assert news == [1]
+    by_rate = {row.at: row for row in rows if row.method == "Fish"}
+    assert list(by_rate) == fidelity.LEARNING_RATES
+    assert by_rate[1e-3].cosine > 0.99
+    assert by_rate[1e-3].error < by_rate[1e-2].error < 1
+    for row in rows:
+        if row.method == "SmoothFish" and row.resolved and row.at <= 1e-2:
+            assert row.error == pytest.approx(by_rate[row.at].error, rel=0.05)
+
+
+def test_the_error_at_another_gamma():
+    found = Fidelity(cosines=[0.6], cosine=0.6, gamma=3.0, relative_error=4 / 3, strength=1.0, resolved=True)
+    # d = (3, 4) where e = (1, 0): its distance from 2 e is |(1, 4)|, over the length 2
+    assert fidelity.error_at(found, 2.0) == pytest.approx(math.sqrt(17) / 2)
+
+
+def test_outcomes_of_a_small_run(tmp_path: Path):
+    small = {
+        "domains": 3, "size": 16, "images_per_domain": 20, "eval_images": 20, "batch_size": 6, "iterations": 4,
+        "smooth_iterations": 4, "exact_iterations": 4, "measurements": 2,
+    }  # fmt: skip
+    found = outcome.measure([1], 1, outcome.SETTINGS | small)
+    assert [run.method for run in found] == outcome.METHODS
+    assert [run.gradients[-1] for run in found] == [12, 12, 20, 12]
+    assert [run.hessian_products[-1] for run in found] == [0, 0, 0, 12]
+    rows: list[dict[str, Any]] = [vars(run) for run in found]
+    settings = {"networks": [], "processes": 1}
+    results = {"environment": report.environment(), "settings": settings, "seconds": {"outcome": 1.0}, "outcome": rows}
+    report.write(results, tmp_path)
+    assert (tmp_path / "outcome.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "index.md").read_text().count("| SmoothFish ") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "should be some of cost, memory, fidelity, outcome (got 'speed')"),
+        (["--domains", "1", "5"], "--domains: should be at least 2 (got 1)"),
+        (["--rounds", "0"], "--rounds: should be at least 1 (got 0)"),
+        (["--networks", "VGG"], "invalid choice: 'VGG'"),
+        (["--again", "nowhere"], "nowhere holds no report.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        command.parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

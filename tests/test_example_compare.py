@@ -1,0 +1,30 @@
+"""The example of ``compare``: its data, and that it ends with an answer."""
+
+from __future__ import annotations
+
+import compare as example
+import pytest
+import torch
+
+
+def test_the_class_is_in_the_counts_and_mostly_in_the_mark():
+    torch.manual_seed(0)
+    for domain in range(example.DOMAINS):
+        tokens, labels = example.draw(domain, 2000)
+        assert tokens.shape == (2000, example.LENGTH)
+        assert 0 <= int(tokens.min()) <= int(tokens.max()) < example.VOCABULARY
+        marked = tokens[:, 0] == 2 + domain
+        assert float((marked == labels.bool()).float().mean()) == pytest.approx(0.9, abs=0.03)
+        others = torch.tensor([2 + other for other in range(example.DOMAINS) if other != domain])
+        assert not torch.isin(tokens, others).any()
+        later = tokens[:, 1:]
+        counted = (later == 0).sum(1) > (later == 1).sum(1)
+        assert float((counted == labels.bool()).float().mean()) > 0.9
+
+
+def test_it_ends_with_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("torch_gradmatch.cost.SHORTEST_TIMING", 1e-9)
+    found = example.main(["--steps", "8", "--batch-size", "4"])
+    assert not any(row.error for row in found.rows)
+    assert found["IDGM"].fidelity.cosine == pytest.approx(1.0, abs=1e-4)
+    assert "Fish or exact? " in capsys.readouterr().out
