@@ -34,7 +34,7 @@ def test_every_python_block_runs(tmp_path: Path, capsys):
     }
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     code = blocks("python")
-    assert len(code) == 8
+    assert len(code) == 9
     for number, block in enumerate(code):
         exec(compile(block, f"README block {number}", "exec"), namespace)
     assert not any(torch.equal(a, b) for a, b in zip(before, namespace["model"].parameters(), strict=True))
@@ -57,5 +57,8 @@ def test_every_command_and_file_it_names_exists():
     makefile = (README.parent / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z-]+)", text)) - {"and"}:
         assert f"\n{target}:" in makefile, target
+    headings = {
+        re.sub(r"[^a-z ]", "", line.lower()).strip().replace(" ", "-") for line in text.splitlines() if line[:1] == "#"
+    }
     for name in re.findall(r"!?\[[^]]*\]\((?!http)([^)]+)\)", text):
-        assert (README.parent / name).exists(), name
+        assert name.removeprefix("#") in headings if name[0] == "#" else (README.parent / name).exists(), name
