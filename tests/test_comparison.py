@@ -282,6 +282,7 @@ def test_other_forms_of_the_arguments():
         ({"methods": {"ERM": Fish()}}, ValueError, "should not be called 'ERM'"),
         ({"optimizer": SGD}, TypeError, "optimizer should be None or"),
         ({"optimizer": SGD([nn.Parameter(torch.ones(2))], 0.1)}, ValueError, "is not in the model"),
+        ({"optimizer": "warm-up"}, ValueError, r"learning rate should be greater than 0 \(got 0.0\)"),
         ({"rounds": 0}, ValueError, "rounds should be"),
         ({"orders": 3}, ValueError, "orders should be even"),
     ],
@@ -290,6 +291,8 @@ def test_other_forms_of_the_arguments():
 def test_wrong_arguments_are_named(changed: dict[str, Any], error: type[Exception], message: str):
     case = make(networks.batch_norm_1d)
     arguments: dict[str, Any] = {"model": case.model, "loss_fn": loss_of(case), "batches": case.batches, **BRIEF}
+    if changed.get("optimizer") == "warm-up":
+        changed = {"optimizer": SGD(case.model.parameters(), lr=0.0)}
     with pytest.raises(error, match=message):
         compare(**{**arguments, **changed})
 

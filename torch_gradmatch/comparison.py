@@ -150,8 +150,9 @@ def compare(
 
     Raises:
         TypeError: If the model, the optimizer or a method is not one.
-        ValueError: If there are fewer than two batches, the optimizer has a parameter that the model does not hold, a
-            loss is not a scalar, their mean is not finite, or another argument is out of range.
+        ValueError: If there are fewer than two batches, the optimizer's learning rate is 0 or it has a parameter that
+            the model does not hold, a loss is not a scalar, their mean is not finite, or another argument is out of
+            range.
 
     Example:
         >>> import torch
@@ -177,6 +178,11 @@ def compare(
         raise ValueError(f"orders should be even, for an order and its reverse (got {orders})")
     plain = _plain_optimizer(optimizer, model)
     lr = float(plain.param_groups[0].get("lr", 0.01))
+    if lr <= 0:
+        raise ValueError(
+            f"the optimizer's learning rate should be greater than 0 (got {lr}): compare at the one you train with, "
+            "not at the beginning of a warm-up"
+        )
     named = _named(default_methods(model, lr, domains) if methods is None else methods)
     IDGM(model, 0.0).start(plain, {})  # refuses parameters that are not in the model
     with Trial(model, loss_fn, batches, plain) as trial, torch.enable_grad():
