@@ -1,10 +1,12 @@
-"""The environment saved beside the numbers."""
+"""One thread, unless a benchmark asks for more, and the environment saved beside the numbers."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from torch_gradmatch import native_status
@@ -16,3 +18,11 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["torch"] = torch.__version__
     machine_info["cpus"] = os.cpu_count()
     machine_info["native"] = str(native_status())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

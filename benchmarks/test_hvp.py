@@ -15,7 +15,7 @@ to several times the product itself. The latter distance, relative to the produc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -114,14 +114,6 @@ def error(way: str, problem: Problem) -> float:
     )
     assert length > 0
     return float(distance / length)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def time_it(benchmark: BenchmarkFixture, problem: Problem, run: Product, **info: Any) -> None:

@@ -20,7 +20,7 @@ clock of the process, which on one thread leaves out what other programs take. I
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from statistics import quantiles
@@ -146,14 +146,6 @@ def _summary(ratios: list[float]) -> dict[str, Any]:
     # With --benchmark-disable there is one round, which has no quartiles.
     low, middle, high = quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"q1": low, "median": middle, "q3": high, "ratios": ratios}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])

@@ -6,7 +6,7 @@ same. ``IDGM`` is timed in all the ways it has to take its Hessian-vector produc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,14 +33,6 @@ METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "IDGM, keep_graphs": lambda model: IDGM(model, GAMMA, keep_graphs=True),
     "IDGM, hvp_domains=1": lambda model: IDGM(model, GAMMA, hvp_domains=1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=NETWORKS)

@@ -16,6 +16,7 @@ The wrapped optimizer is SGD with learning rate 0, so that every way is timed at
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -28,7 +29,9 @@ from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 from torch_gradmatch.method import Method
 
 try:
-    from curvlinops import HessianLinearOperator
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what it imports warns of itself
+        from curvlinops import HessianLinearOperator
 except ImportError:
     HessianLinearOperator = None
 

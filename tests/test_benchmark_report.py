@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import __main__ as command
+from benchmarks import cost, fidelity, outcome, report, same_order, ways
+from torch_gradmatch.fidelity import Fidelity
 
-from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import cost, fidelity, outcome, report, same_order, ways  # noqa: E402
-from torch_gradmatch.fidelity import Fidelity  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # where pytest was started as a program and not as a module of python
+from benchmarks.compare_runs import Row, Timing, duration, main, parse, read, report, table
 
-from benchmarks.compare_runs import Row, Timing, duration, main, parse, read, report, table  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 MACHINE = {"machine": "x86_64", "cpu": {"brand_raw": "Some CPU"}, "torch": "2.13.0", "cpus": 2, "native": "loaded"}
 
