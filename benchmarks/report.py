@@ -103,7 +103,8 @@ def _cost(results: Mapping[str, Any]) -> list[str]:
             f"Medians of {results['settings']['rounds']} rounds with quartiles; ratios are of times of one round. Per "
             "evaluation: time over ERM's, for each time that the loss of a batch is evaluated. Error: distance of the "
             "direction from `create_graph`'s over the length of the second term, with S = 5; finite differences are "
-            "off where they step across the kinks of ReLUs, curvlinops where dropout is not replayed."
+            "off where they step across the kinks of ReLUs, curvlinops on the Transformer, whose dropout it draws anew "
+            "(and of whose LayerNorm torch 2.13 takes the derivative wrongly that way: `benchmarks/test_hvp.py`)."
         ),
     ]
     for network in networks:
