@@ -218,6 +218,39 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
     assert found.answer == "Fish or exact? Fish: the exact objective failed on this model (above)."
 
 
+@dataclasses.dataclass
+class BreaksLater(Fish):
+    """Works a few times, then fails without a word."""
+
+    left: int = 3
+
+    def start(self, optimizer: Any, state: Any) -> MetaLoop:
+        loop = super().start(optimizer, state)
+        whole = loop.meta_step
+
+        def meta_step(*arguments: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise NotImplementedError
+            return whole(*arguments)
+
+        loop.meta_step = meta_step
+        return loop
+
+
+def test_a_method_that_fails_later_without_a_word_is_named_too():
+    case = make(networks.batch_norm_1d)
+    methods = {"mine": BreaksLater(), "exact": IDGM(case.model, 0.1)}
+    optimizer = SGD(case.model.parameters(), 0.01)
+    before = state_of_everything(case.model, optimizer)
+    found = compare(case.model, loss_of(case), case.batches, methods, optimizer, **{**BRIEF, "rounds": 3})
+    assert_identical(state_of_everything(case.model, optimizer), before)
+    assert found["mine"].error == "NotImplementedError"
+    assert found["mine"].cost is None
+    assert "mine failed: NotImplementedError" in str(found)
+    assert len(found["exact"].cost.of_erm) == 3
+
+
 def test_without_second_derivatives_the_reference_is_by_finite_differences():
     case = make(networks.batch_norm_1d)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_model, check_num_domains, check_positive_int
 from torch_gradmatch.agreement import fish_gamma
-from torch_gradmatch.cost import ERM, Cost, costs
+from torch_gradmatch.cost import ERM, Cost, costs, describe
 from torch_gradmatch.fidelity import ExactTerm, Fidelity, fidelity, random_orders
 from torch_gradmatch.fish import Fish
 from torch_gradmatch.idgm import IDGM
@@ -200,7 +200,7 @@ def compare(
                         title = name if factor == 1.0 else _at_other_rate(name, factor)
                         fidelities[title] = fidelity(trial, method, exact, drawn, factor)
                 except Exception as error:  # noqa: BLE001  any method, any reason: the row says it
-                    errors[title] = str(error)
+                    errors[title] = describe(error)
     rows = [Row(ERM, ERM, measured[ERM], None, None)]
     for name, method in named.items():
         titles = [name, *(_at_other_rate(name, factor) for factor in OTHER_RATES)]

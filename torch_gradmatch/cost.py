@@ -10,7 +10,7 @@ from torch_gradmatch.method import Method, needs_closure
 from torch_gradmatch.peak_memory import peak_memory
 from torch_gradmatch.trial import Trial, copy_optimizer
 
-__all__ = ["ERM", "Cost", "costs"]
+__all__ = ["ERM", "Cost", "costs", "describe"]
 
 ERM = "ERM"
 SHORTEST_TIMING = 0.05  # seconds; what is faster runs several times in a row
@@ -31,6 +31,18 @@ class Cost:
     of_erm: list[float]
     evaluations: int
     peak_bytes: int | None
+
+
+def describe(error: Exception) -> str:
+    """Say what went wrong; some errors have no words.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        Its message, or else its class.
+    """
+    return str(error) or type(error).__name__
 
 
 class _Timed:
@@ -94,11 +106,18 @@ def costs(trial: Trial, methods: Mapping[str, Method], rounds: int) -> tuple[dic
         try:
             timed[name] = _Timed(trial, method)
         except Exception as error:  # noqa: BLE001  any method, any reason: the row says it
-            errors[name] = str(error)
+            errors[name] = describe(error)
     order = list(timed)
     for number in range(rounds):
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            timed[name].time()
+            try:
+                if name in timed:
+                    timed[name].time()
+            except Exception as error:
+                if name == ERM:  # the user's own loss or optimizer
+                    raise
+                errors[name] = describe(error)
+                del timed[name]
     measured = {
         name: Cost(t.seconds, [s / e for s, e in zip(t.seconds, erm.seconds, strict=True)], t.evaluations, t.peak_bytes)
         for name, t in timed.items()
