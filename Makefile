@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 LOWEST := .venv-lowest
+ECOSYSTEM := .venv-ecosystem
+WHEELS ?= dist
 SEED ?= 0
 CHECKED := torch_gradmatch tests examples benchmarks csrc setup.py
 
@@ -16,8 +18,8 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
 	$(abspath $(BIN))/python
 
-.PHONY: help install demo test test-fallback test-sanitize test-cuda test-lowest lint check-abi check-csrc wheel \
-	bench bench-micro bench-interpolate format clean
+.PHONY: help install demo test test-fallback test-sanitize test-cuda test-lowest test-ecosystem lint check-abi check-csrc \
+	wheel bench bench-micro bench-interpolate format clean
 
 help:
 	@echo "make demo              train ERM, Fish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
@@ -26,6 +28,7 @@ help:
 	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
 	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
 	@echo "make test-lowest       the suite on the lowest supported torch (large download)"
+	@echo "make test-ecosystem    the wheel on the newest torch with WILDS, DomainBed, Lightning, Accelerate, Trainer (large)"
 	@echo "make lint              ruff format check, ruff, mypy strict on the package"
 	@echo "make format            apply ruff's formatting and safe fixes"
 	@echo "make check-csrc        compile csrc/ with all warnings as errors, the .cu too where nvcc is found"
@@ -86,7 +89,7 @@ check-abi: $(INSTALLED)
 	$(BIN)/python csrc/check_abi.py torch_gradmatch/_C.abi3.so
 
 wheel: $(INSTALLED)
-	TORCH_GRADMATCH_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	TORCH_GRADMATCH_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEELS) .
 
 bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks
@@ -107,6 +110,19 @@ test-lowest: requirements-dev.txt
 	$(LOWEST)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(LOWEST)/bin/python -m pytest
 
+$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --requirement tests/ecosystem/requirements.txt
+	touch $@
+
+# The wheel is built against the first environment's torch and installed beside the second's. pytest's own script, unlike
+# `python -m pytest`, does not put the checkout before the wheel. DOMAINBED_DIR=... also tests a DomainBed checkout.
+test-ecosystem: $(ECOSYSTEM)/.installed
+	rm -rf build/ecosystem
+	$(MAKE) wheel WHEELS=build/ecosystem
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --force-reinstall build/ecosystem/*.whl
+	$(ECOSYSTEM)/bin/pytest -c tests/ecosystem/pytest.ini tests/ecosystem
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/ruff check $(CHECKED)
@@ -117,5 +133,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CHECKED)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist out *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(LOWEST) $(ECOSYSTEM) build dist out *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
