@@ -308,6 +308,29 @@ def test_a_mapping_serves_only_its_own_samples_in_order_of_its_keys():
     assert sorted(itertools.chain(*DomainBatchSampler(mapping, 2))) == [5, 9, 100]
 
 
+@settings(deadline=None)
+@given(
+    domains=st.dictionaries(st.text(max_size=2), st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=5),
+    seed=st.integers(0, 2**16),
+)
+def test_domains_that_share_samples_each_serve_all_of_their_own(domains, seed):
+    mapping = {label: sorted(indices) for label, indices in domains.items()}
+    served = list(itertools.chain(*DomainBatchSampler(mapping, 2, domains_per_step=1, seed=seed, overlapping=True)))
+    assert sorted(served) == sorted(itertools.chain(*mapping.values()))
+
+
+def test_domains_that_share_no_sample_are_served_alike_with_and_without_overlapping():
+    mapping = {"x": range(7), "y": [9, 8, 30], "z": range(20, 25)}
+    assert list(DomainBatchSampler(mapping, 2)) == list(DomainBatchSampler(mapping, 2, overlapping=True))
+
+
+def test_a_domain_that_has_a_sample_twice_is_an_error_also_where_domains_share_samples():
+    with pytest.raises(ValueError, match=r"sample 4 is in domains\['b'\] and again in domains\['b'\]: give it once$"):
+        DomainBatchSampler({"a": [0, 4], "b": [4, 1, 4]}, 1, overlapping=True)
+    with pytest.raises(ValueError, match=r"give it once or, if domains may share samples, pass overlapping=True$"):
+        DomainBatchSampler({"a": [0, 4], "b": [1, 4]}, 1)
+
+
 def test_numpy_integers_are_accepted_as_arguments():
     sampler = small_sampler(batch_size=np.int64(2), domains_per_step=np.int32(2), seed=np.uint8(3))
     assert list(sampler) == list(small_sampler())

@@ -75,11 +75,12 @@ def draw_groups(
     return generator.permuted(np.array(drawn, dtype=np.int64).reshape(-1, domains_per_step), axis=1)
 
 
-def indices_by_domain(domains: Any) -> tuple[list[Any], list[IntArray]]:
+def indices_by_domain(domains: Any, overlapping: bool = False) -> tuple[list[Any], list[IntArray]]:
     """Sort the samples of a data set by domain.
 
     Args:
         domains: As in :class:`torch_gradmatch.DomainBatchSampler`.
+        overlapping: Whether a sample may be in several domains (of a mapping), though in each only once.
 
     Returns:
         The labels, in the order in which they first appear, and the indices of each one's samples.
@@ -89,7 +90,7 @@ def indices_by_domain(domains: Any) -> tuple[list[Any], list[IntArray]]:
         ValueError: If a label or index is missing, malformed or given twice, or a domain is empty.
     """
     if isinstance(domains, Mapping):
-        return _indices_from_mapping(domains)
+        return _indices_from_mapping(domains, overlapping)
     if isinstance(domains, str | bytes) or not (isinstance(domains, Sequence) or hasattr(domains, "tolist")):
         raise TypeError(f"domains should be a sequence of labels or a mapping from label to indices (got {domains!r})")
     if getattr(domains, "ndim", 1) != 1:
@@ -106,7 +107,7 @@ def indices_by_domain(domains: Any) -> tuple[list[Any], list[IntArray]]:
     return list(number_of), np.split(np.argsort(numbers, kind="stable"), ends[:-1])
 
 
-def _indices_from_mapping(domains: Mapping[Any, Any]) -> tuple[list[Any], list[IntArray]]:
+def _indices_from_mapping(domains: Mapping[Any, Any], overlapping: bool) -> tuple[list[Any], list[IntArray]]:
     labels = list(domains)
     indices_of: list[IntArray] = []
     for label in labels:
@@ -125,10 +126,16 @@ def _indices_from_mapping(domains: Mapping[Any, Any]) -> tuple[list[Any], list[I
     if samples[order[0]] < 0:
         owner = labels[owners[order[0]]]
         raise ValueError(f"domains[{owner!r}] should hold indices of at least 0 (got {samples[order[0]]})")
-    for repeat in np.flatnonzero(np.diff(samples[order]) == 0)[:1]:
+    # A stable sort keeps each sample's owners in order: the same one twice stands side by side.
+    repeated = np.diff(samples[order]) == 0
+    if overlapping:
+        repeated &= np.diff(owners[order]) == 0
+    for repeat in np.flatnonzero(repeated)[:1]:
         one, other = (labels[owners[position]] for position in order[repeat : repeat + 2])
+        hint = "" if overlapping or one == other else " or, if domains may share samples, pass overlapping=True"
         raise ValueError(
-            f"sample {samples[order[repeat]]} is in domains[{one!r}] and again in domains[{other!r}]: give it once"
+            f"sample {samples[order[repeat]]} is in domains[{one!r}] and again in domains[{other!r}]: "
+            f"give it once{hint}"
         )
     return labels, indices_of
 

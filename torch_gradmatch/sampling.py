@@ -49,8 +49,8 @@ class DomainBatchSampler(Sampler[list[int]]):
 
     In each epoch the samples of every domain are shuffled and cut into batches. A group draws S domains without
     replacement from those with a batch left and serves them in random order (Fish averages over the order). No
-    sample is served twice. The epoch ends when fewer than S domains have a batch left; with S equal to the number
-    of domains that is when the smallest has run out.
+    sample is served twice (with ``overlapping``: by the same domain). The epoch ends when fewer than S domains have a
+    batch left; with S equal to the number of domains that is when the smallest has run out.
 
     Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. An epoch
     depends only on the arguments and its number; global random state is neither read nor changed.
@@ -68,6 +68,8 @@ class DomainBatchSampler(Sampler[list[int]]):
             that large and small domains last about equally long.
         seed: Integer of at least 0.
         drop_last: Leave out a domain's last batch if it is smaller than ``batch_size``.
+        overlapping: A mapping may give a sample to several domains, as the identities that a comment mentions do.
+            Each domain serves it; without this it is an error.
 
     Raises:
         ValueError: If an argument is out of range, a label is missing or neither string nor integer, an index is
@@ -92,6 +94,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         weighting: str = "uniform",
         seed: int = 0,
         drop_last: bool = False,
+        overlapping: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size = check_positive_int("batch_size", batch_size)
@@ -99,7 +102,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         self.seed = _check_not_negative("seed", seed)
         self.drop_last = bool(drop_last)
 
-        labels, self._indices = indices_by_domain(domains)
+        labels, self._indices = indices_by_domain(domains, bool(overlapping))
         sizes = [indices.size for indices in self._indices]
         rounding = 0 if self.drop_last else self.batch_size - 1
         self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
