@@ -20,7 +20,7 @@ LAYERS = [
     {"direction"},
     {"fish", "idgm", "smooth_fish"},
     {"optimizer"},
-    {"trial"},
+    {"trial", "loaders"},
     {"fidelity", "cost"},
     {"comparison"},
     {"__init__"},

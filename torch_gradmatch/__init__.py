@@ -9,6 +9,7 @@ from torch_gradmatch.agreement import fish_gamma
 from torch_gradmatch.comparison import Comparison, compare
 from torch_gradmatch.fish import Fish
 from torch_gradmatch.idgm import IDGM
+from torch_gradmatch.loaders import ResumableLoader, check_loader
 from torch_gradmatch.optimizer import GradMatch, MetaStep
 from torch_gradmatch.sampling import DomainBatchSampler, meta_batches
 from torch_gradmatch.smooth_fish import SmoothFish
@@ -21,8 +22,10 @@ __all__ = [
     "GradMatch",
     "MetaStep",
     "NativeStatus",
+    "ResumableLoader",
     "SmoothFish",
     "agreement",
+    "check_loader",
     "compare",
     "fish_gamma",
     "functional",
