@@ -1,0 +1,122 @@
+"""Fish in Accelerate: ``python examples/with_accelerate.py``; ``--exact`` for exact matching, ``--resume`` to go on.
+
+What changes in a loop is the line that builds the optimizer, and two around the prepared loader: Accelerate fetches a
+batch ahead, so :class:`ResumableLoader` counts what the loop received, and is registered to be saved with the rest.
+
+- Keep the ``GradMatch`` itself: the optimizer that ``prepare`` returns has no ``meta_step``, ``rollback``,
+  ``inner_step`` or ``last_meta_step``. Both step the same object.
+- ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it, and processes
+  that draw different domains for one step.
+- Evaluate, and save models, after multiples of S steps: in the middle of an inner loop the model holds the fast
+  weights. To resume, any step will do.
+- A step that fp16's GradScaler skips does not count, and from then on the inner loops no longer begin with the
+  sampler's groups; bf16 skips nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+
+
+def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[torch.nn.Module, list[int]]:
+    """Train by ERM, Fish or the exact objective.
+
+    Args:
+        method: "ERM", "Fish" or "exact".
+        options: The command line.
+        directory: For the checkpoint, taken every ``options.save_every`` steps.
+
+    Returns:
+        The model, and the class sums of the batches it was trained on, by which a test knows them again.
+    """
+    accelerator = Accelerator(mixed_precision=options.precision, cpu=options.cpu)
+    data, domains, _ = make_data()
+    model = make_model(0)
+    sampler = DomainBatchSampler(domains, BATCH_SIZE, seed=0)
+    loader = DataLoader(data, batch_sampler=sampler, num_workers=options.workers, generator=torch.Generator())
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FISH_LR if method == "Fish" else ERM_LR)
+    if method == "Fish":  # this is what changes
+        fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model)
+        optimizer = gradmatch = GradMatch(optimizer, fish)
+    elif method == "exact":
+        optimizer = gradmatch = GradMatch(optimizer, IDGM(model, gamma=1.0, agreement="variance"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+
+    loader = ResumableLoader(meta_batches(loader, DOMAINS) if method == "exact" else loader)
+    accelerator.register_for_checkpointing(loader)
+    if method != "ERM":
+        check_loader(optimizer, loader, accelerator.gradient_accumulation_steps)
+    if options.resume:
+        accelerator.load_state(str(directory))
+
+    def loss_fn(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    seen = []
+    for _ in range(int(loader.state_dict()["epoch"]), options.epochs):
+        for batch in loader:
+            if method == "exact":
+                gradmatch.meta_step(loss_fn, batch)  # a list, one batch of each domain
+            else:
+                optimizer.zero_grad()
+                accelerator.backward(loss_fn(batch))
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+            scheduler.step()
+            seen.append(int(sum(b[1].sum() for b in batch)) if method == "exact" else int(batch[1].sum()))
+            if scheduler.scheduler.last_epoch % options.save_every == 0:
+                accelerator.save_state(str(directory))
+            if scheduler.scheduler.last_epoch == options.stop_at:
+                return model, seen
+    if method != "ERM":
+        gradmatch.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
+    return model, seen
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--exact", action="store_true", help="train by exact gradient matching, too")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data")
+    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--directory", type=Path, default=Path("out/accelerate"), help="for checkpoints")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints")
+    parser.add_argument("--stop-at", type=int, help="stop after so many steps, as if interrupted")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each method")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train and print the accuracy on the held-out domain.
+
+    Returns:
+        The accuracy by method.
+    """
+    options = make_parser().parse_args(arguments)
+    found = {}
+    for method in ("ERM", "Fish", *(("exact",) if options.exact else ())):
+        model, _ = train(method, options, options.directory / method)
+        found[method] = accuracy(model, make_data()[2])
+        print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

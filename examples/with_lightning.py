@@ -1,0 +1,148 @@
+"""Fish in Lightning: ``python examples/with_lightning.py``; ``--exact`` for exact matching, ``--resume`` to go on.
+
+What changes in a LightningModule is the optimizer, and the loader that serves the domains in turn. Lightning stores the
+place of a :class:`ResumableLoader` in its checkpoints, so that training resumes in the middle of an inner loop.
+
+- Validate after multiples of S batches (``val_check_interval``): in the middle of an inner loop the model holds the
+  fast weights. The same goes for checkpoints that are to be used as a model; to resume from, any will do.
+- ``training_step`` may return None: that batch moves nothing and counts as an inner step, as its turn is over.
+- ``accumulate_grad_batches`` would add up gradients of several domains; ``check_loader`` refuses it.
+- ``precision="16-mixed"`` works. A step that its GradScaler skips does not count, and from then on the inner loops
+  no longer begin with the sampler's groups; bf16-mixed skips nothing.
+- Lightning does not store random states: with dropout, add them in ``on_save_checkpoint``.
+- Lightning takes the length of the first epoch for that of all. Where they differ (``domains_per_step`` below the
+  number of domains) longer ones are cut off, after a whole group.
+- One device: Lightning would have every process train on the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from typing import Any
+
+import lightning
+import torch
+from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+
+
+class Classifier(lightning.LightningModule):
+    """Trained by ERM, by Fish in Lightning's automatic optimization, or by the exact objective in its manual one.
+
+    Args:
+        method: "ERM", "Fish" or "exact".
+        seed: Decides the initial weights and the order of the data.
+    """
+
+    def __init__(self, method: str = "Fish", seed: int = 0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = method != "exact"
+        self.model = make_model(seed)
+        self.data, self.domains, self.held_out = make_data()
+
+    def train_dataloader(self) -> ResumableLoader[Any]:
+        """Serve the domains in turn; for the exact objective, a batch of each at once.
+
+        Returns:
+            The loader.
+        """
+        sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed)
+        loader = DataLoader(self.data, batch_sampler=sampler)
+        return ResumableLoader(loader if self.automatic_optimization else meta_batches(loader, DOMAINS))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Wrap the optimizer: this is the line that changes.
+
+        Returns:
+            The optimizer and its schedule, which counts inner steps.
+        """
+        optimizer = torch.optim.AdamW(self.parameters(), lr=FISH_LR if self.hparams.method == "Fish" else ERM_LR)
+        if self.hparams.method == "Fish":
+            fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=self, track_alignment=True)
+            optimizer = GradMatch(optimizer, fish)
+        elif self.hparams.method == "exact":
+            optimizer = GradMatch(optimizer, IDGM(self, gamma=1.0, agreement="variance"))
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Refuse a loader that does not fit the method."""
+        if self.hparams.method != "ERM":
+            check_loader(self.optimizers(), self.trainer.train_dataloader, self.trainer.accumulate_grad_batches)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Take the loss of one batch, which comes from one domain.
+
+        Returns:
+            A scalar.
+        """
+        return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, _index: int) -> torch.Tensor | None:
+        """Return the loss as usual; the exact objective takes its own step over one batch of each domain.
+
+        Returns:
+            The loss, or None in manual optimization.
+        """
+        if self.automatic_optimization:
+            return self.loss(batch)
+        self.optimizers().meta_step(self.loss, batch)
+        self.lr_schedulers().step()
+        return None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log how well the domains' gradients agreed in the last meta-iteration."""
+        measured = None if self.hparams.method == "ERM" else self.optimizers().last_meta_step
+        if measured is not None and measured.inner_product is not None:  # None if a batch of the group was skipped
+            self.log("inner_product", measured.inner_product)
+
+    def on_train_end(self) -> None:
+        """Leave the slow weights behind if training stops in the middle of an inner loop."""
+        if self.hparams.method != "ERM":
+            self.optimizers().rollback()
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train and print the accuracy on the held-out domain.
+
+    Returns:
+        The accuracy by method.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--precision", default="32-true", help="also bf16-mixed; 16-mixed on a GPU")
+    parser.add_argument("--exact", action="store_true", help="train by exact gradient matching, too")
+    parser.add_argument("--directory", default="out/lightning", help="for checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each method")
+    options = parser.parse_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    found = {}
+    for method in ("ERM", "Fish", *(("exact",) if options.exact else ())):
+        classifier = Classifier(method)
+        trainer = lightning.Trainer(
+            max_epochs=options.epochs,
+            precision=options.precision,
+            gradient_clip_val=1.0 if classifier.automatic_optimization else None,
+            callbacks=[ModelCheckpoint(f"{options.directory}/{method}", every_n_train_steps=50, save_last=True)],
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(classifier, ckpt_path="last" if options.resume else None)
+        found[method] = accuracy(classifier.model, classifier.held_out)
+        print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

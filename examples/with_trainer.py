@@ -1,0 +1,160 @@
+"""Fish in the Trainer of transformers: ``python examples/with_trainer.py``, and ``--resume`` to go on.
+
+What changes is the optimizer handed to the Trainer, and ``get_train_dataloader``, which serves the domains in turn. The
+Trainer skips the batches that were trained on when it resumes, so the sampler needs no state; checkpoints in the middle
+of an inner loop are fine for that.
+
+- As a *model*, a checkpoint from the middle of an inner loop holds the fast weights: let ``save_steps`` and
+  ``eval_steps`` be multiples of S where its predictions count. If ``max_steps`` ends in the middle of an inner loop,
+  ``optimizer.rollback()`` before ``save_model`` leaves the slow weights.
+- ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it.
+- The Trainer takes the length of the first epoch for that of all. They differ only with ``domains_per_step`` below the
+  number of domains: then a resume in a later epoch may not find its place.
+- With several GPUs in one process the Trainer uses DataParallel, where BatchNorm follows the first one's part of the
+  batch: set ``CUDA_VISIBLE_DEVICES=0``. Under torchrun the processes would draw different domains for one step;
+  ``check_loader`` on the prepared loader refuses that.
+- The exact objective needs ``meta_step`` and so a loop of one's own: see ``with_accelerate.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, check_loader
+
+
+class DomainTrainer(Trainer):
+    """A Trainer whose batches come from one domain each; ``train_dataset.domains`` says which."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Serve the domains in turn.
+
+        Returns:
+            The loader, prepared as the Trainer does.
+        """
+        sampler = DomainBatchSampler(self.train_dataset.domains, self.args.per_device_train_batch_size)
+        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """A data set as the Trainer wants it: a dictionary for each sample.
+
+    Args:
+        data: Features and classes.
+        domains: The domain of each sample, to train on.
+    """
+
+    def __init__(self, data: TensorDataset, domains: list[str] | None = None) -> None:
+        self.data, self.domains = data, domains
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        features, label = self.data[index]
+        return {"features": features, "labels": label}
+
+
+class Tabular(PreTrainedModel):
+    """The network with BatchNorm of the other examples, as a model of transformers."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.network = make_model(0)
+        self.all_tied_weights_keys = {}
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Classify.
+
+        Returns:
+            Logits, and the loss if there are labels.
+        """
+        logits = self.network(features)
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+def make_trainer(method: str, directory: str, **arguments: Any) -> Any:
+    """Set training up.
+
+    Args:
+        method: "ERM" or "Fish".
+        directory: For checkpoints.
+        arguments: More ``TrainingArguments``.
+
+    Returns:
+        The Trainer.
+    """
+    model = Tabular(PretrainedConfig())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FISH_LR if method == "Fish" else ERM_LR)
+    if method == "Fish":  # this is what changes
+        optimizer = GradMatch(optimizer, Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
+    settings = {
+        "per_device_train_batch_size": BATCH_SIZE,
+        "max_grad_norm": 0.5,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(directory, **settings | arguments)
+    data, domains, held_out = make_data()
+    trainer = DomainTrainer(
+        model, args, train_dataset=Rows(data, domains), eval_dataset=Rows(held_out), optimizers=(optimizer, scheduler)
+    )
+    trainer.remove_callback(PrinterCallback)
+    if method == "Fish":  # an error now rather than gradients that are not matched
+        check_loader(optimizer, trainer.get_train_dataloader(), args.gradient_accumulation_steps)
+    return trainer
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train and print the accuracy on the held-out domain.
+
+    Returns:
+        The accuracy by method.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--save-steps", type=int, default=50, help="steps between two checkpoints")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--directory", default="out/trainer", help="for checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each method")
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    found = {}
+    for method in ("ERM", "Fish"):
+        trainer = make_trainer(
+            method,
+            f"{options.directory}/{method}",
+            num_train_epochs=options.epochs,
+            save_steps=options.save_steps,
+            save_total_limit=1,
+            bf16=options.bf16,
+        )
+        optimizer = trainer.optimizer  # train() wraps it into one that has no rollback
+        trainer.train(resume_from_checkpoint=options.resume)
+        if method == "Fish":
+            optimizer.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
+        found[method] = accuracy(trainer.model.network, trainer.eval_dataset.data)
+        print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,197 @@
+"""Accelerate: training resumes bit for bit in the middle of an inner loop, and is that of a plain loop."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import with_accelerate as example
+from _spurious_data import DOMAINS, make_data, make_model
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader
+
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+
+STEPS_IN_EPOCH = 16
+
+
+def assert_same(one, other, path="state"):
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_an_earlier_test():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every Accelerator that the example makes: it holds optimizer, scheduler and loader."""
+    accelerators = []
+
+    class Remembered(Accelerator):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            accelerators.append(self)
+
+    monkeypatch.setattr(example, "Accelerator", Remembered)
+    return accelerators
+
+
+def run(made, method: str, directory: Path, *arguments: str):
+    options = example.make_parser().parse_args(["--cpu", *arguments])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model, seen = example.train(method, options, directory)
+    accelerator = made[-1]
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": accelerator._optimizers[0].state_dict(),
+        "scheduler": accelerator._schedulers[0].state_dict(),
+        "loader": accelerator._custom_objects[0].state_dict(),
+    }
+    return copy.deepcopy(state), seen
+
+
+@pytest.mark.parametrize(
+    ("method", "stop", "arguments"),
+    [
+        pytest.param("Fish", 7, [], id="in an inner loop"),
+        pytest.param("Fish", 8, [], id="between two inner loops"),
+        pytest.param("Fish", STEPS_IN_EPOCH - 1, [], id="before the last batch of an epoch"),
+        pytest.param("Fish", STEPS_IN_EPOCH, [], id="at the end of an epoch"),
+        pytest.param("Fish", 22, [], id="in the second epoch"),
+        pytest.param("Fish", 22, ["--precision", "bf16"], id="bf16"),
+        pytest.param("Fish", 22, ["--workers", "1"], id="with a worker that runs ahead"),
+        pytest.param("exact", 3, [], id="exact, in an epoch"),
+        pytest.param("exact", 6, [], id="exact, in the second epoch"),
+    ],
+)
+def test_it_resumes_bit_for_bit(made, tmp_path, method, stop, arguments):
+    total = "9" if method == "exact" else "39"
+    arguments = ["--epochs", "4", *arguments]
+    whole, all_seen = run(made, method, tmp_path / "a", *arguments, "--stop-at", total, "--save-every", "1000")
+    run(made, method, tmp_path / "b", *arguments, "--stop-at", str(stop), "--save-every", str(stop))
+    rest = run(made, method, tmp_path / "b", *arguments, "--stop-at", total, "--save-every", "1000", "--resume")
+    assert len(all_seen) == int(total)
+    assert_same(rest[1], all_seen[stop:])
+    assert_same(rest[0], whole)
+
+
+def plain_loop(method: str, steps: int, precision: str = "no"):
+    model, (data, names, _) = make_model(0), make_data()
+    loader = DataLoader(data, batch_sampler=DomainBatchSampler(names, example.BATCH_SIZE, seed=0))
+    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model)
+    exact = IDGM(model, 1.0, "variance")
+    wrapped = torch.optim.AdamW(model.parameters(), lr=example.FISH_LR if method == "Fish" else example.ERM_LR)
+    optimizer = GradMatch(wrapped, fish if method == "Fish" else exact)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
+
+    def loss_fn(batch):
+        with contextlib.nullcontext() if precision == "no" else torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch[0])
+        return torch.nn.functional.cross_entropy(logits.float(), batch[1])
+
+    batches = (batch for _ in range(9) for batch in (loader if method == "Fish" else meta_batches(loader, DOMAINS)))
+    for batch, _ in zip(batches, range(steps), strict=False):
+        if method == "exact":
+            optimizer.meta_step(loss_fn, batch)
+        else:
+            optimizer.zero_grad()
+            loss_fn(batch).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        scheduler.step()
+    return dict(model.state_dict()), optimizer.state_dict()
+
+
+@pytest.mark.parametrize(("method", "precision"), [("Fish", "no"), ("Fish", "bf16"), ("exact", "no")])
+def test_it_is_the_plain_loop(made, tmp_path, method, precision):
+    steps = 7 if method == "exact" else 2 * STEPS_IN_EPOCH + 3
+    arguments = ["--precision", precision, "--stop-at", str(steps)]
+    found, _ = run(made, method, tmp_path, *arguments)
+    model, optimizer = plain_loop(method, steps, precision)
+    assert_same(found["model"], model)
+    assert_same(found["optimizer"], optimizer)
+
+
+def test_one_inner_step_kept_whole_is_erm(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "check_loader", lambda *_: None)  # it would refuse one inner step with four domains
+    monkeypatch.setattr(example, "Fish", lambda *_, model, **__: Fish(1.0, inner_steps=1, model=model))
+    monkeypatch.setattr(example, "FISH_LR", example.ERM_LR)
+    fish, _ = run(made, "Fish", tmp_path, "--stop-at", "21")
+    erm, _ = run(made, "ERM", tmp_path, "--stop-at", "21")
+    assert_same(fish["model"], erm["model"])
+    assert_same(fish["scheduler"], erm["scheduler"])
+
+
+def test_a_wrong_number_of_domains_is_an_error(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "Fish", lambda *_, **__: Fish(inner_steps=5))
+    with pytest.raises(ValueError, match=r"inner_steps=5\).*domains_per_step=4"):
+        run(made, "Fish", tmp_path)
+
+
+def prepared(accelerator=None, **settings):
+    model, (data, names, _) = make_model(0), make_data()
+    sampler = DomainBatchSampler(names, batch_size=64)
+    loader = DataLoader(data, batch_sampler=sampler)
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(inner_steps=DOMAINS))
+    return (accelerator or Accelerator(cpu=True, **settings)).prepare(optimizer, loader)
+
+
+def test_gradient_accumulation_is_an_error():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    optimizer, loader = prepared(accelerator)
+    with pytest.raises(ValueError, match="accumulation_steps=3"):
+        check_loader(optimizer, loader, accelerator.gradient_accumulation_steps)
+    accelerator.gradient_accumulation_steps = 1
+
+
+def test_processes_that_draw_different_domains_are_an_error():
+    optimizer, _ = prepared()
+    data, names, _ = make_data()
+    sampler = DomainBatchSampler(names, batch_size=64)
+    apart = DataLoader(data, batch_sampler=BatchSamplerShard(sampler, num_processes=2))
+    with pytest.raises(ValueError, match="2 processes"):
+        check_loader(optimizer, apart)
+    split = DataLoader(data, batch_sampler=BatchSamplerShard(sampler, num_processes=2, split_batches=True))
+    check_loader(optimizer, split)
+
+
+def test_the_prepared_loader_does_not_reset_the_epoch():
+    """Accelerate's loader tells the sampler to serve epoch 0, whatever was loaded; without ours it does so here."""
+    _, loader = prepared()
+    resumable = ResumableLoader(loader)
+    resumable.load_state_dict(resumable.state_dict() | {"epoch": 3, "position": 9})
+    taken = sum(1 for _ in resumable)
+    assert taken == STEPS_IN_EPOCH - 9
+    assert resumable.state_dict()["epoch"] == 4
+    assert len(resumable) == STEPS_IN_EPOCH
+
+
+def test_the_example_trains_and_resumes(made, tmp_path, capsys):
+    arguments = ["--cpu", "--directory", str(tmp_path), "--save-every", "15"]
+    first = example.main(["--epochs", "2", "--exact", *arguments, "--save-every", "2"])
+    assert first.keys() == {"ERM", "Fish", "exact"}
+    again = example.main(["--epochs", "3", *arguments, "--resume"])
+    straight = example.main(["--epochs", "3", *arguments, "--directory", str(tmp_path / "other")])
+    assert again == straight
+    assert "Fish  accuracy on the held-out domain" in capsys.readouterr().out

@@ -1,0 +1,261 @@
+"""Lightning: training resumes bit for bit in the middle of an inner loop, and is that of a plain loop."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+
+import lightning
+import pytest
+import torch
+import with_lightning as example
+from _spurious_data import DOMAINS, make_data, make_model
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, meta_batches
+
+STEPS_IN_EPOCH = 16
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class Recording(example.Classifier):
+    """Notes which batches it is trained on, and takes the settings that a test wants."""
+
+    def __init__(self, method="Fish", workers=0, skip=()):
+        super().__init__(method)
+        self.workers, self.skip, self.seen = workers, skip, []
+        self.inner_steps_seen = []
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        if self.workers:
+            loader = ResumableLoader(
+                DataLoader(self.data, batch_sampler=loader.sampler, num_workers=self.workers, prefetch_factor=4)
+            )
+        return loader
+
+    def val_dataloader(self):
+        return DataLoader(self.held_out, batch_size=500)
+
+    def validation_step(self, batch, _index):
+        self.inner_steps_seen.append(0 if self.hparams.method == "ERM" else self.optimizers().inner_step)
+        self.log("loss", self.loss(batch))
+
+    def training_step(self, batch, index):
+        self.seen.append(torch.stack([x.sum() for x, _ in batch]) if isinstance(batch[0], list) else batch[0].sum())
+        if self.global_step in self.skip:
+            return None
+        return super().training_step(batch, index)
+
+    def on_train_end(self):
+        """Stop where training stops, for the comparison."""
+
+
+def fit(directory, max_steps, resume_from=None, precision="32-true", clip=0.5, every=1, **settings):
+    model = Recording(**{k: v for k, v in settings.items() if k not in ("trainer",)})
+    saver = ModelCheckpoint(directory, "{step}", every_n_train_steps=every, save_top_k=-1)
+    manual = not model.automatic_optimization
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = lightning.Trainer(
+            max_steps=max_steps,
+            precision=precision,
+            gradient_clip_val=None if manual else clip,
+            callbacks=[saver],
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **settings.get("trainer", {}),
+        )
+        trainer.fit(model, ckpt_path=None if resume_from is None else f"{directory}/step={resume_from}.ckpt")
+    return model, trainer
+
+
+def state(model, trainer):
+    # Copies: an optimizer's state dict is alive.
+    return copy.deepcopy(
+        {
+            "model": model.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "loader": trainer.train_dataloader.state_dict(),
+        }
+    )
+
+
+def assert_same(one, other, path="state"):
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+@pytest.mark.parametrize(
+    ("stop", "settings"),
+    [
+        pytest.param(7, {}, id="in an inner loop"),
+        pytest.param(8, {}, id="between two inner loops"),
+        pytest.param(STEPS_IN_EPOCH - 1, {}, id="before the last batch of an epoch"),
+        pytest.param(STEPS_IN_EPOCH, {}, id="at the end of an epoch"),
+        pytest.param(22, {}, id="in the second epoch"),
+        pytest.param(22, {"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(22, {"workers": 1}, id="with a worker that runs ahead"),
+        pytest.param(22, {"trainer": {"val_check_interval": 6}}, id="with validation in inner loops"),
+        pytest.param(22, {"trainer": {"limit_train_batches": 12}}, id="with epochs cut short"),
+        pytest.param(12, {"trainer": {"limit_train_batches": 12}}, id="at the end of an epoch cut short"),
+        pytest.param(3, {"method": "exact"}, id="exact, in an epoch"),
+        pytest.param(4, {"method": "exact"}, id="exact, at the end of an epoch"),
+    ],
+)
+def test_it_resumes_bit_for_bit(tmp_path, stop, settings):
+    total = 9 if settings.get("method") == "exact" else 39
+    whole = fit(tmp_path, total, **settings)
+    resumed = fit(tmp_path, total, resume_from=stop, **settings)
+    assert len(whole[0].seen) == total
+    assert_same(resumed[0].seen, whole[0].seen[stop:])
+    assert_same(state(*resumed), state(*whole))
+
+
+def test_it_resumes_where_epochs_differ_in_length(tmp_path, monkeypatch):
+    sizes = [256, 192, 100, 130]
+
+    class Uneven(Recording):
+        def train_dataloader(self):
+            kept = [index for index in range(4 * 256) if index % 256 < sizes[index // 256]]
+            sampler = DomainBatchSampler([self.domains[index] for index in kept], 32, domains_per_step=2)
+            assert len({sampler._plan(epoch).size for epoch in range(4)}) > 1
+            return ResumableLoader(DataLoader(torch.utils.data.Subset(self.data, kept), batch_sampler=sampler))
+
+    monkeypatch.setitem(globals(), "Recording", Uneven)
+    monkeypatch.setattr(example, "Fish", lambda *_, model, **__: Fish(0.05, inner_steps=2, model=model))
+    whole = fit(tmp_path, 75)
+    for stop in (9, 47):
+        resumed = fit(tmp_path, 75, resume_from=stop)
+        assert_same(resumed[0].seen, whole[0].seen[stop:])
+        assert_same(state(*resumed), state(*whole))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_is_the_plain_loop(tmp_path, precision):
+    steps = 2 * STEPS_IN_EPOCH + 3
+    model, trainer = fit(tmp_path, steps, precision=precision, every=1000)
+    plain = make_model(0)
+    data, names, _ = make_data()
+    sampler = DomainBatchSampler(names, example.BATCH_SIZE, seed=0)
+    wrapped = torch.optim.AdamW(plain.parameters(), lr=example.FISH_LR)
+    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=plain, track_alignment=True)
+    optimizer = GradMatch(wrapped, fish)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
+    batches = (batch for _ in range(3) for batch in DataLoader(data, batch_sampler=sampler))
+    for (x, y), _ in zip(batches, range(steps), strict=False):
+        optimizer.zero_grad()
+        with contextlib.nullcontext() if precision == "32-true" else torch.autocast("cpu", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(plain(x), y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+    assert_same(dict(model.model.state_dict()), dict(plain.state_dict()))
+    ours, theirs = optimizer.state_dict(), trainer.optimizers[0].state_dict()
+    assert optimizer.inner_step == 3
+    slow = theirs["gradmatch"]["slow_buffers"]
+    theirs["gradmatch"]["slow_buffers"] = {name.removeprefix("model."): copy for name, copy in slow.items()}
+    assert_same(theirs, ours)
+    assert_same(optimizer.last_meta_step.inner_product, trainer.optimizers[0].last_meta_step.inner_product)
+
+
+def test_exact_is_the_plain_loop(tmp_path):
+    model, trainer = fit(tmp_path, 6, method="exact", every=1000)
+    plain = make_model(0)
+    data, names, _ = make_data()
+    sampler = DomainBatchSampler(names, example.BATCH_SIZE, seed=0)
+    optimizer = GradMatch(torch.optim.AdamW(plain.parameters(), lr=example.ERM_LR), IDGM(plain, 1.0, "variance"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
+    batches = (b for _ in range(2) for b in meta_batches(DataLoader(data, batch_sampler=sampler), DOMAINS))
+    for batch, _ in zip(batches, range(6), strict=False):
+        optimizer.meta_step(lambda b: torch.nn.functional.cross_entropy(plain(b[0]), b[1]), batch)
+        scheduler.step()
+    assert_same(dict(model.model.state_dict()), dict(plain.state_dict()))
+    assert_same(trainer.optimizers[0].state_dict(), optimizer.state_dict())
+    assert_same(trainer.callback_metrics["inner_product"], optimizer.last_meta_step.inner_product)
+
+
+def test_one_inner_step_kept_whole_is_erm(monkeypatch):
+    monkeypatch.setattr(example, "check_loader", lambda *_: None)  # it would refuse one inner step with four domains
+    monkeypatch.setattr(example, "Fish", lambda *_, model, **__: Fish(1.0, inner_steps=1, model=model))
+    monkeypatch.setattr(example, "FISH_LR", example.ERM_LR)
+    fish, erm = Recording("Fish"), Recording("ERM")
+    for model in (fish, erm):
+        trainer = lightning.Trainer(
+            max_steps=20,
+            gradient_clip_val=0.5,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model)
+    assert_same(dict(fish.state_dict()), dict(erm.state_dict()))
+
+
+def test_a_skipped_training_step_takes_its_turn(tmp_path):
+    model, trainer = fit(tmp_path, 8, skip=(1,), every=1000)
+    whole, _ = fit(tmp_path, 8, every=1000)
+    assert trainer.optimizers[0].inner_step == 0  # 8 batches are two groups, whatever was skipped
+    assert_same(model.seen, whole.seen)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_validation_at_multiples_of_s_sees_slow_weights(tmp_path):
+    model, _ = fit(tmp_path, 16, every=1000, trainer={"val_check_interval": 2 * DOMAINS})
+    assert model.inner_steps_seen
+    assert set(model.inner_steps_seen) == {0}
+
+
+def test_the_wrapped_optimizer_reaches_everything(tmp_path):
+    model, trainer = fit(tmp_path, 6, every=1000)
+    wrapped, ours = model.optimizers(), trainer.optimizers[0]
+    slow = copy.deepcopy(ours.state_dict()["gradmatch"]["slow_weights"])
+    assert wrapped is not ours
+    assert isinstance(wrapped, GradMatch)
+    assert wrapped.inner_step == ours.inner_step == 2
+    assert wrapped.last_meta_step is ours.last_meta_step
+    wrapped.rollback()
+    assert ours.inner_step == 0
+    for index, parameter in enumerate(model.parameters()):
+        assert torch.equal(parameter, slow[index])
+
+
+def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "Fish", lambda *_, **__: Fish(inner_steps=5))
+    with pytest.raises(ValueError, match=r"inner_steps=5\).*domains_per_step=4"):
+        fit(tmp_path, 4)
+
+
+def test_gradient_accumulation_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="accumulation_steps=2"):
+        fit(tmp_path, 4, trainer={"accumulate_grad_batches": 2})
+
+
+def test_the_example_trains_and_resumes(tmp_path, capsys):
+    first = example.main(["--epochs", "2", "--exact", "--directory", str(tmp_path)])
+    assert first.keys() == {"ERM", "Fish", "exact"}
+    again = example.main(["--epochs", "3", "--directory", str(tmp_path), "--resume"])
+    straight = example.main(["--epochs", "3", "--directory", str(tmp_path / "other")])
+    assert again == straight
+    assert "Fish  accuracy on the held-out domain" in capsys.readouterr().out

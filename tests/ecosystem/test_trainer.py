@@ -1,0 +1,149 @@
+"""The Trainer of transformers: it resumes bit for bit in the middle of an inner loop, and is a plain loop."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import with_trainer as example
+from _spurious_data import DOMAINS, make_data, make_model
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from torch_gradmatch import DomainBatchSampler, Fish, GradMatch
+
+STEPS_IN_EPOCH = 16
+
+
+def assert_same(one, other, path="state"):
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def train(directory, method="Fish", resume_from=None, **arguments):
+    """Return the state after training and the batches that were seen."""
+    arguments = {"save_strategy": "no", "use_cpu": True} | arguments
+    trainer = example.make_trainer(method, str(directory), **arguments)
+    optimizer, seen = trainer.optimizer, []
+    trainer.model.register_forward_pre_hook(
+        lambda _module, _args, inputs: seen.append(inputs["features"].sum()), with_kwargs=True
+    )
+    trainer.train(resume_from_checkpoint=None if resume_from is None else f"{directory}/checkpoint-{resume_from}")
+    state = {
+        "model": dict(trainer.model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+    }
+    return copy.deepcopy(state), seen
+
+
+@pytest.mark.parametrize(
+    ("stop", "arguments"),
+    [
+        pytest.param(7, {}, id="in an inner loop"),
+        pytest.param(8, {}, id="between two inner loops"),
+        pytest.param(STEPS_IN_EPOCH - 1, {}, id="before the last batch of an epoch"),
+        pytest.param(STEPS_IN_EPOCH, {}, id="at the end of an epoch"),
+        pytest.param(22, {}, id="in the second epoch"),
+        pytest.param(22, {"bf16": True}, id="bf16"),
+        pytest.param(22, {"eval_strategy": "steps", "eval_steps": 5}, id="with evaluation in inner loops"),
+    ],
+)
+def test_it_resumes_bit_for_bit(tmp_path, stop, arguments):
+    whole, all_seen = train(tmp_path, max_steps=39, save_strategy="steps", save_steps=stop, **arguments)
+    rest, seen = train(tmp_path, max_steps=39, resume_from=stop, **arguments)
+    assert len(seen) < len(all_seen)
+    assert_same(seen, all_seen[len(all_seen) - len(seen) :])
+    if "eval_strategy" not in arguments:
+        assert len(all_seen) == 39
+        assert len(seen) == 39 - stop
+    assert_same(rest, whole)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_it_is_the_plain_loop(tmp_path, bf16):
+    steps = 2 * STEPS_IN_EPOCH + 3
+    found, _ = train(tmp_path, max_steps=steps, bf16=bf16)
+    model, (data, names, _) = make_model(0), make_data()
+    loader = DataLoader(data, batch_sampler=DomainBatchSampler(names, batch_size=example.BATCH_SIZE))
+    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model)
+    optimizer = GradMatch(torch.optim.AdamW(model.parameters(), lr=example.FISH_LR), fish)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
+    for (x, y), _ in zip((batch for _ in range(3) for batch in loader), range(steps), strict=False):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.inner_step == 3
+    assert_same(found["model"], {f"network.{name}": value for name, value in model.state_dict().items()})
+    slow = found["optimizer"]["gradmatch"]["slow_buffers"]
+    assert slow
+    found["optimizer"]["gradmatch"]["slow_buffers"] = {n.removeprefix("network."): copy for n, copy in slow.items()}
+    assert_same(found["optimizer"], optimizer.state_dict())
+
+
+def test_one_inner_step_kept_whole_is_erm(tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "check_loader", lambda *_: None)  # it would refuse one inner step with four domains
+    monkeypatch.setattr(example, "FISH_LR", example.ERM_LR)
+    monkeypatch.setattr(example, "Fish", lambda *_, model, **__: Fish(1.0, inner_steps=1, model=model))
+    fish, _ = train(tmp_path, "Fish", max_steps=21)
+    erm, _ = train(tmp_path, "ERM", max_steps=21)
+    assert_same(fish["model"], erm["model"])
+    assert_same(fish["scheduler"], erm["scheduler"])
+    assert_same(fish["optimizer"]["state"], erm["optimizer"]["state"])
+
+
+def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "Fish", lambda *_, **__: Fish(inner_steps=5))
+    with pytest.raises(ValueError, match=r"inner_steps=5\).*domains_per_step=4"):
+        train(tmp_path, max_steps=5)
+
+
+def test_gradient_accumulation_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="accumulation_steps=2"):
+        train(tmp_path, gradient_accumulation_steps=2, max_steps=5)
+
+
+def test_rollback_after_the_last_step_leaves_the_slow_weights(tmp_path):
+    """Training that ends after 6 steps of 4 each is, rolled back, training that ended after 4."""
+    short, _ = train(tmp_path, max_steps=DOMAINS)
+    trainer = example.make_trainer("Fish", str(tmp_path), max_steps=DOMAINS + 2, save_strategy="no", use_cpu=True)
+    optimizer = trainer.optimizer
+    inner_steps = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, *_args, **_kwargs):
+            inner_steps.append(optimizer.inner_step)
+
+    trainer.add_callback(Note)
+    trainer.train()
+    assert inner_steps == [1, 2, 3, 0, 1, 2]
+    assert not torch.equal(next(trainer.model.parameters()), next(iter(short["model"].values())))
+    optimizer.rollback()
+    floating = {name: value for name, value in short["model"].items() if value.is_floating_point()}
+    assert_same({name: trainer.model.state_dict()[name] for name in floating}, floating)
+
+
+def test_the_example_trains_and_resumes(tmp_path, capsys):
+    first = example.main(["--epochs", "2", "--save-steps", "7", "--directory", str(tmp_path)])
+    assert first.keys() == {"ERM", "Fish"}
+    again = example.main(["--epochs", "3", "--directory", str(tmp_path), "--resume"])
+    straight = example.main(["--epochs", "3", "--directory", str(tmp_path / "other")])
+    assert again == straight
+    assert "Fish  accuracy on the held-out domain" in capsys.readouterr().out
