@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import with_accelerate as example
+from _same import assert_same
 from _spurious_data import DOMAINS, make_data, make_model
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
@@ -18,22 +19,6 @@ from torch.utils.data import DataLoader
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
 
 STEPS_IN_EPOCH = 16
-
-
-def assert_same(one, other, path="state"):
-    assert type(one) is type(other), path
-    if isinstance(one, dict):
-        assert list(one) == list(other), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    else:
-        assert one == other, path
 
 
 @pytest.fixture(autouse=True)

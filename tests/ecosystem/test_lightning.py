@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 import with_lightning as example
+from _same import assert_same
 from _spurious_data import DOMAINS, make_data, make_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -86,22 +87,6 @@ def state(model, trainer):
             "loader": trainer.train_dataloader.state_dict(),
         }
     )
-
-
-def assert_same(one, other, path="state"):
-    assert type(one) is type(other), path
-    if isinstance(one, dict):
-        assert list(one) == list(other), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    else:
-        assert one == other, path
 
 
 @pytest.mark.parametrize(

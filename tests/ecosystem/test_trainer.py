@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 import with_trainer as example
+from _same import assert_same
 from _spurious_data import DOMAINS, make_data, make_model
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -15,22 +16,6 @@ from transformers import TrainerCallback
 from torch_gradmatch import DomainBatchSampler, Fish, GradMatch
 
 STEPS_IN_EPOCH = 16
-
-
-def assert_same(one, other, path="state"):
-    assert type(one) is type(other), path
-    if isinstance(one, dict):
-        assert list(one) == list(other), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    else:
-        assert one == other, path
 
 
 def train(directory, method="Fish", resume_from=None, **arguments):

@@ -1,0 +1,23 @@
+"""Whether two nested states are the same, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def assert_same(one: Any, other: Any, path: str = "state") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path

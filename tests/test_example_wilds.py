@@ -1,0 +1,88 @@
+"""The paper's settings for WILDS: the table of the code, that of the documentation, and the authors' own numbers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples" / "wilds"
+PAGE = Path(__file__).parents[1] / "docs" / "wilds.md"
+
+# Inner optimizer, lr, batch size, meta_lr, domains per step, pretraining iterations, epochs, metric, domain.
+AUTHORS = {
+    "fmow": ("adam", 1e-4, 64, 0.01, 5, 24000, 12, "acc_worst_region", "year x region"),
+    "camelyon": ("sgd", 1e-4, 32, 0.01, 3, 10000, 20, "acc_avg", "hospital"),
+    "poverty": ("adam", 1e-3, 64, 0.1, 5, 0, 200, "r_wg", "country"),
+    "iwildcam": ("adam", 1e-4, 16, 0.01, 10, 24000, 18, "F1-macro_all", "location"),
+    "amazon": ("adam", 2e-6, 8, 0.01, 5, 31000, 3, "10th_percentile_acc", "user"),
+    "civil": ("adam", 1e-5, 16, 0.05, 5, 20000, 5, "acc_wg", "identity x label"),
+}
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import wilds_settings
+
+    return wilds_settings.PAPER
+
+
+def test_the_settings_are_the_authors(settings):
+    assert {
+        name: (
+            s.optimizer,
+            s.lr,
+            s.batch_size,
+            s.meta_lr,
+            s.domains_per_step,
+            s.warm_start,
+            s.epochs,
+            s.metric,
+            s.domain,
+        )
+        for name, s in settings.items()
+    } == AUTHORS
+    assert all(s.divided and s.epsilon == s.meta_lr / s.domains_per_step for s in settings.values())
+
+
+def test_the_page_shows_the_same_settings(settings):
+    lines = re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text(), flags=re.MULTILINE)
+    assert [name for name, _ in lines] == list(settings)
+    for name, line in lines:
+        s = settings[name]
+        _, optimizer, lr, size, meta_lr, domains, kept, before, epochs, metric, model, domain = line.split(" | ")
+        assert optimizer.lower().startswith(s.optimizer)
+        assert (float(lr), int(size), float(meta_lr), int(domains)) == (
+            s.lr,
+            s.batch_size,
+            s.meta_lr,
+            s.domains_per_step,
+        )
+        assert float(kept) == pytest.approx(s.epsilon, rel=2e-3)
+        assert (int(before), int(epochs), metric, model, domain) == (
+            s.warm_start,
+            s.epochs,
+            f"`{s.metric}`",
+            s.keep,
+            s.domain,
+        )
+
+
+def test_packages_that_are_missing_are_named(tmp_path):
+    """An environment without them: Python with no more than torch and this package would do, but not build so soon."""
+    hide = tmp_path / "sitecustomize.py"
+    hide.write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name in {'wilds', 'torchvision'} else find(name, package)\n"
+    )
+    command = [sys.executable, str(FOLDER / "train.py"), "--dataset", "civil", "--root", "data", "--method", "fish"]
+    found = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert "this script needs wilds, torchvision" in found.stderr
+    assert "pip install wilds torchvision" in found.stderr
+    assert "Traceback" not in found.stderr
