@@ -56,8 +56,8 @@ def command(root, tiny_bert, tmp_path):
 
     def make(dataset: str, method: str, *more: str, out: str = "run", workers: int = 0) -> list[str]:
         small = ["--domains-per-step", "3", "--warm-start", "2", "--iterations", "3", "--max-tokens", "16"]
-        # The networks make single pixels of 32: BatchNorm of so few numbers has no useful second derivative.
-        small += ["--batch-size", "4", "--image-size", "64"]
+        # The deep ones make single pixels of 32: BatchNorm of so few numbers has no useful second derivative.
+        small += ["--batch-size", "4", "--image-size", "32" if dataset == "poverty" else "64"]
         weights = str(tiny_bert) if dataset in TEXTS else "none"
         small += ["--weights", weights, "--log-every", "1"]
         small += ["--workers", str(workers), "--out", str(tmp_path / out), "--root", str(root)]
@@ -201,6 +201,32 @@ def test_the_best_model_on_val_is_kept(command, monkeypatch, tmp_path):
     assert not all(torch.equal(best[name], value) for name, value in kept[4].items())
 
 
+def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(command, monkeypatch):
+    values = iter([0.9, 0.1])
+    warm, first = [], []
+    predict, meta_step = train.Run.predict, train.GradMatch.meta_step
+
+    def scripted(run, split):
+        predicted, metrics, text = predict(run, split)
+        if run.phase == "warm_start":
+            metrics["acc_avg"] = next(values)
+            warm.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        return predicted, metrics, text
+
+    def noted(optimizer, loss_fn, batches):
+        if not first:
+            first.extend(value.clone() for value in optimizer.param_groups[0]["params"])
+            assert not optimizer.optimizer.state
+        return meta_step(optimizer, loss_fn, batches)
+
+    monkeypatch.setattr(train.Run, "predict", scripted)
+    monkeypatch.setattr(train.GradMatch, "meta_step", noted)
+    train.main(command("camelyon", "fish", "--warm-start", "4", "--iterations", "1", "--eval-every", "2"))
+    parameters = [name for name in warm[0] if not name.endswith(("running_mean", "running_var", "tracked"))]
+    assert all(torch.equal(warm[0][name], value) for name, value in zip(parameters, first, strict=True))
+    assert not all(torch.equal(warm[1][name], value) for name, value in zip(parameters, first, strict=True))
+
+
 def test_on_fmow_the_last_model_is_kept(command, monkeypatch, tmp_path):
     predict = train.Run.predict
     values = iter([0.9, 0.1])
@@ -279,11 +305,11 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(command, tmp_path):
 
 
 def test_an_epoch_ends_and_the_next_begins_also_across_a_resume(command, root, tmp_path):
-    """Small domains: three epochs, stopped by --epochs at first, then continued with more."""
-    base = ("--warm-start", "0", "--iterations", "100000", "--batch-size", "16", "--domains-per-step", "6")
-    train.main(command("poverty", "erm", *base, "--epochs", "2", "--batch-size", "60", out="whole"))
-    train.main(command("poverty", "erm", *base, "--epochs", "1", "--batch-size", "60", out="parts"))
-    train.main(command("poverty", "erm", *base, "--epochs", "2", "--batch-size", "60", "--resume", out="parts"))
+    """Two epochs of three batches, stopped by ``--epochs`` at first, then continued with more."""
+    base = ("--iterations", "100000", "--batch-size", "60", "--image-size", "16")
+    train.main(command("poverty", "erm", *base, "--epochs", "2", out="whole"))
+    train.main(command("poverty", "erm", *base, "--epochs", "1", out="parts"))
+    train.main(command("poverty", "erm", *base, "--epochs", "2", "--resume", out="parts"))
     assert [row["epoch"] for row in rows(tmp_path / "parts" / "log.csv")] == ["0"] * 3 + ["1"] * 3
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -298,16 +324,17 @@ def test_the_command_line_gives_fish_the_authors_step():
     assert str(options.out) == os.path.join("runs", "iwildcam-fish-seed0")
 
 
-def test_amp_runs_the_network_in_bfloat16(command, monkeypatch, tmp_path):
+@pytest.mark.parametrize("method", train.METHODS)
+def test_amp_runs_the_network_in_bfloat16(method, command):
     seen = set()
-    monkeypatch.setattr(
-        train.nn.CrossEntropyLoss, "__call__", lambda self, x, y: torch.nn.functional.cross_entropy(x, y), raising=False
-    )
-    hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: seen.add(output.dtype) if isinstance(module, torch.nn.Conv2d) else None
-    )
+
+    def note(module, inputs, output):
+        if isinstance(module, torch.nn.Linear):
+            seen.add(output.dtype)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
     try:
-        train.main(command("iwildcam", "fish", "--amp"))
+        train.main(command("civil", method, "--amp"))
     finally:
         hook.remove()
     assert seen == {torch.bfloat16}
