@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 METHODS = ("fish", "smooth_fish", "idgm", "erm")
 NEEDED = {"wilds": "wilds", "torchvision": "torchvision", "tensorboard": "tensorboard", "transformers": "transformers"}
 CHECKPOINT_VERSION = 1
+PROGRESS = ("phase", "iteration", "epoch", "gradients", "best", "evaluated")  # of a Run, and its checkpoints
 # A resumed run may differ from the one that was killed in these.
 FREE_TO_CHANGE = {"root", "out", "resume", "download", "workers", "device", "checkpoint_every", "epochs", "iterations"}
 # "optimizer" is that of the inner steps, of ERM and of the warm start: "adam" is Adam with amsgrad.
@@ -109,6 +110,7 @@ class Run:
         self.phase = "warm_start" if options.warm_start and options.method != "erm" else "train"
         self.iteration = self.epoch = self.gradients = 0
         self.best: float | None = None
+        self.evaluated = 0  # the iteration after which the last evaluation was
         self.since_log: list[Tensor] = []
         self.interrupted = False
         self.log: RunLog
@@ -128,7 +130,7 @@ class Run:
             self.loader = self.data.by_domain(options.batch_size, options.domains_per_step, options.seed)
         else:
             self.loader = self.data.shuffled(options.batch_size, options.seed)
-        self.iteration = self.epoch = 0
+        self.iteration = self.epoch = self.evaluated = 0
         self.best = None
         self.since_log = []
 
@@ -231,10 +233,13 @@ class Run:
         Returns:
             The loss, shape ().
         """
-        return self.criterion(self._outputs(batch[0]), batch[1].to(self.device))
+        return self.criterion(self._outputs(batch[0]), batch[1].to(self.device, non_blocking=True))
 
     def _outputs(self, x: Any) -> Tensor:
-        x = {name: part.to(self.device) for name, part in x.items()} if isinstance(x, dict) else x.to(self.device)
+        if isinstance(x, dict):
+            x = {name: part.to(self.device, non_blocking=True) for name, part in x.items()}
+        else:
+            x = x.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
             outputs = self.model(x)
         return outputs.float()
@@ -274,6 +279,9 @@ class Run:
         return predicted, {name: float(value) for name, value in metrics.items()}, text
 
     def _evaluate_and_keep(self) -> None:
+        if self.evaluated == self.iteration:  # an epoch has just ended where an evaluation was due, too
+            return
+        self.evaluated = self.iteration
         _, metrics, _ = self.predict("val")
         self.log.evaluation(self.phase, self.iteration, self.gradients, "val", metrics)
         value = metrics[self.settings.metric]
@@ -313,7 +321,7 @@ class Run:
 
     def save(self) -> None:
         """Write ``checkpoint.pt``: everything that :meth:`resume` needs to continue bit for bit."""
-        progress = {name: getattr(self, name) for name in ("phase", "iteration", "epoch", "gradients", "best")}
+        progress = {name: getattr(self, name) for name in PROGRESS}
         state = {
             "version": CHECKPOINT_VERSION,
             "options": _plain(self.options),
@@ -348,7 +356,7 @@ class Run:
                 )
         self.phase = state["phase"]
         self._begin_phase()
-        for name in ("iteration", "epoch", "gradients", "best"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -181,68 +181,54 @@ def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path)
     assert f"val/{settings.metric}" in board.Tags()["scalars"]
 
 
-def test_the_best_model_on_val_is_kept(command, monkeypatch, tmp_path):
-    """Of five evaluations the third is best; NaN never is."""
-    values = iter([0.1, 0.2, 0.9, float("nan"), 0.3])
-    kept = []
+def script_evaluations(monkeypatch, phase: str, metric: str, values: list[float]) -> list[dict[str, torch.Tensor]]:
+    """Let the evaluations of a phase find these values, and return the model's state at each."""
+    states: list[dict[str, torch.Tensor]] = []
     predict = train.Run.predict
 
     def scripted(run, split):
         predicted, metrics, text = predict(run, split)
-        if split == "val" and len(kept) < 5:
-            metrics[run.settings.metric] = next(values)
-            kept.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        if run.phase == phase and len(states) < len(values):
+            metrics[metric] = values[len(states)]
+            states.append({name: value.clone() for name, value in run.model.state_dict().items()})
         return predicted, metrics, text
 
     monkeypatch.setattr(train.Run, "predict", scripted)
+    return states
+
+
+def holds(path: Path, state: dict[str, torch.Tensor]) -> bool:
+    found = torch.load(path, weights_only=True)
+    return all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_the_best_model_on_val_is_kept(command, monkeypatch, tmp_path):
+    """Of five evaluations the third is best; NaN never is."""
+    states = script_evaluations(monkeypatch, "train", "acc_avg", [0.1, 0.2, 0.9, float("nan"), 0.3])
     train.main(command("camelyon", "fish", "--warm-start", "0", "--iterations", "5", "--eval-every", "1"))
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert all(torch.equal(best[name], value) for name, value in kept[2].items())
-    assert not all(torch.equal(best[name], value) for name, value in kept[4].items())
-
-
-def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(command, monkeypatch):
-    values = iter([0.9, 0.1])
-    warm, first = [], []
-    predict, meta_step = train.Run.predict, train.GradMatch.meta_step
-
-    def scripted(run, split):
-        predicted, metrics, text = predict(run, split)
-        if run.phase == "warm_start":
-            metrics["acc_avg"] = next(values)
-            warm.append({name: value.clone() for name, value in run.model.state_dict().items()})
-        return predicted, metrics, text
-
-    def noted(optimizer, loss_fn, batches):
-        if not first:
-            first.extend(value.clone() for value in optimizer.param_groups[0]["params"])
-            assert not optimizer.optimizer.state
-        return meta_step(optimizer, loss_fn, batches)
-
-    monkeypatch.setattr(train.Run, "predict", scripted)
-    monkeypatch.setattr(train.GradMatch, "meta_step", noted)
-    train.main(command("camelyon", "fish", "--warm-start", "4", "--iterations", "1", "--eval-every", "2"))
-    parameters = [name for name in warm[0] if not name.endswith(("running_mean", "running_var", "tracked"))]
-    assert all(torch.equal(warm[0][name], value) for name, value in zip(parameters, first, strict=True))
-    assert not all(torch.equal(warm[1][name], value) for name, value in zip(parameters, first, strict=True))
+    assert [holds(tmp_path / "run" / "best.pt", state) for state in states] == [False, False, True, False, False]
 
 
 def test_on_fmow_the_last_model_is_kept(command, monkeypatch, tmp_path):
-    predict = train.Run.predict
-    values = iter([0.9, 0.1])
-    seen = []
-
-    def scripted(run, split):
-        predicted, metrics, text = predict(run, split)
-        if len(seen) < 2:
-            metrics["acc_worst_region"] = next(values)
-            seen.append({name: value.clone() for name, value in run.model.state_dict().items()})
-        return predicted, metrics, text
-
-    monkeypatch.setattr(train.Run, "predict", scripted)
+    states = script_evaluations(monkeypatch, "train", "acc_worst_region", [0.9, 0.1])
     train.main(command("fmow", "fish", "--warm-start", "0", "--iterations", "2", "--eval-every", "1"))
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert all(torch.equal(best[name], value) for name, value in seen[1].items())
+    assert [holds(tmp_path / "run" / "best.pt", state) for state in states] == [False, True]
+
+
+def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(command, monkeypatch, tmp_path):
+    states = script_evaluations(monkeypatch, "warm_start", "acc_avg", [0.9, 0.1])
+    meta_step = train.GradMatch.meta_step
+    first = tmp_path / "first.pt"
+
+    def noted(optimizer, loss_fn, batches):
+        if not first.exists():
+            assert not optimizer.optimizer.state
+            torch.save(optimizer.method.model.state_dict(), first)
+        return meta_step(optimizer, loss_fn, batches)
+
+    monkeypatch.setattr(train.GradMatch, "meta_step", noted)
+    train.main(command("camelyon", "fish", "--warm-start", "4", "--iterations", "1", "--eval-every", "2"))
+    assert [holds(first, state) for state in states] == [True, False]
 
 
 # ---------------------------------------------------------------------------------------------------- kill and resume
@@ -306,11 +292,13 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(command, tmp_path):
 
 def test_an_epoch_ends_and_the_next_begins_also_across_a_resume(command, root, tmp_path):
     """Two epochs of three batches, stopped by ``--epochs`` at first, then continued with more."""
-    base = ("--iterations", "100000", "--batch-size", "60", "--image-size", "16")
+    base = ("--iterations", "100000", "--batch-size", "60", "--image-size", "16", "--eval-every", "3")
     train.main(command("poverty", "erm", *base, "--epochs", "2", out="whole"))
     train.main(command("poverty", "erm", *base, "--epochs", "1", out="parts"))
     train.main(command("poverty", "erm", *base, "--epochs", "2", "--resume", out="parts"))
     assert [row["epoch"] for row in rows(tmp_path / "parts" / "log.csv")] == ["0"] * 3 + ["1"] * 3
+    evaluated = [row["iteration"] for row in rows(tmp_path / "parts" / "evaluations.csv") if row["metric"] == "r_wg"]
+    assert evaluated == ["3", "6"]  # once, although --eval-every and the end of the epoch both ask for it
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
