@@ -7,8 +7,8 @@ place of a :class:`ResumableLoader` in its checkpoints, so that training resumes
   fast weights. The same goes for checkpoints that are to be used as a model; to resume from, any will do.
 - ``training_step`` may return None: that batch moves nothing and counts as an inner step, as its turn is over.
 - ``accumulate_grad_batches`` would add up gradients of several domains; ``check_loader`` refuses it.
-- ``precision="16-mixed"`` works. A step that its GradScaler skips does not count, and from then on the inner loops
-  no longer begin with the sampler's groups; bf16-mixed skips nothing.
+- ``precision="16-mixed"`` works with its GradScaler (tested on a CPU). A step that it skips does not count, and from
+  then on the inner loops no longer begin with the sampler's groups; bf16-mixed skips nothing.
 - Lightning does not store random states: with dropout, add them in ``on_save_checkpoint``.
 - Lightning takes the length of the first epoch for that of all. Where they differ (``domains_per_step`` below the
   number of domains) longer ones are cut off, after a whole group.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import warnings
 
 import lightning
@@ -14,6 +15,7 @@ import with_lightning as example
 from _same import assert_same
 from _spurious_data import DOMAINS, make_data, make_model
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, meta_batches
@@ -55,7 +57,7 @@ class Recording(example.Classifier):
         """Stop where training stops, for the comparison."""
 
 
-def fit(directory, max_steps, resume_from=None, precision="32-true", clip=0.5, every=1, **settings):
+def fit(directory, max_steps, resume_from=None, precision="32-true", scaler=None, every=1, **settings):
     model = Recording(**{k: v for k, v in settings.items() if k not in ("trainer",)})
     saver = ModelCheckpoint(directory, "{step}", every_n_train_steps=every, save_top_k=-1)
     manual = not model.automatic_optimization
@@ -63,8 +65,10 @@ def fit(directory, max_steps, resume_from=None, precision="32-true", clip=0.5, e
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
             max_steps=max_steps,
-            precision=precision,
-            gradient_clip_val=None if manual else clip,
+            # On a CPU Lightning would make bfloat16 of "16-mixed"; given as a plugin it scales the loss as on a GPU.
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if precision == "16-mixed" else None,
+            precision=None if precision == "16-mixed" else precision,
+            gradient_clip_val=None if manual else 0.5,
             callbacks=[saver],
             accelerator="cpu",
             logger=False,
@@ -98,6 +102,7 @@ def state(model, trainer):
         pytest.param(STEPS_IN_EPOCH, {}, id="at the end of an epoch"),
         pytest.param(22, {}, id="in the second epoch"),
         pytest.param(22, {"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(22, {"precision": "16-mixed"}, id="16-mixed"),
         pytest.param(22, {"workers": 1}, id="with a worker that runs ahead"),
         pytest.param(22, {"trainer": {"val_check_interval": 6}}, id="with validation in inner loops"),
         pytest.param(22, {"trainer": {"limit_train_batches": 12}}, id="with epochs cut short"),
@@ -163,6 +168,16 @@ def test_it_is_the_plain_loop(tmp_path, precision):
     assert_same(optimizer.last_meta_step.inner_product, trainer.optimizers[0].last_meta_step.inner_product)
 
 
+def test_a_step_that_the_grad_scaler_skips_does_not_count(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # too large for half floats: halved until it fits
+    model, trainer = fit(tmp_path, 41, precision="16-mixed", scaler=scaler, every=1000)
+    skipped = 30 - int(math.log2(scaler.get_scale()))
+    assert 1 <= skipped <= 20
+    assert len(model.seen) == 41
+    assert trainer.optimizers[0].inner_step == (41 - skipped) % DOMAINS
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 def test_exact_is_the_plain_loop(tmp_path):
     model, trainer = fit(tmp_path, 6, method="exact", every=1000)
     plain = make_model(0)
@@ -224,6 +239,16 @@ def test_the_wrapped_optimizer_reaches_everything(tmp_path):
     assert ours.inner_step == 0
     for index, parameter in enumerate(model.parameters()):
         assert torch.equal(parameter, slow[index])
+
+
+def test_the_wrapped_optimizer_interpolates(tmp_path):
+    model, trainer = fit(tmp_path, 6, every=1000)
+    slow = copy.deepcopy(trainer.optimizers[0].state_dict()["gradmatch"]["slow_weights"])
+    fast = [parameter.detach().clone() for parameter in model.parameters()]
+    model.optimizers().interpolate()
+    assert trainer.optimizers[0].inner_step == 0
+    for index, parameter in enumerate(model.parameters()):
+        torch.testing.assert_close(parameter.detach(), torch.lerp(slow[index], fast[index], 0.05))
 
 
 def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):
