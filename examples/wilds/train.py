@@ -191,7 +191,7 @@ class Run:
         started = time.perf_counter()
         self.iteration += 1
         self.gradients += len(batches)
-        log_now = self.iteration % self.options.log_every == 0
+        log_now = self.iteration == 1 or self.iteration % self.options.log_every == 0
         measured: Any = None
         if isinstance(self.optimizer, GradMatch):
             measured = self.optimizer.meta_step(self.loss, batches)
@@ -453,7 +453,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, P
     add("--amp", action="store_true", help="run the network in bfloat16 (autocast)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=4, help="processes that load data")
-    add("--log-every", type=int, default=50, help="iterations between rows of log.csv")
+    add("--log-every", type=int, default=50, help="iterations between rows of log.csv, after the first")
     add("--checkpoint-every", type=int, default=500, help="iterations between checkpoints within an epoch")
     options = parser.parse_args(arguments)
 
