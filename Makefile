@@ -24,7 +24,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 help:
 	@echo "make demo              train ERM, Fish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
 	@echo "make test              the whole test suite"
-	@echo "make test-fallback     the suite with the native extension switched off"
+	@echo "make test-fallback     the package's tests with the native extension switched off"
 	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
 	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
 	@echo "make test-lowest       the suite on the lowest supported torch (large download)"
@@ -59,7 +59,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 test-fallback: $(INSTALLED)
-	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest
+	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest --ignore-glob='*/test_example_*' \
+		--ignore=tests/test_benchmark_report.py --ignore=tests/test_compare_runs.py
 
 # The sanitizers' run-time libraries have to be loaded before Python; leaks are Python's own affair.
 test-sanitize: $(INSTALLED)
