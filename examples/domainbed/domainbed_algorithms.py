@@ -17,6 +17,7 @@ network and Adam's two moments together, and training continues from it where it
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -35,7 +36,7 @@ Batch = tuple[Tensor, Tensor]
 Entry = tuple[Any, Callable[[np.random.RandomState], Any]]
 
 
-class GradMatchAlgorithm(algorithms.Algorithm):
+class GradMatchAlgorithm(algorithms.Algorithm, ABC):
     """What the algorithms have in common: network, Adam with DomainBed's settings, and ``GradMatch`` around it.
 
     The network is that of DomainBed's ``Fish``; for one seed of torch it begins with the weights that ``Fish`` and
@@ -78,16 +79,13 @@ class GradMatchAlgorithm(algorithms.Algorithm):
         adam = torch.optim.Adam(self.network.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"])
         self.optimizer = GradMatch(adam, self.method())
 
+    @abstractmethod
     def method(self) -> Method:
         """Make the method from the hyperparameters.
 
         Returns:
             The method, around ``self.network``.
-
-        Raises:
-            NotImplementedError: Unless a subclass says which.
         """
-        raise NotImplementedError
 
     def loss(self, batch: Batch) -> Tensor:
         """Work out the loss of one domain's batch.

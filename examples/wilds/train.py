@@ -25,7 +25,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -42,7 +41,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from wilds_settings import OURS, PAPER, PaperSettings
+from wilds_checkpoint import random_state, restore_random_state, save_whole
+from wilds_options import parse
+from wilds_settings import PaperSettings
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, SmoothFish, meta_batches
 from torch_gradmatch.alignment import gradient_alignment
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from wilds_data import TrainingData
     from wilds_logs import RunLog
 
-METHODS = ("fish", "smooth_fish", "idgm", "erm")
 NEEDED = {"wilds": "wilds", "torchvision": "torchvision", "tensorboard": "tensorboard", "transformers": "transformers"}
 CHECKPOINT_VERSION = 1
 PROGRESS = ("phase", "iteration", "epoch", "gradients", "best", "evaluated")  # of a Run, and its checkpoints
@@ -289,7 +289,7 @@ class Run:
         # A correlation of constant predictions is NaN, which is never better.
         if self.settings.keep == "last" or self.best is None or math.isnan(self.best) or value > self.best:
             self.best = value
-            _save(self.model.state_dict(), self.options.out / "best.pt")
+            save_whole(self.model.state_dict(), self.options.out / "best.pt")
 
     def load_best(self) -> None:
         """Go back to the model that is kept."""
@@ -330,10 +330,10 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "since_log": list(self.since_log),
-            "random": _random_state(),
+            "random": random_state(self.device),
             "log": self.log.state_dict(),
         }
-        _save(state, self.options.out / "checkpoint.pt")
+        save_whole(state, self.options.out / "checkpoint.pt")
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint was written.
@@ -362,39 +362,11 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         self.since_log = [loss.to(self.device) for loss in state["since_log"]]
-        _set_random_state(state["random"])
-
-
-def _save(state: Any, path: Path) -> None:
-    # A run that is killed while it writes keeps the file that it had.
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+        restore_random_state(state["random"], self.device)
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-
-
-def _random_state() -> dict[str, Any]:
-    numpy_name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
-    version, numbers, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [str(numpy_name), keys.tolist(), int(position), int(has_gauss), float(cached)],
-        "python": [version, list(numbers), gauss],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
 
 
 @contextmanager
@@ -413,76 +385,6 @@ def _asked_to_stop(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, PaperSettings]:
-    """Read the command line and fill in the data set's settings where it is silent.
-
-    Args:
-        arguments: Without the program's name; None for those of the process.
-
-    Returns:
-        Options and the data set's settings.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", required=True, choices=list(PAPER))
-    add("--root", required=True, type=Path, help="folder of the WILDS data sets")
-    add("--method", required=True, choices=METHODS)
-    add("--out", type=Path, help="folder of the run; default runs/DATASET-METHOD-seedSEED")
-    add("--resume", action="store_true", help="continue the run in --out; begin one if there is none")
-    add("--download", action="store_true", help="download the data set if it is missing")
-    add("--seed", type=int, default=0)
-    add("--fold", choices="ABCDE", default="A", help="PovertyMap: which countries are held out")
-    add("--weights", default="pretrained", help='"pretrained", "none" or a path; see wilds_models.py')
-    paper = parser.add_argument_group("the authors' settings of the data set, unless given")
-    for name, kind in (("lr", float), ("batch_size", int), ("domains_per_step", int), ("warm_start", int)):
-        paper.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    paper.add_argument("--meta-lr", type=float, help="step of Fish's interpolation itself, not the authors' number")
-    paper.add_argument("--epochs", type=int)
-    paper.add_argument("--iterations", type=int, help="stop after so many (meta-)iterations, after the warm start")
-    paper.add_argument("--eval-every", type=int, help="iterations between evaluations; 0: at the end of epochs only")
-    ours = parser.add_argument_group("settings of methods that the authors did not run on WILDS")
-    ours.add_argument("--gamma", type=float, help="strength of SmoothFish or of the exact objective")
-    ours.add_argument("--inner-lr", type=float, default=OURS.inner_lr, help="of SmoothFish's walk")
-    ours.add_argument("--agreement", choices=("inner_product", "variance", "cosine"), default=OURS.agreement)
-    add("--image-size", type=int, default=224, help="side of images in pixels")
-    add("--max-tokens", type=int, help="of a text; default 512 for Amazon, 300 for CivilComments")
-    add("--eval-batch-size", type=int, default=256)
-    add("--amp", action="store_true", help="run the network in bfloat16 (autocast)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=4, help="processes that load data")
-    add("--log-every", type=int, default=50, help="iterations between rows of log.csv, after the first")
-    add("--checkpoint-every", type=int, default=500, help="iterations between checkpoints within an epoch")
-    options = parser.parse_args(arguments)
-
-    settings = PAPER[options.dataset]
-    for name in ("lr", "batch_size", "domains_per_step", "warm_start", "epochs", "eval_every"):
-        if getattr(options, name) is None:
-            setattr(options, name, getattr(settings, name))
-    if options.meta_lr is None:
-        options.meta_lr = settings.epsilon
-    if options.gamma is None:
-        options.gamma = OURS.idgm_gamma if options.method == "idgm" else OURS.gamma
-    if options.max_tokens is None:
-        options.max_tokens = 512 if options.dataset == "amazon" else 300
-    if options.out is None:
-        fold = f"-fold{options.fold}" if options.dataset == "poverty" else ""
-        options.out = Path("runs") / f"{options.dataset}-{options.method}{fold}-seed{options.seed}"
-    at_least = {"warm_start": 0, "eval_every": 0, "workers": 0, "seed": 0, "iterations": 1}
-    for name in ("batch_size", "domains_per_step", "epochs", "image_size", "max_tokens", "eval_batch_size"):
-        at_least[name] = 1
-    at_least |= {"log_every": 1, "checkpoint_every": 1}
-    for name, smallest in at_least.items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            parser.error(f"--{name.replace('_', '-')} should be at least {smallest} (got {value})")
-    if options.method != "erm" and options.domains_per_step < 2:
-        parser.error(f"--domains-per-step should be at least 2 to match gradients (got {options.domains_per_step})")
-    return options, settings
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Train, evaluate and write what the module's text lists.
 
@@ -492,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     Returns:
         Split -> metrics of the model that was kept.
     """
-    options, settings = parse(arguments)
+    options, settings = parse(__doc__ or "", arguments)
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         sys.exit(f"this script needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}")

@@ -32,7 +32,7 @@ Tokens = Callable[[list[str]], dict[str, Tensor]]
 
 def _mean_by_group(src: Tensor, index: Tensor, dim_size: int, reduce: str) -> Tensor:
     if src.ndim != 1 or reduce != "mean":
-        raise NotImplementedError(f"only the mean of a vector's groups (got reduce={reduce!r}, shape {src.shape})")
+        raise ValueError(f"only the mean of a vector's groups (got reduce={reduce!r}, shape {src.shape})")
     return src.new_zeros(dim_size).scatter_reduce(0, index, src, "mean", include_self=False)
 
 

@@ -21,6 +21,7 @@ import train
 import wilds_data
 from _same import assert_same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wilds_options import METHODS, parse
 from wilds_settings import PAPER
 
 SCRIPT = Path(train.__file__)
@@ -131,7 +132,7 @@ def test_a_comment_is_served_by_every_identity_it_mentions(root):
     assert len(data.domains) == 18
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PAPER)
 def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path):
     results = train.main(command(name, method))
@@ -306,13 +307,13 @@ def test_an_epoch_ends_and_the_next_begins_also_across_a_resume(command, root, t
 
 
 def test_the_command_line_gives_fish_the_authors_step():
-    options, _ = train.parse(["--dataset", "iwildcam", "--root", "data", "--method", "fish"])
+    options, _ = parse("", ["--dataset", "iwildcam", "--root", "data", "--method", "fish"])
     assert options.meta_lr == pytest.approx(0.01 / 10)
     assert (options.lr, options.batch_size, options.domains_per_step, options.warm_start) == (1e-4, 16, 10, 24_000)
     assert str(options.out) == os.path.join("runs", "iwildcam-fish-seed0")
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_amp_runs_the_network_in_bfloat16(method, command):
     seen = set()
 
