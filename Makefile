@@ -56,10 +56,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/cdsprites.py --out out --seed $(SEED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto
 
 test-fallback: $(INSTALLED)
-	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest --ignore-glob='*/test_example_*' \
+	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest --numprocesses=auto --ignore-glob='*/test_example_*' \
 		--ignore=tests/test_benchmark_report.py --ignore=tests/test_compare_runs.py
 
 # The sanitizers' run-time libraries have to be loaded before Python; leaks are Python's own affair.
@@ -70,7 +70,7 @@ test-sanitize: $(INSTALLED)
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	nm -D build/sanitize/torch_gradmatch/_C.abi3.so | grep -q __asan_report
 	cd build/sanitize && $(SANITIZED) -c "import torch_gradmatch as t; assert 'sanitize' in t.__file__ and t.native_status().cpu"
-	cd build/sanitize && $(SANITIZED) -m pytest -c ../../pyproject.toml ../../tests/test_ops.py -k "not compile and not 31_bytes"
+	cd build/sanitize && $(SANITIZED) -m pytest -c ../../pyproject.toml ../../tests/slow/test_ops.py -k "not compile and not 31_bytes"
 
 test-cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -m cuda

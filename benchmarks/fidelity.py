@@ -1,6 +1,6 @@
 """How far the first-order approximations reach: directions beyond ERM against the exact ones.
 
-By :mod:`torch_gradmatch.fidelity`, on networks that a few steps of ordinary training have moved from where they began.
+By :mod:`torch_gradmatch.compare.fidelity`, on networks that a few steps of ordinary training have moved.
 Fish and SmoothFish are measured against the inner learning rate, in steps of SGD; they and what else approximates the
 exact direction also against the batch size. Every repeat draws network, data and orders of the domains anew. Against
 the learning rate each network is measured with GELU in place of ReLU, too: the theorem is about smooth gradients, and
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from benchmarks._models import NETWORKS, Batch
 from benchmarks.workers import in_processes
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
-from torch_gradmatch.fidelity import ExactTerm, Fidelity, fidelity, random_orders
-from torch_gradmatch.method import Method
-from torch_gradmatch.trial import Trial
+from torch_gradmatch.compare.fidelity import ExactTerm, Fidelity, fidelity, random_orders
+from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.methods.base import Method
 
 DOMAINS = 5
 ORDERS = 4

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 
 from benchmarks._models import NETWORKS, Batch
-from torch_gradmatch.hvp import HVPS, differentiable_attention, hessian_vector_product
+from torch_gradmatch.gradients.hvp import HVPS, differentiable_attention, hessian_vector_product
 
 Tensors = dict[str, Tensor]
 Product = Callable[[], Sequence[Tensor]]

@@ -17,7 +17,7 @@ from torch.optim import SGD
 
 from benchmarks._models import NETWORKS, Batch
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
-from torch_gradmatch.method import Method
+from torch_gradmatch.methods.base import Method
 
 DOMAINS = 5
 GAMMA = 1e-3

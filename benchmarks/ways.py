@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._models import NETWORKS, Batch
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
-from torch_gradmatch.method import Method
+from torch_gradmatch.methods.base import Method
 
 try:
     with warnings.catch_warnings():

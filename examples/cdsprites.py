@@ -43,9 +43,9 @@ from _cdsprites_plot import Display, Progress, Run, save_figure, table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from torch_gradmatch.alignment import gradient_alignment
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, SmoothFish, native_status
-from torch_gradmatch.alignment import gradient_alignment
 
 MEASURED_TRAIN_IMAGES = 3000
 

@@ -46,9 +46,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch_gradmatch.alignment import gradient_alignment
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, fish_gamma
-from torch_gradmatch.alignment import gradient_alignment
 
 # How often each of f1 to f4 agrees with the label; 0.5 is noise.
 AGREEMENT = {

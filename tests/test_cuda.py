@@ -10,7 +10,7 @@ from test_ops import KERNEL_PAIRS, assert_is_the_formula, draw
 from torch import Tensor, nn
 
 from torch_gradmatch import Fish, GradMatch, native_status
-from torch_gradmatch.ops import interpolate_
+from torch_gradmatch.slow.ops import interpolate_
 
 MISSING = "no NVIDIA GPU" if not torch.cuda.is_available() else native_status().reason
 pytestmark = [

@@ -1,10 +1,11 @@
-"""The package's files depend on each other in one direction only, and importing it stays lean."""
+"""The package's rooms depend on each other in one direction only, and importing it stays lean."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,57 +13,70 @@ import pytest
 import torch_gradmatch
 
 PACKAGE = Path(torch_gradmatch.__file__).parent
-LAYERS = [
-    {"_checks", "_native", "domain_plan"},
-    {"ops", "alignment", "hvp", "random_state", "peak_memory"},
-    {"slow_weights", "agreement"},
-    {"slow_buffers", "inner_state", "functional", "method", "sampling"},
-    {"direction"},
-    {"fish", "idgm", "smooth_fish"},
+ROOMS = [  # DESIGN section 4: a file imports from rooms that stand before its own, and from its own
+    {"_checks", "_foreach"},
+    {"slow", "gradients"},
+    {"methods"},
     {"optimizer"},
-    {"trial", "loaders"},
-    {"fidelity", "cost"},
-    {"comparison"},
+    {"data", "compare"},
     {"__init__"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported(source: str) -> set[str]:
-    """Names of the package's own modules that a file imports, wherever in the file."""
+    """The package's own modules that a file imports, wherever in the file, without the package's name."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "absolute imports only"
-            if node.module == "torch_gradmatch":
-                found |= {alias.name for alias in node.names}
-            elif node.module and node.module.startswith("torch_gradmatch."):
-                found.add(node.module.split(".")[1])
+            package, _, module = (node.module or "").partition(".")
+            if package == "torch_gradmatch":
+                found |= {".".join(filter(None, (module, alias.name))) for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("torch_gradmatch.")}
-    return found
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("torch_gradmatch.")}
+    return {known for name in found for known in FILES if name == known or name.startswith(f"{known}.")}
 
 
-def test_every_file_has_a_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(LEVEL)
+def test_every_file_stands_in_a_room():
+    assert {name.partition(".")[0] for name in FILES} == set(LEVEL)
 
 
-@pytest.mark.parametrize("name", sorted(LEVEL))
+@pytest.mark.parametrize("name", FILES)
 def test_imports_point_down_only(name: str):
-    for other in imported((PACKAGE / f"{name}.py").read_text()):
-        assert LEVEL[other] < LEVEL[name], f"{name} imports {other}"
+    room = name.partition(".")[0]
+    for other in imported(FILES[name].read_text()):
+        its_room = other.partition(".")[0]
+        assert its_room == room or LEVEL[its_room] < LEVEL[room], f"{name} imports {other}"
 
 
-def test_the_check_sees_an_import_inside_a_function():
-    assert imported("def f():\n    from torch_gradmatch import fish\n    import torch_gradmatch.ops\n") == {
-        "fish",
-        "ops",
-    }
+def test_no_two_files_import_each_other():
+    TopologicalSorter({name: imported(path.read_text()) for name, path in FILES.items()}).prepare()
+
+
+def test_the_check_sees_an_import_inside_a_function_and_of_a_name():
+    code = "def f():\n    from torch_gradmatch.methods.fish import Fish\n    import torch_gradmatch.slow.ops\n"
+    assert imported(code) == {"methods.fish", "slow.ops"}
+    assert imported("from torch_gradmatch.slow import ops, weights") == {"slow.ops", "slow.weights"}
 
 
 def test_every_public_name_exists_and_is_documented():
     for name in torch_gradmatch.__all__:
         assert getattr(torch_gradmatch, name).__doc__
+
+
+@pytest.mark.parametrize("name", ["functional", "agreement", "alignment", "ops"])
+def test_public_modules_are_found_under_the_package(name: str):
+    module = getattr(torch_gradmatch, name)
+    code = (
+        f"import torch_gradmatch.{name} as m; assert m.__all__; from torch_gradmatch.{name} import {module.__all__[0]}"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_the_version_is_the_packages():
+    assert torch_gradmatch.__version__.startswith("0.")
 
 
 def test_importing_is_lean():

@@ -3,16 +3,19 @@
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 """
 
-from torch_gradmatch import agreement, functional
-from torch_gradmatch._native import NativeStatus, native_status
-from torch_gradmatch.agreement import fish_gamma
-from torch_gradmatch.comparison import Comparison, compare
-from torch_gradmatch.fish import Fish
-from torch_gradmatch.idgm import IDGM
-from torch_gradmatch.loaders import ResumableLoader, check_loader
+import sys
+
+from torch_gradmatch.compare.report import Comparison, compare
+from torch_gradmatch.data.loaders import ResumableLoader, check_loader
+from torch_gradmatch.data.sampler import DomainBatchSampler, meta_batches
+from torch_gradmatch.gradients import agreement, alignment, functional
+from torch_gradmatch.gradients.agreement import fish_gamma
+from torch_gradmatch.methods.fish import Fish
+from torch_gradmatch.methods.idgm import IDGM
+from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch, MetaStep
-from torch_gradmatch.sampling import DomainBatchSampler, meta_batches
-from torch_gradmatch.smooth_fish import SmoothFish
+from torch_gradmatch.slow import ops
+from torch_gradmatch.slow._native import NativeStatus, native_status
 
 __all__ = [
     "IDGM",
@@ -24,11 +27,20 @@ __all__ = [
     "NativeStatus",
     "ResumableLoader",
     "SmoothFish",
+    "__version__",
     "agreement",
+    "alignment",
     "check_loader",
     "compare",
     "fish_gamma",
     "functional",
     "meta_batches",
     "native_status",
+    "ops",
 ]
+
+__version__ = "0.1.0.dev0"
+
+# `import torch_gradmatch.functional as F` works, whichever room the module lives in; os does the same for os.path.
+for _module in (agreement, alignment, functional, ops):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,8 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     return value
 
 
-def check_positive_int(name: str, value: object) -> int:
-    """Return ``value`` as an ``int`` if it is an integer of at least 1.
+def check_bool(name: str, value: object) -> bool:
+    """Return ``value`` if it is True or False.
 
     Args:
         name: Name of the argument, for the message.
@@ -42,15 +41,56 @@ def check_positive_int(name: str, value: object) -> int:
         The value.
 
     Raises:
-        ValueError: If it is no integer or less than 1.
+        ValueError: If it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
-        raise ValueError(f"{name} should be an integer of at least 1 (got {value!r})")
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} should be True or False (got {value!r})")
+    return value
+
+
+def check_int(name: str, value: object, at_least: int) -> int:
+    """Return ``value`` as an ``int`` if it is an integer of at least ``at_least``.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        at_least: The smallest accepted value.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no integer or smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < at_least:
+        raise ValueError(f"{name} should be an integer of at least {at_least} (got {value!r})")
     return int(value)
 
 
-def check_positive_number(name: str, value: object) -> float:
-    """Return ``value`` as a ``float`` if it is a finite number greater than 0.
+def check_number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
+    """Return ``value`` as a ``float`` if it is a finite number in range.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        above: It should be greater than this.
+        at_least: It should not be less than this.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no real number, not finite or out of range.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (above < number < math.inf and number >= at_least):
+        accepted = f"greater than {above:g}" if above > -math.inf else f"of at least {at_least:g}"
+        raise ValueError(f"{name} should be a finite number {accepted} (got {value!r})")
+    return number
+
+
+def check_fraction(name: str, value: object) -> float:
+    """Return ``value`` as a ``float`` if it lies in (0, 1].
 
     Args:
         name: Name of the argument, for the message.
@@ -60,34 +100,19 @@ def check_positive_number(name: str, value: object) -> float:
         The value.
 
     Raises:
-        ValueError: If it is no real number, not finite or not greater than 0.
+        ValueError: If it is no real number in (0, 1].
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
-        raise ValueError(f"{name} should be a finite number greater than 0 (got {value!r})")
-    return float(value)
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"{name} should be a number in (0, 1] (got {value!r})")
+    return number
 
 
-def check_gamma(value: object) -> float:
-    """Return gamma, the strength of the matching, as a ``float`` if it is finite and not negative.
-
-    Args:
-        value: What the caller passed.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: If it is no real number, not finite or negative.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
-        raise ValueError(f"gamma should be a finite number of at least 0 (got {value!r})")
-    return float(value)
-
-
-def check_model(value: object) -> nn.Module:
+def check_model(name: str, value: object) -> nn.Module:
     """Return ``value`` if it is a module.
 
     Args:
+        name: Name of the argument, for the message.
         value: What the caller passed.
 
     Returns:
@@ -97,7 +122,7 @@ def check_model(value: object) -> nn.Module:
         TypeError: If it is none.
     """
     if not isinstance(value, nn.Module):
-        raise TypeError(f"model should be a torch.nn.Module (got {type(value).__name__})")
+        raise TypeError(f"{name} should be a torch.nn.Module (got {type(value).__name__})")
     return value
 
 
@@ -131,27 +156,10 @@ def check_hvp_domains(value: object, domains: int) -> int:
     Raises:
         ValueError: If it is no integer from 1 to S.
     """
-    number = check_positive_int("hvp_domains", value)
+    number = check_int("hvp_domains", value, at_least=1)
     if number > domains:
         raise ValueError(f"hvp_domains should be at most the number of domains, {domains} (got {number})")
     return number
-
-
-def check_meta_lr(value: object) -> float:
-    """Return eps, the interpolation weight, as a ``float`` if it lies in (0, 1].
-
-    Args:
-        value: What the caller passed.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: If it is no real number in (0, 1].
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
-        raise ValueError(f"meta_lr should be a number in (0, 1] (got {value!r})")
-    return float(value)
 
 
 def check_floating_dtype(name: str, value: object) -> torch.dtype:
@@ -220,21 +228,3 @@ def check_reached(gradient: Sequence[Tensor | None], batch_index: int) -> None:
             f"the loss of batch {batch_index} depends on none of the parameters that the optimizer trains: "
             "does loss_fn call the model that they are of?"
         )
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return ``value`` as an ``int`` if it is an integer of at least 0: a counter read from a state dict.
-
-    Args:
-        name: Name of the entry, for the message.
-        value: What the state dict holds.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: If it is no integer or negative.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"the state dict's {name} should be an integer of at least 0 (got {value!r})")
-    return value

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_gradmatch._checks import check_count
-from torch_gradmatch.fish import Fish
-from torch_gradmatch.method import MetaStep, Method
+from torch_gradmatch._checks import check_int
+from torch_gradmatch.methods.base import MetaStep, Method
+from torch_gradmatch.methods.fish import Fish
 
 __all__ = ["GradMatch", "MetaStep"]
 
@@ -253,7 +253,7 @@ class GradMatch(Optimizer):
                 "the state dict has no 'gradmatch' entry: it is a plain optimizer's. "
                 "To continue from that, load it into the wrapped optimizer: optimizer.optimizer.load_state_dict(...)"
             )
-        version = check_count("version", own.get("version"))
+        version = check_int("the state dict's version", own.get("version"), at_least=0)
         if version != FORMAT_VERSION:
             raise ValueError(f"the state dict has format version {version}; this package reads {FORMAT_VERSION}")
         method = type(self.method).__name__

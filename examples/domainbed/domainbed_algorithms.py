@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
-from torch_gradmatch.method import Method
+from torch_gradmatch.methods.base import Method
 
 Batch = tuple[Tensor, Tensor]
 # A hyperparameter's default, and how to draw a random value of it.

@@ -40,13 +40,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch_gradmatch.alignment import gradient_alignment
 from tqdm import tqdm
 from wilds_checkpoint import random_state, restore_random_state, save_whole
 from wilds_options import parse
 from wilds_settings import PaperSettings
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, SmoothFish, meta_batches
-from torch_gradmatch.alignment import gradient_alignment
 
 if TYPE_CHECKING:
     from wilds_data import TrainingData

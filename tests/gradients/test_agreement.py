@@ -1,0 +1,246 @@
+"""The agreements against pair-by-pair arithmetic, and their running form against autograd."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from _reference import agreement_of, mean_pairwise_cosine, mean_pairwise_inner_product
+from hypothesis import given, settings
+from torch import Tensor
+
+from torch_gradmatch import agreement, fish_gamma
+from torch_gradmatch.gradients.agreement import AGREEMENTS, running_agreement
+from torch_gradmatch.gradients.alignment import GradientAlignment
+
+drawn = {"domains": st.integers(2, 7), "size": st.integers(2, 12), "seed": st.integers(0, 2**32)}
+NAMES = sorted(AGREEMENTS)
+law = settings(deadline=None, max_examples=25)
+
+
+def draw(domains: int, size: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(domains, size, generator=generator, dtype=torch.float64))
+
+
+def spread(gradient: Tensor) -> dict[str, Any]:
+    """The same numbers in the nested structure of some parameters."""
+    return {"first": gradient[:1].reshape(1, 1, 1), "rest": [gradient[1:]], "empty": gradient[:0]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@law
+@given(**drawn)
+def test_function_is_what_is_written(name: str, domains: int, size: int, seed: int):
+    gradients = draw(domains, size, seed)
+    torch.testing.assert_close(AGREEMENTS[name]([spread(g) for g in gradients]), agreement_of(name, gradients))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@law
+@given(**drawn)
+def test_running_form_has_the_value_and_the_derivative(name: str, domains: int, size: int, seed: int):
+    gradients = [g.requires_grad_() for g in draw(domains, size, seed)]
+    expected = agreement_of(name, gradients)
+    cotangents = torch.autograd.grad(expected, gradients)
+    sums = GradientAlignment()
+    running = running_agreement(name, sums, domains, like=[gradients[0][:1], gradients[0][1:]])
+    for g in gradients:
+        running.add([g[:1], g[1:]])
+        sums.add([g[:1], g[1:]])
+    torch.testing.assert_close(running.value(), expected.detach(), rtol=1e-9, atol=1e-12)
+    for i, (g, v) in enumerate(zip(gradients, cotangents, strict=True)):
+        found = torch.cat(running.cotangent(i, [g[:1], g[1:]]))
+        torch.testing.assert_close(found, v, rtol=1e-9, atol=1e-12)
+
+
+@law
+@given(**drawn)
+def test_variance_and_inner_product_differ_by_what_the_algebra_says(domains: int, size: int, seed: int):
+    """-1/S sum |G_i - Gbar|^2 = (S-1)/S (GIP - 1/S sum |G_i|^2)."""
+    gradients = draw(domains, size, seed)
+    squares = torch.stack([g.square().sum() for g in gradients]).mean()
+    expected = (domains - 1) / domains * (agreement.inner_product(gradients) - squares)
+    torch.testing.assert_close(agreement.variance(gradients), expected)
+
+
+@law
+@given(**drawn)
+def test_inner_product_by_the_squares_of_sums(domains: int, size: int, seed: int):
+    """GIP = (|sum G_i|^2 - sum |G_i|^2) / (S(S-1))."""
+    gradients = draw(domains, size, seed)
+    sums = sum(gradients).square().sum() - sum(g.square().sum() for g in gradients)
+    torch.testing.assert_close(agreement.inner_product(gradients), sums / (domains * (domains - 1)))
+
+
+@law
+@given(domains=st.integers(2, 7), size=st.integers(2, 12), seed=st.integers(0, 2**32), scale=st.floats(0.1, 10.0))
+def test_scaling_of_all_gradients(domains: int, size: int, seed: int, scale: float):
+    gradients = draw(domains, size, seed)
+    scaled = [scale * g for g in gradients]
+    torch.testing.assert_close(agreement.inner_product(scaled), scale**2 * agreement.inner_product(gradients))
+    torch.testing.assert_close(agreement.variance(scaled), scale**2 * agreement.variance(gradients))
+    torch.testing.assert_close(agreement.cosine(scaled), agreement.cosine(gradients))
+
+
+@law
+@given(**drawn)
+def test_bounds(domains: int, size: int, seed: int):
+    gradients = draw(domains, size, seed)
+    assert agreement.variance(gradients) <= 0
+    assert -1 <= agreement.cosine(gradients) <= 1 + 1e-12
+
+
+@law
+@given(**drawn)
+def test_identical_gradients_agree_completely(domains: int, size: int, seed: int):
+    gradients = draw(1, size, seed) * domains
+    torch.testing.assert_close(agreement.inner_product(gradients), gradients[0].square().sum())
+    torch.testing.assert_close(agreement.variance(gradients), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(agreement.cosine(gradients), torch.ones((), dtype=torch.float64))
+
+
+def test_variance_of_nearly_equal_gradients_does_not_cancel():
+    """In single precision |G|^2 has no digit left for the difference; Welford's sums do not need it."""
+    generator = torch.Generator().manual_seed(0)
+    common, small = torch.ones(100) * 100, [1e-2 * torch.randn(100, generator=generator) for _ in range(4)]
+    gradients = [common + d for d in small]
+    sums = GradientAlignment()
+    running = running_agreement("variance", sums, 4, like=[common])
+    for g in gradients:
+        running.add([g])
+        sums.add([g])
+    expected = agreement_of("variance", [g.double() for g in gradients])
+    torch.testing.assert_close(running.value().double(), expected, rtol=1e-3, atol=0)
+
+
+def test_a_zero_gradient_is_orthogonal_to_all_and_has_no_cosine_derivative():
+    gradients = [torch.zeros(3).requires_grad_(), torch.ones(3).requires_grad_(), torch.arange(3.0).requires_grad_()]
+    value = agreement.cosine(gradients)
+    torch.testing.assert_close(value, mean_pairwise_cosine([g.detach() for g in gradients]))
+    derivative = torch.autograd.grad(value, gradients)
+    assert all(bool(torch.isfinite(d).all()) for d in derivative)
+    sums = GradientAlignment()
+    running = running_agreement("cosine", sums, 3, like=[gradients[0]])
+    for g in gradients:
+        running.add([g])
+        sums.add([g])
+    assert running.cotangent(0, [gradients[0]])[0].tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(running.cotangent(1, [gradients[1]])[0], derivative[1])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "own"])
+def test_a_domain_without_gradient_for_a_parameter_counts_as_zero(name: str):
+    """And gets no cotangent there: its loss does not depend on the parameter."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    second[1] = 0.0
+    chosen: Any = agreement.variance if name == "own" else name
+    if name == "own":
+        chosen = lambda gradients: agreement.variance(gradients)  # noqa: E731  another object: not recognized
+    sums = GradientAlignment()
+    running = running_agreement(chosen, sums, 2, like=[first[0], second[0]])
+    given_gradients = [[first[0], second[0]], [first[1], None]]
+    for gradient in given_gradients:
+        running.add(gradient)
+        sums.add(gradient)
+    flat = [torch.cat([first[i], second[i]]).requires_grad_() for i in range(2)]
+    expected = agreement_of("variance" if name == "own" else name, flat)
+    torch.testing.assert_close(running.value(), expected.detach())
+    cotangents = torch.autograd.grad(expected, flat)
+    torch.testing.assert_close(running.cotangent(0, given_gradients[0])[1], cotangents[0][3:])
+    assert running.cotangent(1, given_gradients[1])[1] is None
+
+
+def test_complex_gradients_count_as_pairs_of_reals():
+    generator = torch.Generator().manual_seed(0)
+    gradients = list(torch.randn(3, 4, generator=generator, dtype=torch.complex128))
+    pairs = [torch.view_as_real(g).reshape(-1) for g in gradients]
+    for name in NAMES:
+        torch.testing.assert_close(AGREEMENTS[name](gradients), agreement_of(name, pairs))
+    sums = GradientAlignment()
+    running = running_agreement("cosine", sums, 3, like=gradients[:1])
+    for g in gradients:
+        running.add([g])
+        sums.add([g])
+    leaves = [p.requires_grad_() for p in pairs]
+    expected = torch.autograd.grad(mean_pairwise_cosine(leaves), leaves)
+    found = running.cotangent(1, [gradients[1]])[0]
+    torch.testing.assert_close(torch.view_as_real(found).reshape(-1), expected[1])
+
+
+def test_half_precision_is_summed_in_single():
+    gradients = [torch.full((5000,), 1.0, dtype=torch.bfloat16) for _ in range(3)]
+    assert agreement.inner_product(gradients).item() == 5000.0
+    sums = GradientAlignment()
+    running = running_agreement("inner_product", sums, 3, like=gradients[:1])
+    for g in gradients:
+        running.add([g])
+        sums.add([g])
+    cotangent = running.cotangent(0, gradients[:1])[0]
+    assert cotangent.dtype == torch.bfloat16
+    assert cotangent[0].item() == pytest.approx(2 / 3, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["inner_product", "cosine"])
+def test_pairs_need_two_gradients(name: str):
+    with pytest.raises(ValueError, match=r"at least 2 domains \(got 1\)"):
+        AGREEMENTS[name]([torch.ones(2)])
+
+
+def test_an_unknown_name_is_shown_with_the_choices():
+    with pytest.raises(ValueError, match=r"'inner_product', 'variance', 'cosine'.*got 'covariance'.*or a function"):
+        agreement.check_agreement("covariance")
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda g: 1.0, TypeError, r"should return a scalar tensor \(got float\)"),
+        (lambda g: g[0][0], ValueError, r"shape \(2,\)"),
+        (lambda g: g[0][0].sum().detach(), ValueError, "does not depend on the gradients"),
+        (lambda g: g[0][0].sum().to(torch.complex64), ValueError, "real scalar"),
+    ],
+    ids=["number", "vector", "detached", "complex"],
+)
+def test_an_own_function_must_return_a_differentiable_scalar(function: Any, error: type[Exception], message: str):
+    sums = GradientAlignment()
+    running = running_agreement(function, sums, 2, like=[torch.ones(2)])
+    for _ in range(2):
+        running.add([torch.ones(2)])
+        sums.add([torch.ones(2)])
+    with pytest.raises(error, match=message):
+        running.value()
+
+
+def test_named_agreements_hold_no_gradients():
+    """Only sums: what was added is free again."""
+    for name in NAMES:
+        sums = GradientAlignment()
+        running = running_agreement(name, sums, 4, like=[torch.ones(3)])
+        alive = []
+        for seed in range(4):
+            gradient = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+            running.add([gradient])
+            sums.add([gradient])
+            alive.append(weakref.ref(gradient))
+            del gradient
+        assert [reference() for reference in alive] == [None] * 4
+
+
+def test_fish_gamma():
+    assert fish_gamma(0.1, 15) == pytest.approx(0.35)
+    assert fish_gamma(0.1, 1) == 0.0
+    for bad in (0.0, -1.0, float("nan"), True, "0.1"):
+        with pytest.raises(ValueError, match="lr should be a finite number greater than 0"):
+            fish_gamma(bad, 3)
+    with pytest.raises(ValueError, match="num_domains"):
+        fish_gamma(0.1, 0)
+
+
+def test_the_reference_is_that_of_the_alignment():
+    gradients = draw(3, 4, 0)
+    torch.testing.assert_close(agreement.inner_product(gradients), mean_pairwise_inner_product(gradients))

@@ -1,0 +1,199 @@
+"""Running sums of gradients against pair-by-pair arithmetic."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from _reference import mean_pairwise_cosine, mean_pairwise_inner_product
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from torch_gradmatch.gradients.alignment import GradientAlignment, gradient_alignment
+
+domains_and_size = {"domains": st.integers(2, 8), "size": st.integers(1, 12), "seed": st.integers(0, 2**32)}
+
+
+def draw(domains: int, size: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(domains, size, generator=generator, dtype=torch.float64))
+
+
+def measure(gradients: list[Tensor]) -> GradientAlignment:
+    alignment = GradientAlignment()
+    for g in gradients:
+        alignment.add([g[:1], None, g[1:]])  # spread over parameters, one of them without gradient
+    return alignment
+
+
+@settings(deadline=None)
+@given(**domains_and_size)
+def test_running_sums_equal_all_pairs(domains, size, seed):
+    gradients = draw(domains, size, seed)
+    measured = measure(gradients).result()
+    torch.testing.assert_close(measured.inner_product, mean_pairwise_inner_product(gradients))
+    torch.testing.assert_close(measured.cosine, mean_pairwise_cosine(gradients))
+    torch.testing.assert_close(measured.grad_norms, torch.stack([g.norm() for g in gradients]))
+
+
+@settings(deadline=None)
+@given(**domains_and_size)
+def test_the_order_of_domains_does_not_matter(domains, size, seed):
+    gradients = draw(domains, size, seed)
+    forwards, backwards = measure(gradients).result(), measure(gradients[::-1]).result()
+    torch.testing.assert_close(forwards.inner_product, backwards.inner_product)
+    torch.testing.assert_close(forwards.cosine, backwards.cosine)
+
+
+@settings(deadline=None)
+@given(**domains_and_size, scale=st.floats(0.1, 10.0))
+def test_scaling_all_gradients_scales_the_product_and_not_the_cosine(domains, size, seed, scale):
+    gradients = draw(domains, size, seed)
+    plain, scaled = measure(gradients).result(), measure([scale * g for g in gradients]).result()
+    torch.testing.assert_close(scaled.inner_product, scale**2 * plain.inner_product)
+    torch.testing.assert_close(scaled.cosine, plain.cosine)
+
+
+@settings(deadline=None)
+@given(**domains_and_size)
+def test_identical_domains_agree_perfectly(domains, size, seed):
+    (gradient,) = draw(1, size, seed)
+    measured = measure([gradient] * domains).result()
+    torch.testing.assert_close(measured.inner_product, gradient @ gradient)
+    torch.testing.assert_close(measured.cosine, torch.ones((), dtype=torch.float64))
+
+
+@settings(deadline=None)
+@given(**domains_and_size)
+def test_state_survives_in_the_middle(domains, size, seed):
+    gradients = draw(domains, size, seed)
+    half = measure(gradients[: domains // 2])
+    resumed = GradientAlignment()
+    resumed.load_state_dict(half.state_dict())
+    for g in gradients[domains // 2 :]:
+        resumed.add([g[:1], None, g[1:]])
+    whole = measure(gradients).result()
+    assert torch.equal(resumed.result().inner_product, whole.inner_product)
+    assert torch.equal(resumed.result().cosine, whole.cosine)
+    assert torch.equal(resumed.result().grad_norms, whole.grad_norms)
+
+
+def test_nearly_orthogonal_gradients_do_not_cancel():
+    """|sum|^2 - sum of squares would lose all digits in single precision here."""
+    gradients = [torch.tensor([1e4, 1e-4]), torch.tensor([0.0, 1.0])]
+    alignment = GradientAlignment()
+    for g in gradients:
+        alignment.add([g])
+    torch.testing.assert_close(alignment.result().inner_product, torch.tensor(1e-4))
+
+
+def test_sparse_half_and_complex_gradients():
+    alignment = GradientAlignment()
+    for factor in (1.0, 2.0):
+        alignment.add([
+            torch.sparse_coo_tensor([[0, 0, 2]], [factor, factor, factor], (4,), check_invariants=True),
+            torch.full((3,), 300.0 * factor, dtype=torch.float16),  # squares overflow float16
+            torch.tensor([factor + 1j * factor]),
+        ])  # fmt: skip
+    measured = alignment.result()
+    torch.testing.assert_close(measured.inner_product, torch.tensor(2.0 * (4 + 1 + 3 * 90000 + 2)))
+    torch.testing.assert_close(measured.cosine, torch.tensor(1.0))
+
+
+def test_a_zero_gradient_is_orthogonal_to_all():
+    alignment = GradientAlignment()
+    for g in (torch.zeros(2), torch.ones(2), torch.ones(2)):
+        alignment.add([g])
+    torch.testing.assert_close(alignment.result().cosine, torch.tensor(1 / 3))
+
+
+def test_one_domain_has_no_pairs_and_none_no_result():
+    alignment = GradientAlignment()
+    with pytest.raises(RuntimeError, match=r"call add\(\) first"):
+        alignment.result()
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        alignment.add([None, None])
+    alignment.add([torch.ones(2)])
+    assert alignment.result().inner_product.isnan()
+    assert alignment.result().cosine.isnan()
+    assert alignment.result().grad_norms.tolist() == pytest.approx([2**0.5])
+
+
+def test_only_two_vectors_are_kept_whatever_the_number_of_domains():
+    alignment = GradientAlignment()
+    for _ in range(50):
+        alignment.add([torch.randn(100)])
+    state = alignment.state_dict()
+    assert sum(v.numel() for part in ("sums", "unit_sums") for v in state[part].values()) == 200
+    assert all(v.numel() == 1 for part in ("squares", "products", "cosines") for v in state[part])
+
+
+@pytest.mark.parametrize("small", [0, 4, 1 << 16])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), domains=st.integers(2, 6), seed=st.integers(0, 2**32))
+def test_sums_side_by_side_or_apart_with_gaps_and_a_checkpoint_between(small: int, data, domains: int, seed: int):
+    """Parameters of several sizes, dtypes and kinds, each missing in some domains; saved and loaded half way."""
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = [torch.float64, torch.float64, torch.complex128, torch.float64, torch.float32]
+    shapes = [(3,), (2, 3), (2,), (1, 1), (5,)]
+    present = data.draw(
+        st.lists(st.lists(st.booleans(), min_size=5, max_size=5).filter(any), min_size=domains, max_size=domains)
+    )
+    alignment, flat = GradientAlignment(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_gradmatch.gradients.alignment.SMALL", small)
+        for mask in present:
+            gradient = [
+                torch.randn(shape, generator=generator, dtype=dtype) if there else None
+                for shape, dtype, there in zip(shapes, dtypes, mask, strict=True)
+            ]
+            if len(alignment) == domains // 2 > 0:
+                saved, alignment = alignment.state_dict(), GradientAlignment()
+                alignment.check_state_dict(saved, [3, 6, 4, 1, 5])
+                alignment.load_state_dict(saved)
+            alignment.add(gradient)
+            pairs = [
+                torch.zeros(s, dtype=d) if g is None else g for g, s, d in zip(gradient, shapes, dtypes, strict=True)
+            ]
+            real = [torch.view_as_real(g) if g.is_complex() else g for g in pairs]
+            flat.append(torch.cat([g.reshape(-1).double() for g in real]))
+    measured = alignment.result()
+    close = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}  # some sums are in single precision
+    torch.testing.assert_close(measured.inner_product, mean_pairwise_inner_product(flat), **close)
+    torch.testing.assert_close(measured.cosine, mean_pairwise_cosine(flat), **close)
+    torch.testing.assert_close(measured.grad_norms, torch.stack([g.norm() for g in flat]), **close)
+    for i in alignment.indices:
+        like = torch.zeros(shapes[i], dtype=dtypes[i])
+        start = sum(s * k for s, k in zip([3, 6, 2, 1, 5][:i], [1, 1, 2, 1, 1], strict=False))
+        total = alignment.total(i, like)
+        assert total.shape == like.shape
+        real = torch.view_as_real(total) if total.is_complex() else total
+        torch.testing.assert_close(real.reshape(-1).double(), sum(flat)[start : start + real.numel()], **close)
+
+
+def test_the_probe_measures_the_domains_gradients_and_touches_no_grad():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    model.weight.grad = torch.full((1, 3), 9.0)
+    batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(3)]
+
+    def loss_fn(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    measured = gradient_alignment(model.parameters(), loss_fn, iter(batches))
+    gradients = [
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss_fn(b), list(model.parameters()))]) for b in batches
+    ]
+    torch.testing.assert_close(measured.inner_product, mean_pairwise_inner_product(gradients))
+    assert model.weight.grad.tolist() == [[9.0] * 3]
+    assert model.bias.grad is None
+
+
+def test_the_probe_refuses_what_it_cannot_measure():
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="batches is empty"):
+        gradient_alignment([w], lambda x: (w * x).sum(), [])
+    with pytest.raises(ValueError, match="no tensor that requires a gradient"):
+        gradient_alignment([torch.ones(1)], lambda x: (w * x).sum(), [torch.ones(2)])
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        gradient_alignment([w], lambda x: w * x, [torch.ones(2)])

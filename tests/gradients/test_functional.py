@@ -1,0 +1,571 @@
+"""The exact objective and its two-pass gradient against naive double backward, and the laws they obey."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from _reference import agreement_of, mean_pairwise_inner_product, naive_idgm
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_gradmatch import functional
+from torch_gradmatch.gradients.functional import (
+    domain_gradients,
+    functional_loss,
+    gradient_inner_product,
+    idgm_grad,
+    idgm_loss,
+)
+
+GAMMA = 0.3
+
+
+class TiedNet(nn.Module):
+    """One matrix serves as embedding and, transposed, as output layer; a scale is frozen and one weight is unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.hidden = nn.Linear(5, 5)
+        self.out = nn.Linear(5, 7, bias=False)
+        self.out.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.tensor(1.5), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x * 3).long().remainder(7)
+        return self.out(torch.tanh(self.hidden(self.embedding(rows)))) * self.scale
+
+
+def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """A small network in double precision, and the shape of one of its samples."""
+    torch.manual_seed(0)
+    model: nn.Module
+    if name == "mlp":
+        model, shape = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), (6,)
+    elif name == "cnn":
+        convolution = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        model = nn.Sequential(
+            convolution, nn.BatchNorm2d(4), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+        )
+        shape = (2, 4, 4)
+    elif name == "dropout":
+        model, shape = (
+            nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(16, 4)),
+            (6,),
+        )
+    elif name == "transformer":
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True, activation="gelu")
+        model, shape = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)), (3, 8)
+    else:
+        model, shape = TiedNet(), (4,)
+    return model.double(), shape
+
+
+NETWORKS = ["mlp", "cnn", "dropout", "transformer", "tied"]
+AGREEMENTS = ["inner_product", "variance", "cosine", "own"]
+
+
+def own_agreement(gradients: Any) -> Tensor:
+    """Of dictionaries in the library, of flat vectors in the reference: minus the largest distance from the first."""
+    flat = [g if isinstance(g, Tensor) else torch.cat([t.reshape(-1) for t in g.values()]) for g in gradients]
+    return -torch.stack([(g - flat[0]).square().sum() for g in flat[1:]]).logsumexp(dim=0)
+
+
+def batches_for(shape: tuple[int, ...], domains: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randn(3 + i, *shape, generator=generator, dtype=torch.float64) * (1 + 0.2 * i) + 0.1 * i
+        for i in range(domains)
+    ]
+
+
+def loss_for(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def loss(x: Tensor) -> Tensor:
+        out = model(x)
+        return (out - out.roll(1, -1)).tanh().square().mean() + out.square().mean()
+
+    return loss
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def seeded(seed: int = 3) -> None:
+    torch.manual_seed(seed)
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
+@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("chosen", AGREEMENTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_passes_are_naive_double_backward(name: str, chosen: str, hvp: str, keep_graphs: bool):
+    """Gradient, value, losses, buffers and the random numbers left, to 1e-9 (finite differences: to 1e-6)."""
+    model, shape = network(name)
+    batches, loss = batches_for(shape), loss_for(model)
+    params, buffers = trainable(model), dict(model.named_buffers())
+    phi = own_agreement if chosen == "own" else chosen
+    seeded()
+    found = idgm_grad(
+        functional_loss(model, loss), params, batches, GAMMA, phi, hvp=hvp, keep_graphs=keep_graphs, buffers=buffers
+    )
+    next_number = torch.rand(())
+    oracle = copy.deepcopy(model)
+    seeded()
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = [lambda x=x: loss_for(oracle)(x) for x in batches]
+        objective, gradient = naive_idgm(list(trainable(oracle).values()), losses, GAMMA, phi)
+    assert torch.equal(next_number, torch.rand(()))
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if hvp == "finite_difference" else {"rtol": 1e-9, "atol": 1e-12}
+    for (parameter, ours), expected in zip(found.gradient.items(), gradient, strict=True):
+        torch.testing.assert_close(ours, expected, **tolerance, msg=lambda m, n=parameter: f"{n}: {m}")
+    torch.testing.assert_close(found.losses.mean() - GAMMA * found.agreement, objective, rtol=1e-10, atol=1e-12)
+    for buffer, expected in oracle.named_buffers():
+        torch.testing.assert_close(found.buffers[buffer], expected, rtol=1e-12, atol=1e-12)
+    assert found.reached == {n: n != "unused" for n in params}
+
+
+@pytest.mark.parametrize("chosen", AGREEMENTS)
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_gradient_is_that_of_the_scalar_by_finite_differences(name: str, chosen: str):
+    """No derivative of the library's in the oracle: central differences of ``idgm_loss`` along random directions."""
+    model, shape = network(name)
+    batches = batches_for(shape)
+    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
+    phi = own_agreement if chosen == "own" else chosen
+    gradient = idgm_grad(pure, params, batches, GAMMA, phi, buffers=buffers).gradient
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()}
+
+        def objective(step: float, direction: dict[str, Tensor] = direction) -> float:
+            moved = {n: p.detach() + step * direction[n] for n, p in params.items()}
+            return float(idgm_loss(pure, moved, batches, GAMMA, phi, buffers=buffers)[0])
+
+        slope = (objective(1e-5) - objective(-1e-5)) / 2e-5
+        expected = sum(float((gradient[n] * direction[n]).sum()) for n in params)
+        assert slope == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("chosen", AGREEMENTS)
+def test_the_scalar_has_the_same_gradient(chosen: str):
+    model, shape = network("cnn")
+    batches = batches_for(shape)
+    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
+    params = {n: p.detach() for n, p in params.items()}
+    phi = own_agreement if chosen == "own" else chosen
+    by_func, moved = torch.func.grad(lambda p: idgm_loss(pure, p, batches, GAMMA, phi, buffers=buffers), has_aux=True)(
+        params
+    )
+    engine = idgm_grad(pure, params, batches, GAMMA, phi, buffers=buffers)
+    for n in params:
+        torch.testing.assert_close(by_func[n], engine.gradient[n], rtol=1e-9, atol=1e-12)
+    for n in buffers:
+        torch.testing.assert_close(moved[n], engine.buffers[n])
+
+
+# ------------------------------------------------------------------------------------------------- the scalar composes
+
+
+def quartic(generator: torch.Generator, domains: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (torch.randn(6, size, generator=generator, dtype=torch.float64), torch.randn(6, generator=generator).double())
+        for _ in range(domains)
+    ]
+
+
+def regression(theta: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return (torch.tanh(x @ theta) - y).square().mean()
+
+
+def drawn(seed: int, domains: int, size: int = 4) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(seed)
+    batches = quartic(generator, domains, size)
+    return torch.randn(size, generator=generator, dtype=torch.float64), batches
+
+
+def test_jvp_is_the_gradient_along_a_direction():
+    theta, batches = drawn(0, 3)
+    direction = torch.ones_like(theta)
+    value, slope = torch.func.jvp(lambda t: idgm_loss(regression, t, batches, GAMMA), (theta,), (direction,))
+    torch.testing.assert_close(value, idgm_loss(regression, theta, batches, GAMMA))
+    torch.testing.assert_close(slope, idgm_grad(regression, theta, batches, GAMMA).gradient @ direction)
+
+
+def test_vmap_over_an_ensemble():
+    thetas = torch.stack([drawn(seed, 3)[0] for seed in range(5)])
+    batches = drawn(0, 3)[1]
+    together = torch.func.vmap(torch.func.grad(lambda t: idgm_loss(regression, t, batches, GAMMA, "cosine")))(thetas)
+    for theta, gradient in zip(thetas, together, strict=True):
+        torch.testing.assert_close(idgm_grad(regression, theta, batches, GAMMA, "cosine").gradient, gradient)
+
+
+def test_plain_autograd_and_a_second_derivative():
+    theta, batches = drawn(1, 3)
+    leaf = theta.clone().requires_grad_()
+    idgm_loss(regression, leaf, batches, GAMMA).backward()
+    torch.testing.assert_close(leaf.grad, idgm_grad(regression, theta, batches, GAMMA).gradient)
+    hessian = torch.func.hessian(lambda t: idgm_loss(regression, t, batches, GAMMA))(theta)
+    torch.testing.assert_close(hessian, hessian.T)
+
+
+def test_the_derivative_by_gamma_is_minus_the_agreement():
+    theta, batches = drawn(2, 3)
+    slope = torch.func.grad(lambda g: idgm_loss(regression, theta, batches, g))(torch.tensor(0.5, dtype=torch.float64))
+    torch.testing.assert_close(slope, -idgm_grad(regression, theta, batches, 0.5).agreement)
+
+
+def test_domain_gradients():
+    theta, batches = drawn(3, 3)
+    found = domain_gradients(regression, theta, batches)
+    assert found.losses.shape == (3,)
+    assert found.buffers is None
+    for batch, gradient, loss in zip(batches, found.gradients, found.losses, strict=True):
+        leaf = theta.clone().requires_grad_()
+        value = regression(leaf, batch)
+        torch.testing.assert_close(gradient, torch.autograd.grad(value, leaf)[0])
+        torch.testing.assert_close(loss, value.detach())
+    with pytest.raises(ValueError, match="batches is empty"):
+        domain_gradients(regression, theta, [])
+
+
+# ---------------------------------------------------------------------------------------------------------- the laws
+
+many = {"domains": st.integers(2, 5), "seed": st.integers(0, 2**32)}
+law = settings(deadline=None, max_examples=20)
+
+
+@law
+@given(**many)
+def test_inner_product_by_sums_is_that_by_pairs(domains: int, seed: int):
+    theta, batches = drawn(seed, domains)
+    gradients = domain_gradients(regression, theta, batches).gradients
+    torch.testing.assert_close(gradient_inner_product(gradients), mean_pairwise_inner_product(gradients))
+    torch.testing.assert_close(
+        idgm_grad(regression, theta, batches, GAMMA).alignment.inner_product, mean_pairwise_inner_product(gradients)
+    )
+
+
+@pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine"])
+@law
+@given(**many, order=st.randoms(use_true_random=False))
+def test_the_order_of_domains_does_not_matter(chosen: str, domains: int, seed: int, order: Any):
+    theta, batches = drawn(seed, domains)
+    shuffled = batches[:]
+    order.shuffle(shuffled)
+    first, second = (idgm_grad(regression, theta, b, GAMMA, chosen) for b in (batches, shuffled))
+    torch.testing.assert_close(first.gradient, second.gradient)
+    torch.testing.assert_close(first.agreement, second.agreement)
+
+
+@law
+@given(**many)
+def test_identical_domains(domains: int, seed: int):
+    """GIP = |G|^2 and its gradient 2 H G; variance and cosine have nothing left to do."""
+    theta, batches = drawn(seed, 1)
+    batches *= domains
+    gradient, loss_hessian = (
+        f(lambda t: regression(t, batches[0]))(theta) for f in (torch.func.grad, torch.func.hessian)
+    )
+    found = idgm_grad(regression, theta, batches, GAMMA)
+    torch.testing.assert_close(found.agreement, gradient.square().sum())
+    torch.testing.assert_close(found.gradient, gradient - GAMMA * 2 * loss_hessian @ gradient)
+    for chosen in ("variance", "cosine"):
+        torch.testing.assert_close(idgm_grad(regression, theta, batches, 1.0, chosen).gradient, gradient)
+
+
+@pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine", "own"])
+@law
+@given(**many)
+def test_gamma_zero_is_ordinary_training(chosen: str, domains: int, seed: int):
+    theta, batches = drawn(seed, domains)
+    phi = own_agreement if chosen == "own" else chosen
+    calls = []
+
+    def counted(t: Tensor, batch: Any) -> Tensor:
+        calls.append(1)
+        return regression(t, batch)
+
+    found = idgm_grad(counted, theta, batches, 0.0, phi)
+    leaf = theta.clone().requires_grad_()
+    torch.stack([regression(leaf, b) for b in batches]).mean().backward()
+    torch.testing.assert_close(found.gradient, leaf.grad, rtol=1e-14, atol=1e-15)
+    assert len(calls) == domains  # and costs no second pass
+    expected = domain_gradients(regression, theta, batches).gradients
+    torch.testing.assert_close(
+        found.agreement, own_agreement(expected) if chosen == "own" else agreement_of(chosen, expected)
+    )
+
+
+@law
+@given(**many, scale=st.floats(0.1, 10.0))
+def test_scaling_of_the_losses(domains: int, seed: int, scale: float):
+    """phi has the losses' scale squared (cosine: none), so gamma counts in units of 1/loss (cosine: of loss)."""
+    theta, batches = drawn(seed, domains)
+
+    def scaled(t: Tensor, batch: Any) -> Tensor:
+        return scale * regression(t, batch)
+
+    for chosen, gamma in (("inner_product", GAMMA / scale), ("variance", GAMMA / scale), ("cosine", GAMMA * scale)):
+        expected = scale * idgm_grad(regression, theta, batches, GAMMA, chosen).gradient
+        torch.testing.assert_close(idgm_grad(scaled, theta, batches, gamma, chosen).gradient, expected)
+
+
+@law
+@given(**many)
+def test_variance_and_inner_product_differ_by_the_squares(domains: int, seed: int):
+    """d variance = (S-1)/S (d GIP - d mean |G_i|^2), and the derivative of |G_i|^2 is 2 H_i G_i."""
+    theta, batches = drawn(seed, domains)
+    gradients = domain_gradients(regression, theta, batches).gradients
+    of_squares = sum(
+        2 * torch.func.hessian(lambda t, b=b: regression(t, b))(theta) @ g
+        for b, g in zip(batches, gradients, strict=True)
+    )
+
+    def matching(chosen: str) -> Tensor:  # gamma = 1 against gamma = 0
+        without, with_it = (idgm_grad(regression, theta, batches, g, chosen).gradient for g in (0.0, 1.0))
+        return without - with_it
+
+    expected = (domains - 1) / domains * (matching("inner_product") - of_squares / domains)
+    torch.testing.assert_close(matching("variance"), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine", "own"])
+def test_a_subset_of_products_is_unbiased(chosen: str, number: int, keep_graphs: bool, monkeypatch: pytest.MonkeyPatch):
+    """The mean over all subsets of the domains is the full gradient."""
+    model, shape = network("cnn")  # with BatchNorm: every domain must find its buffers again
+    batches = batches_for(shape)
+    phi = own_agreement if chosen == "own" else chosen
+    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
+    full = idgm_grad(pure, params, batches, GAMMA, phi, buffers=buffers)
+    subsets = list(itertools.combinations(range(len(batches)), number))
+    found = []
+    for subset in subsets:
+        rest = [i for i in range(len(batches)) if i not in subset]
+        monkeypatch.setattr(torch, "randperm", lambda n, generator, s=(*subset, *rest): torch.tensor(s))
+        found.append(
+            idgm_grad(pure, params, batches, GAMMA, phi, hvp_domains=number, keep_graphs=keep_graphs, buffers=buffers)
+        )
+    for n in params:
+        mean = torch.stack([f.gradient[n] for f in found]).mean(dim=0)
+        torch.testing.assert_close(mean, full.gradient[n], rtol=1e-9, atol=1e-11)
+    for n in buffers:
+        torch.testing.assert_close(found[0].buffers[n], full.buffers[n])
+    largest = max(float((f.gradient[n] - full.gradient[n]).norm()) for f in found for n in params)
+    assert largest > 1e-6  # a subset is not the whole
+
+
+def test_subsets_are_drawn_evenly_and_reproducibly():
+    theta, batches = drawn(0, 4)
+    counts = dict.fromkeys(range(4), 0)
+
+    def marked(t: Tensor, numbered: tuple[int, Any]) -> Tensor:
+        counts[numbered[0]] += 1
+        return regression(t, numbered[1])
+
+    def gradient(generator: torch.Generator) -> Tensor:
+        return idgm_grad(marked, theta, list(enumerate(batches)), GAMMA, hvp_domains=1, generator=generator).gradient
+
+    generator = torch.Generator().manual_seed(0)
+    gradients = [gradient(generator) for _ in range(400)]
+    again = [counts[i] - 400 for i in range(4)]  # evaluations beyond the first pass
+    assert again[3] == 0  # where the last domain is drawn its graph is still there
+    assert all(70 < count < 130 for count in (*again[:3], 400 - sum(again)))  # 100 expected, standard deviation 8.7
+    assert torch.equal(gradient(torch.Generator().manual_seed(0)), gradients[0])
+
+
+# ------------------------------------------------------------------------------------------------- functional_loss
+
+
+def test_functional_loss_leaves_the_model_alone():
+    model, shape = network("cnn")
+    before = copy.deepcopy(model.state_dict())
+    params = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    given_buffers = copy.deepcopy(buffers)
+    loss, moved = functional_loss(model, lambda x: model(x).sum())(params, buffers, batches_for(shape)[0])
+    assert loss.item() == 0.0
+    assert moved["1.num_batches_tracked"] == 1
+    for n, b in buffers.items():
+        assert torch.equal(b, given_buffers[n])
+    for n, t in model.state_dict().items():
+        assert torch.equal(t, before[n])
+
+
+def test_functional_loss_restores_the_model_when_the_loss_raises():
+    model = nn.Linear(2, 1)
+    weight = model.weight
+
+    def fails(x: Tensor) -> Tensor:
+        model(x)
+        raise KeyError("column")
+
+    with pytest.raises(KeyError, match="column"):
+        functional_loss(model, fails)({"weight": torch.zeros(1, 2)}, {}, torch.ones(1, 2))
+    assert model.weight is weight
+
+
+def test_a_buffer_put_in_anothers_place_is_followed():
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+            self.register_buffer("seen", torch.zeros(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = torch.cat([self.seen, x * self.weight])
+            return self.seen.square().sum()
+
+    model = Memory()
+    pure = functional_loss(model, model)
+    _, buffers = pure({"weight": torch.tensor(3.0)}, {"seen": torch.tensor([1.0])}, torch.tensor([2.0]))
+    assert buffers["seen"].tolist() == [1.0, 6.0]
+    assert not buffers["seen"].requires_grad
+    assert model.seen.shape == (0,)
+
+
+def test_a_loss_that_is_a_module_is_not_taken_for_a_part_of_the_model():
+    model = nn.Linear(2, 1)
+    criterion = nn.PReLU()  # has a parameter named weight, as the model has
+    pure = functional_loss(model, nn.Sequential(model, criterion, nn.Flatten(0)))
+    loss, _ = pure({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, {}, torch.tensor([[-1.0, -1.0]]))
+    assert loss.item() == pytest.approx(-0.5)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": -0.1}, r"gamma should be a finite number of at least 0 \(got -0.1\)"),
+        ({"gamma": float("nan")}, r"gamma .*got nan"),
+        ({"gamma": True}, r"gamma .*got True"),
+        ({"agreement": "covariance"}, "agreement should be one of"),
+        ({"hvp": "exact"}, "hvp should be one of"),
+        ({"hvp_domains": 0}, r"hvp_domains should be an integer of at least 1 \(got 0\)"),
+        ({"hvp_domains": 4}, r"hvp_domains should be at most the number of domains, 3 \(got 4\)"),
+    ],
+    ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_bad_settings(changes: dict[str, Any], message: str):
+    theta, batches = drawn(0, 3)
+    with pytest.raises(ValueError, match=message):
+        idgm_grad(regression, theta, batches, **({"gamma": 0.1} | changes))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_matching_needs_two_domains(count: int):
+    theta, batches = drawn(0, 3)
+    for function in (idgm_grad, idgm_loss):
+        with pytest.raises(ValueError, match=rf"at least 2 domains \(got {count}\)"):
+            function(regression, theta, batches[:count], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda t, b: t, ValueError, r"for batch 0 it has shape \(4,\)"),
+        (lambda t, b: 1.0, TypeError, "for batch 0 it returned float"),
+        (lambda t, b: t.detach().sum(), ValueError, "the loss of batch 0 does not depend on any parameter"),
+    ],
+    ids=["vector", "number", "detached"],
+)
+def test_bad_losses(loss: Any, error: type[Exception], message: str):
+    theta, batches = drawn(0, 3)
+    with pytest.raises(error, match=message):
+        idgm_grad(loss, theta, batches, 0.1)
+
+
+def test_generators_of_batches_and_parameters_of_any_structure():
+    theta, batches = drawn(0, 3)
+    expected = idgm_grad(regression, theta, batches, GAMMA).gradient
+    found = idgm_grad(
+        lambda p, b: regression(torch.cat([p[0], *p[1]["rest"]]), b),
+        (theta[:1], {"rest": [theta[1:3], theta[3:]]}),
+        (b for b in batches),
+        GAMMA,
+    )
+    torch.testing.assert_close(torch.cat([found.gradient[0], *found.gradient[1]["rest"]]), expected)
+    assert found.reached == (True, {"rest": [True, True]})
+
+
+def test_parameters_are_not_touched():
+    theta, batches = drawn(0, 3)
+    leaf = theta.clone().requires_grad_()
+    found = idgm_grad(regression, leaf, batches, GAMMA)
+    assert leaf.grad is None
+    assert torch.equal(leaf.detach(), theta)
+    assert not any(t.requires_grad for t in (found.gradient, found.losses, found.agreement))
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+PEAKS = r"""
+import json, pathlib, re
+import torch
+from torch import nn
+from torch_gradmatch.gradients.functional import functional_loss, idgm_grad
+
+torch.set_num_threads(1)
+model = nn.Sequential(*[part for _ in range(6) for part in (nn.Linear(64, 64), nn.Tanh())])
+pure = functional_loss(model, lambda batch: model(batch[0].expand(batch[1], 64)).mean())
+params = dict(model.named_parameters())
+
+
+def peak(agreement, domains, keep_graphs, rows=4000):
+    batches = [(torch.randn(1, 64), rows) for _ in range(domains)]
+    idgm_grad(pure, params, batches, 0.1, agreement, keep_graphs=keep_graphs, buffers={})
+    return int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+before = peak("cosine", 2, False, rows=1)  # what is imported on first use
+named = "inner_product", "variance", "cosine"
+cases = [*((name, 2, False) for name in named), *((name, 12, False) for name in named)]
+cases += [("variance", 2, True), ("variance", 6, True)]
+print(json.dumps([[*case, peak(*case) - before] for case in cases]))
+"""
+
+
+@cache
+def peak_megabytes() -> dict[tuple[str, int, bool], float]:
+    """By agreement, number of domains and ``keep_graphs``; never less than before, since it is the peak of a process.
+
+    So the few domains go before the many, and the kept graphs come last.
+    """
+    # A fixed threshold: glibc's moving one leaves holes in the heap, which would count, too.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    arguments = [sys.executable, "-c", PEAKS]
+    run = subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=120, env=environment)
+    return {tuple(case): megabytes for *case, megabytes in json.loads(run.stdout)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine"])
+def test_memory_does_not_grow_with_the_number_of_domains(chosen: str):
+    assert peak_megabytes()[chosen, 12, False] < 1.05 * peak_megabytes()[chosen, 2, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_the_test_of_memory_sees_kept_graphs():
+    assert peak_megabytes()["variance", 6, True] > 2 * peak_megabytes()["variance", 2, True]
+
+
+def test_public_names():
+    assert all(callable(getattr(functional, name)) for name in functional.__all__)

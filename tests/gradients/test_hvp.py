@@ -1,0 +1,257 @@
+"""Hessian-vector products, three ways, against closed forms and against the Hessian itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import embedding, scaled_dot_product_attention
+
+from torch_gradmatch.gradients.hvp import HVPS, hessian_vector_product, linearize
+
+EXACT = ["reverse", "forward"]
+ALL = [*EXACT, "finite_difference"]
+
+
+def tolerance(hvp: str) -> dict[str, float]:
+    return {"rtol": 1e-10, "atol": 1e-12} if hvp in EXACT else {"rtol": 1e-6, "atol": 1e-7}
+
+
+def test_the_table_holds_the_three():
+    assert sorted(HVPS) == sorted(ALL)
+
+
+@pytest.mark.parametrize("hvp", ALL)
+@settings(deadline=None, max_examples=20)
+@given(size=st.integers(1, 6), seed=st.integers(0, 2**32))
+def test_against_the_hessian(hvp: str, size: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    theta, v = torch.randn(2, size, generator=generator, dtype=torch.float64)
+    matrix = torch.randn(size, size, generator=generator, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.tanh(matrix @ x).square().sum() + x.cos().prod()
+
+    expected = torch.autograd.functional.hessian(loss, theta) @ v
+    torch.testing.assert_close(hessian_vector_product(loss, theta, v, hvp), expected, **tolerance(hvp))
+
+
+@pytest.mark.parametrize("hvp", ALL)
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32), a=st.floats(-3, 3), b=st.floats(-3, 3))
+def test_symmetric_and_linear_in_the_vector(hvp: str, seed: int, a: float, b: float):
+    generator = torch.Generator().manual_seed(seed)
+    theta, u, v = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.tanh(x).square().sum() * x.sin().sum()
+
+    hu, hv = (hessian_vector_product(loss, theta, w, hvp) for w in (u, v))
+    torch.testing.assert_close(u @ hv, v @ hu, **tolerance(hvp))
+    combined = hessian_vector_product(loss, theta, a * u + b * v, hvp)
+    torch.testing.assert_close(combined, a * hu + b * hv, **tolerance(hvp))
+
+
+@pytest.mark.parametrize("hvp", ALL)
+def test_structures_parameters_without_effect_and_a_zero_vector(hvp: str):
+    params = {"a": torch.tensor([1.0, 2.0]), "b": [torch.tensor(3.0), torch.tensor(4.0)], "empty": torch.zeros(0)}
+
+    def loss(p: dict[str, Any]) -> Tensor:  # the second of b plays no part
+        return p["a"].square().sum() * p["b"][0] + p["empty"].sum()
+
+    vector = {"a": torch.tensor([1.0, 0.0]), "b": [torch.tensor(1.0), torch.tensor(1.0)], "empty": torch.zeros(0)}
+    product = hessian_vector_product(loss, params, vector, hvp)
+    torch.testing.assert_close(product["a"], torch.tensor([8.0, 4.0]), rtol=1e-3, atol=1e-4)  # 2 b v_a + 2 a v_b
+    torch.testing.assert_close(product["b"][0], torch.tensor(2.0), rtol=1e-3, atol=1e-4)
+    assert product["b"][1] == 0
+    zero = hessian_vector_product(
+        loss, params, {"a": torch.zeros(2), "b": [torch.zeros(())] * 2, "empty": torch.zeros(0)}, hvp
+    )
+    assert all(bool((z == 0).all()) for z in (zero["a"], *zero["b"]))
+
+
+@pytest.mark.parametrize("hvp", ALL)
+def test_a_linear_loss_has_no_second_derivative_but_the_zero_one(hvp: str):
+    product = hessian_vector_product(
+        lambda x: 3 * x.sum(), torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64), hvp
+    )
+    torch.testing.assert_close(product, torch.zeros(4, dtype=torch.float64))
+
+
+def test_complex_parameters_are_pairs_of_reals():
+    theta = torch.tensor([1 + 2j, 0.5 - 1j], dtype=torch.complex128)
+    v = torch.tensor([0.3 + 1j, -1 + 0.2j], dtype=torch.complex128)
+
+    def loss_of_pairs(x: Tensor) -> Tensor:
+        return (torch.view_as_complex(x) ** 3).abs().sum()
+
+    pairs = torch.view_as_real(theta)
+    expected = hessian_vector_product(loss_of_pairs, pairs, torch.view_as_real(v))
+    for hvp in ("reverse", "finite_difference"):
+        found = hessian_vector_product(lambda x: (x**3).abs().sum(), theta, v, hvp)
+        torch.testing.assert_close(torch.view_as_real(found), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("hvp", ["reverse", "finite_difference"])
+def test_sparse_gradients_become_dense(hvp: str):
+    rows = torch.tensor([0, 2, 2])
+    weight, v = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(w: Tensor, *, sparse: bool) -> Tensor:
+        return embedding(rows, w, sparse=sparse).square().sum() ** 2
+
+    expected = hessian_vector_product(lambda w: loss(w, sparse=False), weight, v)
+    found = hessian_vector_product(lambda w: loss(w, sparse=True), weight, v, hvp)
+    torch.testing.assert_close(found, expected, **tolerance(hvp))
+
+
+@pytest.mark.parametrize("hvp", ALL)
+def test_a_linearization_evaluates_nothing_before_it_is_asked(hvp: str):
+    calls = []
+    leaves = [torch.ones(2, requires_grad=True)]
+
+    def loss(parts: list[Tensor]) -> Tensor:
+        calls.append(1)
+        return parts[0].pow(3).sum()
+
+    linearization = linearize(hvp, loss, leaves)
+    assert not calls
+    value, gradient = linearization.gradient()
+    assert len(calls) == 1
+    assert value.item() == 2.0
+    assert not value.requires_grad
+    assert gradient[0].tolist() == [3.0, 3.0]
+    assert not gradient[0].requires_grad
+    linearization.product([torch.ones(2)])
+    assert len(calls) == {"reverse": 1, "forward": 2, "finite_difference": 3}[hvp]
+
+
+# ------------------------------------------------------------------------------------------- missing derivatives
+
+
+class Once(torch.autograd.Function):
+    """A square of the old style whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class OldStyle(torch.autograd.Function):
+    """A square without ``jvp``, which has no forward derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def test_without_second_derivative_the_remedy_is_named_and_works():
+    theta, v = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return Once.apply(x).square().sum()  # sum x^4, H = 12 x^2
+
+    with pytest.raises(RuntimeError, match=r'hvp="finite_difference", which needs first derivatives only.*once_diff'):
+        hessian_vector_product(loss, theta, v, "reverse")
+    with pytest.raises(RuntimeError, match=r'use hvp="reverse", which asks less.*implement the jvp'):
+        hessian_vector_product(loss, theta, v, "forward")
+    found = hessian_vector_product(loss, theta, v, "finite_difference")
+    torch.testing.assert_close(found, 12 * theta**2 * v, rtol=1e-6, atol=1e-6)
+
+
+def test_functions_of_the_old_style_go_through_reverse():
+    theta, v = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    found = hessian_vector_product(lambda x: OldStyle.apply(x).square().sum(), theta, v)
+    torch.testing.assert_close(found, 12 * theta**2 * v)
+    with pytest.raises(RuntimeError, match='use hvp="reverse"'):
+        hessian_vector_product(lambda x: OldStyle.apply(x).square().sum(), theta, v, "forward")
+
+
+def test_other_errors_are_not_explained_away():
+    def loss(x: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    for hvp in ALL:
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            hessian_vector_product(loss, torch.ones(2), torch.ones(2), hvp)
+
+
+@pytest.mark.parametrize("hvp", EXACT)
+def test_attention_is_differentiated_twice(hvp: str):
+    """By its MATH kernel: the default one has no second derivative."""
+    generator = torch.Generator().manual_seed(0)
+    q, v = torch.randn(2, 1, 2, 3, 4, generator=generator, dtype=torch.float64)
+
+    def by_hand(x: Tensor) -> Tensor:
+        weights = torch.softmax(x @ x.transpose(-1, -2) / 2, dim=-1)
+        return (weights @ x).square().sum()
+
+    def by_kernel(x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(x, x, x).square().sum()
+
+    torch.testing.assert_close(hessian_vector_product(by_kernel, q, v, hvp), hessian_vector_product(by_hand, q, v))
+
+
+def test_bad_arguments():
+    with pytest.raises(
+        ValueError, match=r"hvp should be one of 'reverse', 'forward', 'finite_difference' \(got 'exact'\)"
+    ):
+        hessian_vector_product(torch.sum, torch.ones(2), torch.ones(2), "exact")
+    with pytest.raises(ValueError, match="vector should have the structure of params"):
+        hessian_vector_product(lambda p: p["a"].sum(), {"a": torch.ones(2)}, torch.ones(2))
+
+
+# --------------------------------------------------------------------------------- the error that hvp.py states
+
+
+def smooth_networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    convolutions: list[nn.Module] = []
+    for i, o in ((3, 8), (8, 16)):
+        convolutions += [nn.Conv2d(i, o, 4, 2, 1), nn.BatchNorm2d(o), nn.GELU()]
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, activation="gelu")
+    return {
+        "mlp": (nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)), (16, 64)),
+        "cnn": (nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 10)), (8, 3, 16, 16)),
+        "transformer": (nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 10)), (8, 4, 16)),
+    }
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-3), (torch.float64, 4e-9)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_error_of_finite_differences(name: str, dtype: torch.dtype, bound: float):
+    model, shape = smooth_networks()[name]
+    model.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.arange(shape[0]) % 10
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    closure = nn.CrossEntropyLoss()
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        fresh = {k: b.clone() for k, b in buffers.items()}
+        return closure(functional_call(model, {**p, **fresh}, (x,)), y)
+
+    v = {k: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) for k, p in params.items()}
+    exact, found = (
+        torch.cat([t.reshape(-1) for t in hessian_vector_product(loss, params, v, hvp).values()])
+        for hvp in ("reverse", "finite_difference")
+    )
+    error = float((found - exact).norm() / exact.norm())
+    assert 0 < error < bound

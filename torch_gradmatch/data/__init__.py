@@ -1,0 +1,1 @@
+"""Batches from several domains: the sampler that draws them and the loaders around it."""

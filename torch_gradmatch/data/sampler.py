@@ -1,0 +1,332 @@
+"""Batches for meta-iterations: S batches at a time, each from one domain, the S domains distinct.
+
+Algorithm 1 of Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, visits the
+domains in random order. Where there are more domains than inner steps, the authors' code draws S of them without
+replacement, as here. There each domain has its own loader; here one ``batch_sampler`` serves any ``DataLoader``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from torch_gradmatch._checks import check_choice, check_int
+from torch_gradmatch.data._draw import IntArray, draw_groups, indices_by_domain
+
+__all__ = ["DomainBatchSampler", "meta_batches"]
+
+STATE_VERSION = 1
+Batch = TypeVar("Batch")
+
+
+class ListLike(Protocol):
+    """What NumPy arrays, torch tensors and pandas Series have in common."""
+
+    def tolist(self) -> Any:
+        """Return the elements as a list."""
+
+
+@dataclass
+class _Progress:
+    """How far one iterator is: counts of batches of ``epoch`` since ``start``."""
+
+    epoch: int
+    start: int
+    yielded: int = 0  # by the sampler, which a DataLoader with workers makes run ahead of the loop
+    handed_out: int | None = None  # by meta_batches, which knows what the loop received
+    exhausted: bool = False  # the sampler came to the end of the epoch
+    over: bool = False  # exhausted or broken off, and meta_batches hands out no more
+
+
+class DomainBatchSampler(Sampler[list[int]]):
+    """A ``batch_sampler`` whose consecutive groups of S batches come from S distinct domains.
+
+    In each epoch the samples of every domain are shuffled and cut into batches. A group draws S domains without
+    replacement from those with a batch left and serves them in random order (Fish averages over the order). No
+    sample is served twice (with ``overlapping``: by the same domain). The epoch ends when fewer than S domains have a
+    batch left; with S equal to the number of domains that is when the smallest has run out.
+
+    Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. An epoch
+    depends only on the arguments and its number; global random state is neither read nor changed.
+
+    ``len(sampler)`` is exactly what the iterator in progress, or else the next one, yields in all. It may differ
+    between epochs, and after ``load_state_dict`` it is what is left of the epoch.
+
+    Args:
+        domains: One label, string or integer, per sample of the data set (list, tuple, array, tensor, Series); or a
+            mapping from label to the indices of that domain's samples, which need not cover the data set.
+        batch_size: Samples in a batch; a domain's last batch may be smaller.
+        domains_per_step: S; ``None`` for all domains.
+        weighting: ``"uniform"`` draws every domain that has a batch left with the same probability,
+            ``"proportional"`` in proportion to the batches it has left (``stratified`` in the authors' code), so
+            that large and small domains last about equally long.
+        seed: Integer of at least 0.
+        drop_last: Leave out a domain's last batch if it is smaller than ``batch_size``.
+        overlapping: A mapping may give a sample to several domains, as the identities that a comment mentions do.
+            Each domain serves it; without this it is an error.
+
+    Raises:
+        ValueError: If an argument is out of range, a label is missing or neither string nor integer, an index is
+            negative or given twice, or a domain is empty (with ``drop_last``: has no full batch).
+        TypeError: If ``domains`` is neither a sequence nor a mapping.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> hospitals = ["north"] * 4 + ["south"] * 6 + ["west"] * 5
+        >>> sampler = DomainBatchSampler(hospitals, batch_size=2, domains_per_step=2)
+        >>> loader = DataLoader(range(15), batch_sampler=sampler)
+        >>> for one, other in meta_batches(loader, 2):
+        ...     assert len({hospitals[index] for index in one}) == 1
+        ...     assert hospitals[one[0]] != hospitals[other[0]]
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[str | int] | ListLike | Mapping[str, Any] | Mapping[int, Any],
+        batch_size: int,
+        domains_per_step: int | None = None,
+        weighting: str = "uniform",
+        seed: int = 0,
+        drop_last: bool = False,
+        overlapping: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batch_size = check_int("batch_size", batch_size, at_least=1)
+        self.weighting = check_choice("weighting", weighting, ("uniform", "proportional"))
+        self.seed = check_int("seed", seed, at_least=0)
+        self.drop_last = bool(drop_last)
+
+        labels, self._indices = indices_by_domain(domains, bool(overlapping))
+        sizes = [indices.size for indices in self._indices]
+        rounding = 0 if self.drop_last else self.batch_size - 1
+        self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
+        if 0 in self._num_batches:
+            first = self._num_batches.index(0)
+            raise ValueError(
+                f"domain {labels[first]!r} has {sizes[first]} samples, with drop_last=True not one batch of "
+                f"batch_size={batch_size} (so have {self._num_batches.count(0)} of {len(labels)} domains): lower "
+                "batch_size, pass drop_last=False or leave such domains out"
+            )
+        self.domains_per_step = len(labels)
+        if domains_per_step is not None:
+            self.domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
+            if self.domains_per_step > len(labels):
+                raise ValueError(
+                    f"domains_per_step should be at most {len(labels)}, the number of domains (got {domains_per_step})"
+                )
+        self._settings: dict[str, int | str | bool] = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "domains_per_step": self.domains_per_step,
+            "weighting": self.weighting,
+            "drop_last": self.drop_last,
+            "num_domains": len(sizes),
+            "num_samples": sum(sizes),
+            # The labels themselves do not matter, only which samples they set apart, and in which order.
+            "domains_checksum": hashlib.blake2b(
+                np.concatenate([sizes, *self._indices]).astype("<i8").tobytes(), digest_size=16
+            ).hexdigest(),
+        }
+        self._next = (0, 0)  # epoch and position at which the next iterator starts
+        self._progress: _Progress | None = None  # of the latest iterator, unless an epoch was chosen since
+        self._planned: tuple[int, IntArray] | None = None
+
+    def __len__(self) -> int:
+        epoch, start = self._next
+        if self._progress is not None and not self._progress.over:
+            epoch, start = self._progress.epoch, self._progress.start
+        return self._plan(epoch).size - start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Serve the next epoch.
+
+        The first ``next()`` claims the epoch, not this call: a ``DataLoader`` with workers calls ``iter`` twice.
+
+        Yields:
+            The sample indices of one batch.
+        """
+        epoch, start = self._next
+        plan = self._plan(epoch)
+        self._next = (epoch + 1, 0)
+        progress = self._progress = _Progress(epoch, start)
+        served = np.bincount(plan[:start], minlength=len(self._indices)).tolist()
+        shuffled: dict[int, IntArray] = {}
+        try:
+            for domain in plan[start:].tolist():
+                if domain not in shuffled:
+                    # Each domain has its own generator, so a resumed epoch shuffles it the same way.
+                    shuffled[domain] = self._generator(epoch, 1 + domain).permutation(self._indices[domain])
+                first = served[domain] * self.batch_size
+                batch: list[int] = shuffled[domain][first : first + self.batch_size].tolist()
+                served[domain] += 1
+                if served[domain] == self._num_batches[domain]:
+                    del shuffled[domain]
+                progress.yielded += 1
+                yield batch
+            progress.exhausted = True
+        finally:
+            progress.over = True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iterator serves; without this, epochs follow one another.
+
+        To choose the epoch that ``load_state_dict`` is about to resume keeps the position in it, so a loop that
+        calls this before every epoch resumes rightly.
+
+        Args:
+            epoch: Integer of at least 0.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        epoch = check_int("epoch", epoch, at_least=0)
+        if epoch != self._next[0]:
+            self._next = (epoch, 0)
+        self._progress = None
+
+    def state_dict(self, served: int | None = None) -> dict[str, int | str | bool]:
+        """Return the position, and the settings by which ``load_state_dict`` notices other data or arguments.
+
+        A ``DataLoader`` with workers takes batches ahead of the loop. Under ``meta_batches`` the position is still
+        what the loop received. In a plain loop over such a loader, pass ``served``; after its end there is no need.
+
+        Args:
+            served: Batches the loop has taken from its present iterator, also if that one resumed an epoch:
+                ``i + 1`` in ``for i, batch in enumerate(loader)``. By default all that the sampler has served.
+
+        Returns:
+            Numbers and strings; ``torch.load(weights_only=True)`` loads them.
+
+        Raises:
+            ValueError: If ``served`` is not an integer, is negative, or exceeds what the sampler has served.
+        """
+        progress = self._progress
+        yielded = 0 if progress is None else progress.yielded
+        if served is not None and check_int("served", served, at_least=0) > yielded:
+            raise ValueError(f"served should be at most {yielded}, what the sampler has served (got {served})")
+        if served is None and progress is not None:
+            # An exhausted sampler is at the start of the next epoch, unless meta_batches still hands out the tail.
+            served = (0 if progress.exhausted else yielded) if progress.handed_out is None else progress.handed_out
+        epoch, position = self._next
+        # After an exhausted epoch, a loop that has taken nothing yet is the next epoch's.
+        if progress is not None and served is not None and (served > 0 or not progress.exhausted):
+            epoch, position = progress.epoch, progress.start + int(served)
+        return {"version": STATE_VERSION, "epoch": epoch, "position": position, **self._settings}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
+
+        Args:
+            state_dict: From ``state_dict`` of a sampler of the same domains and arguments.
+
+        Raises:
+            ValueError: If it is malformed or of another version, other domains or arguments; nothing changes then.
+        """
+        expected = {"version": STATE_VERSION, "epoch": 0, "position": 0, **self._settings}
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(expected):
+            found = list(state_dict) if isinstance(state_dict, Mapping) else repr(state_dict)
+            raise ValueError(f"the state dict should hold exactly {list(expected)} (got {found})")
+        for name, own in {"version": STATE_VERSION, **self._settings}.items():
+            if type(state_dict[name]) is not type(own) or state_dict[name] != own:
+                raise ValueError(
+                    f"the state dict's {name} is {state_dict[name]!r}, but this sampler's is {own!r}: "
+                    "resume with the same domains and arguments"
+                )
+        epoch, position = (
+            check_int(f"the state dict's {name}", state_dict[name], at_least=0) for name in ("epoch", "position")
+        )
+        if position > (length := self._plan(epoch).size):
+            raise ValueError(f"the state dict's position is {position}, but epoch {epoch} has {length} batches")
+        self._next = (epoch, position)
+        self._progress = None
+
+    def _generator(self, epoch: int, stream: int) -> np.random.Generator:
+        # spawn_key, not more entropy: SeedSequence([1, 2]) and SeedSequence([1, 2, 0]) are the same.
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch, stream)))
+
+    def _plan(self, epoch: int) -> IntArray:
+        # The domain of every batch of an epoch, shape (groups * S,), kept until another epoch is asked for.
+        if self._planned is None or self._planned[0] != epoch:
+            proportional, generator = self.weighting == "proportional", self._generator(epoch, 0)
+            groups = draw_groups(self._num_batches, self.domains_per_step, proportional, generator)
+            self._planned = (epoch, groups.reshape(-1))
+        return self._planned[1]
+
+
+def meta_batches(loader: Iterable[Batch], domains_per_step: int) -> _MetaBatches[Batch]:
+    """Group the batches of a loader into lists of S, one for each ``GradMatch.meta_step``.
+
+    An incomplete last list is left out; after a ``DomainBatchSampler`` there is none. The sampler is told what was
+    handed out, so its ``state_dict()`` is right although the loader's workers run ahead. A sampler resumed in the
+    middle of a group is refused with ``RuntimeError`` when iteration starts.
+
+    Args:
+        loader: Any iterable of batches; a ``DataLoader`` with a ``DomainBatchSampler`` to have one domain each.
+        domains_per_step: S.
+
+    Returns:
+        An iterable of lists, each time over the loader anew, with a length if the loader has one.
+
+    Raises:
+        ValueError: If S is no positive integer or not that of the loader's ``DomainBatchSampler``, or if the loader
+            does not keep its sampler's order.
+
+    Example:
+        >>> list(meta_batches(["a", "b", "c", "d", "e"], 2))
+        [['a', 'b'], ['c', 'd']]
+    """
+    domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, DomainBatchSampler):
+        return _MetaBatches(loader, domains_per_step, None)
+    if sampler.domains_per_step != domains_per_step:
+        raise ValueError(
+            f"domains_per_step should be {sampler.domains_per_step}, as in the loader's DomainBatchSampler "
+            f"(got {domains_per_step}): otherwise a list could hold two batches of one domain"
+        )
+    if not getattr(loader, "in_order", True):
+        raise ValueError("loader should keep its sampler's order (got in_order=False): lists would mix groups")
+    return _MetaBatches(loader, domains_per_step, sampler)
+
+
+class _MetaBatches(Generic[Batch]):
+    """What ``meta_batches`` returns."""
+
+    def __init__(self, loader: Iterable[Batch], domains_per_step: int, sampler: DomainBatchSampler | None) -> None:
+        self._loader = loader
+        self._domains_per_step = domains_per_step
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        return len(cast("Sized", self._loader)) // self._domains_per_step
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        sampler, size = self._sampler, self._domains_per_step
+        if sampler is not None and sampler._next[1] % size:
+            raise RuntimeError(
+                f"the sampler resumes at batch {sampler._next[1]}, in the middle of a group of {size}: take the state "
+                f"dict under meta_batches, or set its 'position' to a multiple of {size}"
+            )
+        progress = None
+        batches: list[Batch] = []
+        try:
+            for batch in self._loader:
+                batches.append(batch)
+                if len(batches) == size:
+                    if progress is None and sampler is not None:
+                        progress = sampler._progress  # of the iterator that the loader has just started
+                    if progress is not None:
+                        progress.handed_out = (progress.handed_out or 0) + size
+                        progress.over = False  # although workers may have taken the last batch
+                    yield batches
+                    batches = []
+            if progress is not None:
+                progress.handed_out = None
+        finally:
+            if progress is not None:
+                progress.over = True

@@ -1,0 +1,449 @@
+r"""The exact objective of inter-domain gradient matching (IDGM) and its gradient, as pure functions.
+
+Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, equation 4:
+
+.. math::
+
+    L_\mathrm{idgm}(\theta) = \frac1S \sum_i L_i(\theta) - \gamma\,\phi(G_1, \ldots, G_S),
+    \qquad G_i = \frac{\partial L_i}{\partial\theta}.
+
+Any agreement :math:`\phi` has the gradient :math:`\sum_i H_i v_i` with cotangents :math:`v_i = \partial\phi/\partial
+G_i` and :math:`H_i` the Hessian of :math:`L_i`. :func:`idgm_loss` is the scalar itself, which composes with
+``torch.func.grad``, ``jvp`` and ``vmap`` and holds the graphs of all domains. :func:`idgm_grad` is the engine for
+training: a first pass for the gradients and the cotangents, a second one with a Hessian-vector product for each domain,
+and one domain's graph alive at a time.
+
+A loss function is ``loss_fn(params, batch)``, returning a scalar. One with buffers (BatchNorm's statistics, say) is
+``loss_fn(params, buffers, batch)``, returning the scalar and the new buffers: pass ``buffers``, and they go from one
+domain to the next. :func:`functional_loss` makes the latter of a module and a training loop's loss function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.profiler import record_function
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from torch_gradmatch._checks import (
+    check_choice,
+    check_hvp_domains,
+    check_loss,
+    check_num_domains,
+    check_number,
+    check_reached,
+)
+from torch_gradmatch.gradients.agreement import Agreement, RunningAgreement, check_agreement, running_agreement
+from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
+from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
+from torch_gradmatch.gradients.hvp import (
+    HVPS,
+    Linearization,
+    Vector,
+    differentiable_attention,
+    first_order,
+    linearize,
+    sum_of_products,
+)
+from torch_gradmatch.gradients.random_state import RandomState, devices_of
+
+__all__ = [
+    "DomainGradients",
+    "IDGMGradient",
+    "domain_gradients",
+    "functional_loss",
+    "gradient_inner_product",
+    "idgm_grad",
+    "idgm_loss",
+]
+
+Params = Any  # tensors, or dictionaries, lists or tuples of tensors
+Buffers = dict[str, Tensor]
+PureLoss = Callable[[Params, Any, Any], tuple[Tensor, Any]]
+
+
+class DomainGradients(NamedTuple):
+    """The gradients of S domains.
+
+    Attributes:
+        gradients: For each domain the gradient of its loss, in the structure of the parameters.
+        losses: Shape (S,).
+        buffers: As the last domain left them, or None.
+    """
+
+    gradients: list[Params]
+    losses: Tensor
+    buffers: Any
+
+
+class IDGMGradient(NamedTuple):
+    """What :func:`idgm_grad` found. Detached; nothing waits for an accelerator until it is read.
+
+    Attributes:
+        gradient: Of the objective, in the structure of the parameters.
+        reached: In the same structure, whether any domain's loss depends on the parameter; where none does the gradient
+            is zero.
+        losses: Loss of each domain, shape (S,).
+        agreement: Value of phi, shape ().
+        alignment: Inner product, cosine and norms of the domains' gradients, whatever phi is.
+        buffers: As the last domain left them, or None.
+    """
+
+    gradient: Params
+    reached: Any
+    losses: Tensor
+    agreement: Tensor
+    alignment: Alignment
+    buffers: Any
+
+
+class _Closure(nn.Module):
+    """A loss function around a model, as a module: what ``functional_call`` can put other parameters into."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss_fn = (loss_fn,)  # not registered, if it is a module itself
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss_fn[0](batch)
+
+
+def functional_loss(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor]
+) -> Callable[[dict[str, Tensor], Buffers, Any], tuple[Tensor, Buffers]]:
+    """Turn a loss function that calls a model as usual into a pure function of parameters and buffers.
+
+    While it runs, the model holds the tensors passed; afterwards its own again. Tied weights stay tied. What is not
+    passed is used as the model has it.
+
+    Args:
+        model: The model that ``loss_fn`` calls.
+        loss_fn: ``loss_fn(batch)`` returns a scalar.
+
+    Returns:
+        ``pure(params, buffers, batch)``, returning the loss and the new buffers; both dictionaries have the names of
+        ``model.named_parameters()`` and ``model.named_buffers()``. The buffers passed are not written to.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> pure = functional_loss(model, lambda x: model(x).sum())
+        >>> loss, buffers = pure({"weight": torch.tensor([[1.0, 2.0]])}, {}, torch.tensor([[3.0, 4.0]]))
+        >>> loss, buffers
+        (tensor(11.), {})
+    """
+    closure, own = _Closure(model, loss_fn), dict(model.named_parameters())
+
+    def pure(params: dict[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Buffers]:
+        held = {f"model.{name}": tensor for name, tensor in params.items() if own.get(name) is not tensor}
+        held |= {f"model.{name}": buffer.detach().clone() for name, buffer in buffers.items()}
+        loss = functional_call(closure, held, (batch,)) if held else loss_fn(batch)
+        # functional_call leaves in the dictionary what a module put in a buffer's place.
+        return loss, {name: held[f"model.{name}"].detach() for name in buffers}
+
+    return pure
+
+
+def _with_buffers(loss_fn: Callable[..., Any], buffers: Any) -> PureLoss:
+    """Give a loss function without buffers the form of one with them."""
+    if buffers is not None:
+        return loss_fn
+    return lambda params, none, batch: (loss_fn(params, batch), none)
+
+
+def domain_gradients(
+    loss_fn: Callable[..., Any], params: Params, batches: Iterable[Any], *, buffers: Any = None
+) -> DomainGradients:
+    """Return the gradient of each domain's loss, by ``torch.func``: itself differentiable by the parameters.
+
+    Args:
+        loss_fn: As described above.
+        params: Where to differentiate.
+        batches: One of each domain.
+        buffers: The first domain's, for a loss function that takes them.
+
+    Returns:
+        Gradients, losses and the last buffers.
+
+    Raises:
+        ValueError: If there are no batches.
+
+    Example:
+        >>> import torch
+        >>> found = domain_gradients(lambda w, target: (w - target).square(), torch.tensor(1.0), [2.0, 4.0])
+        >>> found.gradients, found.losses
+        ([tensor(-2.), tensor(-6.)], tensor([1., 9.]))
+    """
+    pure = _with_buffers(loss_fn, buffers)
+    gradients, losses = [], []
+    state = buffers or {}
+    for batch in batches:
+        differentiated = grad_and_value(lambda p, b, batch=batch: pure(p, b, batch), has_aux=True)
+        gradient, (loss, state) = differentiated(params, state)
+        gradients.append(gradient)
+        losses.append(loss)
+    if not losses:
+        raise ValueError("batches is empty: one batch of each domain is needed")
+    return DomainGradients(gradients, torch.stack(losses), None if buffers is None else state)
+
+
+def idgm_loss(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batches: Iterable[Any],
+    gamma: float | Tensor,
+    agreement: str | Agreement = "inner_product",
+    *,
+    buffers: Any = None,
+) -> Any:
+    r"""Return :math:`\frac1S\sum_i L_i - \gamma\,\phi(G_1,\ldots,G_S)`, differentiable.
+
+    Composes with ``torch.func.grad``, ``jvp`` and ``vmap``, and with plain autograd. Differentiating it holds the graph
+    of every domain; :func:`idgm_grad` does not.
+
+    Args:
+        loss_fn: As described above.
+        params: Where to evaluate.
+        batches: One of each of S >= 2 domains.
+        gamma: Strength of the matching.
+        agreement: ``"inner_product"``, ``"variance"``, ``"cosine"``, or a function that takes the list of the domains'
+            gradients, each in the structure of ``params``, and returns a scalar.
+        buffers: The first domain's, for a loss function that takes them.
+
+    Returns:
+        The objective, shape (); with ``buffers``, the objective and the last buffers.
+
+    Raises:
+        ValueError: If there are fewer than two batches, or ``agreement`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> def loss(w, target):
+        ...     return (w - target).square()
+        >>> idgm_loss(loss, torch.tensor(1.0), [2.0, 4.0], gamma=0.1)  # (1 + 9)/2 - 0.1 (-2)(-6)
+        tensor(3.8000)
+        >>> torch.func.grad(lambda w: idgm_loss(loss, w, [2.0, 4.0], gamma=0.1))(torch.tensor(1.0))
+        tensor(-2.4000)
+    """
+    batches = list(batches)
+    check_num_domains(len(batches))
+    phi = check_agreement(agreement)
+    with differentiable_attention("reverse"):
+        found = domain_gradients(loss_fn, params, batches, buffers=buffers)
+        objective = found.losses.mean() - gamma * phi(found.gradients)
+    return objective if buffers is None else (objective, found.buffers)
+
+
+# ---------------------------------------------------------------------------------------------------- the two passes
+
+
+class _Domain:
+    """One domain's loss as a function of the leaves; every evaluation sees the same buffers and random numbers."""
+
+    def __init__(self, pure: PureLoss, structure: Any, batch: Any, index: int, devices: set[torch.device]) -> None:
+        self._pure = pure
+        self._structure = structure
+        self._batch = batch
+        self._index = index
+        self._devices = devices | devices_of(batch)
+        self._random: RandomState | None = None
+        self._is_next = True
+        self.replays = True  # whether it will be evaluated more than once
+        self.buffers: Any = None
+        self.buffers_after: Any = None
+
+    def enter(self, buffers: Any) -> None:
+        """Set the buffers that the domain begins with; the next evaluation sets those that it leaves."""
+        self.buffers, self.buffers_after = buffers, None
+        self._is_next = True
+
+    def release(self) -> None:
+        """Hold no buffers any more."""
+        self.buffers = self.buffers_after = None
+
+    def __call__(self, leaves: list[Tensor]) -> Tensor:
+        if self._random is not None:
+            self._random.restore()
+        elif self.replays:
+            self._random = RandomState.capture(self._devices)
+        loss, buffers = self._pure(tree_unflatten(leaves, self._structure), self.buffers, self._batch)
+        if self._is_next:  # a plain evaluation at the parameters, not one inside a transform or displaced
+            self.buffers_after, self._is_next = buffers, False
+            return check_loss(loss, self._index)
+        return loss.reshape(())
+
+
+def idgm_grad(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batches: Iterable[Any],
+    gamma: float,
+    agreement: str | Agreement = "inner_product",
+    *,
+    hvp: str = "reverse",
+    hvp_domains: int | None = None,
+    keep_graphs: bool = False,
+    buffers: Any = None,
+    generator: torch.Generator | None = None,
+) -> IDGMGradient:
+    r"""Return the gradient of :func:`idgm_loss` by two passes: :math:`\bar G - \gamma\sum_i H_i v_i`.
+
+    The first pass takes the gradients :math:`G_i` and, from them alone, the cotangents :math:`v_i`; the second one
+    Hessian-vector product for each domain. Of the named agreements only sums over the domains are kept, so the memory
+    does not grow with S; a function of the gradients holds all S of them. Random numbers (dropout) and buffers are the
+    same in both passes, and afterwards as one pass leaves them.
+
+    Args:
+        loss_fn: As described above.
+        params: Where to differentiate.
+        batches: One of each of S >= 2 domains.
+        gamma: Strength of the matching, at least 0; at 0 there is no second pass.
+        agreement: As in :func:`idgm_loss`.
+        hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see :mod:`torch_gradmatch.gradients.hvp`. The
+            last moves the parameters for the time of an evaluation.
+        hvp_domains: In the second pass take only this many domains, drawn at random, and weigh them by
+            S/``hvp_domains``: unbiased. None for all.
+        keep_graphs: Keep the graph of each domain's gradient from the first pass (with the two hvps that have none,
+            the gradient), instead of evaluating it again: less time, memory that grows with S.
+        buffers: The first domain's, for a loss function that takes them.
+        generator: Draws the domains for ``hvp_domains``; torch's own if None.
+
+    Returns:
+        The gradient, in the parameters' dtypes, and what was measured on the way.
+
+    Raises:
+        RuntimeError: If an operation lacks the derivative that ``hvp`` needs.
+        TypeError: If a loss or the agreement's value is no tensor.
+        ValueError: If there are fewer than two batches, a loss is not a scalar or depends on no parameter, or another
+            argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> def loss(w, target):
+        ...     return (w - target).square()
+        >>> found = idgm_grad(loss, torch.tensor(1.0), [2.0, 4.0], gamma=0.1)
+        >>> found.gradient, found.agreement
+        (tensor(-2.4000), tensor(12.))
+    """
+    batches = list(batches)
+    domains = check_num_domains(len(batches))
+    gamma = check_number("gamma", gamma, at_least=0)
+    check_choice("hvp", hvp, HVPS)
+    number = domains if hvp_domains is None else check_hvp_domains(hvp_domains, domains)
+    chosen = list(range(domains))
+    if number < domains:
+        chosen = sorted(torch.randperm(domains, generator=generator)[:number].tolist())
+    if gamma == 0:
+        chosen = []
+    flat, structure = tree_flatten(params)
+    # A model's own parameters stay themselves: a loss may use them past the model, as a penalty on a list of them does.
+    leaves = [leaf if leaf.is_leaf and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in flat]
+    sums = GradientAlignment()
+    phi = running_agreement(agreement, sums, domains, params)
+    passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp)
+    with differentiable_attention(hvp) if chosen else nullcontext():
+        losses, buffers_after = passes.first(phi, sums, chosen, keep_graphs=keep_graphs)
+        value = phi.value()
+        gradient = {i: sums.total(i, leaves[i]) / domains for i in sums.indices}
+        passes.second(phi, chosen, gradient, -gamma * domains / number)
+    return IDGMGradient(
+        gradient=tree_unflatten(
+            [gradient[i].to(leaf.dtype) if i in gradient else torch.zeros_like(leaf) for i, leaf in enumerate(flat)],
+            structure,
+        ),
+        reached=tree_unflatten([i in gradient for i in range(len(flat))], structure),
+        losses=losses,
+        agreement=value,
+        alignment=sums.result(),
+        buffers=None if buffers is None else buffers_after,
+    )
+
+
+class _TwoPasses:
+    """The work of :func:`idgm_grad`."""
+
+    def __init__(
+        self, pure: PureLoss, leaves: list[Tensor], structure: Any, batches: Sequence[Any], buffers: Any, hvp: str
+    ) -> None:
+        self._leaves = leaves
+        self._buffers = buffers
+        self._hvp = hvp
+        self._devices = devices_of(leaves, buffers)
+        self._domains = [_Domain(pure, structure, batch, i, self._devices) for i, batch in enumerate(batches)]
+        self._kept: dict[int, tuple[Linearization, list[Tensor | None]]] = {}
+
+    def first(
+        self, phi: RunningAgreement, sums: GradientAlignment, chosen: Sequence[int], *, keep_graphs: bool
+    ) -> tuple[Tensor, Any]:
+        """Take in every domain's gradient.
+
+        Returns:
+            The losses, shape (S,), and the buffers that the last domain left.
+        """
+        losses = []
+        buffers = self._buffers
+        last = len(self._domains) - 1
+        # If all domains go through both passes, the second finds their buffers by itself.
+        chains = not keep_graphs and len(chosen) == len(self._domains)
+        for i, domain in enumerate(self._domains):
+            domain.enter(buffers)
+            # Only one graph is alive at a time, and the last domain's may as well be the first of the second pass.
+            keeps = i in chosen and (keep_graphs or i == last)
+            domain.replays = i in chosen and not (keeps and self._hvp == "reverse")
+            with record_function("GradMatch.domain_gradient"):
+                if keeps:
+                    linearization = linearize(self._hvp, domain, self._leaves)
+                    loss, gradient = linearization.gradient()
+                    self._kept[i] = (linearization, gradient)
+                else:
+                    loss, gradient = first_order(domain, self._leaves)
+            check_reached(gradient, i)
+            losses.append(loss)
+            phi.add(gradient)
+            sums.add(gradient)
+            del gradient  # before the next graph grows
+            buffers = domain.buffers_after
+            if i not in chosen or (chains and not keeps):
+                domain.release()
+        return torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses]), buffers
+
+    def second(self, phi: RunningAgreement, chosen: Sequence[int], result: dict[int, Tensor], scale: float) -> None:
+        r"""Add ``scale`` times :math:`\sum_i H_i v_i` over the chosen domains to the result."""
+        if not chosen:
+            return
+        random_state = RandomState.capture(self._devices)
+        chains = len(chosen) == len(self._domains)
+        waiting = [i for i in chosen if i not in self._kept]
+        if self._kept:
+            with record_function("GradMatch.hessian_vector_product"):
+                cotangents = [phi.cotangent(i, gradient) for i, (_, gradient) in self._kept.items()]
+                linearizations = [linearization for linearization, _ in self._kept.values()]
+                self._kept.clear()
+                _add(result, sum_of_products(linearizations, cotangents), scale)
+            del cotangents
+        buffers = self._buffers
+        for i in waiting:
+            domain = self._domains[i]
+            domain.enter(buffers if chains else domain.buffers)
+            with record_function("GradMatch.hessian_vector_product"):
+                linearization = linearize(self._hvp, domain, self._leaves)
+                gradient = linearization.gradient()[1]
+                buffers = domain.buffers_after
+                products = linearization.product(phi.cotangent(i, gradient))
+            domain.release()
+            _add(result, products, scale)
+            del linearization, gradient, products  # before the next graph grows
+        random_state.restore()
+
+
+@torch.no_grad()
+def _add(result: dict[int, Tensor], vector: Vector, scale: float) -> None:
+    found = {i: v for i, v in enumerate(vector) if v is not None and i in result}
+    if found:  # the products of a loss that is linear in the parameters have no element
+        torch._foreach_add_([result[i] for i in found], list(found.values()), alpha=scale)

@@ -1,0 +1,1 @@
+"""What a meta-iteration does: Fish, SmoothFish and IDGM, one file each."""

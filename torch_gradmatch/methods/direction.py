@@ -1,0 +1,217 @@
+"""What the methods have in common that work out one direction and hand it to the wrapped optimizer as the gradient."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from torch_gradmatch.gradients.random_state import RandomState, devices_of
+from torch_gradmatch.methods.base import MetaLoop, MetaStep, needs_closure
+
+__all__ = ["Direction", "DirectionLoop", "copy_buffers", "write_buffers"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What one evaluation found.
+
+    Attributes:
+        gradient: For each parameter of the optimizer, what its ``.grad`` is to be; None for no step.
+        objective: What the direction lowers, shape ().
+        report: What was measured.
+        buffers: The model's buffers after one forward pass of each domain, by name; None to leave them be.
+    """
+
+    gradient: list[Tensor | None]
+    objective: Tensor
+    report: MetaStep
+    buffers: dict[str, Tensor] | None
+
+
+def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of a model's buffers.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Copy of each buffer by name.
+    """
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+@torch.no_grad()
+def write_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Set a model's buffers: in place, or by putting in place one whose shape or dtype changed.
+
+    Args:
+        model: The model.
+        values: Value of each buffer by name.
+    """
+    for name, value in values.items():
+        prefix, _, local = name.rpartition(".")
+        owner = model.get_submodule(prefix)
+        buffer = owner._buffers.get(local)
+        if buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype:
+            buffer.copy_(value)
+        else:
+            owner._buffers[local] = value
+
+
+class DirectionLoop(MetaLoop):
+    """A method without inner steps: every meta-iteration is one step of the wrapped optimizer.
+
+    ``step`` is then a plain step of the wrapped optimizer on whatever gradients it finds: ordinary training, for
+    instance to warm up.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        model: The model whose buffers to write, if any.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
+        super().__init__(optimizer)
+        self.model = model
+
+    @abstractmethod
+    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
+        """Work out the direction at the present parameters.
+
+        Parameters, buffers and ``.grad`` are afterwards as before, also if it raises.
+
+        Args:
+            loss_fn: ``loss_fn(batch)`` returns a scalar.
+            batches: One batch of each domain, at least one.
+            check: Whether to refuse what is not finite or diverges, if the method does so.
+
+        Returns:
+            The direction and what was measured.
+        """
+
+    def trainable(self) -> list[Tensor]:
+        """Return the optimizer's parameters that require a gradient.
+
+        Returns:
+            The parameters, in order.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError("no parameter of the optimizer requires a gradient: nothing can be trained")
+        return trainable
+
+    def read_finite(self, losses: Tensor, gradient: Sequence[Tensor], *scalars: Tensor) -> list[float]:
+        """Read what tells whether an evaluation went well, waiting for an accelerator once.
+
+        Args:
+            losses: Of the domains, shape (S,).
+            gradient: The direction found.
+            scalars: Anything else that is wanted, each of shape ().
+
+        Returns:
+            The norm of the gradient and the scalars, finite or not.
+
+        Raises:
+            ValueError: If a loss is not finite.
+        """
+        wanted = [get_total_norm(gradient), *scalars]
+        values = torch.cat([losses.double(), *(w.detach().to(losses.device).double()[None] for w in wanted)]).tolist()
+        for index, loss in enumerate(values[: len(losses)]):
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss of batch {index} is {loss}: nothing was changed")
+        return values[len(losses) :]
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """Take a plain step of the wrapped optimizer. See ``GradMatch.step``."""
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def interpolate(self) -> None:
+        """Refuse: there is no inner loop. See ``GradMatch.interpolate``."""
+        raise RuntimeError(
+            f"{type(self).__name__.removesuffix('Loop')} has no inner loop to close by interpolate(): "
+            "call meta_step(loss_fn, batches)"
+        )
+
+    def rollback(self) -> None:
+        """Do nothing: there is no inner loop. See ``GradMatch.rollback``."""
+
+    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
+        """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
+        parameters = self.parameters()
+        gradients = [p.grad for p in parameters]
+        buffers = None if self.model is None else copy_buffers(self.model)
+        again = needs_closure(self.optimizer)
+        # An optimizer that evaluates again has moved the parameters when the loss raises.
+        values = [p.detach().clone() for p in parameters] if again else []
+        random_state = RandomState.capture(devices_of(parameters, batches)) if again else None
+        try:
+            found = self.evaluate(loss_fn, batches)
+            self._assign(found.gradient)
+            if self.model is not None and found.buffers is not None:
+                write_buffers(self.model, found.buffers)
+            if random_state is None:
+                step()
+            else:
+                step(self._closure(found, loss_fn, batches, random_state))
+        except BaseException:
+            with torch.no_grad():
+                for p, value in zip(parameters, values, strict=False):
+                    p.copy_(value)
+            self._assign(gradients)
+            if self.model is not None and buffers is not None:
+                write_buffers(self.model, buffers)
+            raise
+        self.last = found.report
+        return found.report
+
+    def _closure(
+        self,
+        found: Direction,
+        loss_fn: Callable[[Any], Tensor],
+        batches: Sequence[Any],
+        random_state: RandomState,
+    ) -> Callable[[], Tensor]:
+        """Return a closure for an optimizer that evaluates more than once, always with the same random numbers.
+
+        The first time it knows the answer. A line search may look at points where nothing is finite, so they are not
+        refused.
+        """
+        first = [found]
+
+        def closure() -> Tensor:
+            if first:
+                now = first.pop()
+            else:
+                after = RandomState.capture(devices_of(self.parameters(), batches))
+                random_state.restore()
+                now = self.evaluate(loss_fn, batches, check=False)
+                after.restore()
+            self._assign(now.gradient)
+            return now.objective
+
+        return closure
+
+    def _assign(self, gradient: list[Tensor | None]) -> None:
+        for parameter, g in zip(self.parameters(), gradient, strict=True):
+            parameter.grad = g
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: nothing outlives a meta-iteration. See ``MetaLoop.state_dict``."""
+        return {}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Accept: there is nothing to load. See ``MetaLoop.check_state_dict``."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: ARG002
+        """Forget what the last meta-iteration measured. See ``MetaLoop.load_state_dict``."""
+        self.last = None

@@ -1,0 +1,217 @@
+r"""IDGM: gradient matching by its exact objective, with second derivatives.
+
+Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, equation 4:
+
+.. math:: L_\mathrm{idgm} = \frac1S \sum_i L_i - \gamma\,\phi(G_1, \ldots, G_S)
+
+with the mean inner product over pairs for :math:`\phi`. The gradient of this goes to the wrapped optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_gradmatch._checks import check_choice, check_int, check_model, check_number
+from torch_gradmatch.gradients.agreement import Agreement, check_agreement, inner_product
+from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
+from torch_gradmatch.gradients.hvp import HVPS
+from torch_gradmatch.methods.base import MetaStep, Method
+from torch_gradmatch.methods.direction import Direction, DirectionLoop
+
+__all__ = ["IDGM"]
+
+# gamma times the inner product over the loss. Where an IDGM that works has at most about 1 (for a quadratic loss more
+# than 1 means unbounded below), one that diverges passes 10 soon after it begins to; see tests/test_idgm.py.
+EXPLODED = 10.0
+
+
+@dataclass
+class IDGM(Method):
+    r"""Minimize :math:`\frac1S\sum_i L_i - \gamma\,\phi(G_1,\ldots,G_S)` itself (equation 4), by ``meta_step``.
+
+    **The inner product is unbounded**: with gamma too large the objective falls for ever while the gradients grow, and
+    the model diverges; or, where the gradients cannot grow, training settles where they are large and agree, because
+    nothing is learnt. Warm up by ordinary training. Near ``fish_gamma(lr, S)`` it does about what Fish does.
+    ``agreement="variance"`` and ``"cosine"`` are bounded; variance with gamma around 1 trains well.
+
+    Attributes:
+        model: The model. Its parameters and buffers are passed functionally (``torch.func.functional_call``), so that
+            BatchNorm's statistics move once for each domain and meta-iteration, as in a plain forward pass.
+        gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training. May be changed between
+            meta-iterations.
+        agreement: :math:`\phi`: ``"inner_product"`` (the paper's), ``"variance"``, ``"cosine"``, or a function that
+            takes the list of the domains' gradients, each a dictionary by parameter name, and returns a scalar, the
+            larger the better they agree.
+        hvp: How the products of Hessian and vector are taken: ``"reverse"`` (double backward), ``"forward"``
+            (``jvp`` of ``grad``), or ``"finite_difference"`` for models without second derivatives.
+        hvp_domains: Take them for this many domains only, drawn anew each time from torch's random state; unbiased.
+        keep_graphs: Keep every domain's graph instead of evaluating it twice: faster, and memory grows with S.
+        nonfinite: ``"raise"`` refuses a loss or gradient with NaN or infinity and a diverging inner product before
+            anything is changed (waits for an accelerator once in a meta-iteration); ``"ignore"`` does not look.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        ValueError: If a setting is out of range; the message names it and shows the value.
+
+    Example:
+        >>> import torch
+        >>> from torch_gradmatch import IDGM, GradMatch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 1.0, "variance"))
+        >>> domains = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
+        >>> report = optimizer.meta_step(lambda x: model(x).sum(), domains)
+        >>> report.inner_product, report.grad_norms
+        (tensor(1.), tensor([1.0000, 2.2361]))
+    """
+
+    model: nn.Module
+    gamma: float
+    agreement: str | Agreement = "inner_product"
+    hvp: Literal["reverse", "forward", "finite_difference"] = "reverse"
+    hvp_domains: int | None = None
+    keep_graphs: bool = False
+    nonfinite: Literal["raise", "ignore"] = "raise"
+
+    def __post_init__(self) -> None:
+        check_model("model", self.model)
+        check_number("gamma", self.gamma, at_least=0)
+        check_agreement(self.agreement)
+        check_choice("hvp", self.hvp, HVPS)
+        if self.hvp_domains is not None:
+            check_int("hvp_domains", self.hvp_domains, at_least=1)
+        if not isinstance(self.keep_graphs, bool):
+            raise ValueError(f"keep_graphs should be True or False (got {self.keep_graphs!r})")
+        check_choice("nonfinite", self.nonfinite, ("raise", "ignore"))
+
+    def __repr__(self) -> str:
+        settings = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"IDGM({type(self.model).__name__}, {shown})"
+
+    def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> IDGMLoop:  # noqa: ARG002
+        """Make the loop that carries these settings out for one optimizer.
+
+        Args:
+            optimizer: The wrapped optimizer.
+            state: Not used: no tensor of a parameter is kept from one meta-iteration to the next.
+
+        Returns:
+            The loop.
+
+        Raises:
+            ValueError: If the optimizer has a parameter that the model does not hold.
+        """
+        loop = IDGMLoop(self, optimizer)
+        loop.names()
+        return loop
+
+
+class IDGMLoop(DirectionLoop):
+    """IDGM at work on one optimizer.
+
+    Args:
+        method: The settings.
+        optimizer: The wrapped optimizer.
+    """
+
+    def __init__(self, method: IDGM, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, method.model)
+        self.method = method
+        self.first_loss: float | None = None  # its size, in the first meta-iteration
+
+    def names(self) -> list[str]:
+        """Return the model's name of every parameter of the optimizer, in order.
+
+        Returns:
+            The names.
+
+        Raises:
+            ValueError: If the model does not hold one.
+        """
+        name_of = {id(p): name for name, p in self.method.model.named_parameters()}
+        parameters = self.parameters()
+        for position, p in enumerate(parameters):
+            if id(p) not in name_of:
+                raise ValueError(
+                    f"parameter number {position} of the optimizer, of shape {tuple(p.shape)}, is not in the model "
+                    f"{type(self.method.model).__name__}: IDGM(model) needs the module that holds all of them (put "
+                    "several into a torch.nn.ModuleList)"
+                )
+        return [name_of[id(p)] for p in parameters]
+
+    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
+        """Work out the gradient of the objective. See ``DirectionLoop.evaluate``."""
+        method = self.method
+        name_of = dict(zip(self.parameters(), self.names(), strict=True))
+        params = {name_of[p]: p for p in self.trainable()}
+        found = idgm_grad(
+            functional_loss(method.model, loss_fn),
+            params,
+            batches,
+            method.gamma,
+            method.agreement,
+            hvp=method.hvp,
+            hvp_domains=method.hvp_domains,
+            keep_graphs=method.keep_graphs,
+            buffers=dict(method.model.named_buffers()),
+        )
+        if check and method.nonfinite == "raise":
+            self._refuse_divergence(found)
+        measured = found.alignment
+        return Direction(
+            gradient=[found.gradient[n] if n in params and found.reached[n] else None for n in name_of.values()],
+            objective=found.losses.mean() - method.gamma * found.agreement.to(found.losses.device),
+            report=MetaStep(found.losses, measured.inner_product, measured.cosine, measured.grad_norms),
+            buffers=found.buffers,
+        )
+
+    def _refuse_divergence(self, found: IDGMGradient) -> None:
+        method = self.method
+        gradient = [g for g, reached in zip(found.gradient.values(), found.reached.values(), strict=True) if reached]
+        norm, agreement, loss = self.read_finite(found.losses, gradient, found.agreement, found.losses.mean())
+        if not (math.isfinite(norm) and math.isfinite(agreement)):
+            raise RuntimeError(
+                f"IDGM diverged: the agreement of the gradients is {agreement} and the direction has norm {norm}, with "
+                f"gamma={method.gamma}. Nothing was changed: lower gamma, or use agreement='variance', which is "
+                "bounded"
+            )
+        first_loss = abs(loss) if self.first_loss is None else self.first_loss
+        matching = method.gamma * agreement
+        exploded = matching > EXPLODED * max(abs(loss), first_loss)
+        if exploded and check_agreement(method.agreement) is inner_product:
+            history = "; earlier meta-iterations have led here, so go back to a checkpoint"
+            raise RuntimeError(
+                f"IDGM diverges: gamma times the inner product is {matching:.3g} but the mean loss {loss:.3g} (in the "
+                f"first meta-iteration {first_loss:.3g}), with gamma={method.gamma}. The inner product is unbounded, "
+                "and training would only raise the gradients. Nothing was changed by this meta_step()"
+                f"{'' if self.first_loss is None else history}. Lower gamma, or use agreement='variance', which is "
+                "bounded"
+            )
+
+    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
+        """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
+        report = super().meta_step(loss_fn, batches, step)
+        if self.first_loss is None and self.method.nonfinite == "raise":
+            assert report.losses is not None
+            self.first_loss = abs(float(report.losses.mean()))
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the check against divergence compares with. See ``MetaLoop.state_dict``."""
+        return {"first_loss": self.first_loss}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if the state is malformed. See ``MetaLoop.check_state_dict``."""
+        if "first_loss" not in state or not isinstance(state["first_loss"], float | None):
+            raise ValueError("the state dict's 'first_loss' is missing or malformed")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
+        super().load_state_dict(state)
+        self.first_loss = state["first_loss"]
