@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections import deque
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -96,6 +100,220 @@ def test_epochs_that_differ_in_length_have_their_own():
     found = [(len(loader), len(lists(loader))) for _ in range(20)]
     assert all(announced == served for announced, served in found)
     assert len({served for _, served in found}) > 1
+
+
+class PrefetchLoader:
+    """Like a DataLoader whose workers fetch ``depth`` batches ahead of the loop, without processes."""
+
+    def __init__(self, sampler, depth):
+        self.batch_sampler, self.depth = sampler, depth
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        iterator = iter(self.batch_sampler)
+        fetched = deque(itertools.islice(iterator, self.depth + 1))
+        while fetched:
+            yield fetched.popleft()
+            fetched.extend(itertools.islice(iterator, 1))
+
+
+WRAPPERS = {
+    "meta_batches": meta_batches,
+    "ResumableLoader": lambda loader, _: ResumableLoader(loader),
+    "ResumableLoader of meta_batches": lambda loader, domains: ResumableLoader(meta_batches(loader, domains)),
+}
+
+
+def place(loop_or_sampler):
+    state = loop_or_sampler.state_dict()
+    return state["epoch"], state["position"]
+
+
+class LoopModel:
+    """A training loop over a loader that reads ahead, and beside it two pairs of numbers that say where it should be.
+
+    ``place`` is what a checkpoint should say, ``following`` where the next iterator should start.
+    """
+
+    def __init__(self, kind, labels, domains_per_step, depth):
+        self.kind, self.depth = kind, depth
+        self.arguments = {"domains": labels, "batch_size": 1, "domains_per_step": domains_per_step}
+        self.size = 1 if kind == "ResumableLoader" else domains_per_step
+        self.place = self.following = (0, 0)
+        self.restart(state=None)
+
+    def restart(self, state):
+        self.sampler = DomainBatchSampler(**self.arguments)
+        self.loop = WRAPPERS[self.kind](PrefetchLoader(self.sampler, self.depth), self.sampler.domains_per_step)
+        self.holder = self.sampler if self.kind == "meta_batches" else self.loop
+        if state is not None:
+            self.holder.load_state_dict(state)
+        self.following = self.place
+
+    def epoch(self, number):
+        sampler = DomainBatchSampler(**self.arguments)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    def assert_length(self, epoch, start):
+        length = len(self.epoch(epoch))
+        assert len(self.sampler) == length - start
+        assert len(self.loop) == (length - (start if self.kind == "meta_batches" else 0)) // self.size
+
+    def reached(self, epoch, position):
+        at_end = self.kind != "meta_batches" and position == len(self.epoch(epoch))
+        return (epoch + 1, 0) if at_end else (epoch, position)
+
+    def take(self, number):
+        """Iterate over so many items, or to the end if there are fewer, and let go of the iterator."""
+        epoch, start = self.following
+        batches = self.epoch(epoch)
+        self.assert_length(epoch, start)
+        iterator = iter(self.loop)
+        position = start
+        for item in itertools.islice(iterator, number):
+            group = batches[position : position + self.size]
+            assert item == (group[0] if self.kind == "ResumableLoader" else group)
+            position += self.size
+            self.place = self.reached(epoch, position)
+            assert place(self.holder) == self.place
+            self.assert_length(epoch, start)
+        del iterator
+        if number > (position - start) // self.size:  # asked for more than there was
+            assert position == len(batches)
+            self.place = (epoch + 1, 0)
+        if number > 0:
+            self.following = (epoch + 1, 0)
+        self.assert_length(*self.following)
+
+    def choose(self, epoch):
+        self.sampler.set_epoch(epoch)
+        if epoch != self.following[0]:
+            self.following = (epoch, 0)
+        self.place = self.following
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("take"), st.integers(0, 12)),
+    st.tuples(st.just("restart"), st.none()),
+    st.tuples(st.just("choose"), st.integers(0, 3)),
+)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    depth=st.integers(0, 20),
+    actions=st.lists(ACTIONS, max_size=8),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_the_place_is_what_the_loop_received_however_far_the_loader_reads_ahead(kind, sizes, depth, actions, data):
+    labels = [domain for domain, size in enumerate(sizes) for _ in range(size)]
+    model = LoopModel(kind, labels, data.draw(st.integers(1, len(sizes))), depth)
+    for action, number in actions:
+        if action == "take":
+            model.take(number)
+        elif action == "restart":
+            model.restart(model.holder.state_dict())
+        else:
+            model.choose(number)
+        assert place(model.holder) == model.place
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_loop_that_goes_on_after_another_epoch_was_chosen_moves_nothing(kind):
+    sampler = make_sampler()
+    iterator = iter(WRAPPERS[kind](PrefetchLoader(sampler, 4), 3))
+    next(iterator)
+    sampler.set_epoch(5)
+    next(iterator)
+    assert place(sampler) == (5, 0)
+    list(iterator)
+    assert place(sampler) == (5, 0)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_the_state_is_of_the_iterator_that_was_started_last(kind):
+    sampler = make_sampler()
+    loop = WRAPPERS[kind](PrefetchLoader(sampler, 4), 3)
+    size = 1 if kind == "ResumableLoader" else 3
+    first, second = iter(loop), iter(loop)
+    next(first)
+    assert place(sampler) == (0, size)
+    next(second)
+    assert place(sampler) == (1, size)
+    next(first)
+    assert place(sampler) == (1, size)
+    del first
+    assert place(sampler) == (1, size)
+    assert len(list(second)) == 12 // size - 1
+    assert place(sampler) == (2, 0)
+
+
+def test_a_group_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched():
+    batches, alive = [], []
+
+    class Counting(PrefetchLoader):
+        def __iter__(self):
+            for indices in self.batch_sampler:
+                alive.append(sum(batch() is not None for batch in batches))
+                batch = torch.tensor(indices)
+                batches.append(weakref.ref(batch))
+                yield batch
+                del batch
+
+    iterator = iter(meta_batches(Counting(make_sampler(), depth=0), 3))
+    while next(iterator, None) is not None:
+        pass
+    assert alive == [0, 1, 2] + [1, 1, 2] * 3  # of the group before, at most the last batch
+
+
+@pytest.mark.parametrize("kind", ["plain", "ahead", "meta", "meta, ahead"])
+def test_after_a_loop_that_is_broken_off_the_next_epoch_follows(kind):
+    reference = ResumableLoader(KINDS[kind]())
+    epochs = [lists(reference) for _ in range(3)]
+    loader = ResumableLoader(KINDS[kind]())
+    for _ in range(2):
+        next(iter(loader))
+    assert lists(loader) == epochs[2]
+
+
+# From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("prefetch", [1, 50], ids=["in-the-epoch", "to-its-end"])
+@pytest.mark.parametrize("persistent", [False, True], ids=["workers", "persistent-workers"])
+@pytest.mark.parametrize("kind", ["ResumableLoader", "ResumableLoader of meta_batches"])
+def test_a_loop_over_workers_that_is_broken_off_resumes(kind, persistent, prefetch):
+    def make_loop():
+        workers = {"workers": 2, "persistent_workers": persistent, "prefetch_factor": prefetch}
+        return WRAPPERS[kind](make_loader(**workers), 3)
+
+    size = 1 if kind == "ResumableLoader" else 3
+    reference = make_loop()
+    epochs = [lists(reference) for _ in range(2)]
+    loop = make_loop()
+    for taken, _ in enumerate(loop, start=1):
+        if taken == 2:
+            break
+    state = loop.state_dict()
+    assert place(loop) == place(loop.sampler) == (0, 2 * size)
+    assert len(loop) == 12 // size
+    assert lists(loop) == epochs[1]  # the loop that was broken off goes on to the next epoch
+    assert place(loop) == (2, 0)
+
+    resumed = make_loop()
+    resumed.load_state_dict(state)
+    for taken, _ in enumerate(resumed, start=1):
+        assert place(resumed) == (0, (2 + taken) * size)
+        if taken == 1:
+            break
+    again = make_loop()
+    again.load_state_dict(resumed.state_dict())
+    assert lists(again) == epochs[0][3:]
+    assert lists(again) == epochs[1]
 
 
 def test_a_loader_without_a_domain_sampler_is_an_error():

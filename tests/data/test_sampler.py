@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
 import io
 import itertools
 import math
@@ -12,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Sampler
 
+from torch_gradmatch.data import sampler as sampler_module
 from torch_gradmatch.data._draw import draw_groups
 from torch_gradmatch.data.sampler import DomainBatchSampler, meta_batches
 
@@ -650,6 +654,40 @@ def test_meta_batches_refuses_to_start_in_the_middle_of_a_group():
     assert [batch for group in loop for batch in group] == batches[2:]
 
 
+# Who reads and writes the progress
+
+PROGRESS = {"_progress", "_next", "_planned"} | {
+    field.name for field in dataclasses.fields(sampler_module._Progress) if field.name not in {"epoch", "start"}
+}
+
+
+def progress_attributes(source, inside):
+    """The attributes that hold a sampler's progress and occur inside, or else outside, class DomainBatchSampler."""
+    tree = ast.parse(source)
+    own = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DomainBatchSampler"]
+    within = {id(node) for owner in own for node in ast.walk(owner)}
+    attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in PROGRESS)
+    return {
+        f"line {node.lineno}: {ast.unparse(node)}": node.attr for node in attributes if (id(node) in within) is inside
+    }
+
+
+SOURCES = sorted(Path(sampler_module.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_sampler_alone_touches_its_progress(path):
+    assert not progress_attributes(path.read_text(encoding="utf-8"), inside=False)
+
+
+def test_a_line_that_touches_the_progress_would_be_found():
+    assert {"loaders.py", "sampler.py"} <= {path.name for path in SOURCES}
+    source = Path(sampler_module.__file__).read_text(encoding="utf-8")
+    assert set(progress_attributes(source, inside=True).values()) == PROGRESS  # the names are still right
+    for line in ("sampler._next = (1, 0)", "loop.sampler._progress.over = True", "progress.handed_out += 1"):
+        assert len(progress_attributes(f"{source}\n\ndef elsewhere():\n    {line}\n", inside=False)) >= 1
+
+
 # Errors
 
 
@@ -666,6 +704,11 @@ def test_meta_batches_refuses_to_start_in_the_middle_of_a_group():
         changing(r"seed should be an integer of at least 0 \(got -1\)", seed=-1),
         changing(r"seed .* \(got 1.0\)", seed=1.0),
         changing(r"seed .* \(got None\)", seed=None),
+        changing(r"drop_last should be True or False \(got 1\)", drop_last=1),
+        changing(r"drop_last .* \(got 'no'\)", drop_last="no"),
+        changing(r"drop_last .* \(got None\)", drop_last=None),
+        changing(r"overlapping should be True or False \(got 0\)", overlapping=0),
+        changing(r"overlapping .* \(got 'yes'\)", overlapping="yes"),
         changing(
             r"domain 'a' has 3 samples, with drop_last=True not one batch of batch_size=4 \(so have 2 of 4 domains\)",
             drop_last=True,

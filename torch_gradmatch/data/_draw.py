@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["IntArray", "draw_groups", "indices_by_domain"]
+__all__ = ["IntArray", "ListLike", "draw_groups", "indices_by_domain"]
 
 IntArray = npt.NDArray[np.int64]
+
+
+class ListLike(Protocol):
+    """What NumPy arrays, torch tensors and pandas Series have in common."""
+
+    def tolist(self) -> Any:
+        """Return the elements as a list."""
 
 
 def draw_groups(
@@ -108,6 +115,7 @@ def indices_by_domain(domains: Any, overlapping: bool = False) -> tuple[list[Any
 
 
 def _indices_from_mapping(domains: Mapping[Any, Any], overlapping: bool) -> tuple[list[Any], list[IntArray]]:
+    """Return the labels and each one's samples from a mapping of the one to the other."""
     labels = list(domains)
     indices_of: list[IntArray] = []
     for label in labels:
@@ -141,6 +149,7 @@ def _indices_from_mapping(domains: Mapping[Any, Any], overlapping: bool) -> tupl
 
 
 def _check_label(name: str, label: object) -> None:
+    """Raise unless ``label`` is a string or an integer."""
     accepted = isinstance(label, str | Integral) and not isinstance(label, bool)
     if not accepted:
         raise ValueError(f"{name} is {label!r}: the label of a domain should be a string or an integer")

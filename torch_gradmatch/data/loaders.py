@@ -19,7 +19,7 @@ class ResumableLoader(Generic[Batch]):
     """A loader that says how far training is in the epoch, and goes on from there.
 
     Workers, and the loaders that Accelerate prepares, fetch batches ahead of the loop, so the sampler alone does not
-    know what was trained on. This counts what it hands out. Lightning saves and restores the state of a train
+    know what was trained on. Here it counts what the loop received. Lightning saves and restores the state of a train
     dataloader that has ``state_dict`` and ``load_state_dict``; Accelerate that of whatever is registered by
     ``register_for_checkpointing``.
 
@@ -51,17 +51,13 @@ class ResumableLoader(Generic[Batch]):
     def __init__(self, loader: Iterable[Batch]) -> None:
         self.loader = loader
         self.sampler = _sampler_of(loader)
-        self._under = loader._loader if isinstance(loader, _MetaBatches) else loader
-        self._size = loader._domains_per_step if isinstance(loader, _MetaBatches) else 1
+        self._under = loader.loader if isinstance(loader, _MetaBatches) else loader
+        self._size = loader.domains_per_step if isinstance(loader, _MetaBatches) else 1
         if not getattr(self._under, "in_order", True):
             raise ValueError("loader should keep its sampler's order (got in_order=False): nobody knows its place then")
 
     def __len__(self) -> int:
-        sampler = self.sampler
-        progress, epoch = sampler._progress, sampler._next[0]
-        if progress is not None and not progress.over:
-            epoch = progress.epoch
-        return sampler._plan(epoch).size // self._size
+        return self.sampler._epoch_length() // self._size
 
     def __iter__(self) -> Iterator[Any]:
         """Serve the rest of the epoch after ``load_state_dict``, else the next epoch.
@@ -69,27 +65,11 @@ class ResumableLoader(Generic[Batch]):
         Yields:
             What the loader yields.
         """
-        sampler = self.sampler
         set_epoch = getattr(self._under, "set_epoch", None)
         if callable(set_epoch):  # Accelerate's loaders count epochs themselves, from 0, and impose that on the sampler
-            set_epoch(sampler._next[0])
-        if isinstance(self.loader, _MetaBatches):  # tells the sampler by itself
-            yield from self.loader
-            return
-        progress = None
-        try:
-            for batch in self.loader:
-                if progress is None:
-                    progress = sampler._progress  # of the iterator that the loader has just started
-                if progress is not None:
-                    progress.handed_out = (progress.handed_out or 0) + 1
-                    progress.over = False  # although workers may have taken the last batch
-                yield batch
-            if progress is not None:
-                progress.handed_out = None
-        finally:
-            if progress is not None:
-                progress.over = True
+            set_epoch(self.sampler._next_epoch)
+        # meta_batches calls _track by itself.
+        yield from self.loader if isinstance(self.loader, _MetaBatches) else self.sampler._track(self.loader)
 
     def state_dict(self) -> dict[str, int | str | bool]:
         """Return the place behind the last batch that was handed out.
@@ -98,7 +78,7 @@ class ResumableLoader(Generic[Batch]):
             The sampler's state; behind the last batch of an epoch it is at the start of the next.
         """
         state = self.sampler.state_dict()
-        if state["position"] == self.sampler._plan(int(state["epoch"])).size:
+        if state["position"] == self.sampler._epoch_length(int(state["epoch"])):
             state |= {"epoch": int(state["epoch"]) + 1, "position": 0}
         return state
 
@@ -172,7 +152,7 @@ def _sampler_of(loader: Any) -> DomainBatchSampler:
     while not isinstance(found, DomainBatchSampler):
         if not getattr(found, "split_batches", True):  # Accelerate's BatchSamplerShard
             shards = getattr(found, "num_processes", 1)
-        for name in ("loader", "_loader", "batch_sampler"):
+        for name in ("loader", "batch_sampler"):
             under = getattr(found, name, None)
             if under is not None:
                 found = under

@@ -10,37 +10,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from torch_gradmatch._checks import check_choice, check_int
-from torch_gradmatch.data._draw import IntArray, draw_groups, indices_by_domain
+from torch_gradmatch._checks import check_bool, check_choice, check_int
+from torch_gradmatch.data._draw import IntArray, ListLike, draw_groups, indices_by_domain
 
 __all__ = ["DomainBatchSampler", "meta_batches"]
 
 STATE_VERSION = 1
 Batch = TypeVar("Batch")
-
-
-class ListLike(Protocol):
-    """What NumPy arrays, torch tensors and pandas Series have in common."""
-
-    def tolist(self) -> Any:
-        """Return the elements as a list."""
+Item = TypeVar("Item")
 
 
 @dataclass
 class _Progress:
-    """How far one iterator is: counts of batches of ``epoch`` since ``start``."""
+    """How far one iterator of a sampler is: counts of batches of ``epoch`` since ``start``."""
 
     epoch: int
     start: int
     yielded: int = 0  # by the sampler, which a DataLoader with workers makes run ahead of the loop
-    handed_out: int | None = None  # by meta_batches, which knows what the loop received
+    handed_out: int | None = None  # to the loop, if _track counts that
     exhausted: bool = False  # the sampler came to the end of the epoch
-    over: bool = False  # exhausted or broken off, and meta_batches hands out no more
+    over: bool = False  # exhausted or broken off, and _track hands out no more
 
 
 class DomainBatchSampler(Sampler[list[int]]):
@@ -72,7 +66,8 @@ class DomainBatchSampler(Sampler[list[int]]):
 
     Raises:
         ValueError: If an argument is out of range, a label is missing or neither string nor integer, an index is
-            negative or given twice, or a domain is empty (with ``drop_last``: has no full batch).
+            negative or given twice, ``drop_last`` or ``overlapping`` is not a ``bool``, or a domain is empty (with
+            ``drop_last``: has no full batch).
         TypeError: If ``domains`` is neither a sequence nor a mapping.
 
     Example:
@@ -99,9 +94,9 @@ class DomainBatchSampler(Sampler[list[int]]):
         self.batch_size = check_int("batch_size", batch_size, at_least=1)
         self.weighting = check_choice("weighting", weighting, ("uniform", "proportional"))
         self.seed = check_int("seed", seed, at_least=0)
-        self.drop_last = bool(drop_last)
+        self.drop_last = check_bool("drop_last", drop_last)
 
-        labels, self._indices = indices_by_domain(domains, bool(overlapping))
+        labels, self._indices = indices_by_domain(domains, check_bool("overlapping", overlapping))
         sizes = [indices.size for indices in self._indices]
         rounding = 0 if self.drop_last else self.batch_size - 1
         self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
@@ -132,15 +127,14 @@ class DomainBatchSampler(Sampler[list[int]]):
                 np.concatenate([sizes, *self._indices]).astype("<i8").tobytes(), digest_size=16
             ).hexdigest(),
         }
+        # No other class touches these three: loaders call _track, _next_epoch and _epoch_length.
         self._next = (0, 0)  # epoch and position at which the next iterator starts
         self._progress: _Progress | None = None  # of the latest iterator, unless an epoch was chosen since
         self._planned: tuple[int, IntArray] | None = None
 
     def __len__(self) -> int:
-        epoch, start = self._next
-        if self._progress is not None and not self._progress.over:
-            epoch, start = self._progress.epoch, self._progress.start
-        return self._plan(epoch).size - start
+        epoch, start = self._current()
+        return self._epoch_length(epoch) - start
 
     def __iter__(self) -> Iterator[list[int]]:
         """Serve the next epoch.
@@ -192,8 +186,9 @@ class DomainBatchSampler(Sampler[list[int]]):
     def state_dict(self, served: int | None = None) -> dict[str, int | str | bool]:
         """Return the position, and the settings by which ``load_state_dict`` notices other data or arguments.
 
-        A ``DataLoader`` with workers takes batches ahead of the loop. Under ``meta_batches`` the position is still
-        what the loop received. In a plain loop over such a loader, pass ``served``; after its end there is no need.
+        A ``DataLoader`` with workers takes batches ahead of the loop. Under ``meta_batches`` or ``ResumableLoader``
+        the position is still what the loop received. In a plain loop over such a loader, pass ``served``; after its
+        end there is no need.
 
         Args:
             served: Batches the loop has taken from its present iterator, also if that one resumed an epoch:
@@ -210,7 +205,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         if served is not None and check_int("served", served, at_least=0) > yielded:
             raise ValueError(f"served should be at most {yielded}, what the sampler has served (got {served})")
         if served is None and progress is not None:
-            # An exhausted sampler is at the start of the next epoch, unless meta_batches still hands out the tail.
+            # An exhausted sampler is at the start of the next epoch, unless _track still hands out the tail.
             served = (0 if progress.exhausted else yielded) if progress.handed_out is None else progress.handed_out
         epoch, position = self._next
         # After an exhausted epoch, a loop that has taken nothing yet is the next epoch's.
@@ -240,17 +235,70 @@ class DomainBatchSampler(Sampler[list[int]]):
         epoch, position = (
             check_int(f"the state dict's {name}", state_dict[name], at_least=0) for name in ("epoch", "position")
         )
-        if position > (length := self._plan(epoch).size):
+        if position > (length := self._epoch_length(epoch)):
             raise ValueError(f"the state dict's position is {position}, but epoch {epoch} has {length} batches")
         self._next = (epoch, position)
         self._progress = None
 
+    def _track(self, loader: Iterable[Item], group_size: int = 1) -> Iterator[Item]:
+        """Pass on what a loader over this sampler yields, and count it as handed out.
+
+        The loader may have taken more from the sampler, even all. Until the loop ends, ``state_dict()`` is behind
+        the last item: position = start + ``group_size`` · items. If the loop is broken off, it stays there.
+
+        Args:
+            loader: Iterated over once; it should keep the sampler's order.
+            group_size: Batches in an item.
+
+        Yields:
+            The loader's items.
+
+        Raises:
+            RuntimeError: If the next iterator would start in the middle of a group.
+        """
+        if self._next[1] % group_size:
+            raise RuntimeError(
+                f"the sampler resumes at batch {self._next[1]}, in the middle of a group of {group_size}: take the "
+                f"state dict under meta_batches, or set its 'position' to a multiple of {group_size}"
+            )
+        progress = None
+        try:
+            for item in loader:
+                if progress is None:
+                    progress = self._progress  # of the iterator that the loader has just started
+                if progress is not None:
+                    progress.handed_out = (progress.handed_out or 0) + group_size
+                    progress.over = False  # although workers may have taken the last batch
+                yield item
+                del item  # or a group the loop is done with stays in memory while the loader fetches the next
+            if progress is not None:
+                progress.handed_out = None
+        finally:
+            if progress is not None:
+                progress.over = True
+
+    @property
+    def _next_epoch(self) -> int:
+        """Number of the epoch that the next iterator serves or, after ``load_state_dict``, resumes."""
+        return self._next[0]
+
+    def _current(self) -> tuple[int, int]:
+        """Return epoch and start of the iterator in progress, or else of the next one."""
+        if self._progress is not None and not self._progress.over:
+            return self._progress.epoch, self._progress.start
+        return self._next
+
+    def _epoch_length(self, epoch: int | None = None) -> int:
+        """Return the batches of a whole epoch: by default the one in progress, or else the next one."""
+        return self._plan(self._current()[0] if epoch is None else epoch).size
+
     def _generator(self, epoch: int, stream: int) -> np.random.Generator:
+        """Return the generator of one stream of random numbers of an epoch."""
         # spawn_key, not more entropy: SeedSequence([1, 2]) and SeedSequence([1, 2, 0]) are the same.
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch, stream)))
 
     def _plan(self, epoch: int) -> IntArray:
-        # The domain of every batch of an epoch, shape (groups * S,), kept until another epoch is asked for.
+        """Return the domain of every batch of an epoch, shape (groups · S,), kept until another epoch is asked for."""
         if self._planned is None or self._planned[0] != epoch:
             proportional, generator = self.weighting == "proportional", self._generator(epoch, 0)
             groups = draw_groups(self._num_batches, self.domains_per_step, proportional, generator)
@@ -298,35 +346,22 @@ class _MetaBatches(Generic[Batch]):
     """What ``meta_batches`` returns."""
 
     def __init__(self, loader: Iterable[Batch], domains_per_step: int, sampler: DomainBatchSampler | None) -> None:
-        self._loader = loader
-        self._domains_per_step = domains_per_step
-        self._sampler = sampler
+        self.loader = loader
+        self.domains_per_step = domains_per_step
+        self.sampler = sampler
 
     def __len__(self) -> int:
-        return len(cast("Sized", self._loader)) // self._domains_per_step
+        return len(cast("Sized", self.loader)) // self.domains_per_step
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        sampler, size = self._sampler, self._domains_per_step
-        if sampler is not None and sampler._next[1] % size:
-            raise RuntimeError(
-                f"the sampler resumes at batch {sampler._next[1]}, in the middle of a group of {size}: take the state "
-                f"dict under meta_batches, or set its 'position' to a multiple of {size}"
-            )
-        progress = None
+        groups = self._groups()
+        return groups if self.sampler is None else self.sampler._track(groups, self.domains_per_step)
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """Yield the loader's batches in lists of S."""
         batches: list[Batch] = []
-        try:
-            for batch in self._loader:
-                batches.append(batch)
-                if len(batches) == size:
-                    if progress is None and sampler is not None:
-                        progress = sampler._progress  # of the iterator that the loader has just started
-                    if progress is not None:
-                        progress.handed_out = (progress.handed_out or 0) + size
-                        progress.over = False  # although workers may have taken the last batch
-                    yield batches
-                    batches = []
-            if progress is not None:
-                progress.handed_out = None
-        finally:
-            if progress is not None:
-                progress.over = True
+        for batch in self.loader:
+            batches.append(batch)
+            if len(batches) == self.domains_per_step:
+                yield batches
+                batches = []
