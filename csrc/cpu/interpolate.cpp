@@ -242,8 +242,8 @@ SpanFunction span_function() {
 
 constexpr int64_t kGrain = 1 << 16;  // elements for which a second thread is worth waking
 
-void interpolate_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  for (const Group& group : make_groups(slow, fast, weight, /*on_cuda=*/false)) {
+void run_groups(const std::vector<Group>& groups, double weight) {
+  for (const Group& group : groups) {
     visit_dtype_pair(group.slow_dtype, group.fast_dtype, [&](auto pair) {
       using Pair = decltype(pair);
       const SpanFunction run = span_function<Pair>();
@@ -262,10 +262,21 @@ void interpolate_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double 
   }
 }
 
+void interpolate_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
+  run_groups(make_groups(slow, fast, weight, /*on_cuda=*/false), weight);
+}
+
+std::vector<int64_t> interpolate_taken_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
+  const Shares shares = share_out(slow, fast, weight, /*on_cuda=*/false);
+  run_groups(shares.groups, weight);
+  return shares.left;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_gradmatch, CPU, m) {
   m.impl("interpolate_", TORCH_BOX(&interpolate_cpu));
+  m.impl("interpolate_taken_", TORCH_BOX(&interpolate_taken_cpu));
 }
 
 }  // namespace torch_gradmatch

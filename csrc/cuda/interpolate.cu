@@ -177,8 +177,8 @@ void launch(const Group& group, double weight, cudaStream_t stream) {
   flush();
 }
 
-void interpolate_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  for (const Group& group : make_groups(slow, fast, weight, /*on_cuda=*/true)) {
+void run_groups(const std::vector<Group>& groups, double weight) {
+  for (const Group& group : groups) {
     const torch::stable::accelerator::DeviceGuard guard(group.device);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(group.device, &stream));
@@ -188,10 +188,21 @@ void interpolate_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double
   }
 }
 
+void interpolate_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
+  run_groups(make_groups(slow, fast, weight, /*on_cuda=*/true), weight);
+}
+
+std::vector<int64_t> interpolate_taken_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
+  const Shares shares = share_out(slow, fast, weight, /*on_cuda=*/true);
+  run_groups(shares.groups, weight);
+  return shares.left;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_gradmatch, CUDA, m) {
   m.impl("interpolate_", TORCH_BOX(&interpolate_cuda));
+  m.impl("interpolate_taken_", TORCH_BOX(&interpolate_taken_cuda));
 }
 
 }  // namespace torch_gradmatch

@@ -72,6 +72,50 @@ def test_a_library_that_fails_to_load_warns_once_and_everything_works(package: P
     assert f"does not load with torch {torch.__version__}" in done.stdout
 
 
+CHANGED = """
+import torch
+
+asked = torch._C._dispatch_has_kernel_for_dispatch_key
+
+
+def changed(name, key):
+    if key == "CUDA":
+        raise {failure}("changed")
+    return asked(name, key)
+
+
+torch._C._dispatch_has_kernel_for_dispatch_key = changed
+"""
+
+
+@needs_library
+@pytest.mark.parametrize("failure", ["AttributeError", "TypeError", "RuntimeError"])
+def test_a_private_function_of_torch_that_changed_does_not_break_the_import(failure: str):
+    code = CHANGED.format(failure=failure) + WORKS + "import torch_gradmatch as t; print(t.native_status())"
+    done = python(code, "-W", "error")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"native (CPU): {LIBRARY and LIBRARY.name} loaded; torch {torch.__version__}")
+    assert f"does not tell whether it has a CUDA kernel, so that is not used ({failure}: changed)" in done.stdout
+
+
+@needs_library
+def test_a_private_function_that_torch_itself_misses_does_not_break_the_import():
+    code = "import torch; del torch._C._dispatch_has_kernel_for_dispatch_key; " + WORKS
+    done = python(code + "import torch_gradmatch as t; print(t.native_status())", "-W", "error")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch._foreach: torch") or "does not tell" in done.stdout
+    assert "AttributeError" in done.stdout
+
+
+def test_a_library_of_another_version_is_named_and_everything_works(package: Path):
+    (package / "torch_gradmatch" / "_C.abi3.so").write_bytes(b"")
+    code = "import torch; torch.ops.load_library = lambda path: None; " + WORKS
+    done = python(code + "import torch_gradmatch as t; print(t.native_status())", cwd=package)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning: torch_gradmatch goes on without its native kernel") == 1
+    assert "torch._foreach: _C.abi3.so was built from another version of torch_gradmatch: build it anew" in done.stdout
+
+
 # -------------------------------------------------------------------------------------------------------- building
 
 

@@ -16,6 +16,8 @@ import torch
 __all__ = ["NativeStatus", "native_status"]
 
 SWITCH = "TORCH_GRADMATCH_NATIVE"
+# Where a function is gone, takes other arguments, or refuses.
+WHATEVER_TORCH_RAISES = (AttributeError, TypeError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,29 @@ def _load() -> NativeStatus:
         reason = f"the extension does not load with torch {torch.__version__}: {error}"
         warnings.warn(f"torch_gradmatch goes on without its native kernel: {reason}", RuntimeWarning, stacklevel=2)
         return NativeStatus(False, False, reason)
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    cpu, cuda = (has_kernel("torch_gradmatch::interpolate_", key) for key in ("CPU", "CUDA"))
-    return NativeStatus(cpu, cuda, f"{libraries[0].name} loaded")
+    name, operators = libraries[0].name, torch.ops.torch_gradmatch
+    if not all(hasattr(operators, operator) for operator in ("interpolate_", "interpolate_taken_")):
+        reason = f"{name} was built from another version of torch_gradmatch: build it anew"
+        warnings.warn(f"torch_gradmatch goes on without its native kernel: {reason}", RuntimeWarning, stacklevel=2)
+        return NativeStatus(False, False, reason)
+    # An operator can be asked whether it leaves an empty pair. On a GPU that would initialize CUDA.
+    empty = torch.empty(0, device="cpu")
+    cpu = operators.interpolate_taken_([empty], [empty], 0.0) == []
+    try:  # private, and torch has nothing public that asks: whatever becomes of it, the import goes on
+        cuda = bool(torch._C._dispatch_has_kernel_for_dispatch_key("torch_gradmatch::interpolate_", "CUDA"))
+    except WHATEVER_TORCH_RAISES as error:
+        unknown = f"torch {torch.__version__} does not tell whether it has a CUDA kernel, so that is not used"
+        return NativeStatus(cpu, False, f"{name} loaded; {unknown} ({type(error).__name__}: {error})")
+    return NativeStatus(cpu, cuda, f"{name} loaded")
 
 
 _STATUS = _load()
+
+
+def give_up(reason: str) -> None:
+    """Go on without the kernel. Only the import of ``ops`` calls this, before anyone can have asked."""
+    global _STATUS
+    _STATUS = NativeStatus(False, False, reason)
 
 
 def native_status() -> NativeStatus:
