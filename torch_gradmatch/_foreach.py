@@ -1,1 +1,113 @@
-"""Copies of many tensors in few operations."""
+"""Work on many tensors in few operations, by the ``foreach`` operators that torch's optimizers are made of.
+
+On an accelerator these take all tensors in one launch if device, dtype and strides agree; so lists are parted by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["by_kind", "clone_all", "clone_kind", "copy_all_", "detach_all"]
+
+
+def _in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is at work, whose tensors do not say what they depend on."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def by_kind(*lists: Sequence[Tensor | None]) -> list[tuple[list[int], list[list[Tensor]]]]:
+    """Part lists of tensors into groups of one device and dtype.
+
+    Args:
+        lists: Of the same length; a position counts where none of them has None.
+
+    Returns:
+        For each group the positions and, out of each list, the tensors there.
+
+    Example:
+        >>> import torch
+        >>> single, double = torch.zeros(2), torch.ones(2, dtype=torch.float64)
+        >>> [positions for positions, _ in by_kind([single, double, None, single])]
+        [[0, 3], [1]]
+    """
+    groups: dict[tuple[torch.device | torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
+    for position, tensors in enumerate(zip(*lists, strict=True)):
+        present = [t for t in tensors if t is not None]
+        if len(present) < len(tensors):
+            continue
+        kind = tuple(part for t in present for part in (t.device, t.dtype))
+        positions, parts = groups.setdefault(kind, ([], [[] for _ in lists]))
+        positions.append(position)
+        for part, t in zip(parts, present, strict=True):
+            part.append(t)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, detached and exact whatever the dtype.
+
+    Args:
+        tensors: The tensors. Those of a subclass or not strided, and any inside a transform of ``torch.func``, are
+            copied one by one: not all of these have ``foreach`` operators.
+
+    Returns:
+        The copies, in order.
+    """
+    plain = not _in_transform()
+    together = [
+        t if plain and type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided else None for t in tensors
+    ]
+    copies: dict[int, Tensor] = {}
+    for positions, (group,) in by_kind(together):
+        copies.update(zip(positions, clone_kind(group), strict=True))
+    return [copies[i] if i in copies else t.detach().clone() for i, t in enumerate(tensors)]
+
+
+@torch.no_grad()
+def clone_kind(group: list[Tensor]) -> Sequence[Tensor]:
+    """Return copies of plain tensors of one device and dtype.
+
+    Args:
+        group: The tensors.
+
+    Returns:
+        The copies, detached and exact.
+    """
+    if hasattr(torch, "_foreach_clone"):  # torch 2.12 and later
+        copies: Sequence[Tensor] = torch._foreach_clone(group)
+        return copies
+    try:
+        copies = torch._foreach_mul(group, True)  # a boolean promotes no dtype
+    except (RuntimeError, NotImplementedError):  # 8-bit floating-point numbers cannot be multiplied
+        return [t.clone() for t in group]
+    torch._foreach_copy_(copies, group)  # the product need not have every bit: of a NaN, of a complex infinity
+    return copies
+
+
+@torch.no_grad()
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others of their shapes, casting where dtypes differ.
+
+    Args:
+        targets: Written to.
+        sources: As many.
+    """
+    for _, (into, out_of) in by_kind(targets, sources):
+        torch._foreach_copy_(into, out_of)
+
+
+def detach_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that depend on nothing: themselves where they do not.
+
+    Args:
+        tensors: The tensors.
+
+    Returns:
+        The same values, in order.
+    """
+    in_transform = _in_transform()
+    return [t.detach() if in_transform or t.requires_grad else t for t in tensors]

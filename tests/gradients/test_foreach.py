@@ -1,0 +1,90 @@
+"""Copies of many tensors at once: exact, whatever they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_gradmatch._foreach import by_kind, clone_all, copy_all_, detach_all
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
+    torch.complex64, torch.complex128, torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+def bits(tensor: Tensor) -> list[int]:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["this-torch", "without-foreach_clone"])
+def test_clones_of_every_dtype_have_every_bit(new: bool, monkeypatch: pytest.MonkeyPatch):
+    if not new:
+        monkeypatch.delattr(torch, "_foreach_clone", raising=False)
+    generator = torch.Generator().manual_seed(0)
+    originals = []
+    for dtype in DTYPES * 2:
+        raw = torch.randint(0, 2 if dtype == torch.bool else 256, (6 * dtype.itemsize,), generator=generator)
+        originals.append(raw.to(torch.uint8).view(dtype).reshape(2, 3))  # NaNs and denormals among them
+    originals += [torch.zeros(0), torch.ones(()), torch.ones(3, 4).t(), torch.ones(1).expand(5)]
+    originals += [nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True) * 2]
+    before = [bits(t) for t in originals]
+    copies = clone_all(originals)
+    for copy, original, expected in zip(copies, originals, before, strict=True):
+        assert (copy.dtype, copy.shape) == (original.dtype, original.shape)
+        assert bits(copy) == expected
+        assert not copy.requires_grad
+        assert copy.numel() == 0 or copy.data_ptr() != original.data_ptr()
+    assert copies[-4].stride() == (1, 4)
+
+
+def test_clones_of_a_subclass_and_of_sparse_tensors():
+    class Marked(Tensor):
+        pass
+
+    marked = torch.ones(2).as_subclass(Marked)
+    sparse = torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (4,), check_invariants=True)
+    copies = clone_all([marked, sparse, torch.ones(1)])
+    assert type(copies[0]) is Marked
+    assert copies[1].to_dense().tolist() == [1.0, 0.0, 2.0, 0.0]
+    assert clone_all([]) == []
+
+
+def test_clones_inside_a_transform():
+    def f(x: Tensor) -> Tensor:
+        return clone_all([x, torch.ones(())])[0] + x
+
+    assert torch.func.vmap(f)(torch.arange(3.0)).tolist() == [0.0, 2.0, 4.0]
+    assert torch.func.grad(f)(torch.tensor(2.0)) == 1.0  # of the second summand: the clone is detached
+
+
+def test_detached_inside_and_outside_of_a_transform():
+    leaf, plain = torch.ones(2, requires_grad=True), torch.ones(2)
+    detached, same = detach_all([leaf, plain])
+    assert not detached.requires_grad
+    assert same is plain
+
+    def of_one(y: Tensor) -> Tensor:  # inside the two transforms y does not say that it is differentiated by
+        return detach_all([y * y])[0] + y
+
+    gradient = torch.func.grad(lambda x: torch.func.vmap(of_one)(x).sum())(plain)
+    assert gradient.tolist() == [1.0, 1.0]
+
+
+def test_copies_into_other_dtypes():
+    sources = [torch.ones(2, dtype=torch.bfloat16), torch.ones(3), torch.full((1,), 2.0, dtype=torch.bfloat16)]
+    targets = [torch.zeros(2), torch.zeros(3), torch.zeros(1, requires_grad=True)]
+    copy_all_(targets, sources)
+    assert [t.tolist() for t in targets] == [[1.0, 1.0], [1.0] * 3, [2.0]]
+    assert targets[2].requires_grad
+
+
+def test_groups_are_of_one_kind_in_every_list():
+    a: list[Tensor | None] = [torch.ones(1), torch.ones(1), None, torch.ones(1).double()]
+    b: list[Tensor | None] = [torch.ones(1), torch.ones(1).double(), torch.ones(1), None]
+    found = by_kind(a, b)
+    assert [positions for positions, _ in found] == [[0], [1]]
+    assert found[1][1][0][0] is a[1]
+    assert found[1][1][1][0] is b[1]
+    assert by_kind([None]) == by_kind([]) == []
