@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -128,10 +131,10 @@ def test_only_two_vectors_are_kept_whatever_the_number_of_domains():
     assert all(v.numel() == 1 for part in ("squares", "products", "cosines") for v in state[part])
 
 
-@pytest.mark.parametrize("small", [0, 4, 1 << 16])
+@pytest.mark.parametrize("longest", [1, 8, 2**31 - 1])
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), domains=st.integers(2, 6), seed=st.integers(0, 2**32))
-def test_sums_side_by_side_or_apart_with_gaps_and_a_checkpoint_between(small: int, data, domains: int, seed: int):
+def test_sums_side_by_side_or_apart_with_gaps_and_a_checkpoint_between(longest: int, data, domains: int, seed: int):
     """Parameters of several sizes, dtypes and kinds, each missing in some domains; saved and loaded half way."""
     generator = torch.Generator().manual_seed(seed)
     dtypes = [torch.float64, torch.float64, torch.complex128, torch.float64, torch.float32]
@@ -141,7 +144,7 @@ def test_sums_side_by_side_or_apart_with_gaps_and_a_checkpoint_between(small: in
     )
     alignment, flat = GradientAlignment(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_gradmatch.gradients.alignment.SMALL", small)
+        patch.setattr("torch_gradmatch.gradients.flat.LONGEST", longest)
         for mask in present:
             gradient = [
                 torch.randn(shape, generator=generator, dtype=dtype) if there else None
@@ -169,6 +172,136 @@ def test_sums_side_by_side_or_apart_with_gaps_and_a_checkpoint_between(small: in
         assert total.shape == like.shape
         real = torch.view_as_real(total) if total.is_complex() else total
         torch.testing.assert_close(real.reshape(-1).double(), sum(flat)[start : start + real.numel()], **close)
+
+
+@settings(deadline=None)
+@given(**domains_and_size)
+def test_without_cosines_the_rest_is_the_same(domains, size, seed):
+    gradients = draw(domains, size, seed)
+    alignment = GradientAlignment(cosines=False)
+    for g in gradients:
+        alignment.add([g[:1], None, g[1:]])
+    measured, whole = alignment.result(), measure(gradients).result()
+    assert measured.cosine is None
+    assert torch.equal(measured.inner_product, whole.inner_product)
+    assert torch.equal(measured.grad_norms, whole.grad_norms)
+
+
+def test_cosines_need_their_sums_in_the_state():
+    gradients = draw(4, 5, seed=0)
+    with_cosines = measure(gradients[:2]).state_dict()
+    without = GradientAlignment(cosines=False)
+    without.check_state_dict(with_cosines, [1, 0, 4])
+    without.load_state_dict(with_cosines)
+    state = without.state_dict()
+    assert (state["unit_sums"], state["cosines"]) == ({}, [])
+    for g in gradients[2:]:
+        without.add([g[:1], None, g[1:]])
+    assert torch.equal(without.result().inner_product, measure(gradients).result().inner_product)
+    with pytest.raises(ValueError, match="'unit_sums' holds 0 entries for 2 in 'sums': it was saved without cosines"):
+        GradientAlignment().check_state_dict(state, [1, 0, 4])
+    without.reset()
+    between_groups = without.state_dict()
+    resumed = GradientAlignment()
+    resumed.check_state_dict(between_groups, [1, 0, 4])
+    resumed.load_state_dict(between_groups)
+    for g in gradients:
+        resumed.add([g[:1], None, g[1:]])
+    assert torch.equal(resumed.result().cosine, measure(gradients).result().cosine)
+
+
+@pytest.mark.parametrize("reached", [3, [0, 1]], ids=["number", "unknown"])
+def test_a_malformed_list_of_parameters_is_refused(reached: object):
+    state = measure(draw(2, 5, seed=0)).state_dict() | {"reached": reached}
+    with pytest.raises(ValueError, match="'reached' is malformed"):
+        GradientAlignment().check_state_dict(state, [1, 0, 4])
+
+
+def test_a_state_without_the_list_of_parameters_is_of_all_that_have_sums():
+    state = measure(draw(2, 5, seed=0)).state_dict()
+    del state["reached"]
+    GradientAlignment().check_state_dict(state, [1, 0, 4])
+    resumed = GradientAlignment()
+    resumed.load_state_dict(state)
+    assert resumed.indices == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("cosines", [False, True])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_copy_goes_its_own_way(through, cosines: bool, before: int):
+    gradients = draw(4, 6, seed=0)
+    original = GradientAlignment(cosines=cosines)
+    for g in gradients[:before]:
+        original.add([g[:1], None, g[1:].reshape(5, 1)])
+    twin = through(original)
+    for g in gradients[before:]:
+        twin.add([g[:1], None, g[1:].reshape(5, 1)])
+    assert len(original) == before
+    for g in gradients[before:]:
+        original.add([g[:1], None, g[1:].reshape(5, 1)])
+    for field, value in vars(original.result()).items():
+        assert (value is None and not cosines) or torch.equal(getattr(twin.result(), field), value)
+    assert torch.equal(twin.total(2, gradients[0][1:].reshape(5, 1)), original.total(2, gradients[0][1:].reshape(5, 1)))
+    # Working at one does not reach the other.
+    twin.add([gradients[0][:1], None, gradients[0][1:].reshape(5, 1)])
+    torch.testing.assert_close(original.total(0, gradients[0][:1]), sum(gradients)[:1])
+
+
+def test_the_next_group_knows_nothing_of_the_last():
+    """The layout stays, and with it the place of a parameter that now has no gradient."""
+    alignment = GradientAlignment()
+    alignment.add([torch.full((2,), float("nan")), torch.full((3,), float("inf"))])
+    for release in (False, True):
+        alignment.reset(release=release)
+        assert alignment.indices == []
+        assert len(alignment) == 0
+        for factor in (1.0, 2.0):
+            alignment.add([None, torch.full((3,), factor)])
+        assert alignment.indices == [1]
+        assert alignment.result().inner_product == 6.0
+        assert alignment.result().cosine == pytest.approx(1.0)
+        (none, mean) = alignment.mean().tensors([torch.zeros(2), torch.zeros(3)])
+        assert none is None
+        assert mean.tolist() == [1.5] * 3
+
+
+def test_another_shape_is_refused_within_a_group_only():
+    alignment = GradientAlignment()
+    alignment.add([torch.ones(3)])
+    with pytest.raises(
+        ValueError, match=r"gradient of parameter 0 has shape \(1,\), but one taken in before it had \(3,\)"
+    ):
+        alignment.add([torch.ones(1)])  # copied into three elements it would count three times
+    assert len(alignment) == 1
+    alignment.reset()
+    alignment.add([torch.ones(1)])
+    assert alignment.result().grad_norms.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.5])
+@settings(deadline=None, max_examples=25)
+@given(**domains_and_size)
+def test_the_mean_and_vectors_added_to_it(weight: float, domains, size, seed):
+    gradients = draw(domains, size, seed)
+    direction = measure(gradients).mean(weight)
+    extra = draw(1, size, seed + 1)[0]
+    direction.add([extra[:1], torch.ones(7), extra[1:]], 0.25)  # no domain had a gradient for the second
+    first, none, rest = direction.tensors([extra[:1], torch.ones(7), extra[1:]])
+    assert none is None
+    expected = weight * sum(gradients) / domains + 0.25 * extra
+    torch.testing.assert_close(torch.cat([first, rest]), expected)
+
+
+def test_a_sum_is_refused_once_the_layout_changed():
+    alignment = GradientAlignment()
+    alignment.add([torch.ones(3), None])
+    direction = alignment.mean()
+    alignment.add([torch.ones(3), torch.ones(2)])
+    with pytest.raises(RuntimeError, match="take in every domain's gradient first"):
+        direction.tensors([torch.ones(3), torch.ones(2)])
 
 
 def test_the_probe_measures_the_domains_gradients_and_touches_no_grad():

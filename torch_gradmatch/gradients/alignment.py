@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_gradmatch._checks import check_loss
-
-SMALL = 1 << 16  # elements; copying a larger gradient costs more than the calls it saves
+from torch_gradmatch._checks import check_bool, check_loss
+from torch_gradmatch.gradients.flat import FlatVectors, Vector, WeightedSum, as_like
 
 __all__ = ["Alignment", "GradientAlignment", "gradient_alignment"]
 
@@ -33,65 +32,24 @@ class Alignment:
     Attributes:
         inner_product: Mean inner product over pairs of domains, shape (); NaN for fewer than two domains.
         cosine: Mean cosine over pairs of domains, shape (); NaN for fewer than two domains. A zero gradient counts
-            as orthogonal to all others.
+            as orthogonal to all others. None if it was not asked for.
         grad_norms: Euclidean norm of each domain's gradient, shape (S,).
     """
 
     inner_product: Tensor
-    cosine: Tensor
+    cosine: Tensor | None
     grad_norms: Tensor
-
-
-def _as_vector(gradient: Tensor) -> Tensor:
-    """Return a gradient as a real, dense vector in at least single precision."""
-    dense = gradient.detach()
-    if dense.layout != torch.strided:
-        dense = dense.to_dense()
-    if dense.is_complex():
-        dense = torch.view_as_real(dense.resolve_conj())
-    vector = dense.reshape(-1)
-    return vector if vector.dtype == torch.float32 else vector.to(torch.promote_types(vector.dtype, torch.float32))
-
-
-def _total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Return the sum of some scalars, zero if there are none, on the device and in the dtype of ``like``."""
-    if not parts:
-        return like.new_zeros(())
-    if len(parts) == 1 and parts[0].device == like.device and parts[0].dtype == like.dtype:
-        return parts[0]
-    return torch.stack([part.to(like.device, like.dtype) for part in parts]).sum()
-
-
-def _like(vector: Tensor, gradient: Tensor) -> Tensor:
-    """Give a vector of :func:`_as_vector` the shape of a gradient, and complex numbers if it has them."""
-    if gradient.is_complex():
-        pairs = vector.view(*gradient.shape, 2)
-        return torch.complex(pairs[..., 0], pairs[..., 1])  # as a view it would have to begin at an even place
-    return vector.view(gradient.shape)
-
-
-class _Block:
-    """The sums of one or more parameters' gradients, side by side in one vector."""
-
-    def __init__(self, sizes: dict[int, int], like: Tensor) -> None:
-        self.sizes = sizes
-        self.sums = like.new_zeros(sum(sizes.values()))
-        self.units = torch.zeros_like(self.sums)
-
-    def vector(self, given: Mapping[int, Tensor]) -> Tensor | None:
-        """Return a gradient's part in this block; None if it has none."""
-        if len(self.sizes) == 1:
-            return given.get(next(iter(self.sizes)))
-        if not any(i in given for i in self.sizes):
-            return None
-        parts = [given[i] if i in given else self.sums.new_zeros(size) for i, size in self.sizes.items()]
-        return torch.cat(parts)
 
 
 class GradientAlignment:
     """Running sums over the gradients of one group of domains.
 
-    Memory: two vectors of the size of the parameters, whatever the number of domains.
+    Memory: two vectors of the size of the parameters, the sums and one to work in, whatever the number of domains; a
+    third one for cosines. In single precision for parameters in half. They stay from one group to the next unless
+    :meth:`reset` releases them. A gradient is taken in by few operations, whatever the number of parameters.
+
+    Args:
+        cosines: Whether to measure cosines, too.
 
     Example:
         >>> import torch
@@ -103,19 +61,25 @@ class GradientAlignment:
         (tensor(3.), tensor(0.7071), tensor([3.0000, 1.4142]))
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cosines: bool = True) -> None:
+        self.cosines = check_bool("cosines", cosines)
+        self._flat = FlatVectors(["sums", "units"] if cosines else ["sums"])
         self.reset()
 
-    def reset(self) -> None:
-        """Forget all gradients: a new group of domains begins."""
-        self._blocks: list[_Block] = []
-        self._place: dict[int, tuple[_Block, slice]] = {}
+    def reset(self, *, release: bool = False) -> None:
+        """Forget all gradients: a new group of domains begins.
+
+        Args:
+            release: Whether to give the memory back until then.
+        """
+        self._flat.forget(release=release)
+        self._reached: set[int] = set()
         self._squares: list[Tensor] = []
         self._products: list[Tensor] = []
         self._cosines: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
+    def add(self, gradients: Vector) -> None:
         """Take in one domain's gradient.
 
         Args:
@@ -123,40 +87,33 @@ class GradientAlignment:
                 or sparse, real or complex.
 
         Raises:
-            ValueError: If every gradient is None.
+            ValueError: If every gradient is None, or one has another shape than in the domains before.
         """
-        given = {i: _as_vector(g) for i, g in enumerate(gradients) if g is not None}
-        if not given:
+        if all(g is None for g in gradients):
             raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
-        if not given.keys() <= self._place.keys():
-            self._make_place({i: v for i, v in given.items() if i not in self._place})
-        vectors = [(block, vector) for block in self._blocks if (vector := block.vector(given)) is not None]
-        like = vectors[0][1]
-        squared = _total([torch.dot(v, v) for _, v in vectors], like)
-        product = _total([torch.dot(v, b.sums) for b, v in vectors], like)
-        cosine = _total([torch.dot(v, b.units) for b, v in vectors], like)
-        scale = squared.clamp(
-            min=torch.finfo(squared.dtype).tiny
-        ).rsqrt()  # of a zero gradient nothing is left to scale
+        self._reached.update(self._flat.load(gradients))
+        parts, sums = self._flat.scratch, self._flat.vectors["sums"]
+        squared = self._dot(parts, parts)
+        # With the sum before this gradient is in it, so that nothing has to be subtracted.
+        self._products.append(self._dot(parts, sums))
         self._squares.append(squared)
-        self._products.append(product)
-        self._cosines.append(cosine * scale)
-        for block, vector in vectors:
-            block.sums.add_(vector)
-            block.units.addcmul_(vector, scale.to(vector.device, vector.dtype))
+        if self.cosines:
+            units = self._flat.vectors["units"]
+            # Of a zero gradient nothing is left to scale: by anything that every part's dtype has.
+            scale = squared.clamp(min=max(torch.finfo(part.dtype).tiny for part in parts)).rsqrt()
+            self._cosines.append(self._dot(parts, units) * scale)
+            for unit, part in zip(units, parts, strict=True):
+                unit.addcmul_(part, scale.to(part.device, part.dtype))
+        for total, part in zip(sums, parts, strict=True):
+            total.add_(part)
 
-    def _make_place(self, vectors: Mapping[int, Tensor]) -> None:
-        """Set up sums for some parameters: small ones side by side, so that many layers take few calls."""
-        together: dict[tuple[torch.device, torch.dtype, int | None], list[int]] = {}
-        for i, v in vectors.items():
-            together.setdefault((v.device, v.dtype, i if v.numel() > SMALL else None), []).append(i)
-        for indices in together.values():
-            block = _Block({i: vectors[i].numel() for i in indices}, vectors[indices[0]])
-            self._blocks.append(block)
-            start = 0
-            for i, size in block.sizes.items():
-                self._place[i] = (block, slice(start, start + size))
-                start += size
+    def _dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Return the inner product of two vectors in parts, on the first one's device."""
+        products = [torch.dot(x, y) for x, y in zip(a, b, strict=True)]
+        if len(products) == 1:
+            return products[0]
+        device, dtype = products[0].device, max((p.dtype for p in products), key=lambda dtype: dtype.itemsize)
+        return torch.stack([p.to(device, dtype) for p in products]).sum()
 
     def result(self) -> Alignment:
         """Return the agreement of the gradients taken in since the last reset.
@@ -173,9 +130,20 @@ class GradientAlignment:
         pairs = domains * (domains - 1) / 2 if domains > 1 else float("nan")
         return Alignment(
             inner_product=torch.stack(self._products).sum() / pairs,
-            cosine=torch.stack(self._cosines).sum() / pairs,
+            cosine=torch.stack(self._cosines).sum() / pairs if self.cosines else None,
             grad_norms=torch.stack(self._squares).sqrt(),
         )
+
+    def norm(self, domain: int) -> Tensor:
+        """Return the Euclidean norm of one domain's gradient.
+
+        Args:
+            domain: Which one, from 0, in the order of :meth:`add`.
+
+        Returns:
+            Shape ().
+        """
+        return self._squares[domain].sqrt()
 
     def total(self, index: int, like: Tensor, *, unit: bool = False) -> Tensor:
         """Return the sum over domains of one parameter's gradient, to be read: it may be the running sum itself.
@@ -188,16 +156,62 @@ class GradientAlignment:
         Returns:
             The shape of ``like``, in at least single precision.
         """
-        block, place = self._place[index]
-        return _like((block.units if unit else block.sums)[place], like)
+        return as_like(self._flat.piece("units" if unit else "sums", index), like)
+
+    @torch.no_grad()
+    def mean(self, weight: float = 1.0) -> WeightedSum:
+        r"""Begin a weighted sum with the mean of the gradients, :math:`w \bar G`, to which others can be added.
+
+        It is made of as much memory as the running sums, and of their layout: take in every domain's gradient first.
+
+        Args:
+            weight: w.
+
+        Returns:
+            The sum, of those parameters for which some domain had a gradient.
+
+        Example:
+            >>> import torch
+            >>> alignment = GradientAlignment()
+            >>> for gradient in torch.tensor([[3.0, 0.0], [1.0, 1.0]]):
+            ...     alignment.add([gradient])
+            >>> direction = alignment.mean()
+            >>> direction.add([torch.tensor([10.0, 10.0])], weight=-0.1)
+            >>> direction.tensors(like=[torch.zeros(2)])
+            [tensor([ 1.0000, -0.5000])]
+        """
+        scaled = [total * (weight / len(self)) for total in self._flat.vectors["sums"]]
+        return WeightedSum(self._flat, scaled, self._reached)
+
+    @torch.no_grad()
+    def combined(
+        self, gradient: Vector, ratio: float | Tensor, scale: float | Tensor, *, unit: bool = False
+    ) -> list[Tensor | None]:
+        r"""Return ``scale`` :math:`(\Sigma + \mathtt{ratio}\; G)`, with :math:`\Sigma` the sum of the gradients.
+
+        Args:
+            gradient: G, as in :meth:`add` but dense; one that was taken in.
+            ratio: A number or a tensor of shape ().
+            scale: A number or a tensor of shape ().
+            unit: Whether every domain's whole gradient counts with length one in the sum.
+
+        Returns:
+            A new tensor like each one given, None where that is None.
+        """
+        self._flat.load(gradient)
+        for part, total in zip(self._flat.scratch, self._flat.vectors["units" if unit else "sums"], strict=True):
+            a, b = (c.to(part.device, part.dtype) if isinstance(c, Tensor) else c for c in (ratio, scale))
+            part.mul_(a).add_(total).mul_(b)
+        self._flat.spoil()
+        return self._flat.unload(gradient)
 
     @property
     def indices(self) -> list[int]:
         """The parameters for which some domain had a gradient, in order."""
-        return sorted(self._place)
+        return sorted(self._reached)
 
     @torch.no_grad()
-    def dot_unit_total(self, gradient: Sequence[Tensor | None]) -> Tensor:
+    def dot_unit_total(self, gradient: Vector) -> Tensor:
         """Return the inner product of a gradient with the sum of the unit gradients.
 
         Args:
@@ -206,12 +220,11 @@ class GradientAlignment:
         Returns:
             Shape ().
         """
-        given = {i: _as_vector(g) for i, g in enumerate(gradient) if g is not None}
-        parts = [torch.dot(v, b.units) for b in self._blocks if (v := b.vector(given)) is not None]
-        return _total(parts, self._squares[0])
+        self._flat.load(gradient)
+        return self._dot(self._flat.scratch, self._flat.vectors["units"])
 
     @torch.no_grad()
-    def squared_distance(self, gradient: Sequence[Tensor | None], scale: float) -> Tensor:
+    def squared_distance(self, gradient: Vector, scale: float) -> Tensor:
         """Return the squared distance of a gradient from ``scale`` times the sum of those taken in.
 
         Args:
@@ -221,12 +234,11 @@ class GradientAlignment:
         Returns:
             Shape ().
         """
-        given = {i: _as_vector(g) for i, g in enumerate(gradient) if g is not None}
-        differences = [v for i, v in given.items() if i not in self._place]
-        for block in self._blocks:
-            vector = block.vector(given)
-            differences.append(block.sums * scale if vector is None else torch.sub(vector, block.sums, alpha=scale))
-        return _total([torch.dot(d, d) for d in differences], self._squares[0])
+        self._flat.load(gradient)
+        for part, total in zip(self._flat.scratch, self._flat.vectors["sums"], strict=True):
+            part.sub_(total, alpha=scale)
+        self._flat.spoil()
+        return self._dot(self._flat.scratch, self._flat.scratch)
 
     def __len__(self) -> int:
         return len(self._squares)
@@ -234,23 +246,32 @@ class GradientAlignment:
     def state_dict(self) -> dict[str, Any]:
         """Return the running sums as plain tensors and numbers.
 
+        A parameter of earlier groups without gradient in this one has zeros, of one element in memory: the order in
+        which numbers are summed up depends on its place.
+
         Returns:
-            The state.
+            The state; copies of the sums.
         """
+        sums, units = (
+            {i: self._flat.flat_piece(name, i) if i in self._reached else self._flat.zeros(i) for i in self._flat}
+            if name in self._flat.vectors
+            else {}
+            for name in ("sums", "units")
+        )
         return {
-            "sums": {i: block.sums[place] for i, (block, place) in self._place.items()},
-            "unit_sums": {i: block.units[place] for i, (block, place) in self._place.items()},
+            "sums": sums,
+            "unit_sums": units,
             "squares": list(self._squares),
             "products": list(self._products),
             "cosines": list(self._cosines),
+            "reached": self.indices,
         }
 
-    @staticmethod
-    def check_state_dict(state: Mapping[str, Any], sizes: Sequence[int]) -> None:
+    def check_state_dict(self, state: Mapping[str, Any], sizes: Sequence[int]) -> None:
         """Raise if :meth:`load_state_dict` could not use a state.
 
         Args:
-            state: What :meth:`state_dict` once returned.
+            state: What :meth:`state_dict` once returned, with or without cosines.
             sizes: Number of (real) elements of each parameter's gradient, in order.
 
         Raises:
@@ -266,18 +287,41 @@ class GradientAlignment:
             scalars = state.get(key)
             if not isinstance(scalars, list) or not all(isinstance(v, Tensor) and v.dim() == 0 for v in scalars):
                 raise ValueError(f"the state dict's alignment's {key!r} is missing or malformed")
+        reached = state.get("reached", [])
+        if not isinstance(reached, list) or any(i not in state["sums"] for i in reached):
+            raise ValueError(f"the state dict's alignment's 'reached' is malformed (got {reached!r:.80})")
+        for key, like in (("unit_sums", "sums"), ("cosines", "squares")):
+            if self.cosines and state["squares"] and len(state[key]) != len(state[like]):
+                raise ValueError(
+                    f"the state dict's alignment's {key!r} holds {len(state[key])} entries for {len(state[like])} in "
+                    f"{like!r}: it was saved without cosines, which are wanted here; save it between two groups of "
+                    "domains"
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from running sums that :meth:`state_dict` returned.
+        """Continue from running sums that :meth:`state_dict` returned. Cosines are dropped if not wanted here.
 
         Args:
             state: The state.
         """
         self.reset()
-        self._make_place(state["sums"])
-        for i, (block, place) in self._place.items():
-            block.sums[place], block.units[place] = state["sums"][i], state["unit_sums"][i]
-        self._squares, self._products, self._cosines = (list(state[k]) for k in ("squares", "products", "cosines"))
+        units = state["unit_sums"] if state["squares"] else state["sums"]  # between two groups all are zero
+        values = {"sums": state["sums"], "units": units}
+        self._flat.fill({name: values[name] for name in self._flat.vectors})
+        if not state["squares"]:
+            self._flat.forget()
+        self._reached = set(state.get("reached", state["sums"]))
+        self._squares, self._products = list(state["squares"]), list(state["products"])
+        self._cosines = list(state["cosines"]) if self.cosines else []
+
+    # The vectors' pieces are views: a copy would have views of the vectors that it was copied from.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cosines": self.cosines, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        type(self).__init__(self, state["cosines"])
+        self.load_state_dict(state["state"])
 
 
 def gradient_alignment(
