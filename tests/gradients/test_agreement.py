@@ -244,3 +244,8 @@ def test_fish_gamma():
 def test_the_reference_is_that_of_the_alignment():
     gradients = draw(3, 4, 0)
     torch.testing.assert_close(agreement.inner_product(gradients), mean_pairwise_inner_product(gradients))
+
+
+def test_the_cosine_needs_sums_with_cosines():
+    with pytest.raises(ValueError, match="needs running sums with cosines"):
+        running_agreement("cosine", GradientAlignment(cosines=False), 2, like=[torch.ones(2)])

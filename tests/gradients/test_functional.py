@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_gradmatch import functional
+from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.functional import (
     domain_gradients,
     functional_loss,
@@ -408,6 +409,56 @@ def test_functional_loss_leaves_the_model_alone():
         assert torch.equal(t, before[n])
 
 
+def test_buffers_of_every_kind_are_copied():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+            self.register_buffer("steps", torch.tensor(0))
+            self.register_buffer("seen", torch.zeros(2, dtype=torch.bool))
+            self.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+            self.register_buffer("mean", torch.zeros(3, 2).t())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            self.seen |= True
+            self.phase *= 1j
+            self.mean += (x * self.weight).detach()
+            return (x * self.weight).sum()
+
+    model = Counting()
+    given_buffers = {n: b.clone() for n, b in model.named_buffers()}
+    pure = functional_loss(model, model)
+    _, buffers = pure(dict(model.named_parameters()), given_buffers, torch.ones(2, 3))
+    assert buffers["steps"] == 1
+    assert buffers["seen"].tolist() == [True, True]
+    assert buffers["phase"].tolist() == [1j, 1j]
+    assert buffers["mean"].tolist() == [[2.0] * 3] * 2
+    for n, b in model.named_buffers():
+        assert torch.equal(b, given_buffers[n])
+        assert buffers[n].dtype == b.dtype
+        assert not b.any() or n == "phase"
+
+
+def test_buffers_under_transforms():
+    """An ensemble by ``vmap`` with statistics of its own for each member."""
+    model, shape = network("cnn")
+    batches = batches_for(shape, 2)
+    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
+    params = {n: p.detach() for n, p in params.items()}
+    stacked = [{n: torch.stack([t, t]) for n, t in tensors.items()} for tensors in (params, buffers)]
+
+    def gradient(p: Any, b: Any) -> Any:
+        return torch.func.grad(lambda q: idgm_loss(pure, q, batches, GAMMA, buffers=b), has_aux=True)(p)
+
+    expected, moved = gradient(params, buffers)
+    found, found_moved = torch.func.vmap(gradient)(*stacked)
+    for n, g in expected.items():
+        torch.testing.assert_close(found[n], torch.stack([g, g]), rtol=1e-9, atol=1e-12)
+    for n, b in moved.items():
+        torch.testing.assert_close(found_moved[n], torch.stack([b, b]))
+
+
 def test_functional_loss_restores_the_model_when_the_loss_raises():
     model = nn.Linear(2, 1)
     weight = model.weight
@@ -513,6 +564,45 @@ def test_parameters_are_not_touched():
     assert leaf.grad is None
     assert torch.equal(leaf.detach(), theta)
     assert not any(t.requires_grad for t in (found.gradient, found.losses, found.agreement))
+
+
+@pytest.mark.parametrize("chosen", AGREEMENTS)
+def test_the_cosine_is_measured_where_it_is_asked_for(chosen: str):
+    theta, batches = drawn(0, 3)
+    phi = own_agreement if chosen == "own" else chosen
+    plain, asked = (idgm_grad(regression, theta, batches, GAMMA, phi, cosines=c) for c in (False, True))
+    assert (plain.alignment.cosine is None) == (chosen != "cosine")
+    expected = agreement_of("cosine", domain_gradients(regression, theta, batches).gradients)
+    torch.testing.assert_close(asked.alignment.cosine, expected)
+    assert torch.equal(plain.gradient, asked.gradient)
+
+
+@pytest.mark.parametrize("chosen", AGREEMENTS)
+def test_running_sums_serve_again(chosen: str):
+    model, shape = network("tied")
+    pure, params = functional_loss(model, loss_for(model)), trainable(model)
+    phi = own_agreement if chosen == "own" else chosen
+    sums = GradientAlignment()
+    sums.add([torch.full_like(p, float("nan")) for p in params.values()])
+    for domains in (2, 4):
+        batches = batches_for(shape, domains)
+        expected = idgm_grad(pure, params, batches, GAMMA, phi, cosines=True, buffers={})
+        found = idgm_grad(pure, params, batches, GAMMA, phi, buffers={}, sums=sums)
+        for n in params:
+            torch.testing.assert_close(found.gradient[n], expected.gradient[n], rtol=1e-12, atol=1e-14)
+        assert found.reached == expected.reached
+        torch.testing.assert_close(found.alignment.cosine, expected.alignment.cosine)
+        assert all(part.untyped_storage().nbytes() == 0 for part in sums._flat.scratch)  # released
+
+
+def test_running_sums_without_cosines_cannot_measure_them():
+    theta, batches = drawn(0, 3)
+    sums = GradientAlignment(cosines=False)
+    for settings_ in ({"cosines": True}, {"agreement": "cosine"}):
+        with pytest.raises(ValueError, match="needs running sums with cosines"):
+            idgm_grad(regression, theta, batches, GAMMA, sums=sums, **settings_)
+    with pytest.raises(ValueError, match=r"cosines should be True or False \(got 1\)"):
+        idgm_grad(regression, theta, batches, GAMMA, cosines=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -126,7 +126,7 @@ def test_a_linearization_evaluates_nothing_before_it_is_asked(hvp: str):
     assert value.item() == 2.0
     assert not value.requires_grad
     assert gradient[0].tolist() == [3.0, 3.0]
-    assert not gradient[0].requires_grad
+    assert gradient[0].requires_grad == (hvp == "reverse")  # by double backward it is of use with its graph only
     linearization.product([torch.ones(2)])
     assert len(calls) == {"reverse": 1, "forward": 2, "finite_difference": 3}[hvp]
 

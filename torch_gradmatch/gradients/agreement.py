@@ -181,7 +181,6 @@ class RunningAgreement(ABC):
     def __init__(self, sums: GradientAlignment, domains: int) -> None:
         self.sums = sums
         self.domains = domains
-        self._scaled: dict[int, Tensor] = {}  # the sum's part in the cotangents, the same for all domains
 
     def add(self, gradient: Vector) -> None:  # noqa: B027  most need nothing but the sums
         """Take in one domain's gradient, before the sums do.
@@ -210,33 +209,13 @@ class RunningAgreement(ABC):
             One tensor like each of the gradient's, None where that is None.
         """
 
-    @torch.no_grad()
-    def _combine(
-        self, gradient: Vector, of_sum: Tensor | float, of_gradient: Tensor | float, *, unit: bool = False
-    ) -> list[Tensor | None]:
-        """Return ``of_sum`` times the sum of the (unit) gradients plus ``of_gradient`` times this gradient."""
-        given = {i: g.detach() for i, g in enumerate(gradient) if g is not None}
-        if isinstance(of_sum, Tensor) or isinstance(of_gradient, Tensor):
-            a, b = (torch.as_tensor(c) for c in (of_sum, of_gradient))
-            totals = [self.sums.total(i, g, unit=unit) for i, g in given.items()]
-            pairs = zip(totals, given.values(), strict=True)
-            combined = [t * a.to(t.device) + g.to(t.dtype) * b.to(t.device) for t, g in pairs]
-        else:
-            if self._scaled.keys() != given.keys():
-                totals = [self.sums.total(i, g, unit=unit) for i, g in given.items()]
-                self._scaled = dict(zip(given, torch._foreach_mul(totals, of_sum), strict=True))
-            combined = list(torch._foreach_add(list(self._scaled.values()), list(given.values()), alpha=of_gradient))
-        cotangents = {i: c.to(g.dtype) for (i, g), c in zip(given.items(), combined, strict=True)}
-        return [cotangents.get(i) for i in range(len(gradient))]
-
 
 class _InnerProduct(RunningAgreement):
     def value(self) -> Tensor:
         return self.sums.result().inner_product
 
     def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:  # noqa: ARG002
-        scale = 2 / (self.domains * (self.domains - 1))
-        return self._combine(gradient, scale, -scale)
+        return self.sums.combined(gradient, -1, 2 / (self.domains * (self.domains - 1)))
 
 
 class _Variance(RunningAgreement):
@@ -255,20 +234,28 @@ class _Variance(RunningAgreement):
         return -torch.stack(self._squares).sum() / self.domains
 
     def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:  # noqa: ARG002
-        return self._combine(gradient, 2 / self.domains**2, -2 / self.domains)
+        return self.sums.combined(gradient, -self.domains, 2 / self.domains**2)
 
 
 class _Cosine(RunningAgreement):
+    def __init__(self, sums: GradientAlignment, domains: int) -> None:
+        super().__init__(sums, domains)
+        if not sums.cosines:
+            raise ValueError(
+                "agreement='cosine' needs running sums with cosines (got GradientAlignment(cosines=False))"
+            )
+
     def value(self) -> Tensor:
-        return self.sums.result().cosine
+        cosine = self.sums.result().cosine
+        assert cosine is not None
+        return cosine
 
     def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:
-        measured = self.sums.result()
-        norm = measured.grad_norms[domain]
+        norm = self.sums.norm(domain)
         reciprocal = torch.where(norm > 0, torch.where(norm > 0, norm, 1.0).reciprocal(), 0.0)
-        scale = 2 / (self.domains * (self.domains - 1)) * reciprocal
         along = self.sums.dot_unit_total(gradient) * reciprocal
-        return self._combine(gradient, scale, -scale * along * reciprocal, unit=True)
+        scale = 2 / (self.domains * (self.domains - 1)) * reciprocal
+        return self.sums.combined(gradient, -along * reciprocal, scale, unit=True)
 
 
 class _Held(RunningAgreement):
@@ -354,12 +341,15 @@ def running_agreement(agreement: str | Agreement, sums: GradientAlignment, domai
 
     Args:
         agreement: As in :func:`check_agreement`.
-        sums: Running sums, to which the caller adds each gradient after adding it here.
+        sums: Running sums, to which the caller adds each gradient after adding it here; for the cosine with cosines.
         domains: S.
         like: The parameters: a function gets the gradients in the same structure.
 
     Returns:
         The running form.
+
+    Raises:
+        ValueError: If the agreement is unknown, or is the cosine and the sums are without.
     """
     function = check_agreement(agreement)
     for named, running in _RUNNING:

@@ -31,6 +31,7 @@ from torch.profiler import record_function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import (
+    check_bool,
     check_choice,
     check_hvp_domains,
     check_loss,
@@ -38,13 +39,14 @@ from torch_gradmatch._checks import (
     check_number,
     check_reached,
 )
-from torch_gradmatch.gradients.agreement import Agreement, RunningAgreement, check_agreement, running_agreement
+from torch_gradmatch._foreach import clone_all, detach_all
+from torch_gradmatch.gradients.agreement import Agreement, RunningAgreement, check_agreement, cosine, running_agreement
 from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
+from torch_gradmatch.gradients.flat import WeightedSum
 from torch_gradmatch.gradients.hvp import (
     HVPS,
     Linearization,
-    Vector,
     differentiable_attention,
     first_order,
     linearize,
@@ -90,7 +92,8 @@ class IDGMGradient(NamedTuple):
             is zero.
         losses: Loss of each domain, shape (S,).
         agreement: Value of phi, shape ().
-        alignment: Inner product, cosine and norms of the domains' gradients, whatever phi is.
+        alignment: Inner product and norms of the domains' gradients, whatever phi is; the cosine where it was asked
+            for or is phi.
         buffers: As the last domain left them, or None.
     """
 
@@ -142,10 +145,12 @@ def functional_loss(
 
     def pure(params: dict[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Buffers]:
         held = {f"model.{name}": tensor for name, tensor in params.items() if own.get(name) is not tensor}
-        held |= {f"model.{name}": buffer.detach().clone() for name, buffer in buffers.items()}
+        copies = zip(buffers, clone_all(list(buffers.values())), strict=True)
+        held |= {f"model.{name}": copy for name, copy in copies}
         loss = functional_call(closure, held, (batch,)) if held else loss_fn(batch)
         # functional_call leaves in the dictionary what a module put in a buffer's place.
-        return loss, {name: held[f"model.{name}"].detach() for name in buffers}
+        after = detach_all([held[f"model.{name}"] for name in buffers])
+        return loss, dict(zip(buffers, after, strict=True))
 
     return pure
 
@@ -291,6 +296,8 @@ def idgm_grad(
     keep_graphs: bool = False,
     buffers: Any = None,
     generator: torch.Generator | None = None,
+    cosines: bool = False,
+    sums: GradientAlignment | None = None,
 ) -> IDGMGradient:
     r"""Return the gradient of :func:`idgm_loss` by two passes: :math:`\bar G - \gamma\sum_i H_i v_i`.
 
@@ -313,6 +320,9 @@ def idgm_grad(
             the gradient), instead of evaluating it again: less time, memory that grows with S.
         buffers: The first domain's, for a loss function that takes them.
         generator: Draws the domains for ``hvp_domains``; torch's own if None.
+        cosines: Whether to measure the mean cosine, too, whatever phi is.
+        sums: Running sums to use, so that their layout is made once for many calls. They are reset and afterwards
+            released. None for new ones; else they are with cosines where these are needed.
 
     Returns:
         The gradient, in the parameters' dtypes, and what was measured on the way.
@@ -344,23 +354,30 @@ def idgm_grad(
     flat, structure = tree_flatten(params)
     # A model's own parameters stay themselves: a loss may use them past the model, as a penalty on a list of them does.
     leaves = [leaf if leaf.is_leaf and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in flat]
-    sums = GradientAlignment()
+    if sums is None:
+        sums = GradientAlignment(cosines=check_bool("cosines", cosines) or check_agreement(agreement) is cosine)
+    elif cosines and not sums.cosines:
+        raise ValueError("cosines=True needs running sums with cosines (got GradientAlignment(cosines=False))")
+    sums.reset()
     phi = running_agreement(agreement, sums, domains, params)
     passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp)
-    with differentiable_attention(hvp) if chosen else nullcontext():
-        losses, buffers_after = passes.first(phi, sums, chosen, keep_graphs=keep_graphs)
-        value = phi.value()
-        gradient = {i: sums.total(i, leaves[i]) / domains for i in sums.indices}
-        passes.second(phi, chosen, gradient, -gamma * domains / number)
+    try:
+        with differentiable_attention(hvp) if chosen else nullcontext():
+            losses, buffers_after = passes.first(phi, sums, chosen, keep_graphs=keep_graphs)
+            value, measured = phi.value(), sums.result()
+            direction = sums.mean()
+            passes.second(phi, chosen, direction, -gamma * domains / number)
+            gradient = direction.tensors(leaves)
+    finally:
+        sums.reset(release=True)
     return IDGMGradient(
         gradient=tree_unflatten(
-            [gradient[i].to(leaf.dtype) if i in gradient else torch.zeros_like(leaf) for i, leaf in enumerate(flat)],
-            structure,
+            [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradient, flat, strict=True)], structure
         ),
-        reached=tree_unflatten([i in gradient for i in range(len(flat))], structure),
+        reached=tree_unflatten([g is not None for g in gradient], structure),
         losses=losses,
         agreement=value,
-        alignment=sums.result(),
+        alignment=measured,
         buffers=None if buffers is None else buffers_after,
     )
 
@@ -413,8 +430,8 @@ class _TwoPasses:
                 domain.release()
         return torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses]), buffers
 
-    def second(self, phi: RunningAgreement, chosen: Sequence[int], result: dict[int, Tensor], scale: float) -> None:
-        r"""Add ``scale`` times :math:`\sum_i H_i v_i` over the chosen domains to the result."""
+    def second(self, phi: RunningAgreement, chosen: Sequence[int], direction: WeightedSum, scale: float) -> None:
+        r"""Add ``scale`` times :math:`\sum_i H_i v_i` over the chosen domains to the direction."""
         if not chosen:
             return
         random_state = RandomState.capture(self._devices)
@@ -425,7 +442,7 @@ class _TwoPasses:
                 cotangents = [phi.cotangent(i, gradient) for i, (_, gradient) in self._kept.items()]
                 linearizations = [linearization for linearization, _ in self._kept.values()]
                 self._kept.clear()
-                _add(result, sum_of_products(linearizations, cotangents), scale)
+                direction.add(sum_of_products(linearizations, cotangents), scale)
             del cotangents
         buffers = self._buffers
         for i in waiting:
@@ -437,13 +454,6 @@ class _TwoPasses:
                 buffers = domain.buffers_after
                 products = linearization.product(phi.cotangent(i, gradient))
             domain.release()
-            _add(result, products, scale)
+            direction.add(products, scale)
             del linearization, gradient, products  # before the next graph grows
         random_state.restore()
-
-
-@torch.no_grad()
-def _add(result: dict[int, Tensor], vector: Vector, scale: float) -> None:
-    found = {i: v for i, v in enumerate(vector) if v is not None and i in result}
-    if found:  # the products of a loss that is linear in the parameters have no element
-        torch._foreach_add_([result[i] for i in found], list(found.values()), alpha=scale)

@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice
+from torch_gradmatch._foreach import by_kind, clone_all, copy_all_
 
 __all__ = [
     "HVPS",
@@ -129,7 +130,7 @@ class Linearization(ABC):
         """Evaluate the loss and its gradient.
 
         Returns:
-            As :func:`first_order`.
+            As :func:`first_order`. The gradient may have a graph: it is to be read under ``torch.no_grad``.
         """
         return first_order(self.loss, self.leaves)
 
@@ -173,7 +174,7 @@ class _Reverse(Linearization):
         value = self.loss(self.leaves)
         with self.explaining():
             self._graph = _differentiate(value, self.leaves, create_graph=True)
-        return value.detach(), [None if g is None else g.detach() for g in self._graph]
+        return value.detach(), self._graph
 
     def take_graph(self) -> list[Tensor | None]:
         """Hand over the gradient with its graph."""
@@ -269,10 +270,13 @@ class _FiniteDifference(Linearization):
     def product(self, vector: Vector) -> list[Tensor | None]:
         step, reciprocal = self._step(vector)
         plus, minus = (self._gradient_at(vector, sign * step) for sign in (1, -1))
-        return [
-            None if a is None or b is None else (a - b) * reciprocal.to(a.device, a.real.dtype)
-            for a, b in zip(plus, minus, strict=True)
-        ]
+        product: list[Tensor | None] = [None] * len(self.leaves)
+        for positions, (a, b) in by_kind(plus, minus):
+            differences = torch._foreach_sub(a, b)
+            torch._foreach_mul_(differences, reciprocal.to(a[0].device, a[0].dtype.to_real()))
+            for position, difference in zip(positions, differences, strict=True):
+                product[position] = difference
+        return product
 
     def _gradient_at(self, vector: Vector, step: Tensor) -> list[Tensor | None]:
         """Return the gradient at the displaced leaves.
@@ -280,19 +284,17 @@ class _FiniteDifference(Linearization):
         They are moved in place and set back, so that everything that uses them sees it: a penalty on them past the
         model, and what checkpointing computes again in the backward pass.
         """
-        moving = [(x, v) for x, v in zip(self.leaves, vector, strict=True) if v is not None]
-        with torch.no_grad():
-            values = [x.clone() for x, _ in moving]
+        moving = [x for x, v in zip(self.leaves, vector, strict=True) if v is not None]
+        values = clone_all(moving)
         try:
             with torch.no_grad():
-                for x, v in moving:
-                    x.add_(v * step.to(x.device, v.real.dtype))
+                for _, (xs, vs) in by_kind(self.leaves, vector):
+                    moves = torch._foreach_mul(vs, step.to(xs[0].device, vs[0].dtype.to_real()))
+                    torch._foreach_add_(xs, moves)
             torch.clear_autocast_cache()
             return first_order(self.loss, self.leaves)[1]
         finally:
-            with torch.no_grad():
-                for (x, _), value in zip(moving, values, strict=True):
-                    x.copy_(value)
+            copy_all_(moving, values)
             torch.clear_autocast_cache()
 
     def _step(self, vector: Vector) -> tuple[Tensor, Tensor]:
@@ -304,12 +306,13 @@ class _FiniteDifference(Linearization):
         return torch.where(length > 0, step, zero), torch.where(length > 0, 0.5 / step, zero)
 
 
+@torch.no_grad()
 def _norm(vector: Vector) -> Tensor:
-    norms = [torch.linalg.vector_norm(v.detach()) for v in vector if v is not None]
+    norms = [torch.stack(torch._foreach_norm(group)) for _, (group,) in by_kind(vector)]
     if not norms:
         return torch.zeros(())
     wide = torch.promote_types(norms[0].dtype, torch.float32)
-    return torch.stack([n.to(norms[0].device, wide) for n in norms]).square().sum().sqrt()
+    return torch.stack([n.to(norms[0].device, wide).square().sum() for n in norms]).sum().sqrt()
 
 
 HVPS: dict[str, type[Linearization]] = {
@@ -339,7 +342,11 @@ def sum_of_products(linearizations: list[Linearization], vectors: list[list[Tens
     total: list[Tensor | None] = [None] * len(first.leaves)
     while linearizations:
         product = linearizations.pop().product(vectors.pop())
-        total = [a if b is None else b if a is None else a + b for a, b in zip(total, product, strict=True)]
+        both = by_kind(total, product)
+        total = [b if a is None else a for a, b in zip(total, product, strict=True)]
+        for positions, (a, b) in both:
+            for position, part in zip(positions, torch._foreach_add(a, b), strict=True):
+                total[position] = part
     return total
 
 
