@@ -232,7 +232,7 @@ def test_a_scheduler_may_hold_the_wrapped_optimizer_instead():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_a_step_that_grad_scaler_skips_is_no_inner_step():
+def test_a_step_that_grad_scaler_skips_counts_and_moves_nothing():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = GradMatch(SGD([parameter], lr=1.0), Fish(0.5, inner_steps=2))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -243,8 +243,8 @@ def test_a_step_that_grad_scaler_skips_is_no_inner_step():
         scaler.step(optimizer)
         scaler.update()
         counts.append(optimizer.inner_step)
-    assert counts == [1, 1, 0, 1]
-    assert parameter.item() == -2.0  # two unscaled steps, halved, then one more
+    assert counts == [1, 0, 1, 0]
+    assert parameter.item() == -0.5 - 1.0  # half of one unscaled step, then half of two
 
 
 @pytest.mark.parametrize("wrapped_class", [SGD, Adam], ids=["SGD", "Adam"])
@@ -393,7 +393,7 @@ def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
     [
         (("gradmatch",), KeyError, "no 'gradmatch' entry"),
         (("gradmatch",), [], "no 'gradmatch' entry"),
-        (("gradmatch", "version"), 2, "format version 2"),
+        (("gradmatch", "version"), 3, "format version 3"),
         (("gradmatch", "version"), "1", "version should be an integer"),
         (("gradmatch", "method"), "IDGM", "method 'IDGM'"),
         (("gradmatch", "shapes"), KeyError, "'shapes' is missing"),
@@ -408,6 +408,9 @@ def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
         (("gradmatch", "slow_weights", 0), torch.zeros(2), r"parameter 0 has shape \(2,\)"),
         (("gradmatch", "slow_weights", 77), torch.zeros(2), "parameter 77, which does not exist"),
         (("gradmatch", "slow_buffers", "norm.running_mean"), torch.zeros(1), r"norm\.running_mean' has shape"),
+        (("gradmatch", "held_buffers"), 7, "'held_buffers' is missing or malformed"),
+        (("gradmatch", "held_buffers", 0), "other", "lacks the slow copy of buffer 'other'"),
+        (("gradmatch", "left_buffers"), ["other"], "lacks the slow copy of buffer 'other'"),
         (("gradmatch", "slow_buffers", "other"), torch.zeros(1), "'other', which does not exist"),
         (("gradmatch", "held"), None, "'held' is missing or malformed"),
         (("gradmatch", "held", 0), 50, "lacks the slow weights of parameter 50"),

@@ -54,7 +54,8 @@ def check_against_plain_autograd(build: Callable[[], Case], variant: str) -> Non
     case, oracle = make(build), make(build).model
     before = {n: p.detach().clone() for n, p in case.model.named_parameters()}
     names = list(before)
-    optimizer = GradMatch(SGD(case.model.parameters(), lr=0.1), IDGM(case.model, GAMMA, agreement, **settings))
+    method = IDGM(case.model, GAMMA, agreement, track_alignment=True, **settings)
+    optimizer = GradMatch(SGD(case.model.parameters(), lr=0.1), method)
     seed_everything()
     chosen = torch.randperm(3)[: settings["hvp_domains"]].tolist() if "hvp_domains" in settings else None
     expected = plain_autograd(oracle, case.loss, case.batches, GAMMA, agreement, names, chosen)

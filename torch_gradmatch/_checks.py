@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -28,6 +28,18 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
         accepted = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} should be one of {accepted} (got {value!r})")
     return value
+
+
+def optional(check: Callable[[object], object]) -> Callable[[object], object]:
+    """Return a check that also accepts None.
+
+    Args:
+        check: Raises if a value cannot be used.
+
+    Returns:
+        The check.
+    """
+    return lambda value: None if value is None else check(value)
 
 
 def check_bool(name: str, value: object) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,13 +14,16 @@ from torch.optim import Optimizer
 from torch_gradmatch._checks import check_int
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
+from torch_gradmatch.methods.scaling import LossScaling
 
 __all__ = ["GradMatch", "MetaStep"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no "held_buffers"; it can be loaded, too
+
+MethodT = TypeVar("MethodT", bound=Method)
 
 
-class GradMatch(Optimizer):
+class GradMatch(Optimizer, Generic[MethodT]):
     r"""Wraps an optimizer so that training prefers updates on which the domains' gradients agree.
 
     A real ``torch.optim.Optimizer``: learning-rate schedulers, ``GradScaler``, hooks, closures, deepcopy and pickle
@@ -35,10 +40,11 @@ class GradMatch(Optimizer):
 
     Attributes:
         optimizer: The wrapped optimizer.
-        method: The method.
+        method: The method. Its settings may be changed between meta-iterations: ``optimizer.method.meta_lr = 0.1``.
 
     Raises:
         TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or ``method`` no method object.
+        ValueError: If the method's model does not hold the optimizer's parameters.
 
     Example:
         >>> import torch
@@ -53,6 +59,15 @@ class GradMatch(Optimizer):
         0
     """
 
+    # A GradScaler is to call step() also for gradients that overflowed, so that the domain counts as visited.
+    _step_supports_amp_scaling = True
+
+    @overload
+    def __init__(self: GradMatch[Fish], optimizer: Optimizer) -> None: ...
+
+    @overload
+    def __init__(self, optimizer: Optimizer, method: MethodT) -> None: ...
+
     def __init__(self, optimizer: Optimizer, method: Method | None = None) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -65,7 +80,7 @@ class GradMatch(Optimizer):
         if not isinstance(method, Method):
             raise TypeError(f"method should be a method object such as Fish() (got {_kind(method)})")
         self.optimizer = optimizer
-        self.method = method
+        self.method = cast("MethodT", method)
         self._linked = False  # Optimizer.__init__ is about to register groups that are registered already
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._linked = True
@@ -108,6 +123,7 @@ class GradMatch(Optimizer):
             set_to_none: As in ``torch.optim.Optimizer.zero_grad``.
         """
         self.optimizer.zero_grad(set_to_none=set_to_none)
+        self._loop.before_forward()
 
     # ---------------------------------------------------------------------------------------------------- the method
 
@@ -125,7 +141,8 @@ class GradMatch(Optimizer):
         """Take one step of the wrapped optimizer; under ``Fish(inner_steps=S)`` every S-th also interpolates.
 
         Under ``IDGM`` and ``SmoothFish``, whose steps are taken by :meth:`meta_step`, this is ordinary training. A step
-        that raises does not count, and neither does one that a ``GradScaler`` skips.
+        that raises does not count. One whose gradients overflowed under a ``torch.amp.GradScaler``, so that it moves
+        nothing, does: the domain had its turn.
 
         Args:
             closure: Re-evaluates the model and returns the loss; passed on to the wrapped optimizer.
@@ -136,8 +153,14 @@ class GradMatch(Optimizer):
         Raises:
             RuntimeError: If the inner loop diverged (see ``Fish.nonfinite``). The slow weights are intact.
         """
+        scaling = LossScaling.of(self)
         try:
-            return self._loop.step(closure)
+            return self._loop.step(closure) if scaling is None else self._loop.step(closure, scaling)
+        except BaseException:
+            if scaling is not None:  # the GradScaler will not take them away
+                vars(self).pop("found_inf", None)
+                vars(self).pop("grad_scale", None)
+            raise
         finally:
             torch.clear_autocast_cache()  # autocast around several steps would go on with the weights of the first
 
@@ -160,26 +183,58 @@ class GradMatch(Optimizer):
         self._loop.rollback()
         torch.clear_autocast_cache()
 
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Iterable[Any]) -> MetaStep:
+    def slow_weights(self) -> AbstractContextManager[None]:
+        r"""Let parameters and followed buffers hold the slow weights :math:`\theta` inside a ``with`` block.
+
+        For evaluating, exporting, averaging or saving a model in the middle of an inner loop, whose parameters are
+        those of a walk half done. On leaving the block they are again what they were, bit for bit, also if it raises;
+        what the block does to them is lost. Between two inner loops, and under methods that have none, nothing is
+        changed and nothing is lost. Takes the memory of one more copy of the parameters. ``step``, ``meta_step``,
+        ``interpolate``, ``rollback`` and ``state_dict`` raise ``RuntimeError`` inside the block.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> import torch
+            >>> from torch_gradmatch import Fish, GradMatch
+            >>> w = torch.nn.Parameter(torch.ones(()))
+            >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.5), Fish(inner_steps=2))
+            >>> w.square().backward()
+            >>> optimizer.step()
+            >>> with optimizer.slow_weights():
+            ...     inside = w.item()
+            >>> inside, w.item()
+            (1.0, 0.0)
+        """
+        return self._loop.slow_weights()
+
+    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Iterable[Any], scaler: Any = None) -> MetaStep:
         """Carry out one whole meta-iteration by the chosen method.
 
-        If anything raises on the way, parameters and followed buffers are back at what they were before the call.
-        Under ``IDGM`` and ``SmoothFish`` so is ``.grad``; but if it is the wrapped optimizer's own step that raises,
-        which comes last, the parameters stay where it left them.
+        If anything raises on the way, parameters, buffers, ``.grad`` and the wrapped optimizer's state are back at what
+        they were before the call. Exceptions: under ``IDGM`` and ``SmoothFish``, if it is the wrapped optimizer's own
+        step that raises, which comes last, parameters and state stay where it left them; with ``nonfinite="ignore"``
+        ``Fish`` keeps no copy of that state. A note on the error says what was restored.
 
         Args:
             loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
             batches: One batch of each of S domains, whatever ``loss_fn`` takes.
+            scaler: A ``torch.amp.GradScaler`` for training in half precision: losses are scaled, gradients unscaled,
+                steps on gradients that overflowed are skipped, and the scale is updated. ``loss_fn`` returns the plain
+                loss.
 
         Returns:
             What was measured.
 
         Raises:
             RuntimeError: In the middle of a manual inner loop; if training diverges; under ``IDGM`` if an operation
-                lacks the derivative needed. The message says what to do.
-            TypeError: If a loss is not a tensor.
-            ValueError: If there are no batches (under ``IDGM`` and ``SmoothFish``: fewer than two), or not as many as
-                ``Fish(inner_steps=S)`` says, or a loss is not a scalar, not finite or depends on no parameter.
+                lacks the derivative needed; if ``scaler`` is given and the wrapped optimizer needs a closure. The
+                message says what to do.
+            TypeError: If a loss is not a tensor, or ``scaler`` no ``GradScaler``.
+            ValueError: If a loss was scaled by a ``GradScaler`` that was not given; if there are no batches (under
+                ``IDGM`` and ``SmoothFish``: fewer than two), or not as many as ``Fish(inner_steps=S)`` says, or a loss
+                is not a scalar, not finite or depends on no parameter.
 
         Example:
             >>> import torch
@@ -193,7 +248,16 @@ class GradMatch(Optimizer):
         batches = list(batches)
         if not batches:
             raise ValueError("batches is empty: meta_step() needs one batch of each domain")
-        return self._loop.meta_step(loss_fn, batches, self.step)
+        if scaler is None:
+            return self._loop.meta_step(loss_fn, batches, self.step)
+        if not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler should be None or a torch.amp.GradScaler (got {_kind(scaler)})")
+        if self._loop.needs_closure:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} needs a closure, which a GradScaler does not support: train it "
+                "without a scaler"
+            )
+        return self._loop.meta_step(loss_fn, batches, partial(scaler.step, self), scaler)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -254,8 +318,8 @@ class GradMatch(Optimizer):
                 "To continue from that, load it into the wrapped optimizer: optimizer.optimizer.load_state_dict(...)"
             )
         version = check_int("the state dict's version", own.get("version"), at_least=0)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"the state dict has format version {version}; this package reads {FORMAT_VERSION}")
+        if version not in (1, FORMAT_VERSION):
+            raise ValueError(f"the state dict has format version {version}; this package reads 1 to {FORMAT_VERSION}")
         method = type(self.method).__name__
         if own.get("method") != method:
             raise ValueError(f"the state dict was saved by method {own.get('method')!r}; this optimizer uses {method}")
@@ -280,6 +344,7 @@ class GradMatch(Optimizer):
         for position, (saved_shape, shape) in enumerate(zip(saved, self._shapes(), strict=True)):
             if saved_shape != shape:
                 raise ValueError(f"parameter {position} has shape {saved_shape} in the state dict and {shape} here")
+        own = dict(own)
         self._loop.check_state_dict(own)
         return own
 

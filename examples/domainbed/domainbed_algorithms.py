@@ -204,7 +204,12 @@ class GradMatchSmoothFish(GradMatchAlgorithm):
 
     def method(self) -> Method:
         """Make the method. See ``GradMatchAlgorithm.method``."""
-        return SmoothFish(gamma=self.hparams["gamma"], inner_lr=self.hparams["inner_lr"], model=self.network)
+        return SmoothFish(
+            gamma=self.hparams["gamma"],
+            inner_lr=self.hparams["inner_lr"],
+            model=self.network,
+            track_alignment=True,
+        )
 
     def update(self, minibatches: list[Batch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
         """Carry out one meta-iteration. See ``GradMatchAlgorithm.update``."""
@@ -241,6 +246,7 @@ class GradMatchIDGM(GradMatchAlgorithm):
             agreement=self.AGREEMENT,
             hvp=self.hparams["hvp"],
             keep_graphs=self.hparams["keep_graphs"],
+            track_alignment=True,
         )
 
 

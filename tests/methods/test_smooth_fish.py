@@ -82,7 +82,9 @@ def reference_step(model: nn.Module, batches: list[Any], gamma: float, inner_lr:
 def test_adam_on_the_network_with_every_feature():
     model = FeatureNet(torch.Generator().manual_seed(0))
     oracle = copy.deepcopy(model)
-    optimizer = GradMatch(torch.optim.AdamW(model.parameters(), lr=0.05), SmoothFish(2.0, 0.1, model))
+    optimizer = GradMatch(
+        torch.optim.AdamW(model.parameters(), lr=0.05), SmoothFish(2.0, 0.1, model, track_alignment=True)
+    )
     plain = torch.optim.AdamW(oracle.parameters(), lr=0.05)
     batches = make_batches(torch.Generator().manual_seed(1), 12)
     for start in range(0, 12, 3):
@@ -177,4 +179,6 @@ def test_bad_settings(arguments: tuple[Any, ...], error: type[Exception], messag
 
 
 def test_representation():
-    assert repr(SmoothFish(1.0, 0.1)) == "SmoothFish(gamma=1.0, inner_lr=0.1, model=None, nonfinite='raise')"
+    assert repr(SmoothFish(1.0, 0.1)) == (
+        "SmoothFish(gamma=1.0, inner_lr=0.1, model=None, nonfinite='raise', track_alignment=False)"
+    )

@@ -14,7 +14,8 @@ from torch_gradmatch._checks import check_loss
 from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
-from torch_gradmatch.slow.buffers import take_off_hooks
+from torch_gradmatch.slow.buffers import unfollowed
+from torch_gradmatch.slow.saved_buffers import BufferSlots, SavedBuffers
 
 __all__ = ["Trial", "copy_optimizer"]
 
@@ -83,20 +84,16 @@ class Trial:
         self._random = RandomState.capture(self.devices)
         self._gradients = [p.grad for p in self._all_parameters]
         self._values = [p.detach().clone() for p in self._all_parameters]
-        self._buffers = [
-            (owner, name, buffer, None if buffer is None else buffer.detach().clone())
-            for owner in self.model.modules()
-            for name, buffer in owner._buffers.items()
-        ]
+        self._buffers = SavedBuffers(BufferSlots(self.model))
         self._training = [(owner, owner.training) for owner in self.model.modules()]
-        self._put_hooks_back = take_off_hooks(self.model)
+        self._follow_again = unfollowed(self.model)
         for p in self._all_parameters:
             p.grad = None  # what is there is left alone, not zeroed
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.reset()
-        self._put_hooks_back()
+        self._follow_again()
         for p, gradient in zip(self._all_parameters, self._gradients, strict=True):
             p.grad = gradient
         self._random.restore()
@@ -107,10 +104,7 @@ class Trial:
         for p, value in zip(self._all_parameters, self._values, strict=True):
             p.copy_(value)
             p.grad = None
-        for owner, name, buffer, value in self._buffers:
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
-            owner._buffers[name] = buffer
+        self._buffers.restore()
         for owner, training in self._training:
             owner.training = training
         torch.clear_autocast_cache()
@@ -140,7 +134,7 @@ class Trial:
                 self._loss_fn(content)  # draws what the next domain's must not
         self.reset()
 
-    def wrap(self, method: Method, lr_factor: float = 1.0) -> GradMatch:
+    def wrap(self, method: Method, lr_factor: float = 1.0) -> GradMatch[Method]:
         """Return a copy of the optimizer, wrapped with a method.
 
         Args:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from operator import is_
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["MetaLoop", "MetaStep", "Method", "needs_closure"]
+from torch_gradmatch.methods.scaling import LossScaling
+
+__all__ = ["MetaLoop", "MetaStep", "Method", "add_note", "needs_closure"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,20 @@ class MetaStep:
 
 
 class Method(ABC):
-    """The settings of a method. Holds no state: one object may serve several optimizers."""
+    """The settings of a method. Holds no state: one object may serve several optimizers.
+
+    A setting may be changed between meta-iterations, ``optimizer.method.gamma = 0.5``. It is checked like at
+    construction, by :attr:`checks`, and takes effect at the next meta-iteration; a refused value changes nothing.
+    """
+
+    checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {}
+    """For each setting a function that raises if it is given a value that cannot be used."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        check = self.checks.get(name)
+        if check is not None:
+            check(value)
+        super().__setattr__(name, value)
 
     @abstractmethod
     def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> MetaLoop:
@@ -56,33 +73,56 @@ class MetaLoop(ABC):
 
     Attributes:
         optimizer: The wrapped optimizer.
+        needs_closure: Whether its ``step`` cannot do without a closure.
         inner_step: Number of inner steps since the last meta-update.
         last: What the last meta-iteration measured.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self.needs_closure = needs_closure(optimizer)
         self.inner_step = 0
         self.last: MetaStep | None = None
+        self._listed: list[Tensor] = []
+        self._parameters: list[Tensor] = []
 
     def parameters(self) -> list[Tensor]:
         """Return all parameters of the wrapped optimizer in the order of its groups, each once.
 
         Returns:
-            The parameters.
+            The parameters; the same list as long as the groups hold the same ones.
         """
-        return list(dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"]))
+        listed = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # In every step: comparing identities is ten times as fast as hashing tensors.
+        if len(listed) != len(self._listed) or not all(map(is_, listed, self._listed)):
+            self._listed, self._parameters = listed, list(dict.fromkeys(listed))
+        return self._parameters
 
     @abstractmethod
-    def step(self, closure: Callable[[], Any] | None) -> Any:
+    def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Carry out ``GradMatch.step``.
 
         Args:
             closure: As for any optimizer.
+            scaling: What a ``GradScaler`` says of the gradients, if it was one that called.
 
         Returns:
             What the wrapped optimizer returned.
         """
+
+    def wrapped_step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None) -> Any:
+        """Take one step of the wrapped optimizer.
+
+        Args:
+            closure: As for any optimizer.
+            scaling: As for :meth:`step`.
+
+        Returns:
+            What the wrapped optimizer returned.
+        """
+        if scaling is not None:
+            return scaling.step(self.optimizer)
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     @abstractmethod
     def interpolate(self) -> None:
@@ -92,14 +132,28 @@ class MetaLoop(ABC):
     def rollback(self) -> None:
         """Carry out ``GradMatch.rollback``."""
 
+    def before_forward(self) -> None:  # noqa: B027  most have nothing to do
+        """Take note that a forward pass comes next: gradients have been reset."""
+
+    def slow_weights(self) -> AbstractContextManager[None]:
+        """Carry out ``GradMatch.slow_weights``: nothing, for a method without an inner loop.
+
+        Returns:
+            A context manager.
+        """
+        return nullcontext()
+
     @abstractmethod
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
+    def meta_step(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any], scaler: Any = None
+    ) -> MetaStep:
         """Carry out ``GradMatch.meta_step``.
 
         Args:
             loss_fn: ``loss_fn(batch)`` returns a scalar.
             batches: One batch of each domain, at least one.
-            step: ``GradMatch.step``, so that hooks and schedulers see every step.
+            step: ``GradMatch.step``, so that hooks and schedulers see every step; or the scaler's step of it.
+            scaler: A ``torch.amp.GradScaler``, or None.
 
         Returns:
             What was measured.
@@ -131,13 +185,19 @@ class MetaLoop(ABC):
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer's ``step`` cannot do without a closure, as LBFGS's.
-
-    Args:
-        optimizer: The wrapped optimizer.
-
-    Returns:
-        Whether.
-    """
+    """Return whether an optimizer's ``step`` cannot do without a closure, as LBFGS's."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Let an error say something more, below its own message.
+
+    Args:
+        error: Any error; it stays the same object.
+        text: What to say.
+    """
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(text)
+    else:
+        vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), text]

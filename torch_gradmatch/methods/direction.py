@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from torch_gradmatch.gradients.alignment import Alignment
 from torch_gradmatch.gradients.random_state import RandomState, devices_of
-from torch_gradmatch.methods.base import MetaLoop, MetaStep, needs_closure
+from torch_gradmatch.methods.base import MetaLoop, MetaStep, add_note
+from torch_gradmatch.methods.scaling import LossScaling, refuse_scaled
+from torch_gradmatch.slow.saved_buffers import BufferSlots, ForwardBuffers, SavedBuffers
 
-__all__ = ["Direction", "DirectionLoop", "copy_buffers", "write_buffers"]
+__all__ = ["Direction", "DirectionStep", "unscaled_report"]
 
 
 @dataclass(frozen=True)
@@ -36,37 +40,23 @@ class Direction:
     buffers: dict[str, Tensor] | None
 
 
-def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's buffers.
+def unscaled_report(losses: Tensor, measured: Alignment, scale: float) -> MetaStep:
+    """Report what was measured on losses that were multiplied by a number.
 
     Args:
-        model: The model.
+        losses: Shape (S,).
+        measured: How well their gradients agree.
+        scale: The number.
 
     Returns:
-        Copy of each buffer by name.
+        The report of the losses themselves.
     """
-    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    if scale == 1.0:
+        return MetaStep(losses, measured.inner_product, measured.cosine, measured.grad_norms)
+    return MetaStep(losses / scale, measured.inner_product / scale**2, measured.cosine, measured.grad_norms / scale)
 
 
-@torch.no_grad()
-def write_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Set a model's buffers: in place, or by putting in place one whose shape or dtype changed.
-
-    Args:
-        model: The model.
-        values: Value of each buffer by name.
-    """
-    for name, value in values.items():
-        prefix, _, local = name.rpartition(".")
-        owner = model.get_submodule(prefix)
-        buffer = owner._buffers.get(local)
-        if buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype:
-            buffer.copy_(value)
-        else:
-            owner._buffers[local] = value
-
-
-class DirectionLoop(MetaLoop):
+class DirectionStep(MetaLoop):
     """A method without inner steps: every meta-iteration is one step of the wrapped optimizer.
 
     ``step`` is then a plain step of the wrapped optimizer on whatever gradients it finds: ordinary training, for
@@ -80,9 +70,13 @@ class DirectionLoop(MetaLoop):
     def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
         super().__init__(optimizer)
         self.model = model
+        self._other_buffers = ForwardBuffers()  # of models that nobody told us of
+        self._knows_loss_fn = False  # whether its losses are known not to be scaled
 
     @abstractmethod
-    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
+    def evaluate(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
+    ) -> Direction:
         """Work out the direction at the present parameters.
 
         Parameters, buffers and ``.grad`` are afterwards as before, also if it raises.
@@ -91,6 +85,8 @@ class DirectionLoop(MetaLoop):
             loss_fn: ``loss_fn(batch)`` returns a scalar.
             batches: One batch of each domain, at least one.
             check: Whether to refuse what is not finite or diverges, if the method does so.
+            scale: What ``loss_fn`` multiplies each loss by. The direction is to be multiplied by it, too, and the
+                report is not.
 
         Returns:
             The direction and what was measured.
@@ -131,48 +127,81 @@ class DirectionLoop(MetaLoop):
                 raise ValueError(f"the loss of batch {index} is {loss}: nothing was changed")
         return values[len(losses) :]
 
-    def step(self, closure: Callable[[], Any] | None) -> Any:
+    def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take a plain step of the wrapped optimizer. See ``GradMatch.step``."""
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        return self.wrapped_step(closure, scaling)
 
     def interpolate(self) -> None:
         """Refuse: there is no inner loop. See ``GradMatch.interpolate``."""
         raise RuntimeError(
-            f"{type(self).__name__.removesuffix('Loop')} has no inner loop to close by interpolate(): "
+            f"{type(self).__name__.removesuffix('Step')} has no inner loop to close by interpolate(): "
             "call meta_step(loss_fn, batches)"
         )
 
     def rollback(self) -> None:
         """Do nothing: there is no inner loop. See ``GradMatch.rollback``."""
 
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
+    def meta_step(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any], scaler: Any = None
+    ) -> MetaStep:
         """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
         parameters = self.parameters()
         gradients = [p.grad for p in parameters]
-        buffers = None if self.model is None else copy_buffers(self.model)
-        again = needs_closure(self.optimizer)
+        slots = None if self.model is None else BufferSlots(self.model)
+        saved = None if slots is None else SavedBuffers(slots)
         # An optimizer that evaluates again has moved the parameters when the loss raises.
-        values = [p.detach().clone() for p in parameters] if again else []
-        random_state = RandomState.capture(devices_of(parameters, batches)) if again else None
-        try:
-            found = self.evaluate(loss_fn, batches)
-            self._assign(found.gradient)
-            if self.model is not None and found.buffers is not None:
-                write_buffers(self.model, found.buffers)
-            if random_state is None:
-                step()
-            else:
-                step(self._closure(found, loss_fn, batches, random_state))
-        except BaseException:
-            with torch.no_grad():
-                for p, value in zip(parameters, values, strict=False):
-                    p.copy_(value)
-            self._assign(gradients)
-            if self.model is not None and buffers is not None:
-                write_buffers(self.model, buffers)
-            raise
+        values = [p.detach().clone() for p in parameters] if self.needs_closure else []
+        random_state = RandomState.capture(devices_of(parameters, batches)) if self.needs_closure else None
+        scale = 1.0
+        if scaler is not None:
+            scale = float(scaler.scale(torch.ones((), device=parameters[0].device)))
+        stepping = False
+        with self._other_buffers if saved is None else nullcontext():
+            try:
+                found = self.evaluate(self._scaled(loss_fn, scaler), batches, scale=scale)
+                self._assign(found.gradient)
+                if slots is not None and found.buffers is not None:
+                    slots.assign(found.buffers)
+                stepping = True
+                if random_state is None:
+                    step()
+                else:
+                    step(self._closure(found, loss_fn, batches, random_state))
+                if scaler is not None:
+                    scaler.update()
+            except BaseException as error:
+                with torch.no_grad():
+                    for p, value in zip(parameters, values, strict=False):
+                        p.copy_(value)
+                self._assign(gradients)
+                (saved or self._other_buffers).restore()
+                if stepping and not values:
+                    kept = "; parameters and state are what the wrapped optimizer's step left when it failed"
+                    add_note(error, f"meta_step() failed: as before the call are .grad and the buffers{kept}")
+                elif stepping:
+                    kept = "; the wrapped optimizer's state is what its step left when it failed"
+                    add_note(error, f"meta_step() failed: as before the call are parameters, .grad and buffers{kept}")
+                else:
+                    add_note(error, "meta_step() failed: everything is as before the call")
+                raise
         self.last = found.report
         return found.report
+
+    def _scaled(self, loss_fn: Callable[[Any], Tensor], scaler: Any) -> Callable[[Any], Tensor]:
+        """Let a loss function scale its losses, or at first make sure that it does not do so by itself."""
+        if scaler is not None:
+            return lambda batch: scaler.scale(loss_fn(batch))
+        if self._knows_loss_fn:
+            return loss_fn
+
+        def refusing(batch: Any) -> Tensor:
+            loss = loss_fn(batch)
+            if isinstance(loss, Tensor):
+                refuse_scaled(loss)
+            self._knows_loss_fn = True
+            return loss
+
+        return refusing
 
     def _closure(
         self,

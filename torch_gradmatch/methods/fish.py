@@ -14,12 +14,14 @@ of inner steps before use; here ``meta_lr`` is :math:`\epsilon` itself, as in th
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +29,24 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_gradmatch._checks import (
+    check_bool,
     check_choice,
     check_floating_dtype,
     check_fraction,
     check_int,
     check_loss,
+    check_model,
+    optional,
 )
+from torch_gradmatch._foreach import clone_all
 from torch_gradmatch.gradients.alignment import GradientAlignment
-from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, needs_closure
+from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, add_note
+from torch_gradmatch.methods.scaling import LossScaling, refuse_scaled
+from torch_gradmatch.slow import ops
 from torch_gradmatch.slow.buffers import SlowBuffers
-from torch_gradmatch.slow.inner_state import NewlyBuilt
+from torch_gradmatch.slow.finite import holds_nonfinite, norms_of, read
+from torch_gradmatch.slow.inner_state import InnerState
+from torch_gradmatch.slow.saved_buffers import ForwardBuffers, SavedBuffers
 from torch_gradmatch.slow.weights import SlowWeights
 
 __all__ = ["Fish"]
@@ -51,8 +61,7 @@ class Fish(Method):
     loss it raises the inner product of the domains' gradients.
 
     Attributes:
-        meta_lr: :math:`\epsilon` in (0, 1], the fraction of the inner walk that is kept. May be changed between
-            meta-iterations.
+        meta_lr: :math:`\epsilon` in (0, 1], the fraction of the inner walk that is kept.
         inner_steps: S, the number of inner steps after which ``step`` interpolates by itself; None to call
             ``interpolate`` or ``meta_step`` instead.
         inner_state: ``"carry"`` keeps the inner optimizer's state (momenta, step counts) from one meta-iteration to
@@ -65,10 +74,15 @@ class Fish(Method):
         meta_dtype: Keep slow weights in this dtype where it is wider than the parameter's: with bf16 or fp16
             parameters a small ``meta_lr`` moves nothing otherwise.
         track_alignment: Measure how well the inner gradients agree: ``GradMatch.last_meta_step`` and the result of
-            ``meta_step`` then hold inner product, cosine and norms. Costs two vectors of the size of the parameters.
-        nonfinite: ``"raise"`` refuses to interpolate towards parameters that hold NaN or infinity, so the slow
-            weights survive a diverged inner loop (waits for an accelerator once in a meta-iteration);
-            ``"ignore"`` does not look.
+            ``meta_step`` then hold inner product, cosine and norms. Costs three vectors of the size of the parameters.
+        nonfinite: ``"raise"`` refuses to interpolate towards parameters or buffers that hold NaN or infinity, so the
+            slow weights survive a diverged inner loop (waits for an accelerator once in a meta-iteration). In
+            ``meta_step`` it also refuses each domain's loss that is not finite before the step on it (waits once more
+            for each), and keeps a copy of the wrapped optimizer's state, to which a failed meta-iteration returns.
+            ``"ignore"`` does not look, never waits and keeps no such copy.
+
+    Any of them but ``model`` may be changed between meta-iterations; within one the settings are those that it began
+    with.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -92,19 +106,16 @@ class Fish(Method):
     track_alignment: bool = False
     nonfinite: Literal["raise", "ignore"] = "raise"
 
-    def __post_init__(self) -> None:
-        check_fraction("meta_lr", self.meta_lr)
-        if self.inner_steps is not None:
-            check_int("inner_steps", self.inner_steps, at_least=1)
-        check_choice("inner_state", self.inner_state, ("carry", "reset"))
-        if self.model is not None and not isinstance(self.model, nn.Module):
-            raise TypeError(f"model should be None or a torch.nn.Module (got {type(self.model).__name__})")
-        check_choice("buffers", self.buffers, ("interpolate", "latest"))
-        if self.meta_dtype is not None:
-            check_floating_dtype("meta_dtype", self.meta_dtype)
-        if not isinstance(self.track_alignment, bool):
-            raise ValueError(f"track_alignment should be True or False (got {self.track_alignment!r})")
-        check_choice("nonfinite", self.nonfinite, ("raise", "ignore"))
+    checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
+        "meta_lr": partial(check_fraction, "meta_lr"),
+        "inner_steps": optional(partial(check_int, "inner_steps", at_least=1)),
+        "inner_state": partial(check_choice, "inner_state", choices=("carry", "reset")),
+        "model": optional(partial(check_model, "model")),
+        "buffers": partial(check_choice, "buffers", choices=("interpolate", "latest")),
+        "meta_dtype": optional(partial(check_floating_dtype, "meta_dtype")),
+        "track_alignment": partial(check_bool, "track_alignment"),
+        "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
+    }
 
     def __repr__(self) -> str:
         model = None if self.model is None else type(self.model).__name__
@@ -133,48 +144,98 @@ class FishLoop(MetaLoop):
         method: The settings.
         optimizer: The wrapped optimizer.
         state: Where to keep the slow weights.
+
+    Raises:
+        ValueError: If ``method.model`` holds none of the optimizer's parameters.
     """
 
     def __init__(self, method: Fish, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> None:
         super().__init__(optimizer)
         self.method = method
         self.is_open = False
-        self.slow_weights = SlowWeights(state, method.meta_dtype)
-        self.slow_buffers = (
-            None
-            if method.model is None
-            else SlowBuffers(method.model, interpolate=method.buffers == "interpolate", meta_dtype=method.meta_dtype)
-        )
-        self.newly_built = NewlyBuilt(optimizer) if method.inner_state == "reset" else None
+        self.settings = copy.copy(method)  # of the inner loop in progress
+        self.weights = SlowWeights(state)
+        self.buffers = None if method.model is None else SlowBuffers(self._check_model(method.model))
+        self.inner_state = InnerState(optimizer, resets=method.inner_state == "reset")
         self.alignment = GradientAlignment() if method.track_alignment else None
-        self._losses: list[Tensor] = []  # of the meta_step in progress
+        self._other_buffers = ForwardBuffers()  # of models that nobody told us of
+        self._knows_loss_fn = False  # whether the losses of meta_step are known not to be scaled
+        self._undoes = False  # whether the inner steps in progress are a meta_step's, which undoes them if it fails
+        self._holds_slow = False  # whether we are inside slow_weights()
+
+    def _check_model(self, model: nn.Module) -> nn.Module:
+        parameters = self.parameters()
+        if parameters and set(parameters).isdisjoint(model.parameters()):
+            raise ValueError(
+                f"model should hold the parameters that the optimizer trains: {type(model).__name__} has none of them. "
+                "Is it another one, or a copy?"
+            )
+        return model
 
     # ------------------------------------------------------------------------------------------------ inner loop
 
-    def step(self, closure: Callable[[], Any] | None) -> Any:
+    def _begin(self, settings: Fish) -> None:
+        """Take over the settings for the inner loop about to begin."""
+        followed = None if self.buffers is None else self.buffers.model
+        if settings.model is not followed:
+            raise RuntimeError(
+                "Fish.model was changed after the optimizer was wrapped, so nobody has followed the buffers of that "
+                "model: wrap the optimizer anew, GradMatch(optimizer, Fish(model=model))"
+            )
+        self.settings = settings
+        if not settings.track_alignment:
+            self.alignment = None
+        elif self.alignment is None:
+            self.alignment = GradientAlignment()
+
+    def _open(self) -> None:
+        """Begin an inner loop with its first step."""
+        if not self._undoes:
+            self._begin(copy.copy(self.method))
+        resets = self.settings.inner_state == "reset"
+        if resets and not self.inner_state.resets:  # the setting was changed
+            learned = self.inner_state.counters
+            self.inner_state = InnerState(self.optimizer, resets=True)
+            self.inner_state.counters |= learned
+        if self._undoes and self.settings.nonfinite == "raise":
+            self.inner_state.save(by_reference=resets)
+        if resets:
+            self.inner_state.reset()
+        if self.buffers is not None:
+            self.buffers.settle(self.settings.meta_dtype, stepped=True)
+        self.is_open = True
+
+    def before_forward(self) -> None:
+        """Bring the copies of buffers up to date, which a compiled forward pass would not. See ``MetaLoop``."""
+        if self.buffers is not None:
+            self.buffers.follow()
+
+    def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take one inner step; the S-th also interpolates. See ``GradMatch.step``."""
-        inner_steps = self.method.inner_steps
+        self._refuse_while_slow("step()")
+        if not self.is_open:
+            self._open()
+        inner_steps = self.settings.inner_steps
         if inner_steps is not None and self.inner_step >= inner_steps:
             raise RuntimeError(
                 f"all {inner_steps} inner steps were taken but the interpolation failed: "
                 "call rollback() to return to the slow weights, or interpolate() to try again"
             )
-        if not self.is_open:
-            if self.newly_built is not None:
-                self.newly_built.reset()
-            self.is_open = True
-        self.slow_weights.snapshot(self.parameters())
-        closure = self._measuring(closure)
-        before = None if self.newly_built is None else self.newly_built.before_step()
-        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        if self.newly_built is not None and before is not None:
-            self.newly_built.after_step(before)
+        self.weights.snapshot(self.parameters(), self.settings.meta_dtype)
+        if self.alignment is not None:
+            if scaling is not None:
+                scaling = scaling.unscale(self.optimizer)
+            if scaling is None or not scaling.overflowed():
+                closure = self._measuring(closure, self.alignment)
+        before = self.inner_state.before_step()
+        loss = self.wrapped_step(closure, scaling)
+        self.inner_state.after_step(before)
         self.inner_step += 1
         if self.inner_step == inner_steps:
             self.interpolate()
         return loss
 
-    def _measuring(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    def _measuring(self, closure: Callable[[], Any] | None, alignment: GradientAlignment) -> Callable[[], Any] | None:
         """Take this inner step's gradients into the alignment: now, or after the first call of the closure.
 
         If the step then fails, the count of gradients no longer matches that of inner steps, and the alignment of
@@ -182,13 +243,11 @@ class FishLoop(MetaLoop):
 
         Args:
             closure: The user's, or None.
+            alignment: Where to measure.
 
         Returns:
             The closure to pass on, or None.
         """
-        alignment = self.alignment
-        if alignment is None:
-            return closure
         expected = len(alignment) + 1
 
         def measure() -> None:
@@ -210,22 +269,34 @@ class FishLoop(MetaLoop):
 
     def interpolate(self) -> None:
         """Close the inner loop with the meta-update. See ``GradMatch.interpolate``."""
+        self._refuse_while_slow("interpolate()")
         if self.inner_step == 0:
             raise RuntimeError(
                 "interpolate() needs at least one inner step since the last interpolation: call step() first"
             )
-        weight = check_fraction("meta_lr", self.method.meta_lr)
-        if self.method.nonfinite == "raise":
-            self._refuse_nonfinite()
+        settings = self.settings
+        moving = self.buffers.moving() if self.buffers is not None and settings.buffers == "interpolate" else {}
+        if settings.nonfinite == "raise":
+            self._refuse_nonfinite(moving)
+        slow = [*self.weights.slow, *(slow for slow, _ in moving.values())]
+        fast = [*self.weights.fast, *(fast for _, fast in moving.values())]
         with record_function("GradMatch.interpolate"):
-            self.slow_weights.interpolate(weight)
-            if self.slow_buffers is not None:
-                self.slow_buffers.interpolate(weight)
+            ops.interpolate_(slow, fast, settings.meta_lr)
         self._close()
 
-    def _refuse_nonfinite(self) -> None:
-        self._refuse_nonfinite_losses()
-        diverged = self.slow_weights.nonfinite_parameters()
+    def _refuse_nonfinite(self, moving: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Raise if a parameter, or a buffer that was finite, holds NaN or infinity; wait once.
+
+        Args:
+            moving: Slow value and buffer by name. What the slow value does not allow to interpolate is taken out.
+
+        Raises:
+            RuntimeError: If one does; the slow weights are intact.
+        """
+        weights = self.weights.fast
+        slow, fast = [s for s, _ in moving.values()], [f for _, f in moving.values()]
+        norms = read(norms_of([*weights, *slow, *fast]))
+        diverged = [p for p, norm in zip(weights, norms, strict=False) if holds_nonfinite(p, norm)]
         if diverged:
             position = next(i for i, p in enumerate(self.parameters()) if p is diverged[0])
             raise RuntimeError(
@@ -233,16 +304,16 @@ class FishLoop(MetaLoop):
                 f"infinity, the first is {self._describe(position)}. The slow weights are intact: call rollback() to "
                 'return to them; Fish(nonfinite="ignore") turns this check off'
             )
-
-    def _refuse_nonfinite_losses(self, first: int = 0) -> None:
-        """Raise if a loss of the meta_step in progress, from the ``first`` on, is not finite."""
-        if self._losses[first:]:
-            for index, loss in enumerate(torch.stack(self._losses[first:]).tolist(), start=first):
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"the loss of batch {index} is {loss}: parameters and buffers were set back to what they were "
-                        "before this meta_step()"
-                    )
+        of_slow, of_fast = norms[len(weights) : len(weights) + len(slow)], norms[len(weights) + len(slow) :]
+        for name, slow_norm, fast_norm in zip(list(moving), of_slow, of_fast, strict=True):
+            if holds_nonfinite(moving[name][0], slow_norm):
+                del moving[name]
+            elif holds_nonfinite(moving[name][1], fast_norm):
+                raise RuntimeError(
+                    f"the inner loop diverged: after {self.inner_step} inner steps the buffer {name!r} holds NaN or "
+                    "infinity. The slow weights are intact: call rollback() to return to them; "
+                    'Fish(nonfinite="ignore") turns this check off'
+                )
 
     def _describe(self, position: int) -> str:
         names = [name for group in self.optimizer.param_groups for name in group.get("param_names", ())]
@@ -251,14 +322,11 @@ class FishLoop(MetaLoop):
 
     def rollback(self) -> None:
         """Abandon the inner loop. See ``GradMatch.rollback``."""
-        self.slow_weights.rollback()
-        if self.slow_buffers is not None:
-            self.slow_buffers.rollback(loop_is_open=self.is_open)
-        if self.alignment is not None:
-            self.alignment.reset()
+        self._refuse_while_slow("rollback()")
+        self._return_to_slow()
         was_open, self.is_open, self.inner_step = self.is_open, False, 0
-        if was_open and self.newly_built is None and self._inner_state_is_nonfinite():
-            NewlyBuilt(self.optimizer, keep_state=False).reset()
+        if was_open and self.settings.inner_state == "carry" and self.inner_state.is_nonfinite():
+            InnerState(self.optimizer, resets=True, keep_state=False).reset()
             warnings.warn(
                 "the inner optimizer's state held NaN or infinity, from which no later step could have recovered: "
                 "it was reset as if the optimizer were newly built",
@@ -266,12 +334,18 @@ class FishLoop(MetaLoop):
                 stacklevel=3,
             )
 
-    def _inner_state_is_nonfinite(self) -> bool:
-        entries = [entry for entry in self.optimizer.state.values() if isinstance(entry, dict)]
-        tensors = [v for entry in entries for v in entry.values() if isinstance(v, Tensor) and v.numel()]
-        return any(not bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point() or t.is_complex())
+    def _return_to_slow(self) -> None:
+        self.weights.rollback()
+        if self.buffers is not None:
+            self.buffers.settle(self.method.meta_dtype, stepped=self.is_open)
+            self.buffers.rollback()
+        if self.alignment is not None:
+            self.alignment.reset()
 
     def _close(self) -> None:
+        self.weights.close()
+        if self.buffers is not None:
+            self.buffers.close()
         self.last = MetaStep()
         if self.alignment is not None:
             if len(self.alignment) == self.inner_step:
@@ -281,110 +355,208 @@ class FishLoop(MetaLoop):
         self.inner_step = 0
         self.is_open = False
 
+    @contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Let parameters and buffers hold the slow weights for a while. See ``GradMatch.slow_weights``."""
+        if self.buffers is not None:
+            self.buffers.settle(self.method.meta_dtype, stepped=self.is_open)
+        if self._holds_slow or not (self.is_open or (self.buffers is not None and self.buffers.slow_values())):
+            yield
+            return
+        weights, slow = self.weights.fast, self.weights.slow
+        values = clone_all(weights)
+        buffers = None if self.buffers is None else SavedBuffers(self.buffers.slots)
+        self._holds_slow = True
+        try:
+            _write(weights, slow)
+            if self.buffers is not None:
+                self.buffers.slots.assign(self.buffers.slow_values())
+            yield
+        finally:
+            _write(weights, values)
+            if buffers is not None:
+                buffers.restore()
+            self._holds_slow = False
+
+    def _refuse_while_slow(self, call: str) -> None:
+        if self._holds_slow:
+            raise RuntimeError(
+                f"{call} inside slow_weights(): parameters hold the slow weights there, for evaluating or saving a "
+                "model. Leave the block first"
+            )
+
     # -------------------------------------------------------------------------------------------- meta-iteration
 
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
+    def meta_step(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any], scaler: Any = None
+    ) -> MetaStep:
         """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
-        inner_steps = self.method.inner_steps
+        self._refuse_while_slow("meta_step()")
         if self.is_open:
             raise RuntimeError(
                 f"meta_step() in the middle of a manual inner loop ({self.inner_step} steps taken): "
                 "call interpolate() or rollback() first"
             )
-        if inner_steps is not None and len(batches) != inner_steps:
+        settings = copy.copy(self.method)
+        if settings.inner_steps is not None and len(batches) != settings.inner_steps:
             raise ValueError(
-                f"batches holds {len(batches)} batches but Fish(inner_steps={inner_steps}): pass as many batches as "
-                "inner steps, or leave inner_steps out"
+                f"batches holds {len(batches)} batches but Fish(inner_steps={settings.inner_steps}): pass as many "
+                "batches as inner steps, or leave inner_steps out"
             )
-        if self.slow_buffers is not None:
-            self.slow_buffers.capture_all()
-        self._losses = []
-        try:
-            for index, batch in enumerate(batches):
-                closure = partial(self._differentiate, loss_fn, batch, index)
-                if needs_closure(self.optimizer):
-                    step(closure)
-                else:
-                    closure()
-                    step()
-            if self.is_open:
-                self.interpolate()
-            self.last = replace(self.last or MetaStep(), losses=torch.stack(self._losses))
-        except BaseException:
-            self.rollback()
-            raise
-        finally:
-            self._losses = []
+        self._begin(settings)
+        parameters = self.parameters()
+        gradients = [p.grad for p in parameters]
+        if self.buffers is not None:
+            self.buffers.begin(settings.meta_dtype)
+        watches = self.buffers is None and settings.nonfinite == "raise"
+        losses: list[Tensor] = []
+        with self._other_buffers if watches else nullcontext():
+            self._undoes = True
+            try:
+                for index, batch in enumerate(batches):
+                    evaluate = partial(self._differentiate, loss_fn, batch, index, losses, scaler)
+                    evaluate()
+                    if scaler is not None:
+                        step()
+                        scaler.update()
+                    elif self.needs_closure:
+                        step(_evaluated_already(evaluate, losses[-1]))
+                    else:
+                        step()
+                if self.is_open:
+                    self.interpolate()
+                self.last = replace(self.last or MetaStep(), losses=torch.stack(losses))
+            except BaseException as error:
+                self._undo(error, gradients)
+                raise
+            finally:
+                self._undoes = False
+                self.inner_state.forget()
         return self.last
 
-    def _differentiate(self, loss_fn: Callable[[Any], Tensor], batch: Any, index: int) -> Tensor:
+    def _differentiate(
+        self, loss_fn: Callable[[Any], Tensor], batch: Any, index: int, losses: list[Tensor], scaler: Any
+    ) -> Tensor:
         """Leave the gradient of one domain's loss in ``.grad``; what LBFGS calls again and again."""
-        self.optimizer.zero_grad()
+        for p in self.parameters():
+            p.grad = None
         with record_function("GradMatch.domain_gradient"):
             loss = check_loss(loss_fn(batch), index)
-            if index == len(self._losses):  # not again
-                self._losses.append(loss.detach())
-                if loss.device.type == "cpu" and self.method.nonfinite == "raise":
-                    self._refuse_nonfinite_losses(index)  # elsewhere that waits: once, before interpolating
-            loss.backward()
+            if not self._knows_loss_fn:
+                if scaler is None:
+                    refuse_scaled(loss)
+                self._knows_loss_fn = True
+            scaled: Tensor = loss if scaler is None else scaler.scale(loss)
+            scaled.backward()
+        if index == len(losses):  # not again
+            losses.append(loss.detach())
+            # On an accelerator this waits: best while it is at work on the backward pass, not before.
+            if self.settings.nonfinite == "raise" and not math.isfinite(value := float(losses[-1])):
+                raise ValueError(f"the loss of batch {index} is {value}: nothing was changed by this meta_step()")
         return loss
+
+    def _undo(self, error: BaseException, gradients: list[Tensor | None]) -> None:
+        """Return to what there was before a ``meta_step`` that failed, and let the error say what that is."""
+        was_open, taken = self.is_open, self.inner_step
+        self._return_to_slow()
+        self.is_open, self.inner_step = False, 0
+        for p, gradient in zip(self.parameters(), gradients, strict=False):
+            p.grad = gradient
+        restored = ["parameters", ".grad"]
+        if self.buffers is not None:
+            restored.append("the model's buffers")
+        elif self.settings.nonfinite == "raise":
+            self._other_buffers.restore()
+            restored.append("the buffers of the modules that loss_fn ran")
+        kept = ""
+        if not was_open or self.inner_state.restore():
+            restored.append("the wrapped optimizer's state")
+        else:
+            kept = f"; the wrapped optimizer's state is that after {taken} inner steps"
+        add_note(error, f"meta_step() failed: as before the call are {', '.join(restored)}{kept}")
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Return counter, slow weights, slow buffers and running sums. See ``MetaLoop.state_dict``."""
+        self._refuse_while_slow("state_dict()")
         needed = self.is_open or self.method.meta_dtype is not None
-        copies = {i: self.slow_weights.copy_of(p) for i, p in enumerate(self.parameters())} if needed else {}
-        held = set(self.slow_weights.parameters)
-        buffers = {} if self.slow_buffers is None else self.slow_buffers.held(loop_is_open=self.is_open)
+        copies = {i: self.weights.copy_of(p) for i, p in enumerate(self.parameters())} if needed else {}
+        in_loop = set(self.weights.fast)
+        slow_buffers: dict[str, Tensor] = {}
+        in_progress: list[str] = []
+        if self.buffers is not None:
+            self.buffers.settle(self.method.meta_dtype, stepped=self.is_open)
+            in_progress = list(self.buffers.slow_values())
+            slow_buffers = self.buffers.wide_values() | self.buffers.slow_values()
         return {
             "inner_step": self.inner_step,
             "is_open": self.is_open,
             "slow_weights": {i: c for i, c in copies.items() if c is not None},
-            "held": [i for i, p in enumerate(self.parameters()) if p in held],
-            "slow_buffers": buffers,
+            "held": [i for i, p in enumerate(self.parameters()) if p in in_loop],
+            "slow_buffers": slow_buffers,
+            "held_buffers": in_progress,
+            "left_buffers": [] if self.buffers is None else self.buffers.left(),
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
-            "counters": [] if self.newly_built is None else sorted(self.newly_built.counters),
+            "counters": sorted(self.inner_state.counters),
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` naming the first entry that cannot be loaded. See ``MetaLoop.check_state_dict``."""
+        state.setdefault("held_buffers", list(state.get("slow_buffers") or ()))  # format 1 had those in progress only
+        state.setdefault("left_buffers", [])
         for key, kind in _LAYOUT.items():
             if not isinstance(state.get(key), kind):
                 raise ValueError(f"the state dict's {key!r} is missing or malformed (got {state.get(key)!r:.80})")
-        inner_step, inner_steps = (
-            check_int("the state dict's inner_step", state["inner_step"], at_least=0),
-            self.method.inner_steps,
-        )
+        inner_step = check_int("the state dict's inner_step", state["inner_step"], at_least=0)
+        inner_steps = self.method.inner_steps
         if inner_steps is not None and inner_step > inner_steps:
             raise ValueError(f"the state dict was saved after {inner_step} inner steps but inner_steps={inner_steps}")
         if inner_step > 0 and not state["is_open"]:
             raise ValueError(f"the state dict has inner_step={inner_step} in an inner loop that is not open")
         parameters = self.parameters()
         _check_copies("slow weights of parameter", state["slow_weights"], dict(enumerate(parameters)))
-        for position in state["held"]:
-            if position not in state["slow_weights"]:
-                raise ValueError(f"the state dict lacks the slow weights of parameter {position!r}")
-        if self.alignment is not None and state["alignment"] is not None:
-            sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
-            self.alignment.check_state_dict(state["alignment"], sizes)
-        buffers = {} if self.slow_buffers is None else self.slow_buffers.copies
+        buffers = {} if self.buffers is None else self.buffers.buffers()
         _check_copies("slow copy of buffer", state["slow_buffers"], buffers)
+        for key, what, copies in (
+            ("held", "slow weights of parameter", "slow_weights"),
+            ("held_buffers", "slow copy of buffer", "slow_buffers"),
+            ("left_buffers", "slow copy of buffer", "slow_buffers"),
+        ):
+            for name in state[key]:
+                if name not in state[copies]:
+                    raise ValueError(f"the state dict lacks the {what} {name!r}")
+        if self.method.track_alignment and state["alignment"] is not None:
+            sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+            GradientAlignment().check_state_dict(state["alignment"], sizes)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
+        self._refuse_while_slow("load_state_dict()")
+        self._begin(copy.copy(self.method))
         parameters = self.parameters()
-        copies = {parameters[i]: copy for i, copy in state["slow_weights"].items()}
-        self.slow_weights.hold(copies, [parameters[i] for i in state["held"]])
-        if self.slow_buffers is not None:
-            self.slow_buffers.hold(state["slow_buffers"])
+        copies = {parameters[i]: value for i, value in state["slow_weights"].items()}
+        self.weights.load(copies, [parameters[i] for i in state["held"]], self.settings.meta_dtype)
+        if self.buffers is not None:
+            self.buffers.load(state["slow_buffers"], state["held_buffers"], state["left_buffers"])
         if self.alignment is not None:
             self.alignment.reset()
             if state["alignment"] is not None:
                 self.alignment.load_state_dict(state["alignment"])
-        if self.newly_built is not None:
-            self.newly_built.counters.update(state["counters"])
+        self.inner_state.counters.update(state["counters"])
         self.inner_step, self.is_open, self.last = state["inner_step"], state["is_open"], None
+
+
+def _evaluated_already(evaluate: Callable[[], Tensor], loss: Tensor) -> Callable[[], Tensor]:
+    """Return a closure that knows the answer the first time, when the parameters have not moved yet."""
+    known = [loss]
+    return lambda: known.pop() if known else evaluate()
+
+
+@torch.no_grad()
+def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    if tensors:
+        torch._foreach_copy_(list(tensors), list(values))
 
 
 _LAYOUT: dict[str, type | tuple[type, ...]] = {
@@ -393,19 +565,21 @@ _LAYOUT: dict[str, type | tuple[type, ...]] = {
     "slow_weights": dict,
     "held": list,
     "slow_buffers": dict,
+    "held_buffers": list,
+    "left_buffers": list,
     "alignment": (dict, type(None)),
     "counters": list,
 }
 
 
 def _check_copies(what: str, copies: dict[Any, Any], originals: dict[Any, Tensor]) -> None:
-    for key, copy in copies.items():
+    for key, value in copies.items():
         if key not in originals:
             raise ValueError(f"the state dict holds the {what} {key!r}, which does not exist here")
-        if not isinstance(copy, Tensor):
-            raise ValueError(f"the {what} {key!r} in the state dict should be a tensor (got {type(copy).__name__})")
-        if copy.shape != originals[key].shape:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the {what} {key!r} in the state dict should be a tensor (got {type(value).__name__})")
+        if value.shape != originals[key].shape:
             raise ValueError(
-                f"the {what} {key!r} has shape {tuple(copy.shape)} in the state dict and "
+                f"the {what} {key!r} has shape {tuple(value.shape)} in the state dict and "
                 f"{tuple(originals[key].shape)} here"
             )

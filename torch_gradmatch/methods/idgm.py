@@ -10,19 +10,21 @@ with the mean inner product over pairs for :math:`\phi`. The gradient of this go
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
-from torch_gradmatch._checks import check_choice, check_int, check_model, check_number
-from torch_gradmatch.gradients.agreement import Agreement, check_agreement, inner_product
+from torch_gradmatch._checks import check_bool, check_choice, check_int, check_model, check_number, optional
+from torch_gradmatch.gradients.agreement import Agreement, check_agreement, cosine, inner_product, variance
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
 from torch_gradmatch.gradients.hvp import HVPS
 from torch_gradmatch.methods.base import MetaStep, Method
-from torch_gradmatch.methods.direction import Direction, DirectionLoop
+from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
 
 __all__ = ["IDGM"]
 
@@ -43,8 +45,7 @@ class IDGM(Method):
     Attributes:
         model: The model. Its parameters and buffers are passed functionally (``torch.func.functional_call``), so that
             BatchNorm's statistics move once for each domain and meta-iteration, as in a plain forward pass.
-        gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training. May be changed between
-            meta-iterations.
+        gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training.
         agreement: :math:`\phi`: ``"inner_product"`` (the paper's), ``"variance"``, ``"cosine"``, or a function that
             takes the list of the domains' gradients, each a dictionary by parameter name, and returns a scalar, the
             larger the better they agree.
@@ -54,6 +55,8 @@ class IDGM(Method):
         keep_graphs: Keep every domain's graph instead of evaluating it twice: faster, and memory grows with S.
         nonfinite: ``"raise"`` refuses a loss or gradient with NaN or infinity and a diverging inner product before
             anything is changed (waits for an accelerator once in a meta-iteration); ``"ignore"`` does not look.
+        track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
+            parameters. ``agreement="cosine"`` measures it anyway.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -77,24 +80,25 @@ class IDGM(Method):
     hvp_domains: int | None = None
     keep_graphs: bool = False
     nonfinite: Literal["raise", "ignore"] = "raise"
+    track_alignment: bool = False
 
-    def __post_init__(self) -> None:
-        check_model("model", self.model)
-        check_number("gamma", self.gamma, at_least=0)
-        check_agreement(self.agreement)
-        check_choice("hvp", self.hvp, HVPS)
-        if self.hvp_domains is not None:
-            check_int("hvp_domains", self.hvp_domains, at_least=1)
-        if not isinstance(self.keep_graphs, bool):
-            raise ValueError(f"keep_graphs should be True or False (got {self.keep_graphs!r})")
-        check_choice("nonfinite", self.nonfinite, ("raise", "ignore"))
+    checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
+        "model": partial(check_model, "model"),
+        "gamma": partial(check_number, "gamma", at_least=0),
+        "agreement": check_agreement,
+        "hvp": partial(check_choice, "hvp", choices=HVPS),
+        "hvp_domains": optional(partial(check_int, "hvp_domains", at_least=1)),
+        "keep_graphs": partial(check_bool, "keep_graphs"),
+        "track_alignment": partial(check_bool, "track_alignment"),
+        "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
+    }
 
     def __repr__(self) -> str:
         settings = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
         shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         return f"IDGM({type(self.model).__name__}, {shown})"
 
-    def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> IDGMLoop:  # noqa: ARG002
+    def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> IDGMStep:  # noqa: ARG002
         """Make the loop that carries these settings out for one optimizer.
 
         Args:
@@ -107,12 +111,12 @@ class IDGM(Method):
         Raises:
             ValueError: If the optimizer has a parameter that the model does not hold.
         """
-        loop = IDGMLoop(self, optimizer)
+        loop = IDGMStep(self, optimizer)
         loop.names()
         return loop
 
 
-class IDGMLoop(DirectionLoop):
+class IDGMStep(DirectionStep):
     """IDGM at work on one optimizer.
 
     Args:
@@ -145,37 +149,43 @@ class IDGMLoop(DirectionLoop):
                 )
         return [name_of[id(p)] for p in parameters]
 
-    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
-        """Work out the gradient of the objective. See ``DirectionLoop.evaluate``."""
+    def evaluate(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
+    ) -> Direction:
+        """Work out the gradient of the objective. See ``DirectionStep.evaluate``."""
         method = self.method
         name_of = dict(zip(self.parameters(), self.names(), strict=True))
         params = {name_of[p]: p for p in self.trainable()}
+        agreement, gamma, of_agreement = _scaled(method.agreement, method.gamma, scale)
         found = idgm_grad(
             functional_loss(method.model, loss_fn),
             params,
             batches,
-            method.gamma,
-            method.agreement,
+            gamma,
+            agreement,
             hvp=method.hvp,
             hvp_domains=method.hvp_domains,
             keep_graphs=method.keep_graphs,
+            cosines=method.track_alignment,
             buffers=dict(method.model.named_buffers()),
         )
+        losses, phi = found.losses / scale, found.agreement / of_agreement
         if check and method.nonfinite == "raise":
-            self._refuse_divergence(found)
-        measured = found.alignment
+            self._refuse_divergence(found, losses, phi, scale)
         return Direction(
             gradient=[found.gradient[n] if n in params and found.reached[n] else None for n in name_of.values()],
-            objective=found.losses.mean() - method.gamma * found.agreement.to(found.losses.device),
-            report=MetaStep(found.losses, measured.inner_product, measured.cosine, measured.grad_norms),
+            objective=losses.mean() - method.gamma * phi.to(losses.device),
+            report=unscaled_report(found.losses, found.alignment, scale),
             buffers=found.buffers,
         )
 
-    def _refuse_divergence(self, found: IDGMGradient) -> None:
+    def _refuse_divergence(self, found: IDGMGradient, losses: Tensor, phi: Tensor, scale: float) -> None:
         method = self.method
         gradient = [g for g, reached in zip(found.gradient.values(), found.reached.values(), strict=True) if reached]
-        norm, agreement, loss = self.read_finite(found.losses, gradient, found.agreement, found.losses.mean())
+        norm, agreement, loss = self.read_finite(losses, gradient, phi, losses.mean())
         if not (math.isfinite(norm) and math.isfinite(agreement)):
+            if scale != 1.0:
+                return  # gradients that overflowed: the scaler skips the step and lowers the scale
             raise RuntimeError(
                 f"IDGM diverged: the agreement of the gradients is {agreement} and the direction has norm {norm}, with "
                 f"gamma={method.gamma}. Nothing was changed: lower gamma, or use agreement='variance', which is "
@@ -194,9 +204,11 @@ class IDGMLoop(DirectionLoop):
                 "bounded"
             )
 
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any]) -> MetaStep:
+    def meta_step(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any], scaler: Any = None
+    ) -> MetaStep:
         """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
-        report = super().meta_step(loss_fn, batches, step)
+        report = super().meta_step(loss_fn, batches, step, scaler)
         if self.first_loss is None and self.method.nonfinite == "raise":
             assert report.losses is not None
             self.first_loss = abs(float(report.losses.mean()))
@@ -215,3 +227,31 @@ class IDGMLoop(DirectionLoop):
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
         super().load_state_dict(state)
         self.first_loss = state["first_loss"]
+
+
+def _scaled(agreement: str | Agreement, gamma: float, scale: float) -> tuple[str | Agreement, float, float]:
+    r"""Return what to ask for where every loss is multiplied by c, so that the gradient found is c times the true one.
+
+    Inner product and variance are quadratic in the gradients: :math:`\frac{\gamma}{c}\phi(cG) = c\gamma\phi(G)`. The
+    cosine does not change with c; a function of the user's is given the true gradients.
+
+    Args:
+        agreement: phi.
+        gamma: The strength of the matching.
+        scale: c.
+
+    Returns:
+        Agreement and gamma to ask for, and what the agreement's value is to be divided by.
+    """
+    phi = check_agreement(agreement)
+    if scale == 1.0:
+        return agreement, gamma, 1.0
+    if phi in (inner_product, variance):
+        return agreement, gamma / scale, scale**2
+    if phi is cosine:
+        return agreement, gamma * scale, 1.0
+
+    def of_true_gradients(gradients: Sequence[Any]) -> Tensor:
+        return phi([tree_map(lambda g: g / scale, gradient) for gradient in gradients])
+
+    return of_true_gradients, gamma * scale, 1.0

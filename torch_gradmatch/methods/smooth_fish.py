@@ -18,9 +18,10 @@ so this is the gradient of the exact objective with :math:`\gamma\cdot` ``fish_g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,21 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_gradmatch._checks import (
+    check_bool,
     check_choice,
     check_loss,
     check_model,
     check_num_domains,
     check_number,
     check_reached,
+    optional,
 )
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.hvp import first_order
 from torch_gradmatch.gradients.random_state import RandomState, devices_of
-from torch_gradmatch.methods.base import MetaStep, Method
-from torch_gradmatch.methods.direction import Direction, DirectionLoop, copy_buffers, write_buffers
+from torch_gradmatch.methods.base import Method
+from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
+from torch_gradmatch.slow.saved_buffers import BufferSlots, SavedBuffers
 from torch_gradmatch.slow.weights import SlowWeights
 
 __all__ = ["SmoothFish"]
@@ -55,13 +59,14 @@ class SmoothFish(Method):
 
     Attributes:
         gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training, at its cost. The exact
-            objective's gamma that this corresponds to is ``gamma * fish_gamma(inner_lr, S)``. May be changed between
-            meta-iterations.
+            objective's gamma that this corresponds to is ``gamma * fish_gamma(inner_lr, S)``.
         inner_lr: :math:`\alpha > 0`, step of the inner walk by SGD, whatever the wrapped optimizer.
         model: The model, if it has buffers (BatchNorm's statistics): they then move once for each domain and
             meta-iteration; without it twice.
         nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity before anything is changed (waits for
             an accelerator once in a meta-iteration); ``"ignore"`` does not look.
+        track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
+            parameters.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -81,22 +86,24 @@ class SmoothFish(Method):
     inner_lr: float
     model: nn.Module | None = None
     nonfinite: Literal["raise", "ignore"] = "raise"
+    track_alignment: bool = False
 
-    def __post_init__(self) -> None:
-        check_number("gamma", self.gamma, at_least=0)
-        check_number("inner_lr", self.inner_lr, above=0)
-        if self.model is not None:
-            check_model("model", self.model)
-        check_choice("nonfinite", self.nonfinite, ("raise", "ignore"))
+    checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
+        "gamma": partial(check_number, "gamma", at_least=0),
+        "inner_lr": partial(check_number, "inner_lr", above=0),
+        "model": optional(partial(check_model, "model")),
+        "track_alignment": partial(check_bool, "track_alignment"),
+        "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
+    }
 
     def __repr__(self) -> str:
         model = None if self.model is None else type(self.model).__name__
         return (
             f"SmoothFish(gamma={self.gamma!r}, inner_lr={self.inner_lr!r}, model={model!r}, "
-            f"nonfinite={self.nonfinite!r})"
+            f"nonfinite={self.nonfinite!r}, track_alignment={self.track_alignment!r})"
         )
 
-    def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> SmoothFishLoop:
+    def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> SmoothFishStep:
         """Make the loop that carries these settings out for one optimizer.
 
         Args:
@@ -106,10 +113,10 @@ class SmoothFish(Method):
         Returns:
             The loop.
         """
-        return SmoothFishLoop(self, optimizer, state)
+        return SmoothFishStep(self, optimizer, state)
 
 
-class SmoothFishLoop(DirectionLoop):
+class SmoothFishStep(DirectionStep):
     """SmoothFish at work on one optimizer.
 
     Args:
@@ -121,19 +128,19 @@ class SmoothFishLoop(DirectionLoop):
     def __init__(self, method: SmoothFish, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> None:
         super().__init__(optimizer, method.model)
         self.method = method
-        self.slow_weights = SlowWeights(state, None)
+        self.weights = SlowWeights(state)
 
-    def evaluate(self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True) -> Direction:
-        """Work out the direction. See ``DirectionLoop.evaluate``."""
+    def evaluate(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
+    ) -> Direction:
+        """Work out the direction. See ``DirectionStep.evaluate``."""
         domains = check_num_domains(len(batches))
-        gamma, step = (
-            check_number("gamma", self.method.gamma, at_least=0),
-            check_number("inner_lr", self.method.inner_lr, above=0),
-        )
+        gamma, step = self.method.gamma, self.method.inner_lr
         parameters = self.trainable()
-        sums, losses, randoms = GradientAlignment(), [], []
+        sums, losses, randoms = GradientAlignment(cosines=self.method.track_alignment), [], []
         walked: list[Tensor | None] = []
-        before = after_first = self._buffers()
+        slots = None if self.model is None else BufferSlots(self.model)
+        before = after_first = None if slots is None else SavedBuffers(slots)
 
         def differentiate(index: int) -> tuple[Tensor, list[Tensor | None]]:
             with record_function("GradMatch.domain_gradient"):
@@ -147,34 +154,30 @@ class SmoothFishLoop(DirectionLoop):
                 losses.append(loss)
                 sums.add(gradient)
                 if index == 0:
-                    walked, after_first = gradient, self._buffers()
-            after, random = self._buffers(), RandomState.capture(devices_of(parameters))
-            total = [None if g is None else g.to(_wide(g)) for g in walked]
+                    walked, after_first = gradient, None if slots is None else SavedBuffers(slots)
+            after, random = None if slots is None else SavedBuffers(slots), RandomState.capture(devices_of(parameters))
+            total = sums.mean(weight=1 - gamma if gamma > 0 else 1.0)
             if gamma > 0:
-                self.slow_weights.snapshot(parameters)
-                self._write(after_first)
+                total.add(walked, weight=gamma / domains)
+                self.weights.snapshot(parameters, None)
+                if after_first is not None:
+                    after_first.restore()
                 for index in range(1, domains):
-                    _sgd_step(parameters, walked, step)
+                    _sgd_step(parameters, walked, step / scale)
                     randoms[index].restore()
                     walked = differentiate(index)[1]
-                    total = [_add(t, g) for t, g in zip(total, walked, strict=True)]
+                    total.add(walked, weight=gamma / domains)
                 random.restore()
         finally:
-            self.slow_weights.rollback()
+            self.weights.rollback()
             torch.clear_autocast_cache()
-            self._write(before)
-        direction: dict[Tensor, Tensor] = {}
-        for i in sums.indices:
-            mean = sums.total(i, parameters[i]) / domains
-            along = total[i]
-            if gamma > 0:
-                mean += gamma * ((0 if along is None else along / domains) - mean)
-            direction[parameters[i]] = mean.to(parameters[i].dtype)
+            if before is not None:
+                before.restore()
+        direction = dict(zip(parameters, total.tensors(like=parameters), strict=True))
         stacked = torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses])
-        measured = sums.result()
         if check and self.method.nonfinite == "raise":
-            norm = self.read_finite(stacked, list(direction.values()))[0]
-            if not math.isfinite(norm):
+            norm = self.read_finite(stacked, [g for g in direction.values() if g is not None])[0]
+            if scale == 1.0 and not math.isfinite(norm):  # else the scaler skips the step
                 raise RuntimeError(
                     f"the inner walk of SmoothFish diverged: the direction holds NaN or infinity, with inner_lr={step} "
                     f"and gamma={gamma}. Nothing was changed: lower inner_lr or gamma and go on"
@@ -182,26 +185,9 @@ class SmoothFishLoop(DirectionLoop):
         return Direction(
             gradient=[direction.get(p) for p in self.parameters()],
             objective=stacked.mean(),
-            report=MetaStep(stacked, measured.inner_product, measured.cosine, measured.grad_norms),
-            buffers=after,
+            report=unscaled_report(stacked, sums.result(), scale),
+            buffers=None if after is None else after.values(),
         )
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {} if self.model is None else copy_buffers(self.model)
-
-    def _write(self, values: dict[str, Tensor]) -> None:
-        if self.model is not None:
-            write_buffers(self.model, values)
-
-
-def _wide(gradient: Tensor) -> torch.dtype:
-    return torch.promote_types(gradient.dtype, torch.float32)
-
-
-def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    if gradient is None:
-        return total
-    return gradient.to(_wide(gradient)) if total is None else total + gradient
 
 
 @torch.no_grad()

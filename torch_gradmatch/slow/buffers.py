@@ -1,22 +1,31 @@
 r"""The slow copy of a model's buffers: BatchNorm statistics and whatever else a forward pass moves.
 
-Unlike parameters, buffers move in the **forward** pass, before any optimizer is called. So the copy is taken by a
-forward pre-hook on every module that owns buffers: the first time the module runs in training mode in an inner loop,
-just before it does. Whatever a user does to the buffers between two inner loops is therefore honoured.
+Unlike parameters, buffers move in the **forward** pass, before any optimizer is called. So the slow copy that belongs
+to an inner loop is taken by a forward pre-hook, just before the loop's first forward pass: the first one in training
+mode and with gradients enabled. One without gradients (``swa_utils.update_bn``, evaluation in training mode) can lead
+to no step; what it moves is the user's. Neither does ``torch.func.functional_call`` count, which puts other tensors
+into the model for a while: a copy counts only if, by the first step, the model holds the very tensors copied.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from torch_gradmatch.slow.weights import refresh
+from torch_gradmatch._foreach import clone_all
+from torch_gradmatch.slow.copies import SlowCopies, slow_dtype
+from torch_gradmatch.slow.finite import find_nonfinite
+from torch_gradmatch.slow.saved_buffers import BufferSlots, clones
 
-__all__ = ["SlowBuffers", "take_off_hooks"]
+__all__ = ["SlowBuffers", "unfollowed"]
 
 
 class _Hook:
@@ -40,17 +49,29 @@ class _Hook:
 
 
 class _BeforeForward(_Hook):
-    """Lets the owner copy a module's buffers before a training-mode forward pass moves them."""
+    """Lets the owner copy the buffers before a forward pass that may lead to a step moves them.
+
+    Attributes:
+        saw_other: Whether the module ran in training mode without gradients: what moved is the user's.
+    """
+
+    def __init__(self, owner: SlowBuffers | None) -> None:
+        super().__init__(owner)
+        self.saw_other = False
 
     def __call__(self, module: nn.Module, _args: Any) -> None:
-        # A compiled forward keeps the copy made at the end of the last inner loop; see SlowBuffers.
-        if torch.compiler.is_compiling() or not module.training or torch.is_inference_mode_enabled():
+        if not module.training:
             return
-        if torch._C._functorch.maybe_current_level() is not None:  # a functional call: the real buffers do not move
+        if not torch.is_grad_enabled():
+            self.saw_other = True  # also when compiled: the compiler carries this out each time
+            return
+        if torch.compiler.is_compiling():  # the copy made before counts; see SlowBuffers
+            return
+        if _inside_transform():  # torch.func puts other buffers into the model: its own do not move
             return
         owner = self.owner
         if owner is not None:
-            owner.capture(module)
+            owner.before_forward(module)
 
 
 class _AfterLoad(_Hook):
@@ -62,7 +83,21 @@ class _AfterLoad(_Hook):
             owner.follow()
 
 
-def take_off_hooks(model: nn.Module) -> Callable[[], None]:
+def _inside_transform() -> bool:
+    functorch = getattr(torch._C, "_functorch", None)
+    current_level = getattr(functorch, "maybe_current_level", None)
+    return current_level is not None and current_level() is not None
+
+
+def _inside_backward() -> bool:
+    graph_task = getattr(torch._C, "_current_graph_task_id", None)
+    return graph_task is not None and graph_task() != -1
+
+
+_FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[SlowBuffers]] = weakref.WeakKeyDictionary()
+
+
+def unfollowed(model: nn.Module) -> Callable[[], None]:
     """Let no :class:`SlowBuffers` follow a model for a while.
 
     Args:
@@ -71,164 +106,323 @@ def take_off_hooks(model: nn.Module) -> Callable[[], None]:
     Returns:
         Puts the hooks back as they were, and removes those that came since.
     """
-    tables = [model._load_state_dict_post_hooks, *(module._forward_pre_hooks for module in model.modules())]
+    modules = list(model.modules())
+    followers = [(module, _FOLLOWERS.pop(module)) for module in modules if module in _FOLLOWERS]
+    tables = [model._load_state_dict_post_hooks, *(module._forward_pre_hooks for module in modules)]
     before = [list(hooks.items()) for hooks in tables]
     for hooks in tables:
         for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
             del hooks[key]
 
-    def put_back() -> None:
+    def follow_again() -> None:
         for hooks, items in zip(tables, before, strict=True):
             others = [(k, h) for k, h in hooks.items() if not isinstance(h, _Hook) and k not in dict(items)]
             hooks.clear()
             hooks.update(items + others)
+        for module in modules:
+            _FOLLOWERS.pop(module, None)
+        _FOLLOWERS.update(followers)
 
-    return put_back
+    return follow_again
+
+
+@dataclass
+class _Snapshot:
+    """Copies of what stood in a model's places at one moment."""
+
+    buffers: list[Tensor | None]
+    copies: list[Tensor | None]
 
 
 class SlowBuffers:
-    """The slow buffers of one model.
+    """The slow buffers of one model: those from before the first forward pass of an inner loop.
 
-    A forward pass compiled by ``torch.compile`` does not run the hooks' bodies. Then the copy made when the last inner
-    loop closed, or by ``model.load_state_dict`` since, is the one that counts; it differs only if somebody wrote into
-    the buffers by other means in between.
+    A forward pass compiled by ``torch.compile`` takes no copies. Then that counts which was taken when the last inner
+    loop closed, or since by ``model.load_state_dict`` or ``GradMatch.zero_grad``; it differs only if somebody wrote
+    into the buffers by other means after that.
+
+    Where several optimizers follow one model, buffers move once: with the inner loop that closes first.
 
     Args:
-        model: The model whose buffers to follow: those it has now. Buffers shared by several modules count once.
-        interpolate: Whether floating-point buffers move by the same interpolation as the parameters (True) or keep
-            the value that the inner loop left (False). Integer and boolean buffers always keep it.
-        meta_dtype: As in :func:`torch_gradmatch.slow.weights.slow_dtype`.
+        model: The model whose buffers to follow: those it has now.
     """
 
-    def __init__(self, model: nn.Module, *, interpolate: bool, meta_dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.interpolates = interpolate
-        self.meta_dtype = meta_dtype
-        self.copies: dict[str, Tensor] = {}
-        self.captured: set[str] = set()
+        self._rest = _Snapshot([], [])  # when no inner loop was open
+        self._snapshots: list[_Snapshot] = []  # before forward passes that may have begun an inner loop
+        self._slow: dict[int, Tensor] | None = None  # of the inner loop in progress, by place
+        self._left: set[int] = set()  # places that another optimizer has interpolated since
+        self._wide: dict[int, Tensor] = {}  # slow values that have more digits than the buffers
+        self._wide_copies: SlowCopies | None = None
+        self._constant: set[int] = set()  # places that held infinity or NaN: there is nothing to interpolate
         self._link()
         self.follow()
 
     def _link(self) -> None:
         """Find the buffers and put a hook on every module that owns one."""
-        self._owners: dict[str, tuple[nn.Module, str]] = {}  # first name of each buffer -> where it is
-        self._names: dict[nn.Module, list[str]] = {}
-        first_name: dict[int, str] = {}
-        for prefix, module in self.model.named_modules():
-            for local, buffer in module._buffers.items():
-                if buffer is None:
-                    continue
-                name = first_name.setdefault(id(buffer), f"{prefix}.{local}" if prefix else local)
-                self._owners.setdefault(name, (module, local))
-                self._names.setdefault(module, []).append(name)
+        self.slots = BufferSlots(self.model)
         handles = [self.model.register_load_state_dict_post_hook(_AfterLoad(self))]
-        for module in self._names:
-            handles.append(module.register_forward_pre_hook(_BeforeForward(self), prepend=True))
-        for hooks in (self.model._load_state_dict_post_hooks, *(m._forward_pre_hooks for m in self._names)):
+        self._hooks: list[tuple[nn.Module, int, _BeforeForward]] = []
+        for module in self.slots.of_module:
+            hook = _BeforeForward(self)
+            handles.append(module.register_forward_pre_hook(hook, prepend=True))
+            self._hooks.append((module, handles[-1].id, hook))
+            _FOLLOWERS.setdefault(module, weakref.WeakSet()).add(self)
+        self._listen(self._slow is None)
+        for hooks in (self.model._load_state_dict_post_hooks, *(m._forward_pre_hooks for m in self.model.modules())):
             for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook) and hook.owner is None]:
                 del hooks[key]  # came along when the model was copied
         weakref.finalize(self, lambda: [handle.remove() for handle in handles]).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_owners", "_names")}
+        return {k: v for k, v in vars(self).items() if k not in ("slots", "_hooks", "_wide_copies")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._wide_copies = None
         self._link()
 
-    def _buffer(self, name: str) -> Tensor | None:
-        module, local = self._owners[name]
-        buffer = module._buffers.get(local)
-        return None if buffer is None or torch.nn.parameter.is_lazy(buffer) else buffer
+    def _listen(self, now: bool) -> None:
+        """Take the hooks off while an inner loop has its copies: a module with a hook is slower to call."""
+        for module, key, hook in self._hooks:
+            hooks = cast("OrderedDict[int, Any]", module._forward_pre_hooks)
+            if now:
+                hooks[key] = hook
+                hooks.move_to_end(key, last=False)
+            else:
+                hooks.pop(key, None)
 
-    def _refresh(self, names: Iterable[str]) -> None:
-        for name in names:
-            buffer = self._buffer(name)
-            if buffer is not None:
-                self.copies[name] = refresh(self.copies.get(name), buffer, self.meta_dtype)
+    # --------------------------------------------------------------------------------------------------- where to begin
 
+    @torch.no_grad()
     def follow(self) -> None:
-        """Bring every copy that no open inner loop holds up to what the model holds now."""
-        self._refresh([name for name in self._owners if name not in self.captured])
+        """Bring the copies up to what the model holds now, unless an inner loop may have begun already."""
+        if self._slow is not None or self._snapshots:
+            return
+        for _, _, hook in self._hooks:
+            hook.saw_other = False
+        before, now = self._rest.buffers, self.slots.tensors()
+        self._rest = _Snapshot(now, _recopy(now, self._rest.copies))
+        if len(before) != len(now) or not all(map(is_, before, now)):
+            self._constant = self._nonfinite(now)
 
-    def capture(self, module: nn.Module) -> None:
-        """Copy the buffers of a module unless the open inner loop has copied them already.
+    def _nonfinite(self, buffers: Sequence[Tensor | None]) -> set[int]:
+        floating = {i: b for i, b in enumerate(buffers) if b is not None and _is_floating(b) and not b.is_meta}
+        places = list(floating)
+        return {places[i] for i in find_nonfinite(list(floating.values()))}
+
+    def before_forward(self, module: nn.Module) -> None:
+        """Copy all buffers, unless there are copies already of those that a module is about to move.
 
         Args:
-            module: The module about to run.
+            module: The module.
         """
-        names = [name for name in self._names.get(module, ()) if name not in self.captured]
-        self._refresh(names)
-        self.captured.update(names)
+        if self._slow is not None:
+            return
+        if self._snapshots:
+            places = self.slots.of_module.get(module, ())
+            now = {i: buffer for i in places if (buffer := self.slots.get_one(i)) is not None}
+            if any(all(s.buffers[i] is buffer for i, buffer in now.items()) for s in self._snapshots):
+                return
+        elif _inside_backward():
+            warnings.warn(
+                f"a {type(module).__name__} ran without gradients first and runs again in the backward pass, by "
+                "reentrant checkpointing: the slow copy of its buffers is that of after the first time. Use "
+                "torch.utils.checkpoint with use_reentrant=False, or GradMatch.meta_step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        buffers = self.slots.tensors()
+        at_rest = len(buffers) == len(self._rest.buffers) and all(map(is_, buffers, self._rest.buffers))
+        copies = _recopy(buffers, self._rest.copies if at_rest else [])
+        self._snapshots.append(_Snapshot(buffers, copies))
 
-    def capture_all(self) -> None:
-        """Begin an inner loop here and now: no copy follows the model any more until it is closed."""
-        self.follow()
-        self.captured.update(self._owners)
-
-    def held(self, *, loop_is_open: bool) -> dict[str, Tensor]:
-        """Return the copies that belong to the inner loop in progress.
+    def begin(self, meta_dtype: torch.dtype | None) -> None:
+        """Begin an inner loop here and now, whatever forward passes there were before.
 
         Args:
-            loop_is_open: Whether an inner step was taken; else only what a forward pass was about to move counts.
+            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
+        """
+        self._slow, self._snapshots = None, []
+        self.follow()
+        self._set_slow(dict(enumerate(self._rest.copies)), meta_dtype)
+
+    def settle(self, meta_dtype: torch.dtype | None, *, stepped: bool) -> None:
+        """Find out which copies belong to the inner loop in progress, if that is not known yet.
+
+        Args:
+            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
+            stepped: Whether a step is taken; else nothing has begun but by a forward pass.
+        """
+        if self._slow is not None or not (stepped or self._snapshots):
+            return
+        if not self._snapshots and any(hook.saw_other for _, _, hook in self._hooks):
+            warnings.warn(
+                "a forward pass in training mode without gradients has moved buffers since the last inner loop, and none "
+                "that begins this one was seen, as if it were compiled: what the former did counts as the inner loop's. "
+                "Call optimizer.zero_grad() before the forward pass, or use GradMatch.meta_step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        now = self.slots.tensors()
+        chosen = {i: self._choose(i, buffer) for i, buffer in enumerate(now)}
+        if stepped or any(copy is not buffer for copy, buffer in zip(chosen.values(), now, strict=True)):
+            self._set_slow(chosen, meta_dtype)
+
+    def _choose(self, place: int, now: Tensor | None) -> Tensor | None:
+        """Return the copy from before the inner loop moved a place, or what is there if the loop did not move it."""
+        at_rest = self._rest.buffers[place]
+        for wanted in (now, at_rest):
+            for snapshot in self._snapshots:
+                if snapshot.buffers[place] is wanted:
+                    return snapshot.copies[place]
+            if now is at_rest:
+                break
+        if self._snapshots:  # other tensors were in the model for a while, or somebody replaced this one since
+            return now if now is at_rest else self._snapshots[0].copies[place]
+        return self._rest.copies[place] if self.slots.is_training(place) else now
+
+    @torch.no_grad()
+    def _set_slow(self, chosen: Mapping[int, Tensor | None], meta_dtype: torch.dtype | None) -> None:
+        slow = {i: copy for i, copy in chosen.items() if copy is not None}
+        now = self.slots.get()
+        still = [i for i, copy in slow.items() if copy is now[i]]
+        slow.update(zip(still, clone_all([slow[i] for i in still]), strict=True))
+        wide = [i for i, copy in slow.items() if slow_dtype(copy, meta_dtype) != copy.dtype]
+        if wide:
+            narrow, old = [slow[i] for i in wide], [self._wide.get(i) for i in wide]
+            copies = self._wide_copies
+            if copies is None or not copies.fits(narrow, old, meta_dtype):
+                copies = self._wide_copies = SlowCopies(narrow, old, meta_dtype)
+            copies.refresh()
+            self._wide = dict(zip(wide, copies.slow, strict=True))
+            slow.update(self._wide)
+        else:
+            self._wide = {}
+        self._slow, self._left = slow, set()
+        self._listen(False)
+
+    # ------------------------------------------------------------------------------------------------------ how to end
+
+    def moving(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the floating-point buffers that an interpolation is to move.
 
         Returns:
-            Copy of each such buffer by name.
+            Slow value and buffer by name. Left out is what keeps its latest value: a buffer whose shape changed, and
+            one that held infinity or NaN (a mask, an observer's initial range), between which there is no way half.
         """
-        for name, (module, _) in self._owners.items():
-            if name not in self.captured and not module.training:  # no forward moved it: what it holds is the user's
-                self._refresh([name])
-        return {n: c for n, c in self.copies.items() if loop_is_open or n in self.captured}
+        now = self.slots.tensors()
+        return {
+            self.slots.names[i]: (slow, fast)
+            for i, slow in (self._slow or {}).items()
+            if (fast := now[i]) is not None
+            and fast.shape == slow.shape
+            and _is_floating(fast)
+            and i not in self._constant
+            and i not in self._left
+        }
 
-    @torch.no_grad()
-    def interpolate(self, weight: float) -> None:
-        r"""Move floating-point buffers to :math:`b + \epsilon(\tilde b - b)` if so asked, and close the loop.
+    def close(self) -> None:
+        """End the inner loop; the buffers stay as they are. Other optimizers that follow the model leave them so."""
+        if self._slow is not None:
+            buffers = {id(b) for b in self.slots.tensors() if b is not None}
+            for other in {f for module in self.slots.of_module for f in _FOLLOWERS.get(module, ())} - {self}:
+                other.leave(buffers)
+        self._end()
 
-        An element that the inner loop did not change stays as it is, so a constant mask of infinities survives.
+    def leave(self, buffers: set[int]) -> None:
+        """Do not interpolate buffers that another optimizer has just interpolated; :meth:`rollback` still undoes all.
 
         Args:
-            weight: :math:`\epsilon` in (0, 1].
+            buffers: ``id`` of each.
         """
-        copies = self.held(loop_is_open=True) if self.interpolates else {}
-        for name, slow in copies.items():
-            fast = self._buffer(name)
-            if fast is None or fast.shape != slow.shape or not (slow.is_floating_point() or slow.is_complex()):
-                continue
-            unchanged = slow.to(fast.dtype) == fast
-            slow.copy_(torch.where(unchanged, slow, torch.lerp(slow, fast.to(slow.dtype), weight)))
-            fast.copy_(slow)
-        self._close()
+        if self._slow is None:
+            self._snapshots = []
+            self.follow()
+        else:
+            self._left |= {i for i, buffer in enumerate(self.slots.tensors()) if id(buffer) in buffers}
 
-    @torch.no_grad()
-    def rollback(self, *, loop_is_open: bool) -> None:
-        """Set the buffers back to what they were before the inner loop and close it.
+    def rollback(self) -> None:
+        """Set the buffers back to what they were before the inner loop and end it."""
+        if self._slow is not None:
+            self.slots.assign({self.slots.names[i]: slow for i, slow in self._slow.items()})
+        self._end()
 
-        Args:
-            loop_is_open: As in :meth:`held`.
-        """
-        for name, slow in self.held(loop_is_open=loop_is_open).items():
-            fast = self._buffer(name)
-            if fast is not None and fast.shape == slow.shape:
-                fast.copy_(slow)
-            else:  # the forward pass put a buffer of another shape in its place
-                module, local = self._owners[name]
-                module._buffers[local] = slow.clone()
-        self._close()
-
-    def _close(self) -> None:
-        self.captured.clear()
+    def _end(self) -> None:
+        if self._slow is not None:
+            self._listen(True)
+        self._slow, self._snapshots, self._left = None, [], set()
         self.follow()
 
-    def hold(self, copies: dict[str, Tensor]) -> None:
-        """Take over the copies of an inner loop in progress, read from a checkpoint.
+    def slow_values(self) -> dict[str, Tensor]:
+        """Return the slow values that belong to the inner loop in progress.
+
+        Returns:
+            Slow value of each buffer by name; empty between two inner loops.
+        """
+        return {self.slots.names[i]: slow for i, slow in (self._slow or {}).items()}
+
+    def wide_values(self) -> dict[str, Tensor]:
+        """Return the slow values that have more digits than the buffers, also between two inner loops.
+
+        Returns:
+            Slow value of each such buffer by name.
+        """
+        return {self.slots.names[i]: slow for i, slow in self._wide.items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the model's buffers.
+
+        Returns:
+            The buffers themselves by name.
+        """
+        return {n: b for n, b in zip(self.slots.names, self.slots.tensors(), strict=True) if b is not None}
+
+    def left(self) -> list[str]:
+        """Return the names of the buffers that another optimizer has interpolated since the inner loop began."""
+        return [self.slots.names[i] for i in sorted(self._left)]
+
+    def load(self, values: Mapping[str, Tensor], in_progress: Collection[str], left: Collection[str]) -> None:
+        """Take over values read from a checkpoint.
 
         Args:
-            copies: Copy of each buffer by name.
+            values: Slow value of each buffer by name.
+            in_progress: The names of those that belong to an inner loop in progress.
+            left: What :meth:`left` returned.
         """
-        self.captured.clear()
-        self.follow()
-        for name, copy in copies.items():
-            buffer = self._buffer(name)
-            place = copy.device if buffer is None else buffer.device
-            self.copies[name] = copy.detach().clone().to(place)
-        self.captured.update(copies)
+        self._end()
+        place = {name: i for i, name in enumerate(self.slots.names)}
+        now = self.slots.tensors()
+        slow = {}
+        for name, value in values.items():
+            buffer = now[place[name]]
+            device = value.device if buffer is None else buffer.device
+            slow[place[name]] = value.detach().clone().to(device)
+        self._wide = {i: s for i, s in slow.items() if (b := now[i]) is not None and b.dtype != s.dtype}
+        if in_progress:
+            self._slow = {place[name]: slow[place[name]] for name in in_progress}
+            self._listen(False)
+        self._left = {place[name] for name in left}
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+@torch.no_grad()
+def _recopy(buffers: Sequence[Tensor | None], old: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return copies of some buffers, into the memory of older ones if all of it fits."""
+    fits = len(old) == len(buffers) and all(_same_kind(b, o) for b, o in zip(buffers, old, strict=True))
+    if not fits:
+        return clones(buffers)
+    pairs = [(o, b) for o, b in zip(old, buffers, strict=True) if o is not None and b is not None]
+    if pairs:
+        torch._foreach_copy_([o for o, _ in pairs], [b for _, b in pairs])
+    return list(old)
+
+
+def _same_kind(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

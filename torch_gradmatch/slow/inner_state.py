@@ -1,4 +1,4 @@
-"""Return the wrapped optimizer to what it was when it was built: ``Fish(inner_state="reset")``.
+"""The inner optimizer's state: reset for ``Fish(inner_state="reset")``, saved and restored around a meta-iteration.
 
 The official code of Fish builds a new inner optimizer in every meta-iteration (``reload_inner_optim`` false). Here the
 same optimizer is made new again, so that schedulers, hooks and the user's own reference to it stay valid.
@@ -9,12 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["NewlyBuilt"]
+from torch_gradmatch._foreach import clone_all
+from torch_gradmatch.slow.finite import find_nonfinite
+
+__all__ = ["InnerState"]
 
 
 def _constructor_arguments(optimizer: Optimizer) -> tuple[frozenset[str], bool]:
@@ -51,40 +56,50 @@ def _same(a: object, b: object) -> bool:
         return False
 
 
-class NewlyBuilt:
-    """Knows how the wrapped optimizer looked when it was built, and makes it look so again.
+class InnerState:
+    """What the wrapped optimizer keeps from one step to the next: in its ``state`` and, as counters, in its groups.
 
-    Its per-parameter state becomes what its constructor makes: nothing for most classes, the initial sums for Adagrad.
-    Some optimizers also count in their parameter groups (``step``, Prodigy's ``d``, schedule-free's ``weight_sum``).
-    An entry of a group is such a counter if the optimizer's own ``step`` adds or changes it and its constructor takes
-    no argument of that name; everything else in the groups, above all what a scheduler changed, stays.
+    It knows how the optimizer looked when it was built. Its per-parameter state then is what its constructor makes:
+    nothing for most classes, the initial sums for Adagrad. Some optimizers also count in their parameter groups
+    (``step``, Prodigy's ``d``, schedule-free's ``weight_sum``). An entry of a group is such a counter if the
+    optimizer's own ``step`` adds or changes it and its constructor takes no argument of that name; everything else in
+    the groups, above all what a scheduler changed, is left alone.
 
     An optimizer whose constructor cannot be called again from its groups goes back to what it was when it was wrapped.
 
     Args:
         optimizer: The wrapped optimizer.
+        resets: Whether :meth:`reset` may be called, for which the optimizer is built once more here.
         keep_state: Whether that fallback includes the per-parameter state (a copy, if there is any by now) or leaves
             it empty.
+
+    Attributes:
+        counters: Names of the entries of groups that count.
+        resets: As given.
     """
 
-    def __init__(self, optimizer: Optimizer, *, keep_state: bool = True) -> None:
+    def __init__(self, optimizer: Optimizer, *, resets: bool, keep_state: bool = True) -> None:
         self.optimizer = optimizer
+        self.resets = resets
         self._accepted, takes_any = _constructor_arguments(optimizer)
+        self.counters: set[str] = {"step"} - self._accepted
+        self._saved: _Saved | None = None
+        self._new_groups: list[dict[str, Any]] = []
+        if not resets:
+            return
         new = _build_again(optimizer)
         self._rebuilds_state = new is not None and len(new.state) > 0
-        self._state_when_wrapped = self._copy_state(optimizer) if new is None and keep_state else {}
-        self._new_groups = [self._entries(group) for group in (new or optimizer).param_groups]
-        self.counters: set[str] = {"step"} - self._accepted
+        self._state_when_wrapped = _copy_state(optimizer) if new is None and keep_state else {}
+        self._new_groups = [self._counting(group) for group in (new or optimizer).param_groups]
         if new is not None and optimizer.state and not takes_any:  # trained before: counters may have moved already
             for group, fresh in zip(optimizer.param_groups, self._new_groups, strict=True):
                 moved = {k for k, v in fresh.items() if k in group and not _same(group[k], v)}
                 self.counters |= {k for k in moved if not isinstance(fresh[k], bool)}  # a mode is no counter
 
-    @staticmethod
-    def _copy_state(optimizer: Optimizer) -> dict[Any, Any]:
-        return {parameter: copy.deepcopy(entry) for parameter, entry in optimizer.state.items()}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_saved": None}  # lives within one meta-iteration
 
-    def _entries(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _counting(self, group: dict[str, Any]) -> dict[str, Any]:
         """Copy the entries of a group that may turn out to be counters."""
         skipped = {"params", "param_names", *self._accepted}
         return {k: copy.deepcopy(v) for k, v in group.items() if k not in skipped}
@@ -95,8 +110,9 @@ class NewlyBuilt:
         Returns:
             What :meth:`after_step` wants.
         """
-        for group in self.optimizer.param_groups[len(self._new_groups) :]:
-            self._new_groups.append(self._entries(group))
+        if self.resets:
+            for group in self.optimizer.param_groups[len(self._new_groups) :]:
+                self._new_groups.append(self._counting(group))
         return [dict(group) for group in self.optimizer.param_groups]
 
     def after_step(self, before: list[dict[str, Any]]) -> None:
@@ -107,8 +123,9 @@ class NewlyBuilt:
         """
         for old, group in zip(before, self.optimizer.param_groups, strict=False):
             for key, value in group.items():
-                unchanged = key in old and (old[key] is value or _same(old[key], value))
-                if key not in self._accepted and key != "params" and not unchanged:
+                if key in old and old[key] is value:
+                    continue
+                if key not in self._accepted and key != "params" and not (key in old and _same(old[key], value)):
                     self.counters.add(key)
 
     def reset(self) -> None:
@@ -118,7 +135,7 @@ class NewlyBuilt:
             RuntimeError: If its constructor makes state but refuses the present hyperparameters.
         """
         state = self.optimizer.state
-        state.clear()
+        new_state = {p: copy.deepcopy(entry) for p, entry in self._state_when_wrapped.items()}
         if self._rebuilds_state:
             new = _build_again(self.optimizer)
             if new is None:
@@ -126,12 +143,113 @@ class NewlyBuilt:
                     f"{type(self.optimizer).__name__} could not be built again with its present hyperparameters; "
                     'use inner_state="carry"'
                 )
-            state.update(new.state)
-        else:
-            state.update({p: copy.deepcopy(entry) for p, entry in self._state_when_wrapped.items()})
-        for group, fresh in zip(self.optimizer.param_groups, self._new_groups, strict=False):
+            new_state = dict(new.state)
+        state.clear()
+        state.update(new_state)
+        self._put_counters(self._new_groups)
+
+    def _put_counters(self, groups: list[dict[str, Any]]) -> None:
+        for group, values in zip(self.optimizer.param_groups, groups, strict=False):
             for key in self.counters:
-                if key in fresh:
-                    group[key] = copy.deepcopy(fresh[key])
+                if key in values:
+                    group[key] = copy.deepcopy(values[key])
                 else:
                     group.pop(key, None)
+
+    def is_nonfinite(self) -> bool:
+        """Return whether the state holds NaN or infinity, from which no later step could recover."""
+        entries = [entry for entry in self.optimizer.state.values() if isinstance(entry, dict)]
+        tensors = [v for entry in entries for v in entry.values() if isinstance(v, Tensor)]
+        return bool(find_nonfinite([t for t in tensors if t.is_floating_point() or t.is_complex()]))
+
+    # ------------------------------------------------------------------------------------------- for a meta-iteration
+
+    def save(self, *, by_reference: bool = False) -> None:
+        """Save the state, so that :meth:`restore` can undo the inner steps of a meta-iteration.
+
+        Args:
+            by_reference: Copy no tensor, since the state is about to be reset: then the steps write into others.
+        """
+        groups = [self._counting(group) for group in self.optimizer.param_groups]
+        self._saved = _Saved(self.optimizer, groups, by_reference, self._saved)
+
+    def restore(self) -> bool:
+        """Return to the state saved, the very same tensors with the values that they had.
+
+        Returns:
+            Whether there was one.
+        """
+        if self._saved is None or self._saved.is_spent:
+            return False
+        self._saved.restore(self.optimizer)
+        self._put_counters(self._saved.groups)
+        self._saved.spend()
+        return True
+
+    def forget(self) -> None:
+        """Do without the state saved; its memory is for the next."""
+        if self._saved is not None:
+            self._saved.spend()
+
+
+def _copy_state(optimizer: Optimizer) -> dict[Any, Any]:
+    return {parameter: copy.deepcopy(entry) for parameter, entry in optimizer.state.items()}
+
+
+class _Saved:
+    """A copy of an optimizer's ``state``, all tensors in one operation.
+
+    Args:
+        optimizer: The optimizer.
+        groups: The entries of its groups that may be counters.
+        by_reference: Copy no tensor.
+        older: Whose memory to use again if it fits.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, groups: list[dict[str, Any]], by_reference: bool, older: _Saved | None
+    ) -> None:
+        self.groups = groups
+        self.is_spent = False
+        self._entries: list[tuple[Any, Any, dict[Any, Any]]] = []
+        self._tensors: list[Tensor] = []
+        for key, entry in optimizer.state.items():
+            values: dict[Any, Any] = {}
+            for name, value in entry.items() if isinstance(entry, dict) else ():
+                if isinstance(value, Tensor):
+                    self._tensors.append(value)
+                    values[name] = value
+                else:
+                    values[name] = value if by_reference else copy.deepcopy(value)
+            self._entries.append((key, entry if isinstance(entry, dict) else copy.deepcopy(entry), values))
+        self._copies: list[Tensor] = []
+        if by_reference:
+            return
+        if older is not None and older.holds(self._tensors):
+            self._copies = older._copies
+            if self._copies:
+                with torch.no_grad():
+                    torch._foreach_copy_(self._copies, self._tensors)
+        else:
+            self._copies = clone_all(self._tensors)
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Return whether the copies here are of just these tensors."""
+        return len(tensors) == len(self._copies) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+
+    def restore(self, optimizer: Optimizer) -> None:
+        optimizer.state.clear()
+        for key, entry, values in self._entries:
+            if isinstance(entry, dict):
+                entry.clear()
+                entry.update(values)
+            optimizer.state[key] = entry
+        if self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(self._tensors, self._copies)
+
+    def spend(self) -> None:
+        self.is_spent = True
+        self._entries = []
+        if not self._copies:
+            self._tensors = []

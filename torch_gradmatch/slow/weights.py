@@ -1,4 +1,4 @@
-r"""The slow copy :math:`\theta` that the inner loop leaves behind: snapshot, interpolate, rollback.
+r"""The slow copy :math:`\theta` of the parameters that the inner loop leaves behind.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, Algorithm 1. The official code
 deep-copies the whole model in every meta-iteration; here the model's own parameters are the fast weights
@@ -13,58 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_gradmatch.slow import ops
+from torch_gradmatch.slow.copies import SlowCopies, slow_dtype
 
-__all__ = ["SlowWeights", "refresh", "slow_dtype"]
+__all__ = ["SlowWeights"]
 
 SLOW = "slow"
-
-
-def slow_dtype(fast: Tensor, meta_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype in which to keep the slow copy of ``fast``: never narrower than ``fast`` itself.
-
-    Args:
-        fast: A parameter or buffer.
-        meta_dtype: The dtype asked for, or None for the tensor's own.
-
-    Returns:
-        The dtype.
-
-    Example:
-        >>> import torch
-        >>> slow_dtype(torch.zeros(1, dtype=torch.bfloat16), torch.float32)
-        torch.float32
-        >>> slow_dtype(torch.zeros(1, dtype=torch.float64), torch.float32)
-        torch.float64
-    """
-    if meta_dtype is None or not (fast.is_floating_point() or fast.is_complex()):
-        return fast.dtype
-    return torch.promote_types(fast.dtype, meta_dtype)
-
-
-@torch.no_grad()
-def refresh(slow: Tensor | None, fast: Tensor, meta_dtype: torch.dtype | None) -> Tensor:
-    """Bring a slow copy up to what ``fast`` holds now, reusing its memory where it fits.
-
-    A slow copy wider than ``fast`` keeps its extra digits wherever it still rounds to ``fast``; elsewhere somebody
-    changed ``fast`` since (loaded a checkpoint, did weight surgery) and that value is taken.
-
-    Args:
-        slow: The old copy, or None.
-        fast: The tensor to follow, any shape.
-        meta_dtype: As in :func:`slow_dtype`.
-
-    Returns:
-        The copy: ``slow`` itself, updated in place, or a new tensor of the shape, strides and device of ``fast``.
-    """
-    dtype = slow_dtype(fast, meta_dtype)
-    if slow is None or slow.shape != fast.shape or slow.dtype != dtype or slow.device != fast.device:
-        return fast.detach().to(dtype, copy=True)
-    if dtype == fast.dtype:
-        slow.copy_(fast)
-    else:
-        slow.copy_(torch.where(slow.to(fast.dtype) == fast, slow, fast.to(dtype)))
-    return slow
 
 
 class SlowWeights:
@@ -75,18 +28,26 @@ class SlowWeights:
 
     Args:
         state: Where the copies live, keyed by parameter (``GradMatch.state``).
-        meta_dtype: As in :func:`slow_dtype`.
+
+    Attributes:
+        fast: The parameters of the open inner loop, in the order in which they joined it.
     """
 
-    def __init__(self, state: MutableMapping[Tensor, Any], meta_dtype: torch.dtype | None) -> None:
+    def __init__(self, state: MutableMapping[Tensor, Any]) -> None:
         self.state = state
-        self.meta_dtype = meta_dtype
-        self._held: dict[Tensor, None] = {}  # the parameters of the open inner loop, in order
+        self.fast: list[Tensor] = []
+        self._considered: list[Tensor] | None = None  # the optimizer's parameters at the last snapshot
+        self._outside: list[Tensor] = []  # those that the inner loop cannot move so far
+        self._copies: SlowCopies | None = None  # of the parameters that were there when the inner loop began
+
+    def __getstate__(self) -> dict[str, Any]:
+        # How the copies lie in memory is found out again; copied or unpickled, they would be others than the state's.
+        return {**vars(self), "_copies": None}
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """The parameters whose slow copy belongs to the open inner loop."""
-        return list(self._held)
+    def slow(self) -> list[Tensor]:
+        """The slow weights of the open inner loop, in the order of :attr:`fast`."""
+        return [self.state[p][SLOW] for p in self.fast]
 
     def copy_of(self, parameter: Tensor) -> Tensor | None:
         """Return the slow copy of a parameter.
@@ -101,77 +62,63 @@ class SlowWeights:
         copy: Tensor | None = None if entry is None else entry.get(SLOW)
         return copy
 
-    def snapshot(self, parameters: Iterable[Tensor]) -> None:
-        """Hold the present value of every parameter that can move and is not held yet.
+    def snapshot(self, parameters: list[Tensor], meta_dtype: torch.dtype | None) -> None:
+        """Copy the present value of every parameter that can move and has not joined the inner loop yet.
 
-        Called before each inner step: the first call of an inner loop copies everything, later ones add what was
-        unfrozen or added to the optimizer in between.
-
-        Args:
-            parameters: All the optimizer's parameters.
-        """
-        joining = [p for p in parameters if p not in self._held and (p.requires_grad or p.grad is not None)]
-        plain = [p for p in joining if self._fits(p)]
-        if plain:
-            torch._foreach_copy_([self.state[p][SLOW] for p in plain], [p.detach() for p in plain])
-        for p in joining:
-            if not self._fits(p):
-                self.state[p][SLOW] = refresh(self.copy_of(p), p, self.meta_dtype)
-        self._held.update(dict.fromkeys(joining))
-
-    def _fits(self, parameter: Tensor) -> bool:
-        copy = self.copy_of(parameter)
-        return (
-            copy is not None
-            and copy.dtype == parameter.dtype == slow_dtype(parameter, self.meta_dtype)
-            and copy.shape == parameter.shape
-            and copy.device == parameter.device
-        )
-
-    def interpolate(self, weight: float) -> None:
-        r"""Set slow and fast weights to :math:`\theta + \epsilon(\tilde\theta - \theta)` and close the loop.
+        Called before each inner step: the first call of an inner loop copies everything, later ones what was unfrozen
+        or added to the optimizer in between.
 
         Args:
-            weight: :math:`\epsilon` in (0, 1].
+            parameters: All the optimizer's parameters; the same list as before if they are the same.
+            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
         """
-        ops.interpolate_([self.state[p][SLOW] for p in self._held], list(self._held), weight)
-        self._held.clear()
+        if parameters is not self._considered:
+            joined = set(self.fast)
+            self._considered, self._outside = parameters, [p for p in parameters if p not in joined]
+        if not self._outside:
+            return
+        joining = [p for p in self._outside if p.requires_grad or p.grad is not None]
+        if not joining:
+            return
+        if len(joining) == len(self._outside):
+            self._outside = []
+        else:
+            joined = set(joining)
+            self._outside = [p for p in self._outside if p not in joined]
+        old = [self.copy_of(p) for p in joining]
+        copies = self._copies
+        if copies is None or not copies.fits(joining, old, meta_dtype):
+            copies = SlowCopies(joining, old, meta_dtype)
+            for p, slow in zip(joining, copies.slow, strict=True):
+                self.state[p][SLOW] = slow
+        copies.refresh()
+        if not self.fast:
+            self._copies = copies  # most often the next inner loop begins with the same parameters
+        self.fast += joining
+
+    def close(self) -> None:
+        """End the inner loop: the next snapshot copies everything anew."""
+        self.fast = []
+        self._considered = None
 
     @torch.no_grad()
     def rollback(self) -> None:
-        """Set the fast weights back to the slow ones and close the loop."""
-        for p in self._held:
-            p.copy_(self.state[p][SLOW])
-        self._held.clear()
+        """Set the fast weights back to the slow ones and end the inner loop."""
+        if self.fast:
+            torch._foreach_copy_(self.fast, self.slow)
+        self.close()
 
-    def hold(self, copies: Mapping[Tensor, Tensor], held: Iterable[Tensor]) -> None:
+    def load(self, copies: Mapping[Tensor, Tensor], fast: Iterable[Tensor], meta_dtype: torch.dtype | None) -> None:
         """Take over copies read from a checkpoint.
 
         Args:
             copies: Slow copy of each parameter that has one.
-            held: The parameters whose copies belong to an inner loop in progress.
+            fast: The parameters whose copies belong to an inner loop in progress.
+            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
         """
         for entry in self.state.values():
             entry.pop(SLOW, None)
         for p, copy in copies.items():
-            self.state[p][SLOW] = copy.detach().clone().to(p.device, slow_dtype(p, self.meta_dtype))
-        self._held = dict.fromkeys(held)
-
-    def nonfinite_parameters(self) -> list[Tensor]:
-        """Return the held parameters whose fast weights contain NaN or infinity.
-
-        The sum of a tensor is finite only if every element is, so one pass without temporaries settles the usual
-        case; only a tensor whose sum is not finite (it may just have overflowed) is looked at element by element.
-        Waits for the accelerator once.
-
-        Returns:
-            The offending parameters, in order.
-        """
-        with torch.no_grad():
-            held = [p for p in self._held if p.numel()]
-            if not held:
-                return []
-            device = held[0].device
-            sums_finite = torch.stack([torch.isfinite(p.sum()).to(device) for p in held]).tolist()
-            suspects = [p for p, finite in zip(held, sums_finite, strict=True) if not finite]
-            return [p for p in suspects if not bool(torch.isfinite(p).all())]
+            self.state[p][SLOW] = copy.detach().clone().to(p.device, slow_dtype(p, meta_dtype))
+        self.close()
+        self.fast = list(fast)
