@@ -323,6 +323,7 @@ def _foreach_lerp_(slow: list[Tensor], fast: list[Tensor], weight: float) -> Non
             cast = list(torch._foreach_neg(slow_batch))  # only for the memory: one operation for all of it
             torch._foreach_copy_(cast, fast_batch)
         torch._foreach_lerp_(slow_batch, cast, weight)
+        del cast  # so that the next one takes its memory
 
 
 def _batches(slow: list[Tensor], fast: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
