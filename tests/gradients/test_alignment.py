@@ -90,6 +90,17 @@ def test_nearly_orthogonal_gradients_do_not_cancel():
     torch.testing.assert_close(alignment.result().inner_product, torch.tensor(1e-4))
 
 
+def test_long_gradients_keep_their_digits():
+    """One product over all elements would have an error of 2e-4 here."""
+    gradient = torch.rand(12_000_000, generator=torch.Generator().manual_seed(0))
+    alignment = GradientAlignment(cosines=False)
+    for _ in range(2):
+        alignment.add([gradient])
+    expected = torch.dot(gradient.double(), gradient.double())
+    torch.testing.assert_close(alignment.result().inner_product.double(), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(alignment.result().grad_norms[0].double(), expected.sqrt(), rtol=2e-5, atol=0)
+
+
 def test_sparse_half_and_complex_gradients():
     alignment = GradientAlignment()
     for factor in (1.0, 2.0):

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch_gradmatch._checks import check_bool, check_loss
 from torch_gradmatch.gradients.flat import FlatVectors, Vector, WeightedSum, as_like
 
+CHUNK = 1 << 18  # elements multiplied in one call on the CPU, where the error of a product grows with its length
+
 __all__ = ["Alignment", "GradientAlignment", "gradient_alignment"]
 
 
@@ -39,6 +41,20 @@ class Alignment:
     inner_product: Tensor
     cosine: Tensor | None
     grad_norms: Tensor
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of two vectors in parts, on the first one's device."""
+    products: list[Tensor] = []
+    for x, y in zip(a, b, strict=True):
+        if x.device.type == "cpu" and x.numel() > CHUNK:
+            products += map(torch.dot, x.split(CHUNK), y.split(CHUNK))
+        else:
+            products.append(torch.dot(x, y))
+    if len(products) == 1:
+        return products[0]
+    device, dtype = products[0].device, max((p.dtype for p in products), key=lambda dtype: dtype.itemsize)
+    return torch.stack([p.to(device, dtype) for p in products]).sum()
 
 
 class GradientAlignment:
@@ -93,27 +109,19 @@ class GradientAlignment:
             raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
         self._reached.update(self._flat.load(gradients))
         parts, sums = self._flat.scratch, self._flat.vectors["sums"]
-        squared = self._dot(parts, parts)
+        squared = _dot(parts, parts)
         # With the sum before this gradient is in it, so that nothing has to be subtracted.
-        self._products.append(self._dot(parts, sums))
+        self._products.append(_dot(parts, sums))
         self._squares.append(squared)
         if self.cosines:
             units = self._flat.vectors["units"]
             # Of a zero gradient nothing is left to scale: by anything that every part's dtype has.
             scale = squared.clamp(min=max(torch.finfo(part.dtype).tiny for part in parts)).rsqrt()
-            self._cosines.append(self._dot(parts, units) * scale)
+            self._cosines.append(_dot(parts, units) * scale)
             for unit, part in zip(units, parts, strict=True):
                 unit.addcmul_(part, scale.to(part.device, part.dtype))
         for total, part in zip(sums, parts, strict=True):
             total.add_(part)
-
-    def _dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        """Return the inner product of two vectors in parts, on the first one's device."""
-        products = [torch.dot(x, y) for x, y in zip(a, b, strict=True)]
-        if len(products) == 1:
-            return products[0]
-        device, dtype = products[0].device, max((p.dtype for p in products), key=lambda dtype: dtype.itemsize)
-        return torch.stack([p.to(device, dtype) for p in products]).sum()
 
     def result(self) -> Alignment:
         """Return the agreement of the gradients taken in since the last reset.
@@ -221,7 +229,7 @@ class GradientAlignment:
             Shape ().
         """
         self._flat.load(gradient)
-        return self._dot(self._flat.scratch, self._flat.vectors["units"])
+        return _dot(self._flat.scratch, self._flat.vectors["units"])
 
     @torch.no_grad()
     def squared_distance(self, gradient: Vector, scale: float) -> Tensor:
@@ -238,7 +246,7 @@ class GradientAlignment:
         for part, total in zip(self._flat.scratch, self._flat.vectors["sums"], strict=True):
             part.sub_(total, alpha=scale)
         self._flat.spoil()
-        return self._dot(self._flat.scratch, self._flat.scratch)
+        return _dot(self._flat.scratch, self._flat.scratch)
 
     def __len__(self) -> int:
         return len(self._squares)
