@@ -9,31 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from _operations import count
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.functional import functional_loss, idgm_grad
 
 GAMMA = 0.1
-
-
-class Operations(TorchDispatchMode):
-    """Counts what reaches the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count(work: Callable[[], object]) -> Counter[str]:
-    with Operations() as operations:
-        work()
-    return operations.counts
 
 
 def network(layers: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from torch_gradmatch.gradients.alignment import Alignment
+from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
 from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, add_note
 from torch_gradmatch.methods.scaling import LossScaling, refuse_scaled
@@ -91,6 +91,22 @@ class DirectionStep(MetaLoop):
         Returns:
             The direction and what was measured.
         """
+
+    @staticmethod
+    def running_sums(last: GradientAlignment, *, cosines: bool) -> GradientAlignment:
+        """Return empty running sums, those of the last meta-iteration if they will do: their layout is made once.
+
+        Args:
+            last: Those of the last meta-iteration.
+            cosines: Whether to measure cosines.
+
+        Returns:
+            The sums.
+        """
+        if last.cosines is not cosines:
+            return GradientAlignment(cosines=cosines)
+        last.reset()
+        return last
 
     def trainable(self) -> list[Tensor]:
         """Return the optimizer's parameters that require a gradient.

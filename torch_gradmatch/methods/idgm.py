@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from torch_gradmatch._checks import check_bool, check_choice, check_int, check_model, check_number, optional
 from torch_gradmatch.gradients.agreement import Agreement, check_agreement, cosine, inner_product, variance
+from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
 from torch_gradmatch.gradients.hvp import HVPS
 from torch_gradmatch.methods.base import MetaStep, Method
@@ -128,6 +129,7 @@ class IDGMStep(DirectionStep):
         super().__init__(optimizer, method.model)
         self.method = method
         self.first_loss: float | None = None  # its size, in the first meta-iteration
+        self._sums = GradientAlignment(cosines=False)
 
     def names(self) -> list[str]:
         """Return the model's name of every parameter of the optimizer, in order.
@@ -157,6 +159,8 @@ class IDGMStep(DirectionStep):
         name_of = dict(zip(self.parameters(), self.names(), strict=True))
         params = {name_of[p]: p for p in self.trainable()}
         agreement, gamma, of_agreement = _scaled(method.agreement, method.gamma, scale)
+        cosines = method.track_alignment or check_agreement(method.agreement) is cosine
+        self._sums = self.running_sums(self._sums, cosines=cosines)
         found = idgm_grad(
             functional_loss(method.model, loss_fn),
             params,
@@ -166,7 +170,7 @@ class IDGMStep(DirectionStep):
             hvp=method.hvp,
             hvp_domains=method.hvp_domains,
             keep_graphs=method.keep_graphs,
-            cosines=method.track_alignment,
+            sums=self._sums,
             buffers=dict(method.model.named_buffers()),
         )
         losses, phi = found.losses / scale, found.agreement / of_agreement

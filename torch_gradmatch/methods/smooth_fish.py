@@ -129,6 +129,7 @@ class SmoothFishStep(DirectionStep):
         super().__init__(optimizer, method.model)
         self.method = method
         self.weights = SlowWeights(state)
+        self._sums = GradientAlignment(cosines=method.track_alignment)
 
     def evaluate(
         self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
@@ -137,7 +138,8 @@ class SmoothFishStep(DirectionStep):
         domains = check_num_domains(len(batches))
         gamma, step = self.method.gamma, self.method.inner_lr
         parameters = self.trainable()
-        sums, losses, randoms = GradientAlignment(cosines=self.method.track_alignment), [], []
+        sums = self._sums = self.running_sums(self._sums, cosines=self.method.track_alignment)
+        losses, randoms = [], []
         walked: list[Tensor | None] = []
         slots = None if self.model is None else BufferSlots(self.model)
         before = after_first = None if slots is None else SavedBuffers(slots)
@@ -174,6 +176,8 @@ class SmoothFishStep(DirectionStep):
             if before is not None:
                 before.restore()
         direction = dict(zip(parameters, total.tensors(like=parameters), strict=True))
+        measured = sums.result()
+        sums.reset(release=True)
         stacked = torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses])
         if check and self.method.nonfinite == "raise":
             norm = self.read_finite(stacked, [g for g in direction.values() if g is not None])[0]
@@ -185,7 +189,7 @@ class SmoothFishStep(DirectionStep):
         return Direction(
             gradient=[direction.get(p) for p in self.parameters()],
             objective=stacked.mean(),
-            report=unscaled_report(stacked, sums.result(), scale),
+            report=unscaled_report(stacked, measured, scale),
             buffers=None if after is None else after.values(),
         )
 

@@ -259,9 +259,9 @@ class SlowBuffers:
             return
         if not self._snapshots and any(hook.saw_other for _, _, hook in self._hooks):
             warnings.warn(
-                "a forward pass in training mode without gradients has moved buffers since the last inner loop, and none "
-                "that begins this one was seen, as if it were compiled: what the former did counts as the inner loop's. "
-                "Call optimizer.zero_grad() before the forward pass, or use GradMatch.meta_step",
+                "a forward pass in training mode without gradients has moved buffers since the last inner loop, and "
+                "none that begins this one was seen, as if it were compiled: what the former did counts as the inner "
+                "loop's. Call optimizer.zero_grad() before the forward pass, or use GradMatch.meta_step",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -1,0 +1,125 @@
+"""What the methods add to the work of the model and the wrapped optimizer: few operations, however many tensors.
+
+Around the S inner steps of Fish there are at most 40 for 159 parameters and 53 BatchNorms (DESIGN section 7).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from _operations import count, waits
+from torch import Tensor, nn
+
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+
+DOMAINS = 3
+LAYERS = (3, 53)  # of three parameters and three buffers each
+
+
+def network(layers: int, dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = [(nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2), nn.Tanh()) for _ in range(layers)]
+    return nn.Sequential(*(module for layer in parts for module in layer)).to(dtype)
+
+
+def batches(dtype: torch.dtype) -> list[Tensor]:
+    return list(torch.randn(DOMAINS, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Tensor]) -> None:
+    for x in data:
+        optimizer.zero_grad()
+        loss_of(model, x).backward()
+        optimizer.step()
+
+
+def own(layers: int, dtype: torch.dtype, method: Callable[[nn.Module], Any], run: str) -> Counter[str]:
+    """Operations of a later meta-iteration beyond those of the same inner steps without a wrapper."""
+    model, data = network(layers, dtype), batches(dtype)
+    plain = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=1e-3), method(model))
+    work = partial(loop, model, optimizer, data)
+    if run == "meta_step":
+        work = partial(optimizer.meta_step, partial(loss_of, model), data)
+    for _ in range(2):  # allocates what stays, and sets up where it lies
+        work()
+        loop(model, plain, data)
+    inner = count(partial(loop, model, plain, data))
+    return count(work) - inner
+
+
+FISH: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
+    "fp32": (torch.float32, {}, 40),
+    "bf16 with fp32 slow weights": (torch.bfloat16, {"meta_dtype": torch.float32}, 40),
+    "buffers keep the latest": (torch.float32, {"buffers": "latest"}, 40),
+    "reset": (torch.float32, {"inner_state": "reset"}, 40),
+    "tracked": (torch.float32, {"track_alignment": True}, 40 + 13 * DOMAINS),
+}
+
+
+@pytest.mark.parametrize("run", ["loop", "meta_step"])
+@pytest.mark.parametrize("case", FISH)
+def test_fish(case: str, run: str):
+    dtype, settings, most = FISH[case]
+    found = [own(n, dtype, lambda m: Fish(0.5, inner_steps=DOMAINS, model=m, **settings), run) for n in LAYERS]
+    assert found[0] == found[1]
+    assert 0 < found[0].total() <= most, found[0]
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
+def test_fish_waits_once_and_once_for_each_loss_that_it_checks(nonfinite: str):
+    model, data = network(3, torch.float32), batches(torch.float32)
+    method = Fish(0.5, inner_steps=DOMAINS, model=model, nonfinite=nonfinite)
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=1e-3), method)
+    with waits() as found:
+        loop(model, optimizer, data)
+    assert found == (["tolist"] if nonfinite == "raise" else [])
+    with waits() as found:
+        optimizer.meta_step(partial(loss_of, model), data)
+    assert found == (["item"] * DOMAINS + ["tolist"] if nonfinite == "raise" else [])
+
+
+@pytest.mark.parametrize("name", ["SmoothFish", "IDGM", "IDGM, tracked"])
+def test_one_direction(name: str):
+    """All is counted here, the model's operations too: what grows by the layer is theirs, and so many for each."""
+    methods: dict[str, Callable[[nn.Module], Any]] = {
+        "SmoothFish": lambda m: SmoothFish(1.0, 1e-3, m),
+        "IDGM": lambda m: IDGM(m, 1e-3),
+        "IDGM, tracked": lambda m: IDGM(m, 1e-3, track_alignment=True),
+    }
+
+    def derivatives(model: nn.Module, data: list[Tensor]) -> None:
+        """The same derivatives by plain autograd, and one step of the optimizer."""
+        leaves = list(model.parameters())
+        vector = [torch.ones_like(p) for p in leaves]
+        if name == "SmoothFish":
+            for x in [*data, *data[1:]]:
+                torch.autograd.grad(loss_of(model, x), leaves)
+        else:
+            for x in data[:-1]:  # the last domain's graph is kept from the first pass
+                torch.autograd.grad(loss_of(model, x), leaves)
+            for x in data:
+                graph = torch.autograd.grad(loss_of(model, x), leaves, create_graph=True)
+                torch.autograd.grad(graph, leaves, vector, allow_unused=True)
+
+    found = []
+    for layers in LAYERS:
+        model, data = network(layers, torch.float32), batches(torch.float32)
+        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=1e-3), methods[name](model))
+        step = partial(optimizer.meta_step, partial(loss_of, model), data)
+        step()
+        step()
+        of_step = count(optimizer.optimizer.step)
+        making_ones = count(lambda m=model: [torch.ones_like(p) for p in m.parameters()])
+        found.append(count(step) - count(partial(derivatives, model, data)) - of_step + Counter() - making_ones)
+    assert found[0] == found[1]
+    assert 0 < found[0].total() <= 48 * DOMAINS, found[0]  # with torch 2.13 at most 133
