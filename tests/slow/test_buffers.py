@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from _models import assert_identical
 from torch import Tensor, nn
 
-from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch import Fish, GradMatch, SmoothFish, ops
 
 
 def network() -> nn.Sequential:
@@ -386,3 +388,371 @@ def test_a_compiled_model_goes_back_to_a_checkpoint_between_inner_loops():
             optimizer.step()
         results.append(statistics(model))
     torch.testing.assert_close(results[1], results[0])
+
+
+# ------------------------------------------------------------------------- whose a forward pass in training mode is
+
+
+def interpolated(before: Tensor, after: Tensor) -> Tensor:
+    return before + 0.25 * (after - before)
+
+
+@pytest.mark.parametrize("run", ["loop", "meta_step"])
+def test_update_bn_between_two_meta_iterations_is_honoured(run: str):
+    model = network()
+    optimizer = wrap(model, inner_steps=1)
+    backward(model, 0)
+    optimizer.step()
+    data = list(torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(5)) + 10.0)
+    torch.optim.swa_utils.update_bn(data, model)
+    updated = statistics(model)
+    if run == "loop":
+        backward(model, 1)
+        moved = statistics(model)
+        optimizer.step()
+    else:
+        moved = {}
+        optimizer.meta_step(lambda x: (model(x).square().mean(), moved.update(statistics(model)))[0], data[:1])
+    name = "1.running_mean"
+    torch.testing.assert_close(statistics(model)[name], interpolated(updated[name], moved[name]))
+
+
+def test_a_training_mode_forward_without_gradients_is_the_users():
+    model = network()
+    optimizer = wrap(model)
+    with torch.no_grad():
+        model(torch.full((4, 2), 3.0) + torch.rand(4, 2))
+    users = statistics(model)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.rollback()
+    torch.testing.assert_close(statistics(model), users, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
+@pytest.mark.parametrize("order", ["teacher first", "student first", "teacher alone"])
+def test_a_teacher_by_functional_call_leaves_the_models_buffers_alone(order: str, gradients: bool):
+    """Whose forward pass moves the teacher's buffers, in training mode, as the module has no others for a while."""
+    model = network()
+    optimizer = wrap(model)
+    before = statistics(model)
+    teacher = {name: torch.full_like(t, 90) for name, t in model.state_dict().items()}
+
+    def teach() -> None:
+        with torch.set_grad_enabled(gradients):
+            torch.func.functional_call(model, teacher, (torch.randn(8, 2),))
+
+    for _ in range(2):
+        if order != "student first":
+            teach()
+        if order != "teacher alone":
+            backward(model, 0)
+            optimizer.step()
+        if order == "student first":
+            teach()
+    assert teacher["1.num_batches_tracked"] == 92  # it moved
+    moved = statistics(model)
+    if order == "teacher alone":
+        torch.testing.assert_close(moved, before, rtol=0, atol=0)
+    optimizer.rollback()
+    torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
+    for _ in range(2):  # another inner loop is as good as the first
+        teach()
+        backward(model, 1)
+        optimizer.step()
+        moved = statistics(model)
+        optimizer.interpolate()
+        torch.testing.assert_close(
+            statistics(model)["1.running_mean"], interpolated(before["1.running_mean"], moved["1.running_mean"])
+        )
+        before = statistics(model)
+
+
+def test_a_teacher_and_a_new_buffer_of_the_users():
+    model = network()
+    optimizer = wrap(model, inner_steps=1)
+    model[1].running_mean = torch.tensor([5.0, 6.0, 7.0])
+    torch.func.functional_call(model, {n: t.clone() for n, t in model.state_dict().items()}, (torch.randn(8, 2),))
+    before = statistics(model)
+    backward(model, 0)
+    moved = statistics(model)
+    optimizer.step()
+    name = "1.running_mean"
+    torch.testing.assert_close(statistics(model)[name], interpolated(before[name], moved[name]))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("zero_grad", [True, False])
+def test_update_bn_of_a_compiled_model_is_honoured_or_warned_of(zero_grad: bool):
+    model = network()
+    optimizer = wrap(model, inner_steps=1)
+    compiled = torch.compile(model, backend="eager")
+    backward(compiled, 0)
+    optimizer.step()
+    torch.optim.swa_utils.update_bn([torch.full((4, 2), 3.0) + torch.rand(4, 2)], compiled)
+    updated = statistics(model)
+    if zero_grad:
+        optimizer.zero_grad()
+    backward(compiled, 1)
+    moved = statistics(model)
+    if zero_grad:
+        optimizer.step()
+        name = "1.running_mean"
+        torch.testing.assert_close(statistics(model)[name], interpolated(updated[name], moved[name]))
+    else:
+        with pytest.warns(RuntimeWarning, match=r"Call optimizer.zero_grad\(\) before the forward pass"):
+            optimizer.step()
+
+
+def test_reentrant_checkpointing_is_warned_of():
+    model = network()
+    optimizer = wrap(model)
+    x = torch.randn(8, 2, requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="use_reentrant=False"):
+        torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["whole, not reentrant", "meta_step, reentrant"])
+def test_checkpointing_is_followed(how: str):
+    model = network()
+    optimizer = wrap(model)
+    before = statistics(model)
+
+    def loss_fn(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=how.endswith(", reentrant")).square().mean()
+
+    x = torch.randn(8, 2, requires_grad=True)
+    if how.startswith("whole"):
+        loss_fn(x).backward()
+        optimizer.step()
+        optimizer.rollback()
+        torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
+    else:
+        moved: dict[str, Tensor] = {}
+        optimizer.register_step_pre_hook(lambda *_: moved.update(statistics(model)))
+        optimizer.meta_step(loss_fn, [x])
+        name = "1.running_mean"
+        torch.testing.assert_close(statistics(model)[name], interpolated(before[name], moved[name]))
+
+
+# --------------------------------------------------------------------------------------------- once, and all or nothing
+
+
+@pytest.mark.parametrize("settings", [{}, {"buffers": "latest"}], ids=["interpolate", "latest"])
+@pytest.mark.parametrize("first_to_close", [0, 1])
+def test_two_optimizers_that_follow_one_model_move_its_buffers_once(first_to_close: int, settings: dict[str, Any]):
+    model = network()
+    optimizers = [
+        GradMatch(torch.optim.SGD(model[i].parameters(), lr=0.01), Fish(0.25, model=model, **settings)) for i in (0, 2)
+    ]
+    for seed in range(3):
+        before = statistics(model)
+        for step in range(2):
+            backward(model, 10 * seed + step)
+            for optimizer in optimizers:
+                optimizer.step()
+        moved = statistics(model)
+        optimizers[first_to_close].interpolate()
+        optimizers[1 - first_to_close].interpolate()
+        name = "1.running_mean"
+        expected = moved[name] if settings else interpolated(before[name], moved[name])
+        torch.testing.assert_close(statistics(model)[name], expected)
+
+
+def test_of_two_optimizers_the_longer_inner_loop_leaves_the_buffers_to_the_shorter_also_when_resumed():
+    finals = []
+    for resumed in (False, True):
+        model = network()
+        methods = [Fish(0.25, inner_steps=steps, model=model) for steps in (2, 4)]
+        optimizers = [
+            GradMatch(torch.optim.SGD(model[i].parameters(), lr=0.01), method)
+            for i, method in zip((0, 2), methods, strict=True)
+        ]
+        expected = statistics(model)["1.running_mean"]
+        for step in range(4):
+            backward(model, step)
+            moved = statistics(model)["1.running_mean"]
+            for optimizer in optimizers:
+                optimizer.step()
+            if step % 2:
+                expected = interpolated(expected, moved)
+                if step == 1:
+                    torch.testing.assert_close(statistics(model)["1.running_mean"], expected)
+            if resumed and step == 2:
+                saved = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
+                model.load_state_dict(saved[0])
+                for optimizer, state in zip(optimizers, saved[1], strict=True):
+                    optimizer.load_state_dict(state)
+        torch.testing.assert_close(statistics(model)["1.running_mean"], expected)
+        finals.append(model.state_dict())
+    torch.testing.assert_close(finals[1], finals[0], rtol=0, atol=0)
+
+
+def test_parameters_and_buffers_go_through_one_call(monkeypatch: pytest.MonkeyPatch):
+    calls: list[int] = []
+    interpolate_ = ops.interpolate_
+    monkeypatch.setattr(ops, "interpolate_", lambda s, f, w: (calls.append(len(s)), interpolate_(s, f, w)))
+    model = network()
+    optimizer = wrap(model, inner_steps=1)
+    backward(model, 0)
+    optimizer.step()
+    assert calls == [6 + 2]
+
+
+def test_an_interpolation_that_fails_leaves_weights_and_buffers_for_another_try(monkeypatch: pytest.MonkeyPatch):
+    model = network()
+    optimizer = wrap(model)
+    before = copy.deepcopy(model.state_dict())
+    backward(model, 0)
+    optimizer.step()
+    fast = copy.deepcopy(model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "interpolate_", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+        with pytest.raises(MemoryError):
+            optimizer.interpolate()
+    torch.testing.assert_close(model.state_dict(), fast, rtol=0, atol=0)
+    assert optimizer.inner_step == 1
+    optimizer.interpolate()
+    for name in ("0.weight", "1.running_mean"):
+        torch.testing.assert_close(model.state_dict()[name], interpolated(before[name], fast[name]))
+
+
+def test_a_failing_meta_step_restores_the_buffers_of_when_it_was_called():
+    model = network()
+    optimizer = wrap(model)
+    backward(model, 0)  # a forward pass with gradients that leads to no step
+    before = statistics(model)
+
+    def fails(x: Tensor) -> Tensor:
+        model(x)
+        raise KeyError("label")
+
+    with pytest.raises(KeyError):
+        optimizer.meta_step(fails, [torch.randn(4, 2)])
+    torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
+
+
+def test_wide_slow_buffers_are_saved_between_inner_loops():
+    """A BatchNorm in bf16 whose slow statistics are in fp32: the resumed run is the uninterrupted one, bit for bit."""
+
+    def build() -> tuple[nn.Module, GradMatch]:
+        model = network().bfloat16()
+        return model, wrap(model, inner_steps=1, meta_dtype=torch.float32)
+
+    def train(model: nn.Module, optimizer: GradMatch, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            x = torch.randn(8, 2, generator=torch.Generator().manual_seed(seed)).bfloat16()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = build()
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert saved[1]["gradmatch"]["slow_buffers"]["1.running_mean"].dtype == torch.float32
+    train(model, optimizer, range(3, 6))
+    resumed_model, resumed = build()
+    resumed_model.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(resumed_model, resumed, range(3, 6))
+    assert_identical(resumed_model.state_dict(), model.state_dict())
+    assert_identical(resumed.state_dict(), optimizer.state_dict())
+
+
+def test_surgery_on_a_wide_slow_buffer_is_honoured_where_it_happened():
+    model = network().bfloat16()
+    optimizer = wrap(model, inner_steps=1, meta_dtype=torch.float32)
+    for meta_iteration in range(3):
+        model(torch.randn(8, 2).bfloat16()).square().mean().backward()
+        moved = statistics(model)["1.running_mean"].float()
+        optimizer.step()
+        if meta_iteration == 1:
+            slow = optimizer.state_dict()["gradmatch"]["slow_buffers"]["1.running_mean"].clone()
+            assert not torch.equal(slow, slow.bfloat16().float())
+            model[1].running_mean[1] = slow[1] = 3.0
+    now = optimizer.state_dict()["gradmatch"]["slow_buffers"]["1.running_mean"]
+    torch.testing.assert_close(now, interpolated(slow, moved), rtol=1e-6, atol=0.0)
+
+
+def test_another_model_is_refused():
+    model, other = network(), network()
+    with pytest.raises(ValueError, match=r"model should hold the parameters .*Sequential has none of them"):
+        GradMatch(torch.optim.SGD(model.parameters(), lr=0.01), Fish(model=other))
+    with pytest.raises(ValueError, match="Is it another one, or a copy"):
+        GradMatch(torch.optim.SGD(model.parameters(), lr=0.01), Fish(model=copy.deepcopy(model)))
+
+
+# --------------------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
+def test_a_range_that_begins_at_infinity_takes_its_latest_value(nonfinite: str):
+    """As an observer's for quantization: there is no way half between infinity and a number."""
+
+    class Observer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("largest", torch.tensor(-float("inf")))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.largest.copy_(torch.maximum(self.largest, x.detach().max()))
+            return x
+
+    model = nn.Sequential(Observer(), nn.Linear(2, 1))
+    optimizer = wrap(model, inner_steps=1, nonfinite=nonfinite)
+    model(torch.tensor([[1.0, 4.0]])).sum().backward()
+    optimizer.step()
+    assert model[0].largest.item() == 4.0
+
+
+def test_a_buffer_that_becomes_nan_is_named():
+    model = network()
+    optimizer = wrap(model)
+    before = copy.deepcopy(model.state_dict())
+    backward(model, 0)
+    optimizer.step()
+    model[1].running_var[0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"the buffer '1.running_var' holds NaN or infinity.*call rollback\(\)"):
+        optimizer.interpolate()
+    optimizer.rollback()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- without being told of them
+
+
+def nan_after_first(model: nn.Module) -> Any:
+    def loss_fn(x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        return loss * float("nan") if x[0, 0] > 5 else loss
+
+    return loss_fn
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["plain", "compiled", "replacing", "later"])
+@pytest.mark.parametrize("method", ["Fish", "SmoothFish"])
+def test_one_nan_loss_restores_buffers_of_any_module_that_ran(method: str, kind: str):
+    class Replaces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen + 1
+            return x
+
+    model = nn.Sequential(Replaces(), network()) if kind == "replacing" else network()
+    optimizer = GradMatch(
+        torch.optim.SGD(model.parameters(), lr=0.01), {"Fish": Fish(), "SmoothFish": SmoothFish(1.0, 0.1)}[method]
+    )
+    good, bad = torch.rand(4, 2), torch.rand(4, 2) + 10
+    called = torch.compile(model, backend="eager") if kind == "compiled" else model
+    if kind in ("replacing", "later"):  # modules known from an earlier meta-iteration
+        optimizer.meta_step(nan_after_first(called), [good, good])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="the loss of batch 1 is nan"):
+        optimizer.meta_step(nan_after_first(called), [good, bad])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not torch.nn.modules.module._global_forward_pre_hooks
