@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -49,11 +49,13 @@ class Method(ABC):
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {}
     """For each setting a function that raises if it is given a value that cannot be used."""
 
-    def __setattr__(self, name: str, value: object) -> None:
-        check = self.checks.get(name)
-        if check is not None:
-            check(value)
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # which would accept any name for the sake of this
+
+        def __setattr__(self, name: str, value: object) -> None:
+            check = self.checks.get(name)
+            if check is not None:
+                check(value)
+            super().__setattr__(name, value)
 
     @abstractmethod
     def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> MetaLoop:

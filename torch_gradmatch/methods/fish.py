@@ -174,14 +174,17 @@ class FishLoop(MetaLoop):
 
     # ------------------------------------------------------------------------------------------------ inner loop
 
-    def _begin(self, settings: Fish) -> None:
-        """Take over the settings for the inner loop about to begin."""
+    def _refuse_another_model(self) -> None:
         followed = None if self.buffers is None else self.buffers.model
-        if settings.model is not followed:
+        if self.method.model is not followed:
             raise RuntimeError(
                 "Fish.model was changed after the optimizer was wrapped, so nobody has followed the buffers of that "
                 "model: wrap the optimizer anew, GradMatch(optimizer, Fish(model=model))"
             )
+
+    def _begin(self, settings: Fish) -> None:
+        """Take over the settings for the inner loop about to begin."""
+        self._refuse_another_model()
         self.settings = settings
         if not settings.track_alignment:
             self.alignment = None
@@ -503,6 +506,7 @@ class FishLoop(MetaLoop):
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` naming the first entry that cannot be loaded. See ``MetaLoop.check_state_dict``."""
+        self._refuse_another_model()
         state.setdefault("held_buffers", list(state.get("slow_buffers") or ()))  # format 1 had those in progress only
         state.setdefault("left_buffers", [])
         for key, kind in _LAYOUT.items():
