@@ -30,7 +30,7 @@ class Recording(example.Classifier):
     def __init__(self, method="Fish", workers=0, skip=()):
         super().__init__(method)
         self.workers, self.skip, self.seen = workers, skip, []
-        self.inner_steps_seen = []
+        self.inner_steps, self.validated = [], []
 
     def train_dataloader(self):
         loader = super().train_dataloader()
@@ -40,15 +40,14 @@ class Recording(example.Classifier):
             )
         return loader
 
-    def val_dataloader(self):
-        return DataLoader(self.held_out, batch_size=500)
-
-    def validation_step(self, batch, _index):
-        self.inner_steps_seen.append(0 if self.hparams.method == "ERM" else self.optimizers().inner_step)
-        self.log("loss", self.loss(batch))
+    def validation_step(self, batch, index):
+        if index == 0:
+            self.validated.append(self.loss(batch))
+        super().validation_step(batch, index)
 
     def training_step(self, batch, index):
         self.seen.append(torch.stack([x.sum() for x, _ in batch]) if isinstance(batch[0], list) else batch[0].sum())
+        self.inner_steps.append(0 if self.hparams.method == "ERM" else self.optimizers().inner_step)
         if self.global_step in self.skip:
             return None
         return super().training_step(batch, index)
@@ -57,10 +56,19 @@ class Recording(example.Classifier):
         """Stop where training stops, for the comparison."""
 
 
-def fit(directory, max_steps, resume_from=None, precision="32-true", scaler=None, every=1, **settings):
+def fit(
+    directory,
+    max_steps,
+    resume_from=None,
+    precision="32-true",
+    scaler=None,
+    every=1,
+    callbacks=None,
+    **settings,
+):
     model = Recording(**{k: v for k, v in settings.items() if k not in ("trainer",)})
     saver = ModelCheckpoint(directory, "{step}", every_n_train_steps=every, save_top_k=-1)
-    manual = not model.automatic_optimization
+    clips = model.automatic_optimization and precision != "16-mixed"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
@@ -68,16 +76,15 @@ def fit(directory, max_steps, resume_from=None, precision="32-true", scaler=None
             # On a CPU Lightning would make bfloat16 of "16-mixed"; given as a plugin it scales the loss as on a GPU.
             plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if precision == "16-mixed" else None,
             precision=None if precision == "16-mixed" else precision,
-            gradient_clip_val=None if manual else 0.5,
-            callbacks=[saver],
+            callbacks=[saver, *([example.ValidateSlowWeights()] if callbacks is None else callbacks)],
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            **settings.get("trainer", {}),
+            **{"gradient_clip_val": 0.5 if clips else None} | settings.get("trainer", {}),
         )
-        trainer.fit(model, ckpt_path=None if resume_from is None else f"{directory}/step={resume_from}.ckpt")
+        trainer.fit(model, ckpt_path=None if resume_from is None else f"{directory}/{resume_from}.ckpt")
     return model, trainer
 
 
@@ -114,7 +121,7 @@ def state(model, trainer):
 def test_it_resumes_bit_for_bit(tmp_path, stop, settings):
     total = 9 if settings.get("method") == "exact" else 39
     whole = fit(tmp_path, total, **settings)
-    resumed = fit(tmp_path, total, resume_from=stop, **settings)
+    resumed = fit(tmp_path, total, resume_from=f"step={stop}", **settings)
     assert len(whole[0].seen) == total
     assert_same(resumed[0].seen, whole[0].seen[stop:])
     assert_same(state(*resumed), state(*whole))
@@ -127,14 +134,18 @@ def test_it_resumes_where_epochs_differ_in_length(tmp_path, monkeypatch):
         def train_dataloader(self):
             kept = [index for index in range(4 * 256) if index % 256 < sizes[index // 256]]
             sampler = DomainBatchSampler([self.domains[index] for index in kept], 32, domains_per_step=2)
-            assert len({sampler._plan(epoch).size for epoch in range(4)}) > 1
+            lengths = set()
+            for epoch in (3, 2, 1, 0):
+                sampler.set_epoch(epoch)
+                lengths.add(len(sampler))
+            assert len(lengths) > 1
             return ResumableLoader(DataLoader(torch.utils.data.Subset(self.data, kept), batch_sampler=sampler))
 
     monkeypatch.setitem(globals(), "Recording", Uneven)
     monkeypatch.setattr(example, "Fish", lambda *_, model, **__: Fish(0.05, inner_steps=2, model=model))
     whole = fit(tmp_path, 75)
     for stop in (9, 47):
-        resumed = fit(tmp_path, 75, resume_from=stop)
+        resumed = fit(tmp_path, 75, resume_from=f"step={stop}")
         assert_same(resumed[0].seen, whole[0].seen[stop:])
         assert_same(state(*resumed), state(*whole))
 
@@ -168,14 +179,49 @@ def test_it_is_the_plain_loop(tmp_path, precision):
     assert_same(optimizer.last_meta_step.inner_product, trainer.optimizers[0].last_meta_step.inner_product)
 
 
-def test_a_step_that_the_grad_scaler_skips_does_not_count(tmp_path):
+def test_a_step_that_the_grad_scaler_skips_counts(tmp_path):
+    """So inner loops and the sampler's groups stay in phase."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # too large for half floats: halved until it fits
     model, trainer = fit(tmp_path, 41, precision="16-mixed", scaler=scaler, every=1000)
     skipped = 30 - int(math.log2(scaler.get_scale()))
     assert 1 <= skipped <= 20
-    assert len(model.seen) == 41
-    assert trainer.optimizers[0].inner_step == (41 - skipped) % DOMAINS
+    assert skipped % DOMAINS != 0
+    assert model.inner_steps == [step % DOMAINS for step in range(41)]
+    assert trainer.optimizers[0].inner_step == 41 % DOMAINS
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_lightning_does_not_clip_under_loss_scaling(tmp_path):
+    with pytest.raises(RuntimeError, match="GradMatch, does not allow for gradient clipping"):
+        fit(tmp_path, 4, precision="16-mixed", trainer={"gradient_clip_val": 0.5})
+
+
+def test_clipping_under_loss_scaling_is_the_plain_loop(tmp_path, monkeypatch):
+    class Clipping(Recording):
+        def configure_gradient_clipping(self, optimizer, *_):
+            self.trainer.precision_plugin.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+
+    monkeypatch.setitem(globals(), "Recording", Clipping)
+    steps = STEPS_IN_EPOCH + 3
+    model, trainer = fit(tmp_path, steps, precision="16-mixed", every=1000)
+    plain, scaler = make_model(0), torch.amp.GradScaler("cpu")
+    data, names, _ = make_data()
+    sampler = DomainBatchSampler(names, example.BATCH_SIZE, seed=0)
+    wrapped = torch.optim.AdamW(plain.parameters(), lr=example.FISH_LR)
+    optimizer = GradMatch(wrapped, Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=plain))
+    batches = (batch for _ in range(2) for batch in DataLoader(data, batch_sampler=sampler))
+    for (x, y), _ in zip(batches, range(steps), strict=False):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.half):
+            loss = torch.nn.functional.cross_entropy(plain(x), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+    assert_same(dict(model.model.state_dict()), dict(plain.state_dict()))
+    assert_same(trainer.optimizers[0].state_dict()["state"], optimizer.state_dict()["state"])
 
 
 def test_exact_is_the_plain_loop(tmp_path):
@@ -221,10 +267,46 @@ def test_a_skipped_training_step_takes_its_turn(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
-def test_validation_at_multiples_of_s_sees_slow_weights(tmp_path):
-    model, _ = fit(tmp_path, 16, every=1000, trainer={"val_check_interval": 2 * DOMAINS})
-    assert model.inner_steps_seen
-    assert set(model.inner_steps_seen) == {0}
+def test_validation_in_an_inner_loop_is_that_of_the_slow_weights(tmp_path):
+    """After 6 and 12 steps it finds what it finds after 4 and 12, and training goes on as if it had not been."""
+    inside = fit(tmp_path, 22, every=1000, trainer={"val_check_interval": 6})
+    between = fit(tmp_path, 22, every=1000, trainer={"val_check_interval": DOMAINS})
+    fast = fit(tmp_path, 22, every=1000, trainer={"val_check_interval": 6}, callbacks=[])
+    never = fit(tmp_path, 22, every=1000, trainer={"limit_val_batches": 0})
+    assert (len(inside[0].validated), len(between[0].validated)) == (3, 5)  # the last: 6 or 4 steps into epoch 2
+    assert_same(inside[0].validated, [between[0].validated[index] for index in (0, 2, 4)])
+    assert not torch.equal(inside[0].validated[0], fast[0].validated[0])
+    assert torch.equal(inside[0].validated[1], fast[0].validated[1])
+    assert_same(state(*inside), state(*never))
+    assert_same(state(*between), state(*never))
+
+
+def test_the_model_of_a_checkpoint_is_the_one_that_was_validated(tmp_path):
+    """Also one that ModelCheckpoint keeps for its metric, from which training resumes all the same."""
+    best = ModelCheckpoint(tmp_path, "best-{step}", monitor="held_out_loss", save_top_k=-1)
+    trainer = {"val_check_interval": 6}
+    whole = fit(tmp_path, 22, every=1000, trainer=trainer, callbacks=[best, example.ValidateSlowWeights()])
+    short, _ = fit(tmp_path, DOMAINS, every=1000)
+    saved = torch.load(tmp_path / "best-step=6.ckpt", weights_only=True)
+    assert_same(dict(saved["slow_weights"]), dict(short.state_dict()))
+    assert not torch.equal(saved["state_dict"]["model.0.weight"], saved["slow_weights"]["model.0.weight"])
+    resumed = fit(tmp_path, 22, resume_from="best-step=6", every=1000, trainer=trainer)
+    assert_same(state(*resumed), state(*whole))
+
+
+def test_a_validation_that_fails_leaves_the_fast_weights(tmp_path, monkeypatch):
+    models = []
+
+    class Failing(Recording):
+        def validation_step(self, *_):
+            models.append(self)
+            raise OSError("the disk is gone")
+
+    expected, _ = fit(tmp_path, 6, every=1000, trainer={"limit_val_batches": 0})
+    monkeypatch.setitem(globals(), "Recording", Failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(tmp_path, 22, every=1000, trainer={"val_check_interval": 6})
+    assert_same(dict(models[0].state_dict()), dict(expected.state_dict()))
 
 
 def test_the_wrapped_optimizer_reaches_everything(tmp_path):

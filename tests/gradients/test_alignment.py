@@ -341,3 +341,11 @@ def test_the_probe_refuses_what_it_cannot_measure():
         gradient_alignment([torch.ones(1)], lambda x: (w * x).sum(), [torch.ones(2)])
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
         gradient_alignment([w], lambda x: w * x, [torch.ones(2)])
+
+
+def test_sums_that_were_released_before_there_were_any_take_gradients_in():
+    """As after a first meta-iteration whose loss raised."""
+    alignment = GradientAlignment()
+    alignment.reset(release=True)
+    alignment.add([torch.ones(2)])
+    assert float(alignment.result().grad_norms[0]) == pytest.approx(2**0.5)

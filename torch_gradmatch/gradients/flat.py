@@ -229,7 +229,7 @@ class FlatVectors:
             release: Whether to give the memory back until the next gradient is loaded.
         """
         self._forgotten = True
-        if release and not self._released:
+        if release and self.scratch and not self._released:
             for part in self._parts():
                 part.untyped_storage().resize_(0)
             self._loaded, self._released = None, True

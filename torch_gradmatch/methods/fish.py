@@ -444,10 +444,11 @@ class FishLoop(MetaLoop):
         for p in self.parameters():
             p.grad = None
         with record_function("GradMatch.domain_gradient"):
-            loss = check_loss(loss_fn(batch), index)
+            returned = loss_fn(batch)
+            loss = check_loss(returned, index)
             if not self._knows_loss_fn:
                 if scaler is None:
-                    refuse_scaled(loss)
+                    refuse_scaled(returned)
                 self._knows_loss_fn = True
             scaled: Tensor = loss if scaler is None else scaler.scale(loss)
             scaled.backward()

@@ -101,7 +101,7 @@ def refuse_scaled(loss: Tensor) -> None:
     the garbage collector: some milliseconds, so this is for the first loss of a training run.
 
     Args:
-        loss: What ``loss_fn`` returned, shape ().
+        loss: What ``loss_fn`` returned, itself and no view of it.
 
     Raises:
         ValueError: If it was.
