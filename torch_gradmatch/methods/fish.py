@@ -373,7 +373,7 @@ class FishLoop(MetaLoop):
         try:
             _write(weights, slow)
             if self.buffers is not None:
-                self.buffers.slots.assign(self.buffers.slow_values())
+                self.buffers.write_slow()
             yield
         finally:
             _write(weights, values)
@@ -507,6 +507,7 @@ class FishLoop(MetaLoop):
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` naming the first entry that cannot be loaded. See ``MetaLoop.check_state_dict``."""
+        self._refuse_while_slow("load_state_dict()")
         self._refuse_another_model()
         state.setdefault("held_buffers", list(state.get("slow_buffers") or ()))  # format 1 had those in progress only
         state.setdefault("left_buffers", [])
@@ -537,7 +538,6 @@ class FishLoop(MetaLoop):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
-        self._refuse_while_slow("load_state_dict()")
         self._begin(copy.copy(self.method))
         parameters = self.parameters()
         copies = {parameters[i]: value for i, value in state["slow_weights"].items()}

@@ -345,9 +345,17 @@ class SlowBuffers:
 
     def rollback(self) -> None:
         """Set the buffers back to what they were before the inner loop and end it."""
-        if self._slow is not None:
-            self.slots.assign({self.slots.names[i]: slow for i, slow in self._slow.items()})
+        self.write_slow()
         self._end()
+
+    def write_slow(self) -> None:
+        """Let the model hold the slow values of the inner loop in progress, in the buffers' own dtypes."""
+        now = self.slots.tensors()
+        values = {}
+        for i, slow in (self._slow or {}).items():
+            buffer = now[i]
+            values[self.slots.names[i]] = slow if buffer is None else slow.to(buffer.dtype)
+        self.slots.assign(values)
 
     def _end(self) -> None:
         if self._slow is not None:
