@@ -3,19 +3,19 @@
 What changes in a loop is the line that builds the optimizer, and two around the prepared loader: Accelerate fetches a
 batch ahead, so :class:`ResumableLoader` counts what the loop received, and is registered to be saved with the rest.
 
-- Keep the ``GradMatch`` itself: the optimizer that ``prepare`` returns has no ``meta_step``, ``rollback``,
-  ``inner_step`` or ``last_meta_step``. Both step the same object.
+- Keep the ``GradMatch`` itself: the optimizer that ``prepare`` returns has no ``meta_step``, ``slow_weights``,
+  ``rollback``, ``inner_step`` or ``last_meta_step``. Both step the same object.
 - ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it, and processes
   that draw different domains for one step.
-- Evaluate, and save models, after multiples of S steps: in the middle of an inner loop the model holds the fast
-  weights. To resume, any step will do.
-- A step that fp16's GradScaler skips does not count, and from then on the inner loops no longer begin with the
-  sampler's groups; bf16 skips nothing.
+- In the middle of an inner loop the model holds the fast weights. Evaluate it, and save it as a model, in a ``with
+  gradmatch.slow_weights()`` block; ``save_state``, to resume from, belongs outside.
+- A step that fp16's GradScaler skips moves nothing and counts as an inner step. The schedule counts it, too.
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
         The model, and the class sums of the batches it was trained on, by which a test knows them again.
     """
     accelerator = Accelerator(mixed_precision=options.precision, cpu=options.cpu)
-    data, domains, _ = make_data()
+    data, domains, held_out = make_data()
     model = make_model(0)
     sampler = DomainBatchSampler(domains, BATCH_SIZE, seed=0)
     loader = DataLoader(data, batch_sampler=sampler, num_workers=options.workers, generator=torch.Generator())
@@ -74,9 +74,13 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
                 optimizer.step()
             scheduler.step()
             seen.append(int(sum(b[1].sum() for b in batch)) if method == "exact" else int(batch[1].sum()))
-            if scheduler.scheduler.last_epoch % options.save_every == 0:
+            taken = scheduler.scheduler.last_epoch
+            if taken % options.eval_every == 0:
+                with gradmatch.slow_weights() if method != "ERM" else nullcontext():
+                    print(f"{method:5} {taken:5} steps, accuracy {accuracy(model, held_out):.3f}", flush=True)
+            if taken % options.save_every == 0:
                 accelerator.save_state(str(directory))
-            if scheduler.scheduler.last_epoch == options.stop_at:
+            if taken == options.stop_at:
                 return model, seen
     if method != "ERM":
         gradmatch.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
@@ -97,7 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--directory", type=Path, default=Path("out/accelerate"), help="for checkpoints")
     parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--stop-at", type=int, help="stop after so many steps, as if interrupted")
+    parser.add_argument("--eval-every", type=int, default=50, help="steps between two evaluations")
+    parser.add_argument("--stop-at", type=int, help="stop after so many steps, the model as it is by then")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each method")
     return parser
 

@@ -3,12 +3,16 @@
 What changes in a LightningModule is the optimizer, and the loader that serves the domains in turn. Lightning stores the
 place of a :class:`ResumableLoader` in its checkpoints, so that training resumes in the middle of an inner loop.
 
-- Validate after multiples of S batches (``val_check_interval``): in the middle of an inner loop the model holds the
-  fast weights. The same goes for checkpoints that are to be used as a model; to resume from, any will do.
-- ``training_step`` may return None: that batch moves nothing and counts as an inner step, as its turn is over.
+- In the middle of an inner loop the model holds the fast weights. :class:`ValidateSlowWeights` has the slow ones
+  validated, whatever ``val_check_interval`` is, and ``on_save_checkpoint`` adds them to checkpoints: training resumes
+  from ``"state_dict"``, and ``"slow_weights"`` is the model that was validated.
+- ``training_step`` may return None: that batch moves nothing and counts as an inner step, as its turn is over. (Not in
+  16-mixed precision, where Lightning then leaves out the step.)
 - ``accumulate_grad_batches`` would add up gradients of several domains; ``check_loader`` refuses it.
-- ``precision="16-mixed"`` works with its GradScaler (tested on a CPU). A step that it skips does not count, and from
-  then on the inner loops no longer begin with the sampler's groups; bf16-mixed skips nothing.
+- In mixed precision, bf16 also, Lightning refuses to clip gradients for an optimizer that takes part in loss scaling,
+  as a GradMatch does: ``configure_gradient_clipping`` clips here.
+- Under ``precision="16-mixed"`` (tested on a CPU) a step that the GradScaler skips moves nothing and counts as an inner
+  step. ``meta_step`` does not work there, as nobody scales its losses: take bf16-mixed.
 - Lightning does not store random states: with dropout, add them in ``on_save_checkpoint``.
 - Lightning takes the length of the first epoch for that of all. Where they differ (``domains_per_step`` below the
   number of domains) longer ones are cut off, after a whole group.
@@ -18,17 +22,40 @@ place of a :class:`ResumableLoader` in its checkpoints, so that training resumes
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import lightning
 import torch
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+
+
+class ValidateSlowWeights(Callback):
+    """Lets the model hold the slow weights during validation."""
+
+    def __init__(self) -> None:
+        self.block = ExitStack()
+
+    def on_validation_start(self, trainer: lightning.Trainer, _module: lightning.LightningModule) -> None:
+        """Enter the block."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, GradMatch):
+                self.block.enter_context(optimizer.slow_weights())
+
+    def on_validation_end(self, *_: Any) -> None:
+        """Leave the block. Lightning has every ModelCheckpoint come after this."""
+        self.block.close()
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the block also if validation fails."""
+        self.block.close()
 
 
 class Classifier(lightning.LightningModule):
@@ -55,6 +82,14 @@ class Classifier(lightning.LightningModule):
         sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed)
         loader = DataLoader(self.data, batch_sampler=sampler)
         return ResumableLoader(loader if self.automatic_optimization else meta_batches(loader, DOMAINS))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Serve the held-out domain.
+
+        Returns:
+            The loader.
+        """
+        return DataLoader(self.held_out, batch_size=1000)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Wrap the optimizer: this is the line that changes.
@@ -96,11 +131,33 @@ class Classifier(lightning.LightningModule):
         self.lr_schedulers().step()
         return None
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as Lightning does, also a GradMatch in mixed precision, after unscaling what is scaled."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if not isinstance(optimizer, GradMatch):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def validation_step(self, batch: Any, _index: int) -> None:
+        """Log the loss on the held-out domain."""
+        self.log("held_out_loss", self.loss(batch))
+
     def on_train_batch_end(self, *_: Any) -> None:
         """Log how well the domains' gradients agreed in the last meta-iteration."""
         measured = None if self.hparams.method == "ERM" else self.optimizers().last_meta_step
         if measured is not None and measured.inner_product is not None:  # None if a batch of the group was skipped
             self.log("inner_product", measured.inner_product)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the slow weights, as a model to use."""
+        if self.hparams.method == "Fish":
+            with self.optimizers().slow_weights():
+                checkpoint["slow_weights"] = copy.deepcopy(self.state_dict())
 
     def on_train_end(self) -> None:
         """Leave the slow weights behind if training stops in the middle of an inner loop."""
@@ -130,7 +187,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             max_epochs=options.epochs,
             precision=options.precision,
             gradient_clip_val=1.0 if classifier.automatic_optimization else None,
-            callbacks=[ModelCheckpoint(f"{options.directory}/{method}", every_n_train_steps=50, save_last=True)],
+            callbacks=[
+                ValidateSlowWeights(),
+                ModelCheckpoint(f"{options.directory}/{method}", every_n_train_steps=50, save_last=True),
+            ],
             accelerator="auto",
             devices=1,
             logger=False,

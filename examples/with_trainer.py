@@ -4,9 +4,10 @@ What changes is the optimizer handed to the Trainer, and ``get_train_dataloader`
 Trainer skips the batches that were trained on when it resumes, so the sampler needs no state; checkpoints in the middle
 of an inner loop are fine for that.
 
-- As a *model*, a checkpoint from the middle of an inner loop holds the fast weights: let ``save_steps`` and
-  ``eval_steps`` be multiples of S where its predictions count. If ``max_steps`` ends in the middle of an inner loop,
-  ``optimizer.rollback()`` before ``save_model`` leaves the slow weights.
+- ``evaluate`` measures the slow weights, whatever ``eval_steps`` is. Checkpoints, to resume from, hold the fast ones
+  in the middle of an inner loop: where they are to be used as a model, also by ``load_best_model_at_end``, let
+  ``save_steps`` be a multiple of S. ``with trainer.gradmatch.slow_weights(): trainer.save_model(...)`` saves the slow
+  ones; ``rollback()`` leaves them behind if ``max_steps`` ends in the middle of an inner loop.
 - ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it.
 - The Trainer takes the length of the first epoch for that of all. They differ only with ``domains_per_step`` below the
   number of domains: then a resume in a later epoch may not find its place.
@@ -19,6 +20,7 @@ of an inner loop are fine for that.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +35,13 @@ from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, check_loader
 
 
 class DomainTrainer(Trainer):
-    """A Trainer whose batches come from one domain each; ``train_dataset.domains`` says which."""
+    """A Trainer whose batches come from one domain each; ``train_dataset.domains`` says which.
+
+    Attributes:
+        gradmatch: The optimizer under the one that ``train`` wraps around it, None for ERM.
+    """
+
+    gradmatch: GradMatch[Fish] | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Serve the domains in turn.
@@ -44,6 +52,15 @@ class DomainTrainer(Trainer):
         sampler = DomainBatchSampler(self.train_dataset.domains, self.args.per_device_train_batch_size)
         loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the slow weights.
+
+        Returns:
+            The metrics.
+        """
+        with self.gradmatch.slow_weights() if self.gradmatch is not None else nullcontext():
+            return super().evaluate(*args, **kwargs)
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -116,7 +133,9 @@ def make_trainer(method: str, directory: str, **arguments: Any) -> Any:
         model, args, train_dataset=Rows(data, domains), eval_dataset=Rows(held_out), optimizers=(optimizer, scheduler)
     )
     trainer.remove_callback(PrinterCallback)
-    if method == "Fish":  # an error now rather than gradients that are not matched
+    if method == "Fish":
+        trainer.gradmatch = optimizer
+        # An error now rather than gradients that are not matched.
         check_loader(optimizer, trainer.get_train_dataloader(), args.gradient_accumulation_steps)
     return trainer
 
@@ -146,10 +165,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             save_total_limit=1,
             bf16=options.bf16,
         )
-        optimizer = trainer.optimizer  # train() wraps it into one that has no rollback
         trainer.train(resume_from_checkpoint=options.resume)
         if method == "Fish":
-            optimizer.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
+            trainer.gradmatch.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
         found[method] = accuracy(trainer.model.network, trainer.eval_dataset.data)
         print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
     return found

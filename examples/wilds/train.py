@@ -78,8 +78,8 @@ def make_method(model: nn.Module, options: argparse.Namespace) -> Fish | SmoothF
         # The inner optimizer's state is carried, as the authors do on all six data sets.
         return Fish(options.meta_lr, options.domains_per_step, "carry", model=model, track_alignment=True)
     if options.method == "smooth_fish":
-        return SmoothFish(options.gamma, options.inner_lr, model=model)
-    return IDGM(model, options.gamma, agreement=options.agreement)
+        return SmoothFish(options.gamma, options.inner_lr, model=model, track_alignment=True)
+    return IDGM(model, options.gamma, agreement=options.agreement, track_alignment=True)
 
 
 class Run:

@@ -7,6 +7,15 @@ from typing import Any
 import torch
 
 
+def without_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A ``GradMatch``'s state dict, its buffers named as in the module that another one holds as ``prefix``."""
+    own = dict(state["gradmatch"])
+    own["slow_buffers"] = {name.removeprefix(prefix): copy for name, copy in own["slow_buffers"].items()}
+    for key in ("held_buffers", "left_buffers"):
+        own[key] = [name.removeprefix(prefix) for name in own[key]]
+    return state | {"gradmatch": own}
+
+
 def assert_same(one: Any, other: Any, path: str = "state") -> None:
     assert type(one) is type(other), path
     if isinstance(one, dict):

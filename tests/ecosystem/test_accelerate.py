@@ -13,7 +13,9 @@ from _same import assert_same
 from _spurious_data import DOMAINS, make_data, make_model
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
@@ -116,6 +118,76 @@ def test_it_is_the_plain_loop(made, tmp_path, method, precision):
     model, optimizer = plain_loop(method, steps, precision)
     assert_same(found["model"], model)
     assert_same(found["optimizer"], optimizer)
+
+
+def evaluated_every(steps: int, made, directory, monkeypatch):
+    """Return the losses that were found on the held-out domain, and the state after 22 steps."""
+    losses = []
+
+    def measure(model, data):
+        x, y = data.tensors
+        with torch.no_grad():
+            losses.append(torch.nn.functional.cross_entropy(model.eval()(x), y))
+        model.train()
+        return 0.0
+
+    monkeypatch.setattr(example, "accuracy", measure)
+    state, _ = run(made, "Fish", directory, "--stop-at", "22", "--eval-every", str(steps))
+    return losses, state
+
+
+def test_evaluation_in_an_inner_loop_is_that_of_the_slow_weights(made, tmp_path, monkeypatch):
+    """After 6, 12 and 18 steps it finds what it finds after 4, 12 and 16, and training goes on as without it."""
+    inside, after = evaluated_every(6, made, tmp_path, monkeypatch)
+    between, _ = evaluated_every(DOMAINS, made, tmp_path, monkeypatch)
+    _, expected = evaluated_every(1000, made, tmp_path, monkeypatch)
+    monkeypatch.setattr(GradMatch, "slow_weights", lambda _: contextlib.nullcontext())
+    fast, _ = evaluated_every(6, made, tmp_path, monkeypatch)
+    assert_same(inside, [between[0], between[2], between[3]])
+    assert not torch.equal(inside[0], fast[0])
+    assert torch.equal(inside[1], fast[1])
+    assert_same(after, expected)
+
+
+def test_models_are_saved_in_the_block_and_states_are_not(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = make_model(0)
+    expected = copy.deepcopy(dict(model.state_dict()))
+    gradmatch = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(inner_steps=DOMAINS, model=model))
+    model, optimizer = accelerator.prepare(model, gradmatch)
+    accelerator.backward(model(torch.randn(8, 1 + DOMAINS)).square().mean())
+    optimizer.step()
+    with gradmatch.slow_weights():
+        accelerator.save_model(model, str(tmp_path))
+        with pytest.raises(RuntimeError, match=r"state_dict\(\) inside slow_weights\(\)"):
+            accelerator.save_state(str(tmp_path / "state"))
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_step_that_the_grad_scaler_skips_counts():
+    """Accelerate wants a GPU for fp16, so here its optimizer gets the GradScaler that it would have there."""
+    Accelerator(cpu=True)  # which its optimizer asks for
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+    model, (data, names, _) = make_model(0), make_data()
+    loader = DataLoader(data, batch_sampler=DomainBatchSampler(names, batch_size=example.BATCH_SIZE))
+    gradmatch = GradMatch(torch.optim.AdamW(model.parameters(), lr=0.1), Fish(inner_steps=DOMAINS, model=model))
+    optimizer = AcceleratedOptimizer(gradmatch, device_placement=False, scaler=scaler)
+    inner_steps, skipped = [], []
+    for x, y in loader:
+        inner_steps.append(gradmatch.inner_step)
+        scale, before = scaler.get_scale(), [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.half):
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        optimizer.step()
+        skipped.append(scaler.get_scale() < scale)
+        if gradmatch.inner_step > 0:  # the last of a group interpolates, too
+            moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert moved == (not skipped[-1])
+    assert inner_steps == [step % DOMAINS for step in range(STEPS_IN_EPOCH)]
+    assert sum(skipped) % DOMAINS != 0
 
 
 def test_one_inner_step_kept_whole_is_erm(made, tmp_path, monkeypatch):

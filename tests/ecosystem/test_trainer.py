@@ -8,8 +8,9 @@ import copy
 import pytest
 import torch
 import with_trainer as example
-from _same import assert_same
+from _same import assert_same, without_prefix
 from _spurious_data import DOMAINS, make_data, make_model
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -77,10 +78,8 @@ def test_it_is_the_plain_loop(tmp_path, bf16):
         scheduler.step()
     assert optimizer.inner_step == 3
     assert_same(found["model"], {f"network.{name}": value for name, value in model.state_dict().items()})
-    slow = found["optimizer"]["gradmatch"]["slow_buffers"]
-    assert slow
-    found["optimizer"]["gradmatch"]["slow_buffers"] = {n.removeprefix("network."): copy for n, copy in slow.items()}
-    assert_same(found["optimizer"], optimizer.state_dict())
+    assert found["optimizer"]["gradmatch"]["slow_buffers"]
+    assert_same(without_prefix(found["optimizer"], "network."), optimizer.state_dict())
 
 
 def test_one_inner_step_kept_whole_is_erm(tmp_path, monkeypatch):
@@ -103,6 +102,41 @@ def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):
 def test_gradient_accumulation_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="accumulation_steps=2"):
         train(tmp_path, gradient_accumulation_steps=2, max_steps=5)
+
+
+def evaluated_every(steps, directory, slow=True, total=22):
+    """Return the losses that were found on the held-out domain, and the state after training."""
+    evaluates = {"eval_strategy": "steps", "eval_steps": steps} if steps else {}
+    arguments = {"save_strategy": "no", "use_cpu": True, "max_steps": total, "per_device_eval_batch_size": 4000}
+    trainer = example.make_trainer("Fish", str(directory), **arguments, **evaluates)
+    optimizer = trainer.gradmatch
+    if not slow:
+        trainer.gradmatch = None
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return losses, copy.deepcopy((dict(trainer.model.state_dict()), optimizer.state_dict())), trainer
+
+
+def test_evaluation_in_an_inner_loop_is_that_of_the_slow_weights(tmp_path):
+    """After 6, 12, 18 and 22 steps it finds what it finds after 4, 12, 16 and 20; training goes on as without it."""
+    inside, after, _ = evaluated_every(6, tmp_path)
+    between, _, _ = evaluated_every(DOMAINS, tmp_path)
+    fast, _, _ = evaluated_every(6, tmp_path, slow=False)
+    _, expected, _ = evaluated_every(None, tmp_path)
+    assert inside == [between[0], between[2], between[3], between[4]]
+    assert inside[0] != fast[0]
+    assert inside[1] == fast[1]
+    assert_same(after, expected)
+
+
+def test_a_model_is_saved_in_an_inner_loop(tmp_path):
+    _, (expected, _), _ = evaluated_every(None, tmp_path, total=DOMAINS)
+    _, _, trainer = evaluated_every(None, tmp_path, total=DOMAINS + 2)
+    with trainer.gradmatch.slow_weights():
+        trainer.save_model(str(tmp_path / "model"))
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_rollback_after_the_last_step_leaves_the_slow_weights(tmp_path):
