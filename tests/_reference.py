@@ -29,7 +29,10 @@ class ReferenceFish:
         meta_lr: float,
         inner_state: str = "carry",
         buffers: str = "interpolate",
+        meta_dtype: torch.dtype | None = None,
     ) -> None:
+        self.meta_dtype = meta_dtype
+        self.wide: dict[str, Tensor] = {}  # theta in that dtype, where it is not just the model's
         self.model = model
         self.build_optimizer = build_optimizer
         self.meta_lr = meta_lr
@@ -39,6 +42,7 @@ class ReferenceFish:
         self.inner_optimizer: torch.optim.Optimizer | None = None
         self.previous_optimizer: torch.optim.Optimizer | None = None
         self.steps_taken = 0  # in this inner loop
+        self.began = False  # whether the inner optimizer was to take a step in it
 
     def begin(self) -> None:
         """theta~ <- theta, with a new inner optimizer that may get the previous one's state."""
@@ -70,11 +74,21 @@ class ReferenceFish:
             return loss
 
         self.steps_taken += 1
+        self.began = True
         if isinstance(optimizer, torch.optim.LBFGS):
             return optimizer.step(closure)
         loss = closure()
         optimizer.step()
         return loss
+
+    def attempt(self, loss_fn: Callable[[nn.Module], Tensor], *, counts: bool) -> None:
+        """A step that moves nothing: it failed, or its gradients overflowed and it counts. The forward pass ran."""
+        if self.inner_model is None:
+            self.begin()
+        assert self.inner_model is not None
+        loss_fn(self.inner_model)
+        self.steps_taken += counts
+        self.began = True
 
     def interpolate(self) -> None:
         """theta <- theta + eps (theta~ - theta)."""
@@ -82,21 +96,30 @@ class ReferenceFish:
         inner = dict(self.inner_model.named_parameters())
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter += self.meta_lr * (inner[name] - parameter)
+                if parameter.requires_grad:
+                    self.move(name, parameter, inner[name])
             inner_buffers = dict(self.inner_model.named_buffers())
             for name, buffer in self.model.named_buffers():
                 if self.buffers == "interpolate" and buffer.is_floating_point():
-                    buffer += self.meta_lr * (inner_buffers[name] - buffer)
+                    self.move(name, buffer, inner_buffers[name])
                 else:
                     buffer.copy_(inner_buffers[name])
         self.end()
 
+    def move(self, name: str, slow: Tensor, fast: Tensor) -> None:
+        """Move one tensor, in the wider dtype: its digits count where they still round to the tensor."""
+        wide = slow.to(self.meta_dtype or slow.dtype)
+        if name in self.wide:
+            wide = torch.where(self.wide[name].to(slow.dtype) == slow, self.wide[name], wide)
+        self.wide[name] = wide + self.meta_lr * (fast - wide)
+        slow.copy_(self.wide[name])
+
     def end(self) -> None:
         """Forget theta~; also how an inner loop is abandoned."""
-        if self.steps_taken > 0:
+        if self.began:
             self.previous_optimizer = self.inner_optimizer
         self.inner_model = self.inner_optimizer = None
-        self.steps_taken = 0
+        self.steps_taken, self.began = 0, False
 
     @property
     def current_model(self) -> nn.Module:
@@ -106,7 +129,7 @@ class ReferenceFish:
     @property
     def optimizer_state(self) -> dict[str, Any]:
         """What the user's wrapped optimizer should hold now: its last state stays until the next inner step."""
-        optimizer = self.inner_optimizer if self.steps_taken > 0 else self.previous_optimizer
+        optimizer = self.inner_optimizer if self.began else self.previous_optimizer
         return {} if optimizer is None else optimizer.state_dict()["state"]
 
 
@@ -166,6 +189,36 @@ def smooth_fish_direction(
         along.append(gradient(loss, point))
         point = point - alpha * along[-1]
     return here + gamma * (torch.stack(along).mean(dim=0) - here)
+
+
+def smooth_fish_gradient(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    batches: list[Any],
+    gamma: float,
+    inner_lr: float,
+) -> list[Tensor | None]:
+    """On real modules, each on its own copy: the direction, and the model's buffers moved once for each domain."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    walking = copy.deepcopy(model)
+    steps = [p for p in walking.parameters() if p.requires_grad]
+    here, along = [], []
+    for batch in batches:
+        here.append(torch.autograd.grad(loss_of(model, batch), parameters, allow_unused=True))
+    for batch in batches:
+        along.append(torch.autograd.grad(loss_of(walking, batch), steps, allow_unused=True))
+        with torch.no_grad():
+            for p, g in zip(steps, along[-1], strict=True):
+                if g is not None:
+                    p -= inner_lr * g
+    found: list[Tensor | None] = []
+    for i in range(len(parameters)):
+        if all(g[i] is None for g in here):
+            found.append(None)
+            continue
+        mean, smooth = (sum(0 if g[i] is None else g[i] for g in gs) / len(batches) for gs in (here, along))
+        found.append(mean + gamma * (smooth - mean))
+    return found
 
 
 def idgm_direction(losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _models import FeatureNet, assert_identical, assert_same_model, loss_of, make_batches
-from _reference import smooth_fish_direction
+from _reference import smooth_fish_direction, smooth_fish_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fish import quartic_losses
@@ -55,30 +55,6 @@ def test_is_idgm_to_second_order(domains: int, gamma: float):
     assert all(3.7 <= ratio <= 4.3 for ratio in ratios), ratios
 
 
-def reference_step(model: nn.Module, batches: list[Any], gamma: float, inner_lr: float) -> list[Tensor | None]:
-    """On real modules, each on its own copy: the direction, and the model's buffers moved once for each domain."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    walking = copy.deepcopy(model)
-    steps = [p for p in walking.parameters() if p.requires_grad]
-    here, along = [], []
-    for batch in batches:
-        here.append(torch.autograd.grad(loss_of(model, batch), parameters, allow_unused=True))
-    for batch in batches:
-        along.append(torch.autograd.grad(loss_of(walking, batch), steps, allow_unused=True))
-        with torch.no_grad():
-            for p, g in zip(steps, along[-1], strict=True):
-                if g is not None:
-                    p -= inner_lr * g
-    found: list[Tensor | None] = []
-    for i in range(len(parameters)):
-        if all(g[i] is None for g in here):
-            found.append(None)
-            continue
-        mean, smooth = (sum(0 if g[i] is None else g[i] for g in gs) / len(batches) for gs in (here, along))
-        found.append(mean + gamma * (smooth - mean))
-    return found
-
-
 def test_adam_on_the_network_with_every_feature():
     model = FeatureNet(torch.Generator().manual_seed(0))
     oracle = copy.deepcopy(model)
@@ -90,7 +66,7 @@ def test_adam_on_the_network_with_every_feature():
     for start in range(0, 12, 3):
         group = batches[start : start + 3]
         report = optimizer.meta_step(lambda b: loss_of(model, b), group)
-        found = reference_step(oracle, group, 2.0, 0.1)
+        found = smooth_fish_gradient(oracle, loss_of, group, 2.0, 0.1)
         for p, g in zip([p for p in oracle.parameters() if p.requires_grad], found, strict=True):
             p.grad = g
         plain.step()

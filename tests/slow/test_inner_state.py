@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch.slow.inner_state import InnerState
 
 
 class CountsInGroup(Optimizer):
@@ -295,3 +296,26 @@ def test_building_again_repeats_no_warning():
     for _ in range(2):
         step(optimizer, parameter)
         assert wrapped.state[parameter]["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- saved and restored
+
+
+def test_a_saved_state_takes_the_memory_of_the_last_one(monkeypatch: pytest.MonkeyPatch):
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
+    state = InnerState(optimizer, resets=False)
+    for _ in range(3):
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        state.save()
+        saved = {k: v.clone() for k, v in optimizer.state[parameter].items()}
+        optimizer.step()
+        assert state.restore()
+        torch.testing.assert_close(dict(optimizer.state[parameter]), saved, rtol=0, atol=0)
+        assert not state.restore()  # only once
+        with monkeypatch.context() as patch:  # no copy is made anew
+            patch.setattr("torch_gradmatch.slow.inner_state.clone_all", None)
+            state.save()
+            state.forget()
+            assert not state.restore()
