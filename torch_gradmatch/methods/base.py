@@ -85,6 +85,7 @@ class MetaLoop(ABC):
         self.needs_closure = needs_closure(optimizer)
         self.inner_step = 0
         self.last: MetaStep | None = None
+        self._lists: list[tuple[list[Tensor], int]] = []  # the groups' own, and how long they were
         self._listed: list[Tensor] = []
         self._parameters: list[Tensor] = []
 
@@ -95,10 +96,27 @@ class MetaLoop(ABC):
             The parameters; the same list as long as the groups hold the same ones.
         """
         listed = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # In every step: comparing identities is ten times as fast as hashing tensors.
         if len(listed) != len(self._listed) or not all(map(is_, listed, self._listed)):
             self._listed, self._parameters = listed, list(dict.fromkeys(listed))
+        self._lists = [(group["params"], len(group["params"])) for group in self.optimizer.param_groups]
         return self._parameters
+
+    def parameters_in_loop(self) -> list[Tensor]:
+        """Return the same in the middle of an inner loop, without a look at each parameter.
+
+        That would take longer than all else that is done in an inner step. A group may have got another list or a
+        longer one since; parameters that were exchanged in the same list are noticed with the next inner loop.
+
+        Returns:
+            The parameters.
+        """
+        groups, lists = self.optimizer.param_groups, self._lists
+        if len(groups) == len(lists) and all(
+            group["params"] is known and len(known) == length
+            for group, (known, length) in zip(groups, lists, strict=True)
+        ):
+            return self._parameters
+        return self.parameters()
 
     @abstractmethod
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:

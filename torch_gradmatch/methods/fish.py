@@ -216,6 +216,7 @@ class FishLoop(MetaLoop):
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take one inner step; the S-th also interpolates. See ``GradMatch.step``."""
         self._refuse_while_slow("step()")
+        parameters = self.parameters_in_loop() if self.is_open else self.parameters()
         if not self.is_open:
             self._open()
         inner_steps = self.settings.inner_steps
@@ -224,7 +225,7 @@ class FishLoop(MetaLoop):
                 f"all {inner_steps} inner steps were taken but the interpolation failed: "
                 "call rollback() to return to the slow weights, or interpolate() to try again"
             )
-        self.weights.snapshot(self.parameters(), self.settings.meta_dtype)
+        self.weights.snapshot(parameters, self.settings.meta_dtype)
         if self.alignment is not None:
             if scaling is not None:
                 scaling = scaling.unscale(self.optimizer)
