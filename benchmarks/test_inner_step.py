@@ -70,7 +70,7 @@ class Training:
         self.model = NETWORKS[network].make()
         self.batches = NETWORKS[network].batches(DOMAINS)
         plain = OPTIMIZERS[optimizer](self.model.parameters())
-        self.optimizer: Optimizer = GradMatch(plain, Fish(inner_steps=None)) if wrapped else plain
+        self.optimizer: Optimizer = GradMatch(plain, Fish(inner_steps=None, model=self.model)) if wrapped else plain
         self.loss = torch.zeros(())
 
     @property

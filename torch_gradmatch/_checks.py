@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,21 @@ def check_hvp_domains(value: object, domains: int) -> int:
     if number > domains:
         raise ValueError(f"hvp_domains should be at most the number of domains, {domains} (got {number})")
     return number
+
+
+def check_entry(state: Mapping[str, Any], key: str, kind: Any) -> None:
+    """Raise unless an entry of a state dict is of the right type.
+
+    Args:
+        state: The state dict.
+        key: Which entry.
+        kind: A type, or a union of types.
+
+    Raises:
+        ValueError: If it is missing or of another type.
+    """
+    if key not in state or not isinstance(state[key], kind):
+        raise ValueError(f"the state dict's {key!r} is missing or malformed (got {state.get(key)!r:.80})")
 
 
 def check_floating_dtype(name: str, value: object) -> torch.dtype:

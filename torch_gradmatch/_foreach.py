@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["by_kind", "clone_all", "clone_kind", "copy_all_", "detach_all"]
+__all__ = ["by_kind", "clone_all", "clone_kind", "copy_all_", "detach_all", "in_transform"]
 
 
-def _in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is at work, whose tensors do not say what they depend on."""
-    return torch._C._functorch.maybe_current_level() is not None
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is at work, whose tensors do not say what they depend on."""
+    functorch = getattr(torch._C, "_functorch", None)  # private, and torch has nothing public that tells
+    level = getattr(functorch, "maybe_current_level", None)
+    return level is not None and level() is not None
 
 
 def by_kind(*lists: Sequence[Tensor | None]) -> list[tuple[list[int], list[list[Tensor]]]]:
@@ -57,7 +59,7 @@ def clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         The copies, in order.
     """
-    plain = not _in_transform()
+    plain = not in_transform()
     together = [
         t if plain and type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided else None for t in tensors
     ]
@@ -109,5 +111,5 @@ def detach_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         The same values, in order.
     """
-    in_transform = _in_transform()
-    return [t.detach() if in_transform or t.requires_grad else t for t in tensors]
+    wrapped = in_transform()
+    return [t.detach() if wrapped or t.requires_grad else t for t in tensors]

@@ -396,3 +396,24 @@ def test_repr_shows_settings_and_only_the_class_of_the_model():
     text = repr(Fish(meta_lr=0.1, model=nn.Linear(1, 1)))
     assert "meta_lr=0.1" in text
     assert "model='Linear'" in text
+
+
+def test_a_closure_is_evaluated_anew_once_the_optimizer_has_moved_the_parameters():
+    """The gradient that ``meta_step`` has checked is that of the first call only if nothing moved before it."""
+
+    class LooksAhead(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Tensor]) -> Tensor:
+            (parameter,) = self.param_groups[0]["params"]
+            parameter += 1.0
+            with torch.enable_grad():
+                loss = closure()
+            parameter -= 1.0
+            super().step()
+            return loss
+
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = GradMatch(LooksAhead([parameter], lr=0.5), Fish(1.0))
+    report = optimizer.meta_step(lambda target: (parameter - target).square().sum(), [3.0])
+    assert report.losses.tolist() == [9.0]  # of the batch at the parameters as they were
+    assert parameter.item() == 2.0  # by the gradient one ahead

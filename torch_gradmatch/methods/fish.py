@@ -31,6 +31,7 @@ from torch.profiler import record_function
 from torch_gradmatch._checks import (
     check_bool,
     check_choice,
+    check_entry,
     check_floating_dtype,
     check_fraction,
     check_int,
@@ -38,12 +39,12 @@ from torch_gradmatch._checks import (
     check_model,
     optional,
 )
-from torch_gradmatch._foreach import clone_all
+from torch_gradmatch._foreach import clone_all, copy_all_
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, add_note
 from torch_gradmatch.methods.scaling import LossScaling, refuse_scaled
 from torch_gradmatch.slow import ops
-from torch_gradmatch.slow.buffers import SlowBuffers
+from torch_gradmatch.slow.buffers import SlowBuffers, check_buffers, no_buffers
 from torch_gradmatch.slow.finite import holds_nonfinite, norms_of, read
 from torch_gradmatch.slow.inner_state import InnerState
 from torch_gradmatch.slow.saved_buffers import ForwardBuffers, SavedBuffers
@@ -279,9 +280,11 @@ class FishLoop(MetaLoop):
                 "interpolate() needs at least one inner step since the last interpolation: call step() first"
             )
         settings = self.settings
-        moving = self.buffers.moving() if self.buffers is not None and settings.buffers == "interpolate" else {}
+        moving = {} if self.buffers is None else self.buffers.moving()
         if settings.nonfinite == "raise":
             self._refuse_nonfinite(moving)
+        if settings.buffers == "latest":
+            moving = {}
         slow = [*self.weights.slow, *(slow for slow, _ in moving.values())]
         fast = [*self.weights.fast, *(fast for _, fast in moving.values())]
         with record_function("GradMatch.interpolate"):
@@ -424,7 +427,7 @@ class FishLoop(MetaLoop):
                         step()
                         scaler.update()
                     elif self.needs_closure:
-                        step(_evaluated_already(evaluate, losses[-1]))
+                        step(_evaluated_already(evaluate, losses[-1], parameters))
                     else:
                         step()
                 if self.is_open:
@@ -485,23 +488,14 @@ class FishLoop(MetaLoop):
     def state_dict(self) -> dict[str, Any]:
         """Return counter, slow weights, slow buffers and running sums. See ``MetaLoop.state_dict``."""
         self._refuse_while_slow("state_dict()")
-        needed = self.is_open or self.method.meta_dtype is not None
-        copies = {i: self.weights.copy_of(p) for i, p in enumerate(self.parameters())} if needed else {}
-        in_loop = set(self.weights.fast)
-        slow_buffers: dict[str, Tensor] = {}
-        in_progress: list[str] = []
         if self.buffers is not None:
             self.buffers.settle(self.method.meta_dtype, stepped=self.is_open)
-            in_progress = list(self.buffers.slow_values())
-            slow_buffers = self.buffers.wide_values() | self.buffers.slow_values()
+        needed = self.is_open or self.method.meta_dtype is not None
         return {
             "inner_step": self.inner_step,
             "is_open": self.is_open,
-            "slow_weights": {i: c for i, c in copies.items() if c is not None},
-            "held": [i for i, p in enumerate(self.parameters()) if p in in_loop],
-            "slow_buffers": slow_buffers,
-            "held_buffers": in_progress,
-            "left_buffers": [] if self.buffers is None else self.buffers.left(),
+            **self.weights.state_dict(self.parameters() if needed else []),
+            **(no_buffers() if self.buffers is None else self.buffers.state_dict()),
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
             "counters": sorted(self.inner_state.counters),
         }
@@ -510,11 +504,8 @@ class FishLoop(MetaLoop):
         """Raise ``ValueError`` naming the first entry that cannot be loaded. See ``MetaLoop.check_state_dict``."""
         self._refuse_while_slow("load_state_dict()")
         self._refuse_another_model()
-        state.setdefault("held_buffers", list(state.get("slow_buffers") or ()))  # format 1 had those in progress only
-        state.setdefault("left_buffers", [])
-        for key, kind in _LAYOUT.items():
-            if not isinstance(state.get(key), kind):
-                raise ValueError(f"the state dict's {key!r} is missing or malformed (got {state.get(key)!r:.80})")
+        for key, kind in (("inner_step", int), ("is_open", bool), ("alignment", dict | None), ("counters", list)):
+            check_entry(state, key, kind)
         inner_step = check_int("the state dict's inner_step", state["inner_step"], at_least=0)
         inner_steps = self.method.inner_steps
         if inner_steps is not None and inner_step > inner_steps:
@@ -522,17 +513,8 @@ class FishLoop(MetaLoop):
         if inner_step > 0 and not state["is_open"]:
             raise ValueError(f"the state dict has inner_step={inner_step} in an inner loop that is not open")
         parameters = self.parameters()
-        _check_copies("slow weights of parameter", state["slow_weights"], dict(enumerate(parameters)))
-        buffers = {} if self.buffers is None else self.buffers.buffers()
-        _check_copies("slow copy of buffer", state["slow_buffers"], buffers)
-        for key, what, copies in (
-            ("held", "slow weights of parameter", "slow_weights"),
-            ("held_buffers", "slow copy of buffer", "slow_buffers"),
-            ("left_buffers", "slow copy of buffer", "slow_buffers"),
-        ):
-            for name in state[key]:
-                if name not in state[copies]:
-                    raise ValueError(f"the state dict lacks the {what} {name!r}")
+        self.weights.check_state_dict(state, parameters)
+        check_buffers(state, {} if self.buffers is None else self.buffers.buffers())
         if self.method.track_alignment and state["alignment"] is not None:
             sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
             GradientAlignment().check_state_dict(state["alignment"], sizes)
@@ -540,11 +522,9 @@ class FishLoop(MetaLoop):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
         self._begin(copy.copy(self.method))
-        parameters = self.parameters()
-        copies = {parameters[i]: value for i, value in state["slow_weights"].items()}
-        self.weights.load(copies, [parameters[i] for i in state["held"]], self.settings.meta_dtype)
+        self.weights.load_state_dict(state, self.parameters(), self.settings.meta_dtype)
         if self.buffers is not None:
-            self.buffers.load(state["slow_buffers"], state["held_buffers"], state["left_buffers"])
+            self.buffers.load_state_dict(state)
         if self.alignment is not None:
             self.alignment.reset()
             if state["alignment"] is not None:
@@ -553,39 +533,17 @@ class FishLoop(MetaLoop):
         self.inner_step, self.is_open, self.last = state["inner_step"], state["is_open"], None
 
 
-def _evaluated_already(evaluate: Callable[[], Tensor], loss: Tensor) -> Callable[[], Tensor]:
-    """Return a closure that knows the answer the first time, when the parameters have not moved yet."""
-    known = [loss]
-    return lambda: known.pop() if known else evaluate()
+def _evaluated_already(evaluate: Callable[[], Tensor], loss: Tensor, parameters: list[Tensor]) -> Callable[[], Tensor]:
+    """Return a closure that knows the answer the first time, unless the optimizer has moved the parameters by then."""
+    known = {sum(p._version for p in parameters): loss}
+
+    def closure() -> Tensor:
+        first = known.pop(sum(p._version for p in parameters), None)
+        return evaluate() if first is None else first
+
+    return closure
 
 
-@torch.no_grad()
 def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    if tensors:
-        torch._foreach_copy_(list(tensors), list(values))
-
-
-_LAYOUT: dict[str, type | tuple[type, ...]] = {
-    "inner_step": int,
-    "is_open": bool,
-    "slow_weights": dict,
-    "held": list,
-    "slow_buffers": dict,
-    "held_buffers": list,
-    "left_buffers": list,
-    "alignment": (dict, type(None)),
-    "counters": list,
-}
-
-
-def _check_copies(what: str, copies: dict[Any, Any], originals: dict[Any, Tensor]) -> None:
-    for key, value in copies.items():
-        if key not in originals:
-            raise ValueError(f"the state dict holds the {what} {key!r}, which does not exist here")
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the {what} {key!r} in the state dict should be a tensor (got {type(value).__name__})")
-        if value.shape != originals[key].shape:
-            raise ValueError(
-                f"the {what} {key!r} has shape {tuple(value.shape)} in the state dict and "
-                f"{tuple(originals[key].shape)} here"
-            )
+    copy_all_(tensors, values)
+    torch.clear_autocast_cache()  # which has the values of before

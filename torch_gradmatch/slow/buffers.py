@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, cast
@@ -20,12 +20,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_gradmatch._foreach import clone_all
-from torch_gradmatch.slow.copies import SlowCopies, slow_dtype
+from torch_gradmatch._checks import check_entry
+from torch_gradmatch._foreach import clone_all, in_transform
+from torch_gradmatch.slow.copies import SlowCopies, check_copies, slow_dtype
 from torch_gradmatch.slow.finite import find_nonfinite
 from torch_gradmatch.slow.saved_buffers import BufferSlots, clones
 
-__all__ = ["SlowBuffers", "unfollowed"]
+__all__ = ["SlowBuffers", "check_buffers", "no_buffers", "unfollowed"]
 
 
 class _Hook:
@@ -67,7 +68,7 @@ class _BeforeForward(_Hook):
             return
         if torch.compiler.is_compiling():  # the copy made before counts; see SlowBuffers
             return
-        if _inside_transform():  # torch.func puts other buffers into the model: its own do not move
+        if in_transform():  # torch.func puts other buffers into the model: its own do not move
             return
         owner = self.owner
         if owner is not None:
@@ -81,12 +82,6 @@ class _AfterLoad(_Hook):
         owner = self.owner
         if owner is not None:
             owner.follow()
-
-
-def _inside_transform() -> bool:
-    functorch = getattr(torch._C, "_functorch", None)
-    current_level = getattr(functorch, "maybe_current_level", None)
-    return current_level is not None and current_level() is not None
 
 
 def _inside_backward() -> bool:
@@ -154,6 +149,7 @@ class SlowBuffers:
         self._slow: dict[int, Tensor] | None = None  # of the inner loop in progress, by place
         self._left: set[int] = set()  # places that another optimizer has interpolated since
         self._wide: dict[int, Tensor] = {}  # slow values that have more digits than the buffers
+        self._copies: SlowCopies | None = None  # of the buffers at rest
         self._wide_copies: SlowCopies | None = None
         self._constant: set[int] = set()  # places that held infinity or NaN: there is nothing to interpolate
         self._link()
@@ -176,11 +172,11 @@ class SlowBuffers:
         weakref.finalize(self, lambda: [handle.remove() for handle in handles]).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("slots", "_hooks", "_wide_copies")}
+        return {k: v for k, v in vars(self).items() if k not in ("slots", "_hooks", "_copies", "_wide_copies")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._wide_copies = None
+        self._copies = self._wide_copies = None
         self._link()
 
     def _listen(self, now: bool) -> None:
@@ -203,7 +199,7 @@ class SlowBuffers:
         for _, _, hook in self._hooks:
             hook.saw_other = False
         before, now = self._rest.buffers, self.slots.tensors()
-        self._rest = _Snapshot(now, _recopy(now, self._rest.copies))
+        self._rest = _Snapshot(now, self._copies_of(now))
         if len(before) != len(now) or not all(map(is_, before, now)):
             self._constant = self._nonfinite(now)
 
@@ -235,8 +231,18 @@ class SlowBuffers:
             )
         buffers = self.slots.tensors()
         at_rest = len(buffers) == len(self._rest.buffers) and all(map(is_, buffers, self._rest.buffers))
-        copies = _recopy(buffers, self._rest.copies if at_rest else [])
-        self._snapshots.append(_Snapshot(buffers, copies))
+        self._snapshots.append(_Snapshot(buffers, self._copies_of(buffers) if at_rest else clones(buffers)))
+
+    def _copies_of(self, buffers: list[Tensor | None]) -> list[Tensor | None]:
+        """Copy buffers to where the last copies were."""
+        there = [b for b in buffers if b is not None]
+        old = self._copies
+        if old is None or not old.fits(there, old.slow, None):
+            memory = old.slow if old is not None and len(old.slow) == len(there) else [None] * len(there)
+            self._copies = old = SlowCopies(there, memory)
+        old.refresh()
+        copies = iter(old.slow)
+        return [None if b is None else next(copies) for b in buffers]
 
     def begin(self, meta_dtype: torch.dtype | None) -> None:
         """Begin an inner loop here and now, whatever forward passes there were before.
@@ -371,14 +377,6 @@ class SlowBuffers:
         """
         return {self.slots.names[i]: slow for i, slow in (self._slow or {}).items()}
 
-    def wide_values(self) -> dict[str, Tensor]:
-        """Return the slow values that have more digits than the buffers, also between two inner loops.
-
-        Returns:
-            Slow value of each such buffer by name.
-        """
-        return {self.slots.names[i]: slow for i, slow in self._wide.items()}
-
     def buffers(self) -> dict[str, Tensor]:
         """Return the model's buffers.
 
@@ -387,50 +385,61 @@ class SlowBuffers:
         """
         return {n: b for n, b in zip(self.slots.names, self.slots.tensors(), strict=True) if b is not None}
 
-    def left(self) -> list[str]:
-        """Return the names of the buffers that another optimizer has interpolated since the inner loop began."""
-        return [self.slots.names[i] for i in sorted(self._left)]
+    def state_dict(self) -> dict[str, Any]:
+        """Return the slow values by name.
 
-    def load(self, values: Mapping[str, Tensor], in_progress: Collection[str], left: Collection[str]) -> None:
-        """Take over values read from a checkpoint.
+        Returns:
+            ``"slow_buffers"``, tensors that are not copied: those of an inner loop in progress, whose names are in
+            ``"held_buffers"``, and all that have more digits than the buffers. ``"left_buffers"`` are the names of
+            those that another optimizer has interpolated since the inner loop began.
+        """
+        wide = {self.slots.names[i]: slow for i, slow in self._wide.items()}
+        return {
+            "slow_buffers": wide | self.slow_values(),
+            "held_buffers": list(self.slow_values()),
+            "left_buffers": [self.slots.names[i] for i in sorted(self._left)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that :func:`check_buffers` found good. Its tensors are copied.
 
         Args:
-            values: Slow value of each buffer by name.
-            in_progress: The names of those that belong to an inner loop in progress.
-            left: What :meth:`left` returned.
+            state: What :meth:`state_dict` once returned.
         """
         self._end()
         place = {name: i for i, name in enumerate(self.slots.names)}
         now = self.slots.tensors()
         slow = {}
-        for name, value in values.items():
+        for name, value in state["slow_buffers"].items():
             buffer = now[place[name]]
             device = value.device if buffer is None else buffer.device
             slow[place[name]] = value.detach().clone().to(device)
         self._wide = {i: s for i, s in slow.items() if (b := now[i]) is not None and b.dtype != s.dtype}
-        if in_progress:
-            self._slow = {place[name]: slow[place[name]] for name in in_progress}
+        if state["held_buffers"]:
+            self._slow = {place[name]: slow[place[name]] for name in state["held_buffers"]}
             self._listen(False)
-        self._left = {place[name] for name in left}
+        self._left = {place[name] for name in state["left_buffers"]}
+
+
+def no_buffers() -> dict[str, Any]:
+    """Return what :meth:`SlowBuffers.state_dict` has where no buffers are followed."""
+    return {"slow_buffers": {}, "held_buffers": [], "left_buffers": []}
+
+
+def check_buffers(state: dict[str, Any], buffers: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` naming the first entry that cannot be loaded.
+
+    Args:
+        state: What :meth:`SlowBuffers.state_dict` once returned. What format 1 did not have yet is added.
+        buffers: The buffers to load it for, by name.
+    """
+    check_entry(state, "slow_buffers", dict)
+    state.setdefault("held_buffers", list(state["slow_buffers"]))  # format 1 had no others
+    state.setdefault("left_buffers", [])
+    for key in ("held_buffers", "left_buffers"):
+        check_entry(state, key, list)
+        check_copies("slow copy of buffer", state["slow_buffers"], buffers, *state[key])
 
 
 def _is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-@torch.no_grad()
-def _recopy(buffers: Sequence[Tensor | None], old: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return copies of some buffers, into the memory of older ones if all of it fits."""
-    fits = len(old) == len(buffers) and all(_same_kind(b, o) for b, o in zip(buffers, old, strict=True))
-    if not fits:
-        return clones(buffers)
-    pairs = [(o, b) for o, b in zip(old, buffers, strict=True) if o is not None and b is not None]
-    if pairs:
-        torch._foreach_copy_([o for o, _ in pairs], [b for _, b in pairs])
-    return list(old)
-
-
-def _same_kind(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["SlowCopies", "slow_dtype"]
+from torch_gradmatch._foreach import by_kind
+
+__all__ = ["SlowCopies", "check_copies", "slow_dtype"]
 
 BUCKET = 1 << 25  # elements in a vector of wide copies; to compare it takes nine bytes more for each, for a moment
 
@@ -42,6 +45,33 @@ def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     return torch.promote_types(one, other)  # which goes through torch's dispatcher
 
 
+def check_copies(what: str, copies: Mapping[Any, Any], originals: Mapping[Any, Tensor], *needed: Any) -> None:
+    """Raise if copies read from a state dict are not those of some tensors.
+
+    Args:
+        what: What each is, for the message.
+        copies: By position or name.
+        originals: The tensors of which they should be copies.
+        needed: Positions or names for which there has to be one.
+
+    Raises:
+        ValueError: Names the first that does not fit or is missing.
+    """
+    for key, value in copies.items():
+        if key not in originals:
+            raise ValueError(f"the state dict holds the {what} {key!r}, which does not exist here")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the {what} {key!r} in the state dict should be a tensor (got {type(value).__name__})")
+        if value.shape != originals[key].shape:
+            raise ValueError(
+                f"the {what} {key!r} has shape {tuple(value.shape)} in the state dict and "
+                f"{tuple(originals[key].shape)} here"
+            )
+    for key in needed:
+        if key not in copies:
+            raise ValueError(f"the state dict lacks the {what} {key!r}")
+
+
 class SlowCopies:
     """Slow copies of some tensors.
 
@@ -65,7 +95,8 @@ class SlowCopies:
         self.slow = [_copy_like(f, s, slow_dtype(f, meta_dtype)) for f, s in zip(fast, slow, strict=True)]
         self._meta_dtype = meta_dtype
         self._kinds = _kinds(fast)
-        self._plain = [i for i, f in enumerate(fast) if self.slow[i].dtype == f.dtype]
+        plain = [(f, s) if s.dtype == f.dtype else (None, None) for f, s in zip(fast, self.slow, strict=True)]
+        self._plain = [lists for _, lists in by_kind([f for f, _ in plain], [s for _, s in plain])]
         self._wide: list[_WideCopies] = []
         for indices in self._buckets():
             wide = _WideCopies([self.fast[i] for i in indices], [self.slow[i] for i in indices])
@@ -106,8 +137,8 @@ class SlowCopies:
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the copies up to what the tensors hold now."""
-        if self._plain:
-            torch._foreach_copy_([self.slow[i] for i in self._plain], [self.fast[i] for i in self._plain])
+        for fast, slow in self._plain:
+            torch._foreach_copy_(slow, fast)
         for wide in self._wide:
             wide.refresh()
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_gradmatch._foreach import by_kind
+
 __all__ = ["find_nonfinite", "holds_nonfinite", "norms_of", "read"]
 
 
@@ -24,7 +26,10 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
         One scalar for each, 0 for an empty tensor. Nothing waits.
     """
     with torch.no_grad():
-        return list(torch._foreach_norm(list(tensors))) if tensors else []
+        norms: dict[int, Tensor] = {}
+        for positions, (group,) in by_kind(tensors):
+            norms.update(zip(positions, torch._foreach_norm(group), strict=True))
+    return [norms[i] for i in range(len(tensors))]
 
 
 @torch.no_grad()

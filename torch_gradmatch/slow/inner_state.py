@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_gradmatch._foreach import clone_all
+from torch_gradmatch._foreach import by_kind, clone_all
 from torch_gradmatch.slow.finite import find_nonfinite
 
 __all__ = ["InnerState"]
@@ -223,17 +223,19 @@ class _Saved:
                     values[name] = value if by_reference else copy.deepcopy(value)
             self._entries.append((key, entry if isinstance(entry, dict) else copy.deepcopy(entry), values))
         self._copies: list[Tensor] = []
+        self._by_kind: list[list[list[Tensor]]] = []  # copies and tensors
         if by_reference:
             return
-        if older is not None and older.holds(self._tensors):
-            self._copies = older._copies
-            if self._copies:
-                with torch.no_grad():
-                    torch._foreach_copy_(self._copies, self._tensors)
+        if older is not None and older.is_of(self._tensors):
+            self._copies, self._by_kind = older._copies, older._by_kind
+            with torch.no_grad():
+                for copies, tensors in self._by_kind:
+                    torch._foreach_copy_(copies, tensors)
         else:
             self._copies = clone_all(self._tensors)
+            self._by_kind = [lists for _, lists in by_kind(self._copies, self._tensors)]
 
-    def holds(self, tensors: list[Tensor]) -> bool:
+    def is_of(self, tensors: list[Tensor]) -> bool:
         """Return whether the copies here are of just these tensors."""
         return len(tensors) == len(self._copies) == len(self._tensors) and all(map(is_, tensors, self._tensors))
 
@@ -244,9 +246,9 @@ class _Saved:
                 entry.clear()
                 entry.update(values)
             optimizer.state[key] = entry
-        if self._copies:
-            with torch.no_grad():
-                torch._foreach_copy_(self._tensors, self._copies)
+        with torch.no_grad():
+            for copies, tensors in self._by_kind:
+                torch._foreach_copy_(tensors, copies)
 
     def spend(self) -> None:
         self.is_spent = True

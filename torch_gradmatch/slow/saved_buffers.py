@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
-from torch_gradmatch._foreach import clone_all
+from torch_gradmatch._foreach import clone_all, copy_all_
 
 __all__ = ["BufferSlots", "ForwardBuffers", "SavedBuffers", "clones"]
 
@@ -103,8 +103,7 @@ class BufferSlots:
                 new.append(value)
             else:
                 self.put(index, value.clone())
-        if buffers:
-            torch._foreach_copy_(buffers, new)
+        copy_all_(buffers, new)
 
 
 class SavedBuffers:
@@ -194,7 +193,6 @@ class ForwardBuffers:
     @torch.no_grad()
     def restore(self) -> None:
         """Set every buffer back."""
-        if self._saved:
-            torch._foreach_copy_([b for b, _ in self._saved], [value for _, value in self._saved])
+        copy_all_([b for b, _ in self._saved], [value for _, value in self._saved])
         for module, local, buffer in self._places:
             module._buffers[local] = buffer

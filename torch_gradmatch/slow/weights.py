@@ -7,13 +7,15 @@ deep-copies the whole model in every meta-iteration; here the model's own parame
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_gradmatch.slow.copies import SlowCopies, slow_dtype
+from torch_gradmatch._checks import check_entry
+from torch_gradmatch._foreach import copy_all_
+from torch_gradmatch.slow.copies import SlowCopies, check_copies, slow_dtype
 
 __all__ = ["SlowWeights"]
 
@@ -104,21 +106,51 @@ class SlowWeights:
     @torch.no_grad()
     def rollback(self) -> None:
         """Set the fast weights back to the slow ones and end the inner loop."""
-        if self.fast:
-            torch._foreach_copy_(self.fast, self.slow)
+        copy_all_(self.fast, self.slow)
         self.close()
 
-    def load(self, copies: Mapping[Tensor, Tensor], fast: Iterable[Tensor], meta_dtype: torch.dtype | None) -> None:
-        """Take over copies read from a checkpoint.
+    def state_dict(self, parameters: list[Tensor]) -> dict[str, Any]:
+        """Return the slow weights by position.
 
         Args:
-            copies: Slow copy of each parameter that has one.
-            fast: The parameters whose copies belong to an inner loop in progress.
+            parameters: Whose slow weights to save.
+
+        Returns:
+            ``"slow_weights"``, tensors that are not copied, and ``"held"``, the positions of those that belong to an
+            inner loop in progress.
+        """
+        in_loop = set(self.fast)
+        copies = {i: self.copy_of(p) for i, p in enumerate(parameters)}
+        return {
+            "slow_weights": {i: c for i, c in copies.items() if c is not None},
+            "held": [i for i, p in enumerate(parameters) if p in in_loop],
+        }
+
+    @staticmethod
+    def check_state_dict(state: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Raise ``ValueError`` naming the first entry that cannot be loaded.
+
+        Args:
+            state: What :meth:`state_dict` once returned.
+            parameters: Those to load it for.
+        """
+        check_entry(state, "slow_weights", dict)
+        check_entry(state, "held", list)
+        originals = dict(enumerate(parameters))
+        check_copies("slow weights of parameter", state["slow_weights"], originals, *state["held"])
+
+    def load_state_dict(self, state: dict[str, Any], parameters: list[Tensor], meta_dtype: torch.dtype | None) -> None:
+        """Continue from a state that :meth:`check_state_dict` found good. Its tensors are copied.
+
+        Args:
+            state: What :meth:`state_dict` once returned.
+            parameters: Those to load it for.
             meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
         """
         for entry in self.state.values():
             entry.pop(SLOW, None)
-        for p, copy in copies.items():
+        for i, copy in state["slow_weights"].items():
+            p = parameters[i]
             self.state[p][SLOW] = copy.detach().clone().to(p.device, slow_dtype(p, meta_dtype))
         self.close()
-        self.fast = list(fast)
+        self.fast = [parameters[i] for i in state["held"]]
