@@ -608,13 +608,3 @@ def test_every_instruction_set_gives_the_formula(level: str):
     environment = os.environ | {"TORCH_GRADMATCH_CPU_LEVEL": level}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-@needs_kernel
-def test_all_of_it_holds_without_the_kernel():
-    """In a process of its own, since the library is loaded once."""
-    selected = "not instruction and not without_the_kernel and not 31_bytes"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", selected, __file__]
-    environment = os.environ | {"TORCH_GRADMATCH_NATIVE": "off"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
