@@ -238,7 +238,7 @@ def check_loss(loss: object, batch_index: int) -> Tensor:
             f"the loss of batch {batch_index} does not depend on any parameter that requires a gradient: "
             "was it computed under torch.no_grad() or detached?"
         )
-    return loss.reshape(())
+    return loss if loss.dim() == 0 else loss.reshape(())
 
 
 def check_reached(gradient: Sequence[Tensor | None], batch_index: int) -> None:
