@@ -215,7 +215,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
         If anything raises on the way, parameters, buffers, ``.grad`` and the wrapped optimizer's state are back at what
         they were before the call. Exceptions: under ``IDGM`` and ``SmoothFish``, if it is the wrapped optimizer's own
         step that raises, which comes last, parameters and state stay where it left them; with ``nonfinite="ignore"``
-        ``Fish`` keeps no copy of that state. A note on the error says what was restored.
+        ``Fish`` keeps no copy of that state, nor of buffers unless it was given ``model``. A note on the error says
+        what was restored.
 
         Args:
             loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
