@@ -175,20 +175,30 @@ def naive_idgm(
 
 
 def smooth_fish_direction(
-    losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float, alpha: float
+    losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float, alpha: float, *, symmetric: bool = False
 ) -> Tensor:
-    """Gbar + gamma (Gtilde - Gbar), Gtilde the mean of the gradients along a walk by SGD."""
+    """Gbar + gamma (Gtilde - Gbar), Gtilde the mean of the gradients along a walk by SGD.
+
+    Symmetric: Gbar + 2 gamma / (alpha (S - 1)) (F + R - 2 Gbar), F and R those of the walk and of its reverse.
+    """
 
     def gradient(loss: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
         point = point.detach().requires_grad_()
         return torch.autograd.grad(loss(point), point)[0]
 
     here = torch.stack([gradient(loss, theta) for loss in losses]).mean(dim=0)
-    along, point = [], theta.detach()
-    for loss in losses:
-        along.append(gradient(loss, point))
-        point = point - alpha * along[-1]
-    return here + gamma * (torch.stack(along).mean(dim=0) - here)
+
+    def mean_along(order: list[Callable[[Tensor], Tensor]]) -> Tensor:
+        along, point = [], theta.detach()
+        for loss in order:
+            along.append(gradient(loss, point))
+            point = point - alpha * along[-1]
+        return torch.stack(along).mean(dim=0)
+
+    forth = mean_along(losses)
+    if not symmetric:
+        return here + gamma * (forth - here)
+    return here + 2 * gamma / (alpha * (len(losses) - 1)) * (forth + mean_along(losses[::-1]) - 2 * here)
 
 
 def smooth_fish_gradient(
@@ -197,26 +207,35 @@ def smooth_fish_gradient(
     batches: list[Any],
     gamma: float,
     inner_lr: float,
+    *,
+    symmetric: bool = False,
 ) -> list[Tensor | None]:
     """On real modules, each on its own copy: the direction, and the model's buffers moved once for each domain."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    walking = copy.deepcopy(model)
-    steps = [p for p in walking.parameters() if p.requires_grad]
+    walks = [(copy.deepcopy(model), batches)]
+    if symmetric:
+        walks.append((copy.deepcopy(model), batches[::-1]))
+        gamma = gamma / (inner_lr * (len(batches) - 1) / 4)
     here, along = [], []
     for batch in batches:
         here.append(torch.autograd.grad(loss_of(model, batch), parameters, allow_unused=True))
-    for batch in batches:
-        along.append(torch.autograd.grad(loss_of(walking, batch), steps, allow_unused=True))
-        with torch.no_grad():
-            for p, g in zip(steps, along[-1], strict=True):
-                if g is not None:
-                    p -= inner_lr * g
+    for walking, order in walks:
+        steps = [p for p in walking.parameters() if p.requires_grad]
+        for batch in order:
+            along.append(torch.autograd.grad(loss_of(walking, batch), steps, allow_unused=True))
+            with torch.no_grad():
+                for p, g in zip(steps, along[-1], strict=True):
+                    if g is not None:
+                        p -= inner_lr * g
+    if gamma == 1 and not symmetric:  # then the walk is all there is
+        for buffer, walked in zip(model.buffers(), walks[0][0].buffers(), strict=True):
+            buffer.copy_(walked)
     found: list[Tensor | None] = []
     for i in range(len(parameters)):
         if all(g[i] is None for g in here):
             found.append(None)
             continue
-        mean, smooth = (sum(0 if g[i] is None else g[i] for g in gs) / len(batches) for gs in (here, along))
+        mean, smooth = (sum(0 if g[i] is None else g[i] for g in gs) / len(gs) for gs in (here, along))
         found.append(mean + gamma * (smooth - mean))
     return found
 

@@ -32,7 +32,9 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "IDGM-kept": lambda model: IDGM(model, GAMMA, "variance", keep_graphs=True),
     "IDGM-forward": lambda model: IDGM(model, GAMMA, hvp="forward"),
     "IDGM-finite_difference": lambda model: IDGM(model, GAMMA, hvp="finite_difference"),
-    "SmoothFish": lambda model: SmoothFish(1.0, 0.1, model),
+    "SmoothFish": lambda model: SmoothFish(2.0, 0.1, model),
+    "SmoothFish-walk": lambda model: SmoothFish(1.0, 0.1, model),
+    "SmoothFish-symmetric": lambda model: SmoothFish(GAMMA, 0.1, model, symmetric=True),
     "Fish": lambda model: Fish(0.5, model=model),
 }
 DIRECTIONS = {name: method for name, method in METHODS.items() if name != "Fish"}
@@ -122,32 +124,62 @@ def plain_autograd(
 
 
 def plain_smooth_fish(
-    model: nn.Module, walker: nn.Module, loss: Loss, batches: list[Any], gamma: float, inner_lr: float
+    model: nn.Module,
+    walker: nn.Module,
+    loss: Loss,
+    batches: list[Any],
+    gamma: float,
+    inner_lr: float,
+    *,
+    symmetric: bool = False,
 ) -> Tensor:
-    """Gbar + gamma (Gtilde - Gbar), the walk on a second copy of the model; the first one's buffers move on."""
+    """Gbar + gamma (Gtilde - Gbar), the walk on a second copy of the model; the first one's buffers move on.
+
+    Symmetric: the mean of two walks, of which the second goes back through the domains; each domain then begins with
+    the buffers that it began with at first. At gamma 1 the walk is all there is, so the buffers are its.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     walking = [p for p in walker.parameters() if p.requires_grad]
+    start = copy.deepcopy(walker.state_dict())
 
     def gradient(network: nn.Module, wanted: list[Tensor], batch: Any) -> list[Tensor]:
         found = torch.autograd.grad(loss(network, batch), wanted, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, wanted, strict=True)]
 
-    at_start, along = [], []
+    def random_states() -> Any:
+        return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+    def set_random(states: Any) -> None:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
+
+    at_start, along, randoms, buffers = [], [], [], []
     for batch in batches:
-        before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        randoms.append(random_states())
+        buffers.append(copy.deepcopy(list(model.buffers())))
         at_start.append(gradient(model, params, batch))
-        after = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-        for states in (before, after):
-            torch.set_rng_state(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-            random.setstate(states[2])
-            if states is before:
-                along.append(gradient(walker, walking, batch))
-        with torch.no_grad():
-            for p, g in zip(walking, along[-1], strict=True):
-                p -= inner_lr * g
+    after = random_states()
+    orders = [range(len(batches)), range(len(batches) - 1, -1, -1)] if symmetric else [range(len(batches))]
+    for order in orders:
+        walker.load_state_dict(start)
+        for index in order:
+            set_random(randoms[index])
+            if symmetric:
+                for buffer, value in zip(walker.buffers(), buffers[index], strict=True):
+                    buffer.copy_(value)
+            along.append(gradient(walker, walking, batches[index]))
+            with torch.no_grad():
+                for p, g in zip(walking, along[-1], strict=True):
+                    p -= inner_lr * g
+    set_random(after)
+    if symmetric:
+        gamma = gamma / (inner_lr * (len(batches) - 1) / 4)
+    elif gamma == 1:
+        for buffer, walked in zip(model.buffers(), walker.buffers(), strict=True):
+            buffer.copy_(walked)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    means = [[sum(parts) / len(batches) for parts in zip(*gs, strict=True)] for gs in (at_start, along)]
+    means = [[sum(parts) / len(gs) for parts in zip(*gs, strict=True)] for gs in (at_start, along)]
     return flat({n: a + gamma * (b - a) for n, a, b in zip(names, *means, strict=True)}, model)
 
 

@@ -152,27 +152,34 @@ def test_differences_agree_with_own_weight_norm_where_torchs_has_a_wrong_second_
     assert_close(flat(gradient_of(case.model), case.model), flat(expected.direction, own.model), 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["gamma 2", "gamma 1", "symmetric"])
 @pytest.mark.parametrize("build", [*networks.PLAIN, *networks.WITHOUT_DIFFERENCES], ids=name_of)
-def test_smooth_fish_is_the_walk_of_a_copy(build: Callable[[], Case]):
+def test_smooth_fish_is_the_walk_of_a_copy(build: Callable[[], Case], kind: str):
     case, oracle, walker = make(build), make(build).model, make(build).model
-    gamma, inner_lr = 2.0, 0.2
+    gamma, inner_lr, symmetric = {"gamma 2": 2.0, "gamma 1": 1.0, "symmetric": 0.3}[kind], 0.2, kind == "symmetric"
     seed_everything()
-    expected = plain_smooth_fish(oracle, walker, case.loss, case.batches, gamma, inner_lr)
+    expected = plain_smooth_fish(oracle, walker, case.loss, case.batches, gamma, inner_lr, symmetric=symmetric)
     expected_random = next_random_numbers()
     seed_everything()
-    optimizer = GradMatch(SGD(case.model.parameters(), lr=0.1), SmoothFish(gamma, inner_lr, case.model))
+    method = SmoothFish(gamma, inner_lr, case.model, symmetric=symmetric)
+    optimizer = GradMatch(SGD(case.model.parameters(), lr=0.1), method)
     optimizer.meta_step(lambda batch: case.loss(case.model, batch), case.batches)
     assert next_random_numbers() == expected_random
     assert_close(flat(gradient_of(case.model), case.model), expected, 1e-11)
     assert_same_buffers(case.model, oracle)
 
 
-def test_smooth_fish_without_the_model_moves_buffers_on_the_walk_too():
+@pytest.mark.parametrize(("gamma", "symmetric", "evaluations"), [(1.0, False, 3), (2.0, False, 6), (0.3, True, 8)])
+def test_smooth_fish_without_the_model_moves_buffers_at_every_evaluation(
+    gamma: float, symmetric: bool, evaluations: int
+):
+    """2S - 1 or 3S - 2, and one more to see whether the loss is the same twice."""
     case, oracle = make(networks.batch_norm_1d), make(networks.batch_norm_1d)
-    optimizer = GradMatch(SGD(case.model.parameters(), lr=0.1), SmoothFish(1.0, 0.2))
+    optimizer = GradMatch(SGD(case.model.parameters(), lr=0.1), SmoothFish(gamma, 0.2, symmetric=symmetric))
     optimizer.meta_step(lambda batch: case.loss(case.model, batch), case.batches)
-    assert int(case.model[1].num_batches_tracked) == 2 * 3 - 1
-    optimizer = GradMatch(SGD(oracle.model.parameters(), lr=0.1), SmoothFish(1.0, 0.2, oracle.model))
+    assert int(case.model[1].num_batches_tracked) == evaluations
+    method = SmoothFish(gamma, 0.2, oracle.model, symmetric=symmetric)
+    optimizer = GradMatch(SGD(oracle.model.parameters(), lr=0.1), method)
     optimizer.meta_step(lambda batch: oracle.loss(oracle.model, batch), oracle.batches)
     assert int(oracle.model[1].num_batches_tracked) == 3
     assert_identical(gradient_of(case.model), gradient_of(oracle.model))
@@ -287,14 +294,16 @@ def test_a_penalty_on_parameters_gathered_before_the_loss(method: str):
         return mean_squared_error(network, batch) + 0.3 * sum(p.square().sum() for p in gathered[id(network)])
 
     batches = regression(7, 4)
-    if method == "SmoothFish":
+    settings = DIRECTIONS[method](model)
+    if isinstance(settings, SmoothFish):
         walker = copy.deepcopy(twin)
         gathered[id(walker)] = list(walker.parameters())
-        expected = plain_smooth_fish(twin, walker, loss, batches, 1.0, 0.1)
+        gamma, inner_lr = settings.gamma, settings.inner_lr
+        expected = plain_smooth_fish(twin, walker, loss, batches, gamma, inner_lr, symmetric=settings.symmetric)
     else:
         agreement = "variance" if method == "IDGM-kept" else "inner_product"
         expected = flat(plain_autograd(twin, loss, batches, GAMMA, agreement).direction, twin)
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.0), DIRECTIONS[method](model))
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.0), settings)
     optimizer.meta_step(lambda batch: loss(model, batch), batches)
     assert_close(flat(gradient_of(model), model), expected, 1e-6)
 
@@ -326,7 +335,7 @@ def test_hooks_on_parameters_see_every_gradient(method: str):
 
 
 @pytest.mark.parametrize("wrapped", ["the compiled model", "the model inside"])
-@pytest.mark.parametrize("method", ["IDGM-finite_difference", "SmoothFish"])
+@pytest.mark.parametrize("method", ["IDGM-finite_difference", "SmoothFish", "SmoothFish-walk", "SmoothFish-symmetric"])
 def test_a_compiled_model_has_first_derivatives(method: str, wrapped: str):
     torch._dynamo.reset()
     case, twin = make(networks.batch_norm_1d), make(networks.batch_norm_1d)

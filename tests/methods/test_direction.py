@@ -31,7 +31,7 @@ from _second_order import (
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, fish_gamma
 
 # --------------------------------------------------------------------------------------------------------------- errors
 
@@ -202,15 +202,16 @@ def test_every_optimizer_takes_the_direction(name: str, method: str):
     twin = copy.deepcopy(model)
     settings = {"lr": 0.05, "max_iter": 5, "line_search_fn": "strong_wolfe"} if name == "LBFGS" else {"lr": 0.05}
     wrapped, plain = (getattr(torch.optim, name)(m.parameters(), **settings) for m in (model, twin))
-    optimizer = GradMatch(wrapped, IDGM(model, 0.1, "variance") if method == "IDGM" else SmoothFish(1.0, 0.1, model))
+    optimizer = GradMatch(wrapped, IDGM(model, 0.1, "variance") if method == "IDGM" else SmoothFish(2.0, 0.1, model))
 
     def closure(batches: list[Any]) -> Tensor:
         if method == "IDGM":
             found = plain_autograd(twin, mean_squared_error, batches, 0.1, "variance")
             direction, value = flat(found.direction, twin), found.objective
         else:
-            direction = plain_smooth_fish(twin, copy.deepcopy(twin), mean_squared_error, batches, 1.0, 0.1)
-            value = torch.stack([mean_squared_error(twin, batch) for batch in batches]).mean().detach()
+            direction = plain_smooth_fish(twin, copy.deepcopy(twin), mean_squared_error, batches, 2.0, 0.1)
+            matched = 2.0 * fish_gamma(0.1, len(batches))
+            value = plain_autograd(twin, mean_squared_error, batches, matched, "inner_product").objective
         start = 0
         for p in twin.parameters():
             p.grad = direction[start : start + p.numel()].view_as(p).clone()

@@ -1,4 +1,4 @@
-r"""SmoothFish: a first-order direction with a free strength of matching.
+r"""SmoothFish: gradient matching of free strength by first derivatives.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, the smoothed variant of Fish
 (``FishSmooth``). With :math:`\bar G` the mean of the domains' gradients at :math:`\theta` and :math:`\tilde G` the mean
@@ -12,12 +12,34 @@ goes to the wrapped optimizer as the gradient. Averaged over the order of the do
 
     \tilde G - \bar G = -\frac{\alpha (S-1)}{4}\,\frac{\partial\,\mathrm{GIP}}{\partial\theta} + O(\alpha^2),
 
-so this is the gradient of the exact objective with :math:`\gamma\cdot` ``fish_gamma(inner_lr, S)``.
+so this is the gradient of the exact objective with :math:`\gamma\cdot` ``fish_gamma(inner_lr, S)``. At
+:math:`\gamma = 1` it is the walk's mean gradient and nothing else: S gradients, Fish with SGD inside and the wrapped
+optimizer outside.
+
+**The walk and its reverse.** One walk follows
+:math:`\bar G - \frac{\alpha}{S}\sum_{i\text{ before }j} H_j G_i + O(\alpha^2)`, which depends on the order of the
+domains. With :math:`F` and :math:`R` the mean gradients along a walk and along its reverse, both from :math:`\theta`,
+every ordered pair of domains is there once, whatever the order:
+
+.. math::
+
+    \tfrac12(F + R) - \bar G = -\frac{\alpha}{2S}\sum_{i\ne j} H_j G_i + O(\alpha^2)
+        = -\frac{\alpha (S-1)}{4}\,\frac{\partial\,\mathrm{GIP}}{\partial\theta} + O(\alpha^2).
+
+So ``symmetric=True`` follows the gradient of the exact objective,
+
+.. math:: \bar G + \frac{\gamma}{\alpha(S-1)/4}\,\bigl(\tfrac12(F + R) - \bar G\bigr)
+    = \bar G - \gamma\,\frac{\partial\,\mathrm{GIP}}{\partial\theta} + O(\alpha),
+
+for any order and with first derivatives alone. That a pass over the data and its reverse cancel what depends on the
+order is known for the epochs of SGD: Rajput et al., *Permutation-Based SGD: Is Random Optimal?*, ICLR 2022 (FlipFlop);
+Nguyen et al., arXiv 2604.00260 (paired reversal).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +47,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -38,9 +61,12 @@ from torch_gradmatch._checks import (
     check_reached,
     optional,
 )
+from torch_gradmatch._foreach import by_kind
+from torch_gradmatch.gradients.agreement import fish_gamma
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.hvp import first_order
 from torch_gradmatch.gradients.random_state import RandomState, devices_of
+from torch_gradmatch.gradients.repeats import check_repeats, precision
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
 from torch_gradmatch.slow.saved_buffers import BufferSlots, SavedBuffers
@@ -53,20 +79,30 @@ __all__ = ["SmoothFish"]
 class SmoothFish(Method):
     r"""Match gradients by :math:`\bar G + \gamma(\tilde G - \bar G)`: first derivatives, free choice of strength.
 
-    Costs 2S - 1 gradients in a meta-iteration over S domains. Batches are walked through in the order given: shuffle
-    the domains, as ``DomainBatchSampler`` does. Both gradients of a domain see the same random numbers (dropout), so
-    that their difference is the effect of the walk alone.
+    Costs S gradients in a meta-iteration over S domains at gamma 1, which is what ordinary training on the same batches
+    costs, and 2S - 1 at another; 3S - 2 if symmetric. Batches are walked through in the order given: shuffle the
+    domains, as ``DomainBatchSampler`` does. All gradients of a domain see the same random numbers (dropout), so that
+    their difference is the effect of the walk alone. For the same reason the loss has to be the same when it is
+    evaluated again; in meta-iterations number 1, 2, 4, 8 and so on one is, to see whether it is.
 
     Attributes:
         gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training, at its cost. The exact
-            objective's gamma that this corresponds to is ``gamma * fish_gamma(inner_lr, S)``.
-        inner_lr: :math:`\alpha > 0`, step of the inner walk by SGD, whatever the wrapped optimizer.
+            objective's gamma that this corresponds to is ``gamma * fish_gamma(inner_lr, S)``; if symmetric, gamma
+            itself.
+        inner_lr: :math:`\alpha > 0`, step of the inner walk by SGD, whatever the wrapped optimizer. If symmetric, the
+            step of a difference of gradients: the direction is exact to :math:`O(\alpha)`, and where it is so small
+            that the difference is lost in rounding a warning says so.
         model: The model, if it has buffers (BatchNorm's statistics): they then move once for each domain and
-            meta-iteration; without it twice.
+            meta-iteration; without it with every gradient.
         nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity before anything is changed (waits for
             an accelerator once in a meta-iteration); ``"ignore"`` does not look.
         track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
             parameters.
+        symmetric: Walk to and fro, for the gradient of the exact objective by the inner product without second
+            derivatives.
+
+    At gamma 1 (and not symmetric) no gradient is taken at :math:`\theta` but the first: what ``meta_step`` reports is
+    then measured along the walk, as Fish does.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -80,6 +116,11 @@ class SmoothFish(Method):
         >>> report = optimizer.meta_step(lambda target: (w - target).square() / 2, [1.0, 3.0])
         >>> w.grad  # G = -1, -3; along the walk -1, -2.9: -2 + 2 (-1.95 + 2)
         tensor(-1.9000)
+        >>> _ = w.data.zero_()
+        >>> optimizer = GradMatch(torch.optim.SGD([w], lr=1.0), SmoothFish(gamma=0.1, inner_lr=0.1, symmetric=True))
+        >>> report = optimizer.meta_step(lambda target: (w - target).square() / 2, [1.0, 3.0])
+        >>> w.grad  # GIP = (w - 1)(w - 3), so -2 - 0.1 (2w - 4)
+        tensor(-1.6000)
     """
 
     gamma: float
@@ -87,6 +128,7 @@ class SmoothFish(Method):
     model: nn.Module | None = None
     nonfinite: Literal["raise", "ignore"] = "raise"
     track_alignment: bool = False
+    symmetric: bool = False
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
         "gamma": partial(check_number, "gamma", at_least=0),
@@ -94,13 +136,14 @@ class SmoothFish(Method):
         "model": optional(partial(check_model, "model")),
         "track_alignment": partial(check_bool, "track_alignment"),
         "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
+        "symmetric": partial(check_bool, "symmetric"),
     }
 
     def __repr__(self) -> str:
         model = None if self.model is None else type(self.model).__name__
         return (
             f"SmoothFish(gamma={self.gamma!r}, inner_lr={self.inner_lr!r}, model={model!r}, "
-            f"nonfinite={self.nonfinite!r}, track_alignment={self.track_alignment!r})"
+            f"nonfinite={self.nonfinite!r}, track_alignment={self.track_alignment!r}, symmetric={self.symmetric!r})"
         )
 
     def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> SmoothFishStep:
@@ -130,73 +173,244 @@ class SmoothFishStep(DirectionStep):
         self.method = method
         self.weights = SlowWeights(state)
         self._sums = GradientAlignment(cosines=method.track_alignment)
+        self._number = 0  # of the meta-iteration
 
     def evaluate(
         self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
     ) -> Direction:
         """Work out the direction. See ``DirectionStep.evaluate``."""
-        domains = check_num_domains(len(batches))
-        gamma, step = self.method.gamma, self.method.inner_lr
-        parameters = self.trainable()
-        sums = self._sums = self.running_sums(self._sums, cosines=self.method.track_alignment)
-        losses, randoms = [], []
-        walked: list[Tensor | None] = []
-        slots = None if self.model is None else BufferSlots(self.model)
-        before = after_first = None if slots is None else SavedBuffers(slots)
-
-        def differentiate(index: int) -> tuple[Tensor, list[Tensor | None]]:
-            with record_function("GradMatch.domain_gradient"):
-                return first_order(lambda _: check_loss(loss_fn(batches[index]), index), parameters)
-
+        domains, method = check_num_domains(len(batches)), self.method
+        fish = fish_gamma(method.inner_lr, domains)
+        walks_only = method.gamma == 1 and not method.symmetric
+        # The direction is G_bar + weight (mean gradient of the walks - G_bar).
+        weight = method.gamma / fish if method.symmetric else method.gamma
+        sums = self._sums = self.running_sums(self._sums, cosines=method.track_alignment)
+        run = _Run(loss_fn, batches, self.trainable(), self.model, method.inner_lr / scale)
+        again: Tensor | None = None
         try:
-            for index, batch in enumerate(batches):
-                randoms.append(RandomState.capture(devices_of(parameters, batch)))
-                loss, gradient = differentiate(index)
-                check_reached(gradient, index)
-                losses.append(loss)
+            if walks_only:
+                self.weights.snapshot(run.parameters, None)
+                gradient = run.first(0)
                 sums.add(gradient)
-                if index == 0:
-                    walked, after_first = gradient, None if slots is None else SavedBuffers(slots)
-            after, random = None if slots is None else SavedBuffers(slots), RandomState.capture(devices_of(parameters))
-            total = sums.mean(weight=1 - gamma if gamma > 0 else 1.0)
-            if gamma > 0:
-                total.add(walked, weight=gamma / domains)
-                self.weights.snapshot(parameters, None)
-                if after_first is not None:
-                    after_first.restore()
                 for index in range(1, domains):
-                    _sgd_step(parameters, walked, step / scale)
-                    randoms[index].restore()
-                    walked = differentiate(index)[1]
-                    total.add(walked, weight=gamma / domains)
-                random.restore()
+                    run.move(gradient)
+                    gradient = run.first(index)
+                    sums.add(gradient)
+                after = run.finish()
+                self.weights.rollback()
+                total = sums.mean()
+            else:
+                walks = [range(domains), range(domains - 1, -1, -1)] if method.symmetric else [range(domains)]
+                begins = {}  # the first gradient of each walk, which is that at theta
+                for index in range(domains):
+                    gradient = run.first(index, keep_buffers=method.symmetric)
+                    sums.add(gradient)
+                    if weight > 0 and any(walk[0] == index for walk in walks):
+                        begins[index] = gradient
+                after = run.finish()
+                if check and weight > 0 and self._is_due():
+                    again = run.loss(0)
+                total = sums.mean(weight=1 - weight)
+                for walk in reversed(walks) if weight > 0 else ():
+                    self.weights.snapshot(run.parameters, None)
+                    gradient = begins.pop(walk[0])
+                    total.add(gradient, weight / (len(walks) * domains))
+                    for index in walk[1:]:
+                        run.move(gradient)
+                        gradient = run.again(index)
+                        total.add(gradient, weight / (len(walks) * domains))
+                    self.weights.rollback()
+            del gradient
+            direction = total.tensors(like=run.parameters)
+            if again is not None and weight > 1 / 32:  # else it is gamma that is small
+                self._check_resolution(direction, weight)
+            measured = sums.result()
+            sums.reset(release=True)
+            losses = torch.stack([loss.to(run.losses[0].device, run.losses[0].dtype) for loss in run.losses])
+            if check:
+                self._check(run, losses, direction, again, weight, scale)
         finally:
             self.weights.rollback()
             torch.clear_autocast_cache()
-            if before is not None:
-                before.restore()
-        direction = dict(zip(parameters, total.tensors(like=parameters), strict=True))
-        measured = sums.result()
-        sums.reset(release=True)
-        stacked = torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses])
-        if check and self.method.nonfinite == "raise":
-            norm = self.read_finite(stacked, [g for g in direction.values() if g is not None])[0]
-            if scale == 1.0 and not math.isfinite(norm):  # else the scaler skips the step
-                raise RuntimeError(
-                    f"the inner walk of SmoothFish diverged: the direction holds NaN or infinity, with inner_lr={step} "
-                    f"and gamma={gamma}. Nothing was changed: lower inner_lr or gamma and go on"
-                )
+            run.close()
+        report = unscaled_report(losses, measured, scale)
+        assert report.losses is not None
+        assert report.inner_product is not None
+        # What the direction lowers, to first order and in the mean over orders: the mean loss less gamma GIP. Those
+        # along a walk are themselves lower by twice as much.
+        strength = -fish if walks_only else weight * fish
+        found = dict(zip(run.parameters, direction, strict=True))
         return Direction(
-            gradient=[direction.get(p) for p in self.parameters()],
-            objective=stacked.mean(),
-            report=unscaled_report(stacked, measured, scale),
+            gradient=[found.get(p) for p in self.parameters()],
+            objective=report.losses.mean() - strength * report.inner_product.to(losses.device),
+            report=report,
             buffers=None if after is None else after.values(),
         )
 
+    def _is_due(self) -> bool:
+        """Return whether this meta-iteration, which is counted, is one to look whether losses are the same twice."""
+        self._number += 1
+        return self._number & (self._number - 1) == 0
 
-@torch.no_grad()
-def _sgd_step(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None], step: float) -> None:
-    pairs = [(p, g) for p, g in zip(parameters, gradient, strict=True) if g is not None]
-    if pairs:
-        torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-step)
-        torch.clear_autocast_cache()  # around the whole meta_step it would hold the weights before the walk
+    def _check_resolution(self, direction: Sequence[Tensor | None], weight: float) -> None:
+        """Warn if the walks' gradients differ from those at their start by no more than rounding does.
+
+        Args:
+            direction: What was found.
+            weight: Of the difference in it.
+        """
+        mean = self._sums.mean().tensors(like=self.trainable())
+        pairs = [(d, m) for d, m in zip(direction, mean, strict=True) if d is not None and m is not None]
+        length = float(get_total_norm([m for _, m in pairs]))
+        difference = float(get_total_norm([d - m for d, m in pairs])) / weight
+        if difference < min(32 * precision(m for _, m in pairs), 0.02) * length:
+            warnings.warn(
+                f"SmoothFish matches nothing: along the walk the mean gradient changes by {difference / length:.1g} of "
+                f"its length, which is rounding. Raise inner_lr (it is {self.method.inner_lr:g}) or train in a wider "
+                "dtype; if every loss is linear in the parameters, there is nothing to be matched",
+                stacklevel=2,
+            )
+
+    def _check(
+        self,
+        run: _Run,
+        losses: Tensor,
+        direction: Sequence[Tensor | None],
+        again: Tensor | None,
+        weight: float,
+        scale: float,
+    ) -> None:
+        """Raise if something is not finite, or if a loss evaluated again is another. Waits once for an accelerator."""
+        method = self.method
+        if method.nonfinite == "raise":
+            extra = [] if again is None else [again]
+            try:
+                norm, *second = self.read_finite(losses, [g for g in direction if g is not None], *extra)
+            except ValueError as error:
+                index = int(torch.isfinite(losses).logical_not().nonzero()[0])
+                if method.gamma == 1 and not method.symmetric and bool(torch.isfinite(run.loss(index))):
+                    raise self._diverged(f"the loss of batch {index} is {losses[index].item()} along it") from error
+                raise
+            if not math.isfinite(norm) and scale == 1.0:  # else the scaler skips the step
+                raise self._diverged("the direction holds NaN or infinity")
+        else:
+            second = [] if again is None else [float(again)]
+        if second:
+            # An error of the gradients counts in the direction with this weight.
+            tolerance = math.sqrt(precision([*run.parameters, losses])) / max(1.0, weight)
+            check_repeats((losses.double() / scale).tolist(), {0: second[0] / scale}, tolerance)
+
+    def _diverged(self, how: str) -> RuntimeError:
+        return RuntimeError(
+            f"the inner walk of SmoothFish diverged: {how}, with inner_lr={self.method.inner_lr} and "
+            f"gamma={self.method.gamma}. Nothing was changed: lower inner_lr or gamma and go on"
+        )
+
+
+class _Run:
+    """The evaluations of one meta-iteration, of which all of a domain see the same buffers and random numbers.
+
+    Args:
+        loss_fn: ``loss_fn(batch)`` returns a scalar.
+        batches: One of each domain.
+        parameters: Those to differentiate by and to move.
+        model: Whose buffers to keep, if any.
+        step: Of the walk.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        batches: Sequence[Any],
+        parameters: list[Tensor],
+        model: nn.Module | None,
+        step: float,
+    ) -> None:
+        self.parameters = parameters
+        self.losses: list[Tensor] = []
+        self._loss_fn = loss_fn
+        self._batches = batches
+        self._step = step
+        self._slots = None if model is None else BufferSlots(model)
+        self._randoms: list[RandomState] = []
+        self._buffers: dict[int, SavedBuffers] = {}  # before a domain's first evaluation
+        self._random_after: RandomState | None = None
+
+    def first(self, index: int, *, keep_buffers: bool = False) -> list[Tensor | None]:
+        """Evaluate a domain for the first time; the domains before it have been.
+
+        Args:
+            index: Which.
+            keep_buffers: Whether it may be evaluated again in another order than that of the first time. Without this
+                only the buffers of the first two domains are kept: the others find what those before them leave.
+
+        Returns:
+            Its gradient, one tensor for each parameter, None where the loss does not depend on it.
+        """
+        self._randoms.append(RandomState.capture(devices_of(self.parameters, self._batches[index])))
+        if self._slots is not None and (index <= 1 or keep_buffers):
+            self._buffers[index] = SavedBuffers(self._slots)
+        loss, gradient = self._differentiate(index)
+        check_reached(gradient, index)
+        self.losses.append(loss)
+        return gradient
+
+    def finish(self) -> SavedBuffers | None:
+        """Note how one evaluation of each domain leaves random numbers and buffers.
+
+        Returns:
+            The buffers, if they are kept.
+        """
+        self._random_after = RandomState.capture(devices_of(self.parameters, list(self._batches)))
+        return None if self._slots is None else SavedBuffers(self._slots)
+
+    def again(self, index: int) -> list[Tensor | None]:
+        """Evaluate a domain at the present parameters as the first time.
+
+        Args:
+            index: Which.
+
+        Returns:
+            Its gradient.
+        """
+        self._set_back(index)
+        return self._differentiate(index)[1]
+
+    def loss(self, index: int) -> Tensor:
+        """Evaluate a domain's loss at the present parameters as the first time, without its gradient.
+
+        Args:
+            index: Which.
+
+        Returns:
+            The loss, detached.
+        """
+        self._set_back(index)
+        return check_loss(self._loss_fn(self._batches[index]), index).detach()
+
+    @torch.no_grad()
+    def move(self, gradient: Sequence[Tensor | None]) -> None:
+        """Take a step of SGD.
+
+        Args:
+            gradient: The last domain's.
+        """
+        for _, (parameters, gradients) in by_kind(self.parameters, gradient):
+            torch._foreach_add_(parameters, gradients, alpha=-self._step)
+        torch.clear_autocast_cache()  # around the whole meta_step it would hold the weights before the step
+
+    def close(self) -> None:
+        """Leave buffers as they were before and random numbers as one evaluation of each domain does."""
+        if self._buffers:
+            self._buffers[0].restore()
+        if self._random_after is not None:
+            self._random_after.restore()
+
+    def _set_back(self, index: int) -> None:
+        self._randoms[index].restore()
+        if index in self._buffers:
+            self._buffers[index].restore()
+
+    def _differentiate(self, index: int) -> tuple[Tensor, list[Tensor | None]]:
+        with record_function("GradMatch.domain_gradient"):
+            return first_order(lambda _: check_loss(self._loss_fn(self._batches[index]), index), self.parameters)
