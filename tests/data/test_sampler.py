@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import io
 import itertools
 import math
 import pickle
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _samplers import LABELS, ORDERS, WEIGHTINGS, loader_of, samplers, small_sampler, through_a_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Sampler
@@ -30,46 +30,9 @@ from torch_gradmatch.data.sampler import DomainBatchSampler, meta_batches
 # From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
-LABELS = ["b"] * 7 + ["a"] * 3 + ["d"] * 1 + ["c"] * 10
-WEIGHTINGS = ["uniform", "proportional"]
-
-
-def small_sampler(**changes):
-    arguments = {"batch_size": 2, "domains_per_step": 2, "seed": 3, **changes}
-    return DomainBatchSampler(LABELS, **arguments)
-
-
-def loader_of(sampler, num_workers=0, **options):
-    return DataLoader(range(1000), batch_sampler=sampler, collate_fn=list, num_workers=num_workers, **options)
-
 
 def changing(message, **changes):
     return pytest.param(changes, message, id=", ".join(f"{name}={value!r}" for name, value in changes.items()))
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@st.composite
-def samplers(draw):
-    """The labels of a data set, shuffled, and the arguments of a sampler for it."""
-    drop_last = draw(st.booleans())
-    batch_size = draw(st.integers(1, 5))
-    sizes = draw(st.lists(st.integers(batch_size if drop_last else 1, 40), min_size=1, max_size=8))
-    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
-    draw(st.randoms(use_true_random=False)).shuffle(labels)
-    arguments = {
-        "batch_size": batch_size,
-        "domains_per_step": draw(st.none() | st.integers(1, len(sizes))),
-        "weighting": draw(st.sampled_from(WEIGHTINGS)),
-        "seed": draw(st.integers(0, 2**70)),
-        "drop_last": drop_last,
-    }
-    return labels, arguments
 
 
 # The laws of an epoch
@@ -165,21 +128,29 @@ def test_all_domains_per_step_is_the_default_and_ends_with_the_smallest():
 # The distribution of the draws: every plan that is possible, with its exact probability
 
 
-def plan_probabilities(num_batches, group_size, weighting, max_groups=None):
+def plan_probabilities(num_batches, group_size, weighting, order="random", max_groups=None, first_of_pair=None):
     """Every sequence of groups and its probability, by enumeration in fractions."""
     if sum(left > 0 for left in num_batches) < group_size or max_groups == 0:
         return {(): Fraction(1)}
+
+    def followed(served, first_of_pair):
+        left = [count - (domain in served) for domain, count in enumerate(num_batches)]
+        max_following = None if max_groups is None else max_groups - 1
+        rest = plan_probabilities(left, group_size, weighting, order, max_following, first_of_pair)
+        return {(*served, *plan): probability for plan, probability in rest.items()}
+
+    if first_of_pair is not None and all(num_batches[domain] for domain in first_of_pair):
+        return followed(first_of_pair[::-1], None)
+    begins_pair = order == "flipflop" and first_of_pair is None
     plans = Counter()
-    for order in itertools.permutations([domain for domain, left in enumerate(num_batches) if left], group_size):
+    for drawn in itertools.permutations([domain for domain, left in enumerate(num_batches) if left], group_size):
         probability, weights = Fraction(1), [left if weighting == "proportional" else left > 0 for left in num_batches]
-        for domain in order:
+        for domain in drawn:
             probability *= Fraction(weights[domain], sum(weights))
             weights[domain] = 0
-        left = [count - (domain in order) for domain, count in enumerate(num_batches)]
-        rest = plan_probabilities(left, group_size, weighting, None if max_groups is None else max_groups - 1)
-        for served in itertools.permutations(order):  # the group is served in any order
-            for plan, following in rest.items():
-                plans[(*served, *plan)] += probability / math.factorial(group_size) * following
+        for served in itertools.permutations(drawn):  # the group is served in any order
+            for plan, following in followed(served, served if begins_pair else None).items():
+                plans[plan] += probability / math.factorial(group_size) * following
     assert sum(plans.values()) == 1
     return dict(plans)
 
@@ -198,6 +169,7 @@ def assert_distributed(outcomes, probabilities):
     assert statistic < degrees + 7 * math.sqrt(2 * degrees), (statistic, degrees)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(
     ("num_batches", "group_size", "max_groups"),
@@ -212,13 +184,13 @@ def assert_distributed(outcomes, probabilities):
     ],
     ids=str,
 )
-def test_whole_plans_have_their_exact_probabilities(weighting, num_batches, group_size, max_groups):
+def test_whole_plans_have_their_exact_probabilities(order, weighting, num_batches, group_size, max_groups):
     generator = np.random.default_rng(20)
     plans = []
     for _ in range(12000):
-        groups = draw_groups(num_batches, group_size, weighting == "proportional", generator)
+        groups = draw_groups(num_batches, group_size, weighting == "proportional", generator, order == "flipflop")
         plans.append(tuple(groups[:max_groups].reshape(-1).tolist()))
-    assert_distributed(plans, plan_probabilities(num_batches, group_size, weighting, max_groups))
+    assert_distributed(plans, plan_probabilities(num_batches, group_size, weighting, order, max_groups))
 
 
 def test_shuffles_of_the_domains_and_the_draw_are_independent():
@@ -238,11 +210,13 @@ def test_shuffles_of_the_domains_and_the_draw_are_independent():
     assert_distributed(outcomes, equally)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_ten_thousand_very_unequal_domains(weighting, record_property):
+def test_ten_thousand_very_unequal_domains(weighting, order, record_property):
     sizes = np.clip(np.random.default_rng(0).lognormal(3.7, 1.5, 10_000), 1, 8000).astype(int)
     started = time.perf_counter()
-    sampler = DomainBatchSampler(np.repeat(np.arange(10_000), sizes), 2, domains_per_step=15, weighting=weighting)
+    labels = np.repeat(np.arange(10_000), sizes)
+    sampler = DomainBatchSampler(labels, 2, domains_per_step=15, weighting=weighting, order=order)
     built = time.perf_counter()
     num_batches = len(sampler)
     planned = time.perf_counter()
@@ -251,9 +225,11 @@ def test_ten_thousand_very_unequal_domains(weighting, record_property):
     times = {"build": built - started, "plan": planned - built, "serve": served - planned}
     record_property("seconds", times)
     shown = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in times.items())
-    sys.stdout.write(f"10,000 domains of 1 to {sizes.max()} samples, {num_batches} batches, {weighting}: {shown}\n")
+    sys.stdout.write(
+        f"10,000 domains of 1 to {sizes.max()} samples, {num_batches} batches, {weighting}, {order}: {shown}\n"
+    )
 
-    domains = np.repeat(np.arange(10_000), sizes)[first_of_batch]
+    domains = labels[first_of_batch]
     assert len(domains) == num_batches
     assert np.all(np.diff(np.sort(domains.reshape(-1, 15), axis=1), axis=1) > 0)
     left = (sizes + 1) // 2 - np.bincount(domains, minlength=10_000)
@@ -372,7 +348,8 @@ def test_choosing_an_epoch_ends_the_one_in_progress():
         assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (epoch, 0)
 
 
-def test_every_stream_of_random_numbers_has_one_use(monkeypatch):
+@pytest.mark.parametrize("domains_per_step", [1, 4])
+def test_every_stream_of_random_numbers_has_one_use(monkeypatch, domains_per_step):
     streams = []
     generator = DomainBatchSampler._generator
 
@@ -381,7 +358,7 @@ def test_every_stream_of_random_numbers_has_one_use(monkeypatch):
         return generator(self, *key)
 
     monkeypatch.setattr(DomainBatchSampler, "_generator", recording)
-    sampler = small_sampler(domains_per_step=1)
+    sampler = small_sampler(domains_per_step=domains_per_step)
     for _ in range(3):
         list(sampler)
     assert len(streams) == len(set(streams)) == 3 * (1 + 4)  # the plan and four shuffles
@@ -709,6 +686,8 @@ def test_a_line_that_touches_the_progress_would_be_found():
         changing(r"drop_last .* \(got None\)", drop_last=None),
         changing(r"overlapping should be True or False \(got 0\)", overlapping=0),
         changing(r"overlapping .* \(got 'yes'\)", overlapping="yes"),
+        changing(r"order should be one of 'flipflop', 'random' \(got 'reverse'\)", order="reverse"),
+        changing(r"order .* \(got None\)", order=None),
         changing(
             r"domain 'a' has 3 samples, with drop_last=True not one batch of batch_size=4 \(so have 2 of 4 domains\)",
             drop_last=True,
@@ -802,7 +781,10 @@ def test_more_served_than_the_sampler_has(served):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        changing("version is 2, but this sampler's is 1", version=2),
+        changing("version is 3, but this sampler's is 2", version=3),
+        changing("version is 1, but this sampler's is 2", version=1),  # a state of version 1 has no order
+        changing("order is 'random', but this sampler's is 'flipflop'", order="random"),
+        changing("order is 'reverse', but this sampler's is 'flipflop': resume with the same", order="reverse"),
         changing("seed is 4, but this sampler's is 3", seed=4),
         changing("seed is 3.0, but this sampler's is 3", seed=3.0),
         changing("batch_size is 3", batch_size=3),

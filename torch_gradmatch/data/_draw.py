@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Integral
 from typing import Any, Protocol
@@ -23,7 +23,12 @@ class ListLike(Protocol):
 
 
 def draw_groups(
-    num_batches: Sequence[int], domains_per_step: int, proportional: bool, generator: np.random.Generator
+    num_batches: Sequence[int],
+    domains_per_step: int,
+    proportional: bool,
+    generator: np.random.Generator,
+    paired: bool = False,
+    unpaired: IntArray | None = None,
 ) -> IntArray:
     """Draw groups of distinct domains until fewer than S have a batch left.
 
@@ -36,6 +41,10 @@ def draw_groups(
         domains_per_step: S.
         proportional: Whether a domain's weight is the number of batches it has left, or 1.
         generator: The source of randomness.
+        paired: Whether groups come in pairs, the second the reverse of the first where all its domains have a batch
+            left.
+        unpaired: With ``paired`` and S all domains, a group without a second from before, shape (S,): the first
+            group returned is its reverse.
 
     Returns:
         Domains by number, shape (groups, S).
@@ -47,39 +56,51 @@ def draw_groups(
     buckets: list[list[int]] = [[] for _ in range(top + 1)]
     totals = [0] * (top + 1)
     drawn: list[int] = []
-    returning: Iterable[int] = range(len(left))
+    reversing: list[bool] = []  # whether a group is the reverse of the one before
+    # The domains that are in no bucket: those of the latest group, and before the first draw all.
+    group: list[int] = list(range(len(left))) if unpaired is None else unpaired.tolist()
+    second = unpaired is not None  # whether the group that follows is the second of a pair
     num_drawable = 0
     while True:
-        for domain in returning:
-            if left[domain]:
-                bits = weights[domain].bit_length()
-                buckets[bits].append(domain)
-                totals[bits] += weights[domain]
-                num_drawable += 1
-        if num_drawable < domains_per_step:
-            break
-        for _ in range(domains_per_step):
-            target, bits = int(uniform() * sum(totals)), top
-            while target >= totals[bits]:
-                target -= totals[bits]
-                bits -= 1
-            bucket, largest = buckets[bits], (1 << bits) - 1
-            while True:
-                place = uniform() * len(bucket)
-                index = int(place)
-                domain = bucket[index]
-                if (place - index) * largest < weights[domain]:  # the fraction is uniform in [0, 1) again
-                    break
-            bucket[index] = bucket[-1]
-            bucket.pop()
-            totals[bits] -= weights[domain]
-            drawn.append(domain)
-        returning = drawn[-domains_per_step:]
-        num_drawable -= domains_per_step
-        for domain in returning:
+        reverse = second and all(left[domain] for domain in group)
+        if not reverse:
+            for domain in group:
+                if left[domain]:
+                    bits = weights[domain].bit_length()
+                    buckets[bits].append(domain)
+                    totals[bits] += weights[domain]
+                    num_drawable += 1
+            if num_drawable < domains_per_step:
+                break
+            group = []
+            for _ in range(domains_per_step):
+                target, bits = int(uniform() * sum(totals)), top
+                while target >= totals[bits]:
+                    target -= totals[bits]
+                    bits -= 1
+                bucket, largest = buckets[bits], (1 << bits) - 1
+                while True:
+                    place = uniform() * len(bucket)
+                    index = int(place)
+                    domain = bucket[index]
+                    if (place - index) * largest < weights[domain]:  # the fraction is uniform in [0, 1) again
+                        break
+                bucket[index] = bucket[-1]
+                bucket.pop()
+                totals[bits] -= weights[domain]
+                group.append(domain)
+            num_drawable -= domains_per_step
+        for domain in group:
             left[domain] -= 1
+        drawn += group
+        reversing.append(reverse)
+        second = paired and not second
     # A group's heaviest domain is in general drawn first: shuffle within the groups.
-    return generator.permuted(np.array(drawn, dtype=np.int64).reshape(-1, domains_per_step), axis=1)
+    groups = generator.permuted(np.array(drawn, dtype=np.int64).reshape(-1, domains_per_step), axis=1)
+    before = np.roll(groups, 1, axis=0)
+    if unpaired is not None:
+        before[0] = unpaired
+    return np.where(np.array(reversing)[:, None], before[:, ::-1], groups)
 
 
 def indices_by_domain(domains: Any, overlapping: bool = False) -> tuple[list[Any], list[IntArray]]:

@@ -3,6 +3,12 @@
 Algorithm 1 of Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, visits the
 domains in random order. Where there are more domains than inner steps, the authors' code draws S of them without
 replacement, as here. There each domain has its own loader; here one ``batch_sampler`` serves any ``DataLoader``.
+
+By default every second group reverses the order of the one before. To first order in the step size, the mean of a
+walk of SGD through the domains and of the reverse walk is the mean over all orders, the direction that Fish stands
+for; that of two walks in random orders is not. This is FlipFlop of Rajput, Lee and Papailiopoulos, *Permutation-Based
+SGD: Is Random Optimal?*, ICLR 2022, whose walks are whole epochs, and the *paired reversal* of Nguyen et al.,
+arXiv 2604.00260, who prove that it cancels the leading term that depends on the order.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from torch_gradmatch.data._draw import IntArray, ListLike, draw_groups, indices_
 
 __all__ = ["DomainBatchSampler", "meta_batches"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # version 1 had no "order": it was always random
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
 
@@ -41,9 +47,11 @@ class DomainBatchSampler(Sampler[list[int]]):
     """A ``batch_sampler`` whose consecutive groups of S batches come from S distinct domains.
 
     In each epoch the samples of every domain are shuffled and cut into batches. A group draws S domains without
-    replacement from those with a batch left and serves them in random order (Fish averages over the order). No
-    sample is served twice (with ``overlapping``: by the same domain). The epoch ends when fewer than S domains have a
-    batch left; with S equal to the number of domains that is when the smallest has run out.
+    replacement from those with a batch left and serves them in random order; the next group serves the same domains in
+    reverse order, with their next batches, and so on in pairs. To first order the mean of a walk and its reverse does
+    not depend on the order, so Fish is steadier for the same work. No sample is served twice (with ``overlapping``: by
+    the same domain). The epoch ends when fewer than S domains have a batch left; with S equal to the number of domains
+    that is when the smallest has run out.
 
     Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. An epoch
     depends only on the arguments and its number; global random state is neither read nor changed.
@@ -63,6 +71,11 @@ class DomainBatchSampler(Sampler[list[int]]):
         drop_last: Leave out a domain's last batch if it is smaller than ``batch_size``.
         overlapping: A mapping may give a sample to several domains, as the identities that a comment mentions do.
             Each domain serves it; without this it is an error.
+        order: ``"flipflop"`` serves groups in pairs, the second in the reverse order of the first; where one of the
+            first's domains has no batch left, the second is drawn anew. With S equal to the number of domains and an
+            odd number of groups in an epoch, the last group of an even epoch and the first of the next are a pair
+            too; with S smaller, an epoch leaves a few batches more unserved. ``"random"`` draws every group, each in
+            an order of its own.
 
     Raises:
         ValueError: If an argument is out of range, a label is missing or neither string nor integer, an index is
@@ -78,6 +91,10 @@ class DomainBatchSampler(Sampler[list[int]]):
         >>> for one, other in meta_batches(loader, 2):
         ...     assert len({hospitals[index] for index in one}) == 1
         ...     assert hospitals[one[0]] != hospitals[other[0]]
+        >>> sampler = DomainBatchSampler(["a", "b", "c"] * 2, batch_size=1)
+        >>> served = ["abc"[index % 3] for (index,) in sampler]
+        >>> served[3:] == served[2::-1]
+        True
     """
 
     def __init__(
@@ -89,12 +106,14 @@ class DomainBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         drop_last: bool = False,
         overlapping: bool = False,
+        order: str = "flipflop",
     ) -> None:
         super().__init__()
         self.batch_size = check_int("batch_size", batch_size, at_least=1)
         self.weighting = check_choice("weighting", weighting, ("uniform", "proportional"))
         self.seed = check_int("seed", seed, at_least=0)
         self.drop_last = check_bool("drop_last", drop_last)
+        self.order = check_choice("order", order, ("flipflop", "random"))
 
         labels, self._indices = indices_by_domain(domains, check_bool("overlapping", overlapping))
         sizes = [indices.size for indices in self._indices]
@@ -126,6 +145,7 @@ class DomainBatchSampler(Sampler[list[int]]):
             "domains_checksum": hashlib.blake2b(
                 np.concatenate([sizes, *self._indices]).astype("<i8").tobytes(), digest_size=16
             ).hexdigest(),
+            "order": self.order,  # last, so that another mismatch is named first
         }
         # No other class touches these three: loaders call _track, _next_epoch and _epoch_length.
         self._next = (0, 0)  # epoch and position at which the next iterator starts
@@ -217,20 +237,27 @@ class DomainBatchSampler(Sampler[list[int]]):
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
 
         Args:
-            state_dict: From ``state_dict`` of a sampler of the same domains and arguments.
+            state_dict: From ``state_dict`` of a sampler of the same domains and arguments. One from before there was
+                ``order`` (version 1) continues with ``order="random"``.
 
         Raises:
             ValueError: If it is malformed or of another version, other domains or arguments; nothing changes then.
         """
         expected = {"version": STATE_VERSION, "epoch": 0, "position": 0, **self._settings}
+        if isinstance(state_dict, Mapping) and set(state_dict) == set(expected) - {"order"}:
+            version = state_dict["version"]
+            if type(version) is int and version == 1:
+                state_dict = {**state_dict, "version": STATE_VERSION, "order": "random"}
         if not isinstance(state_dict, Mapping) or set(state_dict) != set(expected):
             found = list(state_dict) if isinstance(state_dict, Mapping) else repr(state_dict)
             raise ValueError(f"the state dict should hold exactly {list(expected)} (got {found})")
         for name, own in {"version": STATE_VERSION, **self._settings}.items():
             if type(state_dict[name]) is not type(own) or state_dict[name] != own:
+                advice = "resume with the same domains and arguments"
+                if name == "order" and state_dict[name] == "random":
+                    advice = 'it was saved in random order, DomainBatchSampler(order="random") resumes it'
                 raise ValueError(
-                    f"the state dict's {name} is {state_dict[name]!r}, but this sampler's is {own!r}: "
-                    "resume with the same domains and arguments"
+                    f"the state dict's {name} is {state_dict[name]!r}, but this sampler's is {own!r}: {advice}"
                 )
         epoch, position = (
             check_int(f"the state dict's {name}", state_dict[name], at_least=0) for name in ("epoch", "position")
@@ -301,7 +328,12 @@ class DomainBatchSampler(Sampler[list[int]]):
         """Return the domain of every batch of an epoch, shape (groups · S,), kept until another epoch is asked for."""
         if self._planned is None or self._planned[0] != epoch:
             proportional, generator = self.weighting == "proportional", self._generator(epoch, 0)
-            groups = draw_groups(self._num_batches, self.domains_per_step, proportional, generator)
+            paired, unpaired = self.order == "flipflop", None
+            all_domains = self.domains_per_step == len(self._num_batches)
+            if paired and all_domains and epoch % 2 and min(self._num_batches) % 2:
+                # The epoch before ends with the first group of a pair. Its plan is at hand if it was just served.
+                unpaired = self._plan(epoch - 1)[-self.domains_per_step :]
+            groups = draw_groups(self._num_batches, self.domains_per_step, proportional, generator, paired, unpaired)
             self._planned = (epoch, groups.reshape(-1))
         return self._planned[1]
 
