@@ -72,6 +72,8 @@ def derivatives(model: nn.Module, batches: list[Tensor], hvp: str, *, keep_graph
         if hvp == "finite_difference":
             for x in batches * 3 if keep_graphs else [*batches * 4][:-1]:
                 first(x)
+            if keep_graphs:
+                loss(batches[0])  # once more at the same parameters, to see whether it is the same
         elif keep_graphs:
             second(batches)
         else:

@@ -88,11 +88,16 @@ def test_fish_waits_once_and_once_for_each_loss_that_it_checks(nonfinite: str):
     assert found == (["item"] * DOMAINS + ["tolist"] if nonfinite == "raise" else [])
 
 
-@pytest.mark.parametrize("name", ["SmoothFish", "IDGM", "IDGM, tracked"])
+SMOOTH_FISH_AGAIN = {"SmoothFish": [1, 2], "SmoothFish, walk": [], "SmoothFish, symmetric": [1, 2, 1, 0]}
+
+
+@pytest.mark.parametrize("name", [*SMOOTH_FISH_AGAIN, "IDGM", "IDGM, tracked"])
 def test_one_direction(name: str):
     """All is counted here, the model's operations too: what grows by the layer is theirs, and so many for each."""
     methods: dict[str, Callable[[nn.Module], Any]] = {
-        "SmoothFish": lambda m: SmoothFish(1.0, 1e-3, m),
+        "SmoothFish": lambda m: SmoothFish(2.0, 1e-3, m),
+        "SmoothFish, walk": lambda m: SmoothFish(1.0, 1e-3, m),
+        "SmoothFish, symmetric": lambda m: SmoothFish(1e-3, 1e-3, m, symmetric=True),
         "IDGM": lambda m: IDGM(m, 1e-3),
         "IDGM, tracked": lambda m: IDGM(m, 1e-3, track_alignment=True),
     }
@@ -101,8 +106,8 @@ def test_one_direction(name: str):
         """The same derivatives by plain autograd, and one step of the optimizer."""
         leaves = list(model.parameters())
         vector = [torch.ones_like(p) for p in leaves]
-        if name == "SmoothFish":
-            for x in [*data, *data[1:]]:
+        if name in SMOOTH_FISH_AGAIN:
+            for x in [*data, *(data[i] for i in SMOOTH_FISH_AGAIN[name])]:
                 torch.autograd.grad(loss_of(model, x), leaves)
         else:
             for x in data[:-1]:  # the last domain's graph is kept from the first pass
@@ -116,8 +121,8 @@ def test_one_direction(name: str):
         model, data = network(layers, torch.float32), batches(torch.float32)
         optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=1e-3), methods[name](model))
         step = partial(optimizer.meta_step, partial(loss_of, model), data)
-        step()
-        step()
+        for _ in range(2):  # in these a loss is evaluated once more, to see whether it is the same
+            step()
         of_step = count(optimizer.optimizer.step)
         making_ones = count(lambda m=model: [torch.ones_like(p) for p in m.parameters()])
         found.append(count(step) - count(partial(derivatives, model, data)) - of_step + Counter() - making_ones)

@@ -20,6 +20,7 @@ domain to the next. :func:`functional_loss` makes the latter of a module and a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from torch_gradmatch._checks import (
     check_number,
     check_reached,
 )
-from torch_gradmatch._foreach import clone_all, detach_all
+from torch_gradmatch._foreach import clone_all, detach_all, in_transform
 from torch_gradmatch.gradients.agreement import Agreement, RunningAgreement, check_agreement, cosine, running_agreement
 from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
@@ -53,6 +54,7 @@ from torch_gradmatch.gradients.hvp import (
     sum_of_products,
 )
 from torch_gradmatch.gradients.random_state import RandomState, devices_of
+from torch_gradmatch.gradients.repeats import check_repeats, precision
 
 __all__ = [
     "DomainGradients",
@@ -84,7 +86,7 @@ class DomainGradients(NamedTuple):
 
 
 class IDGMGradient(NamedTuple):
-    """What :func:`idgm_grad` found. Detached; nothing waits for an accelerator until it is read.
+    """What :func:`idgm_grad` found. Detached.
 
     Attributes:
         gradient: Of the objective, in the structure of the parameters.
@@ -95,6 +97,9 @@ class IDGMGradient(NamedTuple):
         alignment: Inner product and norms of the domains' gradients, whatever phi is; the cosine where it was asked
             for or is phi.
         buffers: As the last domain left them, or None.
+        losses_again: What was found where a loss was evaluated once more at the same parameters, by number of the
+            domain, each of shape ().
+        tolerance: By how much of the mean loss these may differ from the losses and count as rounding.
     """
 
     gradient: Params
@@ -103,6 +108,8 @@ class IDGMGradient(NamedTuple):
     agreement: Tensor
     alignment: Alignment
     buffers: Any
+    losses_again: dict[int, Tensor]
+    tolerance: float
 
 
 class _Closure(nn.Module):
@@ -298,6 +305,7 @@ def idgm_grad(
     generator: torch.Generator | None = None,
     cosines: bool = False,
     sums: GradientAlignment | None = None,
+    check: bool = True,
 ) -> IDGMGradient:
     r"""Return the gradient of :func:`idgm_loss` by two passes: :math:`\bar G - \gamma\sum_i H_i v_i`.
 
@@ -323,6 +331,8 @@ def idgm_grad(
         cosines: Whether to measure the mean cosine, too, whatever phi is.
         sums: Running sums to use, so that their layout is made once for many calls. They are reset and afterwards
             released. None for new ones; else they are with cosines where these are needed.
+        check: Whether to refuse a loss that is not the same in both passes; waits for an accelerator once. Without it
+            the result says what they were.
 
     Returns:
         The gradient, in the parameters' dtypes, and what was measured on the way.
@@ -330,8 +340,8 @@ def idgm_grad(
     Raises:
         RuntimeError: If an operation lacks the derivative that ``hvp`` needs.
         TypeError: If a loss or the agreement's value is no tensor.
-        ValueError: If there are fewer than two batches, a loss is not a scalar or depends on no parameter, or another
-            argument is out of range.
+        ValueError: If there are fewer than two batches, a loss is not a scalar, depends on no parameter or is another
+            one when it is evaluated again, or another argument is out of range.
 
     Example:
         >>> import torch
@@ -370,6 +380,11 @@ def idgm_grad(
             gradient = direction.tensors(leaves)
     finally:
         sums.reset(release=True)
+    # Differences of gradients magnify a change of the loss by one over their step.
+    epsilon = precision([losses, *leaves])
+    tolerance = 64 * epsilon if hvp == "finite_difference" else math.sqrt(epsilon)
+    if check and passes.losses_again and not in_transform():
+        check_repeats(losses.tolist(), {i: float(loss) for i, loss in passes.losses_again.items()}, tolerance)
     return IDGMGradient(
         gradient=tree_unflatten(
             [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradient, flat, strict=True)], structure
@@ -379,11 +394,17 @@ def idgm_grad(
         agreement=value,
         alignment=measured,
         buffers=None if buffers is None else buffers_after,
+        losses_again=passes.losses_again,
+        tolerance=tolerance,
     )
 
 
 class _TwoPasses:
-    """The work of :func:`idgm_grad`."""
+    """The work of :func:`idgm_grad`.
+
+    Attributes:
+        losses_again: Losses that were evaluated a second time at the parameters, by domain.
+    """
 
     def __init__(
         self, pure: PureLoss, leaves: list[Tensor], structure: Any, batches: Sequence[Any], buffers: Any, hvp: str
@@ -394,6 +415,7 @@ class _TwoPasses:
         self._devices = devices_of(leaves, buffers)
         self._domains = [_Domain(pure, structure, batch, i, self._devices) for i, batch in enumerate(batches)]
         self._kept: dict[int, tuple[Linearization, list[Tensor | None]]] = {}
+        self.losses_again: dict[int, Tensor] = {}
 
     def first(
         self, phi: RunningAgreement, sums: GradientAlignment, chosen: Sequence[int], *, keep_graphs: bool
@@ -437,6 +459,10 @@ class _TwoPasses:
         random_state = RandomState.capture(self._devices)
         chains = len(chosen) == len(self._domains)
         waiting = [i for i in chosen if i not in self._kept]
+        if self._kept and not waiting and self._hvp != "reverse":
+            # All will be evaluated elsewhere only (or as dual numbers): nothing would show that a loss has changed.
+            i = next(iter(self._kept))
+            self.losses_again[i] = self._domains[i](self._leaves).detach()
         if self._kept:
             with record_function("GradMatch.hessian_vector_product"):
                 cotangents = [phi.cotangent(i, gradient) for i, (_, gradient) in self._kept.items()]
@@ -450,7 +476,7 @@ class _TwoPasses:
             domain.enter(buffers if chains else domain.buffers)
             with record_function("GradMatch.hessian_vector_product"):
                 linearization = linearize(self._hvp, domain, self._leaves)
-                gradient = linearization.gradient()[1]
+                self.losses_again[i], gradient = linearization.gradient()
                 buffers = domain.buffers_after
                 products = linearization.product(phi.cotangent(i, gradient))
             domain.release()

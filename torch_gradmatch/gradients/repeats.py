@@ -7,6 +7,7 @@ change that training would not notice can be most of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -36,7 +37,7 @@ def check_repeats(losses: Sequence[float], again: Mapping[int, float], tolerance
     """Raise if a loss was not the same when it was evaluated again.
 
     Args:
-        losses: Of the domains, when they were first evaluated.
+        losses: Of the domains, when they were first evaluated; one that is not finite is another check's.
         again: By number of the domain, what was found at the same parameters, with the same buffers and random numbers.
         tolerance: The change that is taken for rounding, relative to the mean size of the losses.
 
@@ -46,9 +47,9 @@ def check_repeats(losses: Sequence[float], again: Mapping[int, float], tolerance
     Example:
         >>> check_repeats([1.0, 2.0], {1: 2.0 + 1e-9}, tolerance=1e-6)
     """
-    size = sum(map(abs, losses)) / len(losses)
+    size = sum(filter(math.isfinite, map(abs, losses))) / len(losses)
     for index, value in again.items():
-        if not abs(value - losses[index]) <= tolerance * size:
+        if math.isfinite(losses[index]) and not abs(value - losses[index]) <= tolerance * size:
             raise ValueError(
                 f"the loss of batch {index} is not the same twice: {losses[index]:.7g}, and {value:.7g} when it is "
                 "evaluated again at the same parameters and with the same random numbers, as this method has to. "

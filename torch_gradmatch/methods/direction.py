@@ -72,6 +72,7 @@ class DirectionStep(MetaLoop):
         self.model = model
         self._other_buffers = ForwardBuffers()  # of models that nobody told us of
         self._knows_loss_fn = False  # whether its losses are known not to be scaled
+        self._looked = 0  # how often it was asked whether a look is due
 
     @abstractmethod
     def evaluate(
@@ -107,6 +108,15 @@ class DirectionStep(MetaLoop):
             return GradientAlignment(cosines=cosines)
         last.reset()
         return last
+
+    def is_due(self) -> bool:
+        """Return whether now to look whether losses are the same twice; to be asked once in a meta-iteration.
+
+        Returns:
+            True in those number 1, 2, 4, 8 and so on: early, and never again for long.
+        """
+        self._looked += 1
+        return self._looked & (self._looked - 1) == 0
 
     def trainable(self) -> list[Tensor]:
         """Return the optimizer's parameters that require a gradient.

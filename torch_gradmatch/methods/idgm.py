@@ -24,6 +24,7 @@ from torch_gradmatch.gradients.agreement import Agreement, check_agreement, cosi
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
 from torch_gradmatch.gradients.hvp import HVPS
+from torch_gradmatch.gradients.repeats import check_repeats
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
 
@@ -56,6 +57,8 @@ class IDGM(Method):
         keep_graphs: Keep every domain's graph instead of evaluating it twice: faster, and memory grows with S.
         nonfinite: ``"raise"`` refuses a loss or gradient with NaN or infinity and a diverging inner product before
             anything is changed (waits for an accelerator once in a meta-iteration); ``"ignore"`` does not look.
+            Either way a loss that is not the same in both passes is refused; by ``"ignore"`` it is looked for in
+            meta-iterations number 1, 2, 4, 8 and so on.
         track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
             parameters. ``agreement="cosine"`` measures it anyway.
 
@@ -172,10 +175,14 @@ class IDGMStep(DirectionStep):
             keep_graphs=method.keep_graphs,
             sums=self._sums,
             buffers=dict(method.model.named_buffers()),
+            check=False,
         )
         losses, phi = found.losses / scale, found.agreement / of_agreement
         if check and method.nonfinite == "raise":
             self._refuse_divergence(found, losses, phi, scale)
+        elif check and self.is_due() and found.losses_again:
+            again = {i: float(loss) / scale for i, loss in found.losses_again.items()}
+            check_repeats(losses.tolist(), again, found.tolerance)
         return Direction(
             gradient=[found.gradient[n] if n in params and found.reached[n] else None for n in name_of.values()],
             objective=losses.mean() - method.gamma * phi.to(losses.device),
@@ -186,7 +193,10 @@ class IDGMStep(DirectionStep):
     def _refuse_divergence(self, found: IDGMGradient, losses: Tensor, phi: Tensor, scale: float) -> None:
         method = self.method
         gradient = [g for g, reached in zip(found.gradient.values(), found.reached.values(), strict=True) if reached]
-        norm, agreement, loss = self.read_finite(losses, gradient, phi, losses.mean())
+        values = self.read_finite(losses, gradient, phi, *losses, *found.losses_again.values())
+        norm, agreement, first, second = values[0], values[1], values[2 : 2 + len(losses)], values[2 + len(losses) :]
+        check_repeats(first, {i: v / scale for i, v in zip(found.losses_again, second, strict=True)}, found.tolerance)
+        loss = sum(first) / len(first)
         if not (math.isfinite(norm) and math.isfinite(agreement)):
             if scale != 1.0:
                 return  # gradients that overflowed: the scaler skips the step and lowers the scale

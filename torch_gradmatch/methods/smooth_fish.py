@@ -173,7 +173,6 @@ class SmoothFishStep(DirectionStep):
         self.method = method
         self.weights = SlowWeights(state)
         self._sums = GradientAlignment(cosines=method.track_alignment)
-        self._number = 0  # of the meta-iteration
 
     def evaluate(
         self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
@@ -208,7 +207,7 @@ class SmoothFishStep(DirectionStep):
                     if weight > 0 and any(walk[0] == index for walk in walks):
                         begins[index] = gradient
                 after = run.finish()
-                if check and weight > 0 and self._is_due():
+                if check and weight > 0 and self.is_due():
                     again = run.loss(0)
                 total = sums.mean(weight=1 - weight)
                 for walk in reversed(walks) if weight > 0 else ():
@@ -246,11 +245,6 @@ class SmoothFishStep(DirectionStep):
             report=report,
             buffers=None if after is None else after.values(),
         )
-
-    def _is_due(self) -> bool:
-        """Return whether this meta-iteration, which is counted, is one to look whether losses are the same twice."""
-        self._number += 1
-        return self._number & (self._number - 1) == 0
 
     def _check_resolution(self, direction: Sequence[Tensor | None], weight: float) -> None:
         """Warn if the walks' gradients differ from those at their start by no more than rounding does.

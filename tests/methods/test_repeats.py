@@ -1,0 +1,225 @@
+"""Losses that are not the same when they are evaluated again: refused, with the cause and the ways out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _networks import mean_squared_error, regression, two_layers
+from _second_order import GAMMA, nothing_changes, plain_autograd
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, AdamW
+from torch_gradmatch.functional import functional_loss, idgm_grad
+
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch.gradients.repeats import check_repeats
+
+TWICE: dict[str, Callable[[nn.Module], Any]] = {
+    "IDGM": lambda m: IDGM(m, GAMMA),
+    "IDGM, two domains": lambda m: IDGM(m, GAMMA, hvp_domains=2),
+    "IDGM, ignore": lambda m: IDGM(m, GAMMA, nonfinite="ignore"),
+    "IDGM, forward": lambda m: IDGM(m, GAMMA, hvp="forward"),
+    "IDGM, forward, kept": lambda m: IDGM(m, GAMMA, hvp="forward", keep_graphs=True),
+    "IDGM, finite_difference": lambda m: IDGM(m, GAMMA, hvp="finite_difference"),
+    "IDGM, finite_difference, kept": lambda m: IDGM(m, GAMMA, hvp="finite_difference", keep_graphs=True),
+    "SmoothFish": lambda m: SmoothFish(2.0, 0.1, m),
+    "SmoothFish, ignore": lambda m: SmoothFish(2.0, 0.1, m, nonfinite="ignore"),
+    "SmoothFish, symmetric": lambda m: SmoothFish(GAMMA, 0.1, m, symmetric=True),
+}
+ONCE: dict[str, Callable[[nn.Module], Any]] = {
+    "IDGM, kept": lambda m: IDGM(m, GAMMA, keep_graphs=True),
+    "SmoothFish, walk": lambda m: SmoothFish(1.0, 0.1, m),
+    "SmoothFish, gamma 0": lambda m: SmoothFish(0.0, 0.1, m),
+    "IDGM, gamma 0": lambda m: IDGM(m, 0.0),
+    "Fish": lambda m: Fish(0.5, model=m),
+}
+
+
+class RunningClassWeights:
+    """Cross entropy whose class weights are counted from the labels seen so far, as some people do."""
+
+    def __init__(self) -> None:
+        self.seen = torch.ones(3, dtype=torch.float64)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        labels = batch[1][:, 0].gt(0).long() + batch[1][:, 0].gt(1).long()
+        self.seen += torch.bincount(labels, minlength=3)
+        return functional.cross_entropy(model(batch[0]), labels, weight=self.seen.sum() / self.seen)
+
+
+class Counting:
+    """A weight that grows with every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        return mean_squared_error(model, batch) * (1 + 0.01 * self.calls)
+
+
+class OwnGenerator:
+    """Noise from a generator that nobody sets back."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        noise = torch.randn(batch[0].shape, generator=self.generator, dtype=batch[0].dtype)
+        return mean_squared_error(model, (batch[0] + 0.1 * noise, batch[1]))
+
+
+class Teacher:
+    """A penalty on the distance from a running mean of the weights that the loss itself moves on."""
+
+    def __init__(self) -> None:
+        self.mean: list[Tensor] | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        now = list(model.parameters())
+        if self.mean is None:
+            self.mean = [torch.zeros_like(p) for p in now]
+        for m, p in zip(self.mean, now, strict=True):
+            m.lerp_(p.detach(), 0.1)
+        return mean_squared_error(model, batch) + sum(
+            (p - m).square().sum() for p, m in zip(now, self.mean, strict=True)
+        )
+
+
+STATEFUL = {"class weights": RunningClassWeights, "counter": Counting, "generator": OwnGenerator, "teacher": Teacher}
+
+
+def three_classes() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def wide_regression() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)) for _ in range(4)]
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+@pytest.mark.parametrize("method", TWICE)
+def test_a_loss_that_is_not_the_same_twice_is_refused(method: str, kind: str):
+    model, loss = three_classes(), STATEFUL[kind]()
+    optimizer = GradMatch(AdamW(model.parameters()), TWICE[method](model))
+    message = r"the loss of batch \d is not the same twice: .*class weights.*keep_graphs=True"
+    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
+        optimizer.meta_step(lambda batch: loss(model, batch), wide_regression())
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+@pytest.mark.parametrize("method", ONCE)
+def test_what_evaluates_each_loss_once_takes_it(method: str, kind: str):
+    model, loss = three_classes(), STATEFUL[kind]()
+    optimizer = GradMatch(AdamW(model.parameters()), ONCE[method](model))
+    for _ in range(3):
+        optimizer.meta_step(lambda batch: loss(model, batch), wide_regression())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_keep_graphs_is_right_with_class_weights():
+    """The way out that the message names: against one graph of everything."""
+    model, twin = three_classes(), three_classes()
+    losses = RunningClassWeights(), RunningClassWeights()
+    expected = plain_autograd(twin, losses[0], wide_regression())
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.0), IDGM(model, GAMMA, keep_graphs=True))
+    optimizer.meta_step(lambda batch: losses[1](model, batch), wide_regression())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected.direction[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("begins_at", [2, 3])
+@pytest.mark.parametrize("method", TWICE)
+def test_a_loss_that_begins_to_change_later(method: str, begins_at: int):
+    """IDGM looks in every meta-iteration; where each look costs something, in those number 1, 2, 4, 8 and so on."""
+    model = three_classes()
+    optimizer = GradMatch(AdamW(model.parameters()), TWICE[method](model))
+    steady, changing = mean_squared_error, Counting()
+    refused_at = None
+    for number in range(1, 5):
+        loss = steady if number < begins_at else changing
+        try:
+            optimizer.meta_step(lambda batch, loss=loss: loss(model, batch), wide_regression())
+        except ValueError:
+            refused_at = number
+            break
+    seldom = "SmoothFish" in method or "ignore" in method
+    assert refused_at == (4 if seldom and begins_at == 3 else begins_at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", TWICE)
+def test_rounding_is_no_change(method: str, dtype: torch.dtype):
+    """A loss with noise of one rounding, as kernels make that add up in another order each time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.01), TWICE[method](model))
+    calls = 0
+
+    def loss(batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        value = mean_squared_error(model, tuple(x.to(dtype) for x in batch))
+        return value * (1 + torch.finfo(dtype).eps * (calls % 2))
+
+    for _ in range(4):
+        optimizer.meta_step(loss, wide_regression())
+
+
+@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("keep_graphs", [False, True])
+def test_the_pure_function_refuses_it_too(hvp: str, keep_graphs: bool):
+    model, counting = three_classes(), Counting()
+    pure = functional_loss(model, lambda batch: counting(model, batch))
+    params = dict(model.named_parameters())
+
+    def run(**settings: Any) -> Any:
+        return idgm_grad(
+            pure, params, wide_regression(), GAMMA, hvp=hvp, keep_graphs=keep_graphs, buffers={}, **settings
+        )
+
+    if hvp == "reverse" and keep_graphs:
+        assert run().losses_again == {}
+        return
+    with pytest.raises(ValueError, match="is not the same twice"):
+        run()
+    found = run(check=False)
+    assert found.losses_again
+    assert all(abs(found.losses[i] - loss) > 0.005 for i, loss in found.losses_again.items())
+
+
+def test_a_scaled_loss_is_compared_as_it_is():
+    model, counting = two_layers(), Counting()
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), IDGM(model, GAMMA))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    steady = mean_squared_error
+    optimizer.meta_step(lambda batch: steady(model, batch), regression(7, 4), scaler)
+    with pytest.raises(ValueError, match=r"not the same twice: \d\.\d+, and \d\.\d+ when"):
+        optimizer.meta_step(lambda batch: counting(model, batch), regression(7, 4), scaler)
+
+
+@pytest.mark.parametrize(
+    ("losses", "again", "fails"),
+    [
+        ([1.0, 2.0], {}, False),
+        ([1.0, 2.0], {0: 1.0, 1: 2.0}, False),
+        ([1.0, 2.0], {0: 1.001}, False),
+        ([1.0, 2.0], {1: 2.02}, True),
+        ([1.0, 2.0], {1: float("nan")}, True),
+        ([0.0, 0.0], {1: 0.0}, False),
+        ([0.0, 0.0], {1: 1e-9}, True),
+        ([0.0, -2.0], {0: 0.005}, False),  # small beside the others: rounding of logits
+        ([float("inf"), 1.0], {0: float("inf")}, False),
+    ],
+)
+def test_what_counts_as_a_change(losses: list[float], again: dict[int, float], fails: bool):
+    if fails:
+        with pytest.raises(ValueError, match="not the same twice"):
+            check_repeats(losses, again, 0.006)
+    else:
+        check_repeats(losses, again, 0.006)
