@@ -33,6 +33,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
+from torch_gradmatch.gradients import hvp
 
 # ------------------------------------------------------------------------------------------- the zoo of models
 
@@ -150,6 +151,25 @@ def test_differences_agree_with_own_weight_norm_where_torchs_has_a_wrong_second_
     method = IDGM(case.model, GAMMA, hvp="finite_difference")
     GradMatch(SGD(case.model.parameters(), lr=0.0), method).meta_step(lambda b: case.loss(case.model, b), case.batches)
     assert_close(flat(gradient_of(case.model), case.model), flat(expected.direction, own.model), 1e-6)
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True])
+def test_torchs_wrong_weight_norm_is_warned_of(keep_graphs: bool, monkeypatch: pytest.MonkeyPatch):
+    """Only where it is wrong: not of the model that writes it out, nor of a torch that would get it right."""
+    own, case = make(networks.weight_normalized), make(networks.weight_normalized_by_torch)
+
+    def gradient(case: Case) -> Tensor:
+        method = IDGM(case.model, GAMMA, keep_graphs=keep_graphs)
+        optimizer = GradMatch(SGD(case.model.parameters(), lr=0.0), method)
+        optimizer.meta_step(lambda b: case.loss(case.model, b), case.batches)
+        return flat(gradient_of(case.model), case.model)
+
+    right = gradient(own)
+    with pytest.warns(UserWarning, match="weight_norm, whose second derivative torch .* takes wrongly on 'cpu'"):
+        wrong = gradient(case)
+    assert float((wrong - right).norm() / right.norm()) > 0.01
+    monkeypatch.setattr(hvp, "_weight_norm_is_wrong", lambda _: False)
+    gradient(case)
 
 
 @pytest.mark.parametrize("kind", ["gamma 2", "gamma 1", "symmetric"])

@@ -198,13 +198,13 @@ def _derivative_of(gradient: Vector, vector: Vector, leaves: list[Tensor]) -> li
             cotangents.append(v)
     if not outputs:
         return [None] * len(leaves)
-    _refuse_once_differentiable(outputs)
+    _inspect(outputs)
     products = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
     return [p if p is None or p.layout == torch.strided else p.to_dense() for p in products]
 
 
-def _refuse_once_differentiable(outputs: Sequence[Tensor]) -> None:
-    """Raise if a backward pass marked as once differentiable took part in a gradient.
+def _inspect(outputs: Sequence[Tensor]) -> None:
+    """Raise if a backward pass marked as once differentiable took part in a gradient; warn where torch errs itself.
 
     torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet
     it and miss that part of the Hessian in silence.
@@ -223,10 +223,36 @@ def _refuse_once_differentiable(outputs: Sequence[Tensor]) -> None:
             continue
         if node.name() == "torch::autograd::Error":
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        if node.name().startswith("WeightNormInterface"):
+            _warn_of_weight_norm(outputs[0].device)
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)
                 waiting.append(following)
+
+
+def _warn_of_weight_norm(device: torch.device) -> None:
+    if _weight_norm_is_wrong(device):
+        warnings.warn(
+            f"the model has weight_norm, whose second derivative torch {torch.__version__} takes wrongly on "
+            f"{device.type!r}: the Hessian-vector products of its parameters are wrong. Use hvp='finite_difference' or "
+            "SmoothFish(symmetric=True), which need first derivatives only, or write it out as g * v / v.norm()",
+            stacklevel=2,
+        )
+
+
+@cache
+def _weight_norm_is_wrong(device: torch.device) -> bool:
+    """Try torch's second derivative of ``weight_norm`` on a matrix of four numbers (2.13 fails on a CPU)."""
+    found = []
+    with torch.enable_grad():
+        for written_out in (True, False):
+            v = torch.tensor([[1.0, 2.0], [3.0, 1.0]], device=device, requires_grad=True)
+            g = torch.ones(2, 1, device=device)
+            w = g * v / v.norm(dim=1, keepdim=True) if written_out else torch._weight_norm(v, g, 0)
+            (gradient,) = torch.autograd.grad(w[:, 0].square().sum(), v, create_graph=True)
+            found.append(torch.autograd.grad(gradient[:, 1].sum(), v)[0])
+    return not torch.allclose(*found, rtol=1e-3, atol=1e-5)
 
 
 @cache
