@@ -2,17 +2,24 @@
 
     python examples/cdsprites.py --out out --seed 0
 
-trains a small network on squares and ellipses of 15 domains, once by ordinary training (ERM), once with Fish, for the
-same number of gradient evaluations, and once by the exact objective, whose meta-iterations take a Hessian-vector
-product for each domain besides the gradient: 2 cores, a few minutes. In every training domain colour and shape go
-together, in each with other colours (``_cdsprites_data.py``), so colour is the easy answer and shape the one that
-lasts. Prints a table and writes ``cdsprites.png`` and ``cdsprites.json``.
+trains a small network on squares and ellipses of 15 domains: by ordinary training (ERM), with Fish for the same number
+of gradient evaluations, with SmoothFish for half as many, and by the exact objective, whose meta-iterations take a
+Hessian-vector product for each domain besides the gradient: 2 cores, a few minutes. In every training domain colour and
+shape go together, in each with other colours (``_cdsprites_data.py``), so colour is the easy answer and shape the one
+that lasts. Prints a table and writes ``cdsprites.png`` and ``cdsprites.json``.
 
-All methods go through the same loop (``train``). Fish and the exact method wrap the optimizer and take each batch from
-one domain; ERM takes shuffled batches of the same size from all domains together. Everything else is shared: data,
-initial weights, inner optimizer and its learning rate. The exact method matches by ``variance``, not by the paper's
-inner product, which is unbounded and with this optimizer diverges for gamma of 5e-4 and more. ``--methods`` can ask for
-SmoothFish, too.
+All methods go through the same loop (``train``), with the same data and initial weights. Those that match gradients
+wrap an optimizer and take each batch from one domain; ERM takes shuffled batches of the same size from all domains
+together.
+
+- Fish walks by SGD (``--inner-optimizer adam`` and ``--paper``: by Adam, as the authors do on these data). Adam's
+  steps do not shrink with the gradients: once a domain's gradient is small, its share of the walk is noise of full
+  length, and what the domains' gradients have in common is lost in it. With some seeds Fish by Adam ends at chance.
+- SmoothFish at gamma 1 takes the same walk by SGD and hands its mean gradient to Adam: at the price of Fish it chooses
+  the strength of the matching (by the walk) and the size of the step (by Adam) each by itself. ``--methods symmetric``
+  walks to and fro, which makes of it the exact objective by the inner product.
+- The exact method matches by ``variance``, not by the paper's inner product, which is unbounded and with this optimizer
+  diverges for gamma of 5e-4 and more.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937. ``--paper`` sets the
 configuration of the authors' code (github.com/YugeTen/fish) and is meant for a GPU.
@@ -45,7 +52,7 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from torch_gradmatch.alignment import gradient_alignment
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, SmoothFish, native_status
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, SmoothFish, fish_gamma, native_status
 
 MEASURED_TRAIN_IMAGES = 3000
 
@@ -63,9 +70,10 @@ class Config:
     exact_iterations: int
     smooth_iterations: int
     lr: float
+    inner_optimizer: str
+    inner_lr: float
     meta_lr: float
     gamma: float
-    smooth_inner_lr: float
     smooth_gamma: float
     measurements: int
     seed: int
@@ -95,8 +103,8 @@ def make_model(config: Config) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, 2))
 
 
-def make_inner_optimizer(model: nn.Module, config: Config) -> Optimizer:
-    """Build the optimizer that ERM uses as it is and Fish wraps.
+def make_adam(model: nn.Module, config: Config) -> Optimizer:
+    """Build the optimizer that ERM uses as it is and the others wrap.
 
     Returns:
         Adam as in the official code.
@@ -105,13 +113,15 @@ def make_inner_optimizer(model: nn.Module, config: Config) -> Optimizer:
 
 
 def make_fish(model: nn.Module, config: Config) -> Optimizer:
-    """Wrap the optimizer: the one line in which training with Fish differs.
+    """Wrap the optimizer of the walk: the one line in which training with Fish differs.
 
     Returns:
         The wrapped optimizer; every N-th step ends a meta-iteration.
     """
     method = Fish(meta_lr=config.meta_lr, inner_steps=config.domains, inner_state="reset")
-    return GradMatch(make_inner_optimizer(model, config), method)
+    if config.inner_optimizer == "adam":
+        return GradMatch(make_adam(model, config), method)
+    return GradMatch(torch.optim.SGD(model.parameters(), lr=config.inner_lr), method)
 
 
 def make_exact(model: nn.Module, config: Config) -> Optimizer:
@@ -121,7 +131,7 @@ def make_exact(model: nn.Module, config: Config) -> Optimizer:
         The wrapped optimizer.
     """
     method = IDGM(model, gamma=config.gamma, agreement="variance", keep_graphs=True)
-    return GradMatch(make_inner_optimizer(model, config), method)
+    return GradMatch(make_adam(model, config), method)
 
 
 def make_smooth_fish(model: nn.Module, config: Config) -> Optimizer:
@@ -130,8 +140,22 @@ def make_smooth_fish(model: nn.Module, config: Config) -> Optimizer:
     Returns:
         The wrapped optimizer.
     """
-    method = SmoothFish(gamma=config.smooth_gamma, inner_lr=config.smooth_inner_lr)
-    return GradMatch(make_inner_optimizer(model, config), method)
+    return GradMatch(make_adam(model, config), SmoothFish(gamma=config.smooth_gamma, inner_lr=config.inner_lr))
+
+
+def make_symmetric(model: nn.Module, config: Config) -> Optimizer:
+    """Wrap the optimizer for the exact objective by the inner product, of SmoothFish's strength.
+
+    Returns:
+        The wrapped optimizer.
+    """
+    gamma = config.smooth_gamma * fish_gamma(config.inner_lr, config.domains)
+    return GradMatch(make_adam(model, config), SmoothFish(gamma=gamma, inner_lr=config.inner_lr, symmetric=True))
+
+
+def smooth_fish_gradients(domains: int, config: Config) -> int:
+    """Return the gradient evaluations of a meta-iteration of SmoothFish."""
+    return domains if config.smooth_gamma in (0, 1) else 2 * domains - 1
 
 
 Batch = tuple[Tensor, Tensor]
@@ -163,7 +187,7 @@ def pooled_batches(dataset: SpriteDataset, config: Config) -> Sampler[list[int]]
 
 
 def domain_batches(dataset: SpriteDataset, config: Config) -> Sampler[list[int]]:
-    """Take each batch from one domain, and N batches in a row from the N domains in random order.
+    """Take each batch from one domain, and N batches in a row from the N domains; then N in the reverse order.
 
     Returns:
         The batches of one epoch.
@@ -179,7 +203,7 @@ class Method(NamedTuple):
     make_batches: Callable[[SpriteDataset, Config], Sampler[list[int]]]
     iterate: Callable[[Optimizer, LossFunction, Sequence[Batch]], None]
     iterations_setting: str = "iterations"
-    gradients: Callable[[int], int] = lambda domains: domains
+    gradients: Callable[[int, Config], int] = lambda domains, _: domains
     hessian_products: Callable[[int], int] = lambda _: 0
 
     def iterations(self, config: Config) -> int:
@@ -188,7 +212,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "erm": Method("ERM", make_inner_optimizer, pooled_batches, take_steps),
+    "erm": Method("ERM", make_adam, pooled_batches, take_steps),
     "fish": Method("Fish", make_fish, domain_batches, take_steps),
     "smooth_fish": Method(
         "SmoothFish",
@@ -196,7 +220,15 @@ METHODS = {
         domain_batches,
         take_meta_step,
         "smooth_iterations",
-        gradients=lambda domains: 2 * domains - 1,
+        gradients=smooth_fish_gradients,
+    ),
+    "symmetric": Method(
+        "SmoothFish, symmetric",
+        make_symmetric,
+        domain_batches,
+        take_meta_step,
+        "smooth_iterations",
+        gradients=lambda domains, _: 3 * domains - 2,
     ),
     "exact": Method(
         "Exact",
@@ -294,7 +326,7 @@ def train(name: str, data: CdSprites, config: Config, report: Callable[[Progress
     def measure(iteration: int) -> None:
         before = time.perf_counter()
         run.iteration.append(iteration)
-        run.gradient_evaluations.append(iteration * method.gradients(config.domains))
+        run.gradient_evaluations.append(iteration * method.gradients(config.domains, config))
         run.hessian_products.append(iteration * method.hessian_products(config.domains))
         run.seconds_training.append(before - began - run.seconds_measuring)
         measurements.record(model, run)
@@ -386,11 +418,12 @@ DEMO = {
     "eval_images": 3000,
     "iterations": 600,
     "exact_iterations": 400,
-    "smooth_iterations": 400,
+    "smooth_iterations": 300,
     "lr": 1e-3,
-    "meta_lr": 0.3,
+    "inner_optimizer": "sgd",
+    "inner_lr": 0.2,
+    "meta_lr": 0.5,
     "gamma": 1.0,
-    "smooth_inner_lr": 0.2,
     "smooth_gamma": 1.0,
 }
 # 491,520 squares and ellipses in 17 parts, 451 full batches in each, 100 epochs; 0.15 / 15 is the official code's step.
@@ -404,9 +437,10 @@ PAPER = {
     "exact_iterations": 45100,
     "smooth_iterations": 45100,
     "lr": 1e-3,
+    "inner_optimizer": "adam",
+    "inner_lr": 0.2,
     "meta_lr": 0.01,
     "gamma": 1.0,
-    "smooth_inner_lr": 0.2,
     "smooth_gamma": 1.0,
 }
 
@@ -459,7 +493,7 @@ def make_parser() -> argparse.ArgumentParser:
         The parser.
     """
     parser = argparse.ArgumentParser(
-        description="Train ERM, Fish and the exact objective on CdSprites-N and compare them on unseen colours.",
+        description="Train ERM, Fish, SmoothFish and the exact objective on CdSprites-N and compare them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -473,7 +507,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--methods",
         type=_method_names,
-        default="erm,fish,exact",
+        default="erm,fish,smooth_fish,exact",
         help=f"which to train, separated by commas: {','.join(METHODS)}",
     )
     add("--device", type=_usable_device, default="cpu", help="torch device; a CPU trains the methods side by side")
@@ -492,13 +526,15 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--smooth-iterations",
         type=_whole(1),
-        help="meta-iterations of SmoothFish; each is 2 N - 1 gradient evaluations",
+        help="meta-iterations of SmoothFish; each is N gradient evaluations (2 N - 1 at another gamma than 1, 3 N - 2 "
+        "if symmetric)",
     )
-    add("--lr", type=_rate, help="learning rate of Adam, in ERM as inside Fish and after the exact gradient")
+    add("--lr", type=_rate, help="learning rate of Adam, in ERM and after SmoothFish's and the exact gradient")
+    add("--inner-optimizer", choices=("sgd", "adam"), help="by which Fish walks: SGD, or Adam as ERM has it")
+    add("--inner-lr", type=_rate, help="learning rate of the walk by SGD, of Fish and of SmoothFish")
     add("--meta-lr", type=_rate, help="the fraction of its inner walk that Fish keeps")
     add("--gamma", type=_gamma, help="strength of the matching in the exact objective")
-    add("--smooth-inner-lr", type=_rate, help="learning rate of SmoothFish's walk")
-    add("--smooth-gamma", type=_gamma, help="strength of the matching in SmoothFish")
+    add("--smooth-gamma", type=_gamma, help="strength of the matching in SmoothFish, in multiples of its walk's")
     add("--measurements", type=_whole(1), default=30, help="points of the curves; their gradients are not counted")
     add("--paper", action="store_true", help="the configuration of the authors' code as defaults; meant for a GPU")
     parser.set_defaults(**DEMO)

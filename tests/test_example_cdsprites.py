@@ -311,20 +311,20 @@ SMALL = (
 
 
 def test_small_run_writes_figure_and_numbers(tmp_path):
-    finished = run("--out", "out", "--methods", "exact,smooth_fish,fish,erm", *SMALL, cwd=tmp_path)
+    finished = run("--out", "out", "--methods", "exact,symmetric,smooth_fish,fish,erm", *SMALL, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "unseen colours" in finished.stdout
-    assert finished.stderr.count("8/8 meta-iterations") == 4
+    assert finished.stderr.count("8/8 meta-iterations") == 5
     png = (tmp_path / "out" / "cdsprites.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert png.endswith(b"IEND\xaeB`\x82")
     results = json.loads((tmp_path / "out" / "cdsprites.json").read_text())
-    assert list(results["runs"]) == ["erm", "fish", "smooth_fish", "exact"]
+    assert list(results["runs"]) == ["erm", "fish", "smooth_fish", "symmetric", "exact"]
     assert results["config"]["seed"] == 5
     assert results["config"]["sprites"] == "drawn"
     for name, curves in results["runs"].items():
         assert curves["iteration"] == [0, 2, 4, 6, 8]
-        each = 5 if name == "smooth_fish" else 3
+        each = 7 if name == "symmetric" else 3
         assert curves["gradient_evaluations"] == [each * iteration for iteration in curves["iteration"]]
         assert curves["seconds_training"] == sorted(curves["seconds_training"])
         assert 0 <= curves["seconds_training"][0] < curves["seconds_training"][-1] < curves["seconds"]
@@ -340,7 +340,7 @@ def test_small_run_writes_figure_and_numbers(tmp_path):
     # The same initial weights:
     assert len({run["unseen_accuracy"][0] for run in runs}) == 1
     assert len({run["inner_product"][0] for run in runs}) == 1
-    assert len({run["inner_product"][-1] for run in runs}) == 4
+    assert len({run["inner_product"][-1] for run in runs}) == 5
 
 
 def test_one_method_on_a_dsprites_file(tmp_path, miniature):
@@ -372,7 +372,7 @@ def test_grey_dsprites_file_ends_with_a_message(tmp_path):
         (["--batch-size", "3000"], "argument --batch-size: should be at most --images-per-domain (got 3000)"),
         (["--meta-lr", "2"], "argument --meta-lr: should be in (0, 1] (got 2.0)"),
         (["--seed", "one"], "argument --seed: invalid whole number value: 'one'"),
-        (["--methods", "erm,foo"], "argument --methods: should be some of erm,fish,smooth_fish,exact (got 'foo')"),
+        (["--methods", "erm,foo"], "should be some of erm,fish,smooth_fish,symmetric,exact (got 'foo')"),
         (["--device", "abacus"], "argument --device: 'abacus' cannot be used here"),
         (["--dsprites", "absent.npz"], "argument --dsprites: no dSprites file at 'absent.npz'"),
         (["--images-per-domain", "60000"], "453000 different squares and as many ellipses are asked for"),

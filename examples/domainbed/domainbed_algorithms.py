@@ -189,7 +189,7 @@ class GradMatchFish(GradMatchAlgorithm):
 
 
 class GradMatchSmoothFish(GradMatchAlgorithm):
-    """SmoothFish: the gradients along a walk by SGD are compared with those at its start; then one step of Adam.
+    """SmoothFish: Adam gets the mean gradient of a walk by SGD; at another gamma than 1 that at its start counts, too.
 
     The domains are walked through in an order drawn anew in each update, from torch's random state.
 

@@ -221,8 +221,8 @@ class TrainingData:
         Returns:
             The loader; its ``batch_sampler`` is a ``DomainBatchSampler``.
         """
-        sampler = DomainBatchSampler(
-            self.domains, batch_size, domains_per_step, seed=seed, overlapping=self.overlapping
+        sampler = DomainBatchSampler(  # in the order of the authors' code
+            self.domains, batch_size, domains_per_step, seed=seed, overlapping=self.overlapping, order="random"
         )
         return self._loader(sampler, seed)
 
