@@ -29,4 +29,9 @@ def test_it_ends_with_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     found = example.main(["--steps", "8", "--batch-size", "4"])
     assert not any(row.error for row in found.rows)
     assert found["IDGM"].fidelity.cosine == pytest.approx(1.0, abs=1e-4)
-    assert "Fish or exact? " in capsys.readouterr().out
+    assert found["SmoothFish, symmetric"].fidelity.cosine > 0.99
+    printed = capsys.readouterr().out
+    assert "Fish or exact? " in printed
+    way = printed[printed.index("time / Fish") :].splitlines()
+    assert [line.split("  ")[0] for line in way[2:4]] == ["Fish", "SmoothFish, symmetric"]
+    assert way[4].startswith("IDGM")

@@ -14,8 +14,9 @@ from _networks import Case, make
 from torch.optim import LBFGS, SGD, Adam
 
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
-from torch_gradmatch.compare.fidelity import ExactTerm, fidelity, random_orders
+from torch_gradmatch.compare.fidelity import ExactTerm, agreement_of, fidelity, random_orders
 from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.gradients.agreement import inner_product, variance
 
 SMOOTH = [networks.batch_norm_1d, networks.resnet, networks.dropout, networks.transformer, networks.gru]
 
@@ -139,3 +140,54 @@ def test_orders_come_with_their_reverse(domains: int):
     for first, second in zip(orders[::2], orders[1::2], strict=True):
         assert sorted(first) == list(range(domains))
         assert first == second[::-1]
+
+
+@pytest.mark.parametrize(
+    ("agreement", "name"),
+    [
+        ("inner_product", "inner_product"),
+        ("variance", "variance"),
+        ("cosine", "cosine"),
+        (variance, "variance"),
+        (lambda g: -_gip(g), "a function"),
+        (_gip, "_gip"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "function",
+)
+@pytest.mark.parametrize("build", [networks.batch_norm_1d, networks.transformer])
+def test_idgm_is_exact_by_its_own_agreement(build, agreement, name: str):
+    """With cosine 1 and its own gamma in its own units."""
+    case = make(build)
+    with trying(case, SGD(case.model.parameters(), lr=0.1)) as trial:
+        method = IDGM(case.model, 0.3, agreement=agreement)
+        found = fidelity(trial, method, ExactTerm(trial, agreement=agreement_of(method)), all_orders(3))
+    assert found.agreement == name
+    assert found.cosine == pytest.approx(1.0, abs=1e-9)
+    assert found.gamma == pytest.approx(0.3, rel=1e-7)
+    assert found.relative_error < 1e-6
+
+
+def test_what_follows_a_walk_matches_the_inner_product():
+    assert agreement_of(Fish()) is agreement_of(SmoothFish(1.0, 0.1)) is inner_product
+
+
+def test_a_diverging_walk_says_so_in_its_own_words():
+    case = make(networks.batch_norm_1d)
+    with trying(case, SGD(case.model.parameters(), lr=1e200)) as trial:
+        exact = ExactTerm(trial)
+        with pytest.raises((RuntimeError, ValueError), match=r"diverged|the loss of batch \d is"):
+            fidelity(trial, Fish(model=case.model), exact, all_orders(3))
+
+
+def test_a_loss_that_is_not_the_same_twice_has_no_exact_term():
+    case = make(networks.batch_norm_1d)
+    calls = itertools.count(1)
+
+    def loss_fn(batch):
+        return case.loss(case.model, batch) * (1 + 0.1 * next(calls))
+
+    with (
+        Trial(case.model, loss_fn, case.batches, SGD(case.model.parameters(), lr=0.1)) as trial,
+        pytest.raises(ValueError, match="not the same twice"),
+    ):
+        ExactTerm(trial)

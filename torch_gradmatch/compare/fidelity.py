@@ -2,7 +2,8 @@ r"""How near a method's direction beyond ordinary training comes to that of the 
 
 Over one meta-iteration a method hands gradients to the wrapped optimizer: IDGM and SmoothFish one, Fish one for each
 domain of its walk. Their mean less the gradient :math:`\bar G` of the mean loss is its *direction beyond ERM*. The
-exact objective's is :math:`-\gamma\,\partial\mathrm{GIP}/\partial\theta`, and for Fish with SGD of step :math:`\alpha`
+exact objective's is :math:`-\gamma\,\partial\phi/\partial\theta`, with the agreement :math:`\phi` of IDGM. What Fish
+and SmoothFish match is the inner product, :math:`\phi = \mathrm{GIP}`: for Fish with SGD of step :math:`\alpha`
 
 .. math:: \frac{\theta-\tilde\theta}{\alpha S} - \bar G
           = -\gamma_\mathrm{Fish}\,\frac{\partial\,\mathrm{GIP}}{\partial\theta} + O(\alpha^2)
@@ -12,24 +13,32 @@ averaged over the order of the domains; an order and its reverse are enough for 
 That holds where the gradients are smooth. Across the kinks of ReLUs they jump, at random places: on a walk of length
 :math:`\delta` the sum of the jumps grows as :math:`\sqrt\delta`, so that a *shorter* walk is farther from the exact
 direction, which knows of no kinks.
+
+Vectors of the size of the parameters that are held while a method is at work: the mean gradient, the exact term, and
+with more than one order of the domains the sum of the directions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, check_agreement, inner_product
 from torch_gradmatch.gradients.functional import functional_loss, idgm_grad
+from torch_gradmatch.gradients.repeats import check_repeats, precision
 from torch_gradmatch.methods.base import Method, needs_closure
+from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM
+from torch_gradmatch.methods.smooth_fish import SmoothFish
+from torch_gradmatch.optimizer import GradMatch
 
-__all__ = ["ExactTerm", "Fidelity", "fidelity", "random_orders"]
+__all__ = ["ExactTerm", "Fidelity", "agreement_of", "direction_beyond_erm", "fidelity", "name_of", "random_orders"]
 
 Vector = list[Tensor]
 SAFETY = 10.0  # a difference of gradients is more than noise if it is so many times as long
@@ -37,7 +46,7 @@ SAFETY = 10.0  # a difference of gradients is more than noise if it is so many t
 
 @dataclass(frozen=True)
 class Fidelity:
-    r"""A method's direction beyond ERM, d, against :math:`e = -\partial\mathrm{GIP}/\partial\theta`, the exact one's.
+    r"""A method's direction beyond ERM, d, against :math:`e = -\partial\phi/\partial\theta`, the exact one's.
 
     Attributes:
         cosines: Cosine of d and e in single meta-iterations, each with another order of the domains.
@@ -48,6 +57,7 @@ class Fidelity:
         strength: :math:`|d| / |\bar G|` for the mean d: how much gradient matching there is beside ordinary training.
         resolved: Whether d is longer than the rounding errors of the gradients whose difference it is. If not, the
             other figures mean nothing.
+        agreement: Name of :math:`\phi`, which is what the method matches.
     """
 
     cosines: list[float]
@@ -56,6 +66,7 @@ class Fidelity:
     relative_error: float
     strength: float
     resolved: bool
+    agreement: str
 
 
 def random_orders(domains: int, number: int, generator: torch.Generator) -> list[list[int]]:
@@ -77,32 +88,76 @@ def random_orders(domains: int, number: int, generator: torch.Generator) -> list
     return [order for first in drawn for order in (first, first[::-1])]
 
 
+def agreement_of(method: Method) -> Agreement:
+    """Return what a method matches: IDGM its own agreement, the others the inner product.
+
+    Args:
+        method: The method.
+
+    Returns:
+        The agreement as a function.
+
+    Example:
+        >>> import torch
+        >>> from torch_gradmatch import IDGM, Fish
+        >>> agreement_of(Fish()).__name__, agreement_of(IDGM(torch.nn.Linear(1, 1), 0.1, "variance")).__name__
+        ('inner_product', 'variance')
+    """
+    return check_agreement(method.agreement) if isinstance(method, IDGM) else inner_product
+
+
+def name_of(agreement: Agreement) -> str:
+    """Return what an agreement is called in a table.
+
+    Args:
+        agreement: The function.
+
+    Returns:
+        The name of a named one, else that of the function, or of its class.
+    """
+    for name, function in AGREEMENTS.items():
+        if function is agreement:
+            return name
+    name = getattr(agreement, "__name__", type(agreement).__name__)
+    return "a function" if name == "<lambda>" else str(name)
+
+
 class ExactTerm:
-    r"""The gradient of the mean loss and :math:`-\partial\mathrm{GIP}/\partial\theta` at one point.
+    r"""The gradient of the mean loss and :math:`-\partial\phi/\partial\theta` at one point.
 
     Args:
         trial: Where, with its random numbers fixed.
         hvp: How to take the Hessian-vector products.
+        agreement: :math:`\phi`, as for ``IDGM``.
 
     Attributes:
+        agreement: Its name.
         mean: :math:`\bar G`.
-        term: :math:`-\partial\mathrm{GIP}/\partial\theta`.
+        term: :math:`-\partial\phi/\partial\theta`.
         noise: Above this strength a direction is more than rounding: some times the relative change of the mean
             gradient when each parameter goes up or down by its precision.
 
     Raises:
         RuntimeError: If the model has no second derivatives, or the gradients are not finite.
+        ValueError: If a loss is not the same twice.
     """
 
-    def __init__(self, trial: Trial, hvp: str = "reverse") -> None:
-        self.mean, nudged = _mean_gradient(trial), _mean_gradient(trial, nudge=True)
-        self.noise = SAFETY * _norm(_minus(nudged, self.mean)) / max(_norm(self.mean), _tiny(self.mean))
+    def __init__(self, trial: Trial, hvp: str = "reverse", agreement: str | Agreement = "inner_product") -> None:
+        self._phi = check_agreement(agreement)
+        losses = trial.losses()
+        check_repeats(losses, dict(enumerate(trial.losses())), math.sqrt(precision(trial.parameters)))
+        self.agreement = name_of(self._phi)
+        self.mean = _mean_gradient(trial)
+        change = _distance(_mean_gradient(trial, nudge=True), self.mean)
+        self.noise = SAFETY * change / max(_norm(self.mean), _tiny(self.mean))
         # Taken as a difference of directions, with both of about one length; for that its length has to be known.
-        guess = self._term(trial, hvp, 1.0)
-        length = _norm(guess)
+        self.term = self._term(trial, hvp, 1.0)
+        length = _norm(self.term)
         if not (math.isfinite(length) and math.isfinite(_norm(self.mean))):
             raise RuntimeError("the gradients are not finite at these parameters")
-        self.term = self._term(trial, hvp, _norm(self.mean) / length) if length > 0 else guess
+        if length > 0:
+            self.term = []  # free it before the next
+            self.term = self._term(trial, hvp, _norm(self.mean) / length)
 
     def _term(self, trial: Trial, hvp: str, gamma: float) -> Vector:
         trial.reset()
@@ -110,9 +165,12 @@ class ExactTerm:
         params = {names[p]: p for p in trial.parameters if p.requires_grad}
         loss_fn = functional_loss(trial.model, trial.loss_fn)
         buffers = dict(trial.model.named_buffers())
-        found = idgm_grad(loss_fn, params, trial.batches, gamma, hvp=hvp, buffers=buffers).gradient
-        gradient = _filled(trial, [found.get(names[p]) for p in trial.parameters])
-        return [(g - m) / gamma for g, m in zip(gradient, self.mean, strict=True)]
+        found = idgm_grad(loss_fn, params, trial.batches, gamma, self._phi, hvp=hvp, buffers=buffers).gradient
+        term = []
+        for p, m in zip(trial.parameters, self.mean, strict=True):
+            g = found.pop(names[p], None)
+            term.append(torch.zeros_like(m) if g is None else g.detach().to(m.dtype).sub_(m).div_(gamma))
+        return term
 
 
 def direction_beyond_erm(
@@ -130,20 +188,31 @@ def direction_beyond_erm(
     Returns:
         For each parameter.
     """
+    if type(method) is Fish and method.nonfinite == "raise":  # keeps a copy of the optimizer's state, to no use here
+        beyond = direction_beyond_erm(trial, replace(method, nonfinite="ignore"), exact, order, lr_factor)
+        if math.isfinite(_norm(beyond)):
+            return beyond
+        del beyond  # and let the method itself say what is wrong
     trial.reset()
-    optimizer = trial.wrap(method, lr_factor)
+    if isinstance(method, IDGM | SmoothFish):  # one gradient, whatever the optimizer: one without a state
+        wrapper: GradMatch[Any] = GradMatch(torch.optim.SGD(trial.parameters, lr=0.0), method)
+    else:
+        wrapper = trial.wrap(method, lr_factor)
     total: Vector = []
     steps = 0
 
     def note(*_: Any) -> None:
         nonlocal total, steps
-        gradient = _filled(trial, [p.grad for p in trial.parameters])
-        total = gradient if not total else [t + g for t, g in zip(total, gradient, strict=True)]
+        total = total or [torch.zeros_like(m) for m in exact.mean]
+        for t, p in zip(total, trial.parameters, strict=True):
+            if p.grad is not None:
+                t.add_(_dense(p.grad.detach()))
         steps += 1
 
-    optimizer.optimizer.register_step_pre_hook(note)
-    optimizer.meta_step(trial.loss_fn, [trial.batches[i] for i in order])
-    return [t / steps - m for t, m in zip(total, exact.mean, strict=True)]
+    wrapper.optimizer.register_step_pre_hook(note)
+    wrapper.meta_step(trial.loss_fn, [trial.batches[i] for i in order])
+    trial.reset()
+    return [t.div_(steps).sub_(m) for t, m in zip(total, exact.mean, strict=True)]
 
 
 def fidelity(
@@ -154,7 +223,7 @@ def fidelity(
     Args:
         trial: Where, with its random numbers fixed.
         method: The method.
-        exact: What to compare with.
+        exact: What to compare with; that of :func:`agreement_of` the method, if it is to be its own.
         orders: Orders of the domains, one meta-iteration for each. Methods without a walk take one.
         lr_factor: Multiplies the optimizer's learning rates, for the effect of the inner one on Fish.
 
@@ -171,18 +240,19 @@ def fidelity(
         torch.default_generator.manual_seed(number)  # what a method draws for itself, as hvp_domains
         beyond = direction_beyond_erm(trial, method, exact, order, lr_factor)
         cosines.append(_cosine(beyond, exact.term))
-        mean = beyond if not mean else [m + b for m, b in zip(mean, beyond, strict=True)]
-    mean = [m / len(orders) for m in mean]
+        mean = [m.add_(b) for m, b in zip(mean, beyond, strict=True)] if mean else beyond
+        del beyond
+    mean = [m.div_(len(orders)) for m in mean]
     gamma = _dot(mean, exact.term) / max(_dot(exact.term, exact.term), _tiny(mean))
-    fitted = [gamma * e for e in exact.term]
     strength = _norm(mean) / max(_norm(exact.mean), _tiny(mean))
     return Fidelity(
         cosines=cosines,
         cosine=_cosine(mean, exact.term),
         gamma=gamma,
-        relative_error=_norm(_minus(mean, fitted)) / max(_norm(fitted), _tiny(mean)),
+        relative_error=_distance(mean, exact.term, gamma) / max(abs(gamma) * _norm(exact.term), _tiny(mean)),
         strength=strength,
         resolved=strength > exact.noise,
+        agreement=exact.agreement,
     )
 
 
@@ -196,10 +266,10 @@ def _mean_gradient(trial: Trial, *, nudge: bool = False) -> Vector:
 
 
 def _filled(trial: Trial, gradient: Sequence[Tensor | None]) -> Vector:
-    """Return a gradient of one's own in at least fp32, zero where a parameter has none."""
+    """Return a gradient in at least fp32, zero where a parameter has none."""
     wide = [torch.promote_types(p.dtype, torch.float32) for p in trial.parameters]
     return [
-        torch.zeros_like(p, dtype=dtype) if g is None else _dense(g).detach().to(dtype, copy=True)
+        torch.zeros_like(p, dtype=dtype) if g is None else _dense(g).detach().to(dtype)
         for p, g, dtype in zip(trial.parameters, gradient, wide, strict=True)
     ]
 
@@ -208,8 +278,10 @@ def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.layout is not torch.strided else gradient
 
 
-def _minus(a: Vector, b: Vector) -> Vector:
-    return [x - y for x, y in zip(a, b, strict=True)]
+def _distance(a: Vector, b: Vector, scale: float = 1.0) -> float:
+    """Return the length of a - ``scale`` b, of which there is one parameter's part at a time."""
+    parts = (x.sub(y, alpha=scale) for x, y in zip(a, b, strict=True))
+    return math.sqrt(sum(_dot([part], [part]) for part in parts))
 
 
 def _tiny(vector: Vector) -> float:

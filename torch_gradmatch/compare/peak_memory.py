@@ -14,7 +14,9 @@ import torch
 __all__ = ["peak_memory"]
 
 
-def peak_memory(run: Callable[[], Any], devices: Iterable[torch.device]) -> int | None:
+def peak_memory(
+    run: Callable[[], Any], devices: Iterable[torch.device], warm_up: Callable[[], Any] | None = None
+) -> int | None:
     """Run something once and return the most memory that it needed above the level before.
 
     On CUDA devices that is what torch's allocator handed out, exactly. On the CPU it is the growth of the process's
@@ -24,6 +26,7 @@ def peak_memory(run: Callable[[], Any], devices: Iterable[torch.device]) -> int 
     Args:
         run: What to run.
         devices: Where it allocates. With a CUDA device among them, the CPU's memory does not count.
+        warm_up: What to run before, whose own peak does not count; but what it leaves allocated does.
 
     Returns:
         Bytes, or None where the system does not tell.
@@ -36,23 +39,34 @@ def peak_memory(run: Callable[[], Any], devices: Iterable[torch.device]) -> int 
     """
     accelerators = [d for d in dict.fromkeys(devices) if d.type == "cuda"]
     gc.collect()
+    warm_up = warm_up or (lambda: None)
     if accelerators:
-        before = {}
+        before = {device: torch.cuda.memory_allocated(device) for device in accelerators}
+        warm_up()
         for device in accelerators:
             torch.cuda.reset_peak_memory_stats(device)
-            before[device] = torch.cuda.memory_allocated(device)
         run()
         return sum(torch.cuda.max_memory_allocated(device) - before[device] for device in accelerators)
+    level = _resident_now()
+    warm_up()
+    _resident_now()
+    run()
+    return None if level is None else max(0, (_highest_resident() or 0) - level)
+
+
+def _resident_now() -> int | None:
+    """Let the record of the highest resident memory begin anew, and return its first entry.
+
+    Returns:
+        Bytes, or None where there is no such record.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed is no longer resident
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the record begins anew
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        run()
         return None
-    level = _highest_resident()
-    run()
-    return None if level is None else max(0, (_highest_resident() or 0) - level)
+    return _highest_resident()
 
 
 def _highest_resident() -> int | None:
