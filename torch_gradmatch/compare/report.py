@@ -277,8 +277,8 @@ def _reference(optimizer: Optimizer, lr: float, domains: int, said: Sequence[str
     text = (
         "Direction beyond ERM against -dphi/dtheta, that of the exact objective, with phi the agreement that the "
         "method matches: IDGM its own, the others the inner product. Cosine: of single meta-iterations (median and "
-        "quartiles over orders of the domains) and of their mean; gamma: the exact objective's that comes nearest; error: "
-        "relative distance from it; strength: length over that of the ERM gradient."
+        "quartiles over orders of the domains) and of their mean; gamma: the exact objective's that comes nearest; "
+        "error: relative distance from it; strength: length over that of the ERM gradient."
     )
     if type(optimizer) is torch.optim.SGD and not any(
         g["momentum"] or g["weight_decay"] for g in optimizer.param_groups
