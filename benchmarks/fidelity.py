@@ -2,9 +2,10 @@
 
 By :mod:`torch_gradmatch.compare.fidelity`, on networks that a few steps of ordinary training have moved.
 Fish and SmoothFish are measured against the inner learning rate, in steps of SGD; they and what else approximates the
-exact direction also against the batch size. Every repeat draws network, data and orders of the domains anew. Against
-the learning rate each network is measured with GELU in place of ReLU, too: the theorem is about smooth gradients, and
-those of ReLU networks jump.
+exact direction also against the batch size. SmoothFish that walks to and fro should need no mean over orders: there its
+cosine in a single meta-iteration is what counts. Every repeat draws network, data and orders of the domains anew.
+Against the learning rate each network is measured with GELU in place of ReLU, too: the theorem is about smooth
+gradients, and those of ReLU networks jump.
 
 ``error`` is ``|d - gamma e| / |gamma e|`` for the mean d of a method's directions beyond ERM over the orders, e the
 exact one and gamma what theory says: ``fish_gamma(lr, S)`` for Fish and SmoothFish, the method's own for IDGM.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._models import NETWORKS, Batch
+from benchmarks.ways import SYMMETRIC
 from benchmarks.workers import in_processes
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
 from torch_gradmatch.compare.fidelity import ExactTerm, Fidelity, fidelity, random_orders
@@ -102,6 +104,7 @@ def sweep(
             methods: dict[str, Method] = {"Fish": Fish(model=model, nonfinite="ignore")}
             if rate in SMOOTH_FISH_RATES:
                 methods["SmoothFish"] = SmoothFish(1.0, rate, model, nonfinite="ignore")
+                methods[SYMMETRIC] = SmoothFish(gamma, rate, model, nonfinite="ignore", symmetric=True)
             if against == "batch size":
                 methods["IDGM, hvp_domains=1"] = IDGM(model, gamma, hvp_domains=1)
                 methods["IDGM, finite_difference"] = IDGM(model, gamma, hvp="finite_difference")

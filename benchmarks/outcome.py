@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import cdsprites
 from _cdsprites_data import DrawnSprites, make_cdsprites
 
-METHODS = ["erm", "fish", "smooth_fish", "exact"]
+METHODS = ["erm", "fish", "smooth_fish", "symmetric", "exact"]
 SETTINGS: dict[str, Any] = cdsprites.DEMO | {
     "size": 24,
     "batch_size": 32,

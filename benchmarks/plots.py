@@ -19,6 +19,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "ERM": {"color": BLACK, "marker": "o"},
     "Fish": {"color": BLUE, "marker": "s"},
     "SmoothFish": {"color": SKY, "marker": "D"},
+    "SmoothFish, gamma=2": {"color": SKY, "marker": "d", "linestyle": ":"},
+    "SmoothFish, symmetric": {"color": SKY, "marker": "H", "linestyle": "--"},
     "IDGM": {"color": ORANGE, "marker": "^"},
     "Exact": {"color": ORANGE, "marker": "^"},
     "IDGM, keep_graphs": {"color": ORANGE, "marker": "v", "linestyle": "--"},
@@ -150,14 +152,15 @@ def fidelity_by_rate(path: Path, measured: Rows, networks: Sequence[str]) -> Non
     for upper, lower, network in zip(top, bottom, networks, strict=True):
         of_network = [row for row in rows if row["network"] == network]
         for activation, look in looks.items():
-            for method, extra in (("Fish", look | {"markersize": 4}), ("SmoothFish", None)):
+            for method in ("Fish", "SmoothFish", "SmoothFish, symmetric"):
                 some = [r for r in of_network if (r["activation"], r["method"]) == (activation, method)]
                 for ax, quantity in ((upper, "cosine"), (lower, "error")):
                     x, low, middle, high = over_repeats(some, quantity)
-                    if extra is None:
-                        ax.plot(x, middle, color=look["color"], label=f"SmoothFish, {activation}", **RING)
+                    if method != "Fish":
+                        marker = RING if method == "SmoothFish" else RING | {"marker": "H", "markersize": 13}
+                        ax.plot(x, middle, color=look["color"], label=f"{method}, {activation}", **marker)
                     else:
-                        ax.plot(x, middle, label=f"Fish by SGD, {activation}", **extra)
+                        ax.plot(x, middle, label=f"Fish by SGD, {activation}", **look, markersize=4)
                         ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         upper.set_xscale("log")
         upper.set_ylim(-0.6, 1.05)
@@ -182,10 +185,11 @@ def fidelity_by_batch(path: Path, measured: Rows, networks: Sequence[str], rate:
             )
             ax.plot(x, middle, label=method, **style(method))
             ax.fill_between(x, low, high, color=style(method)["color"], alpha=0.2, linewidth=0)
-        x, _, middle, _ = over_repeats(
-            [r for r in rows if (r["network"], r["method"]) == (network, "SmoothFish")], "error"
-        )
-        ax.plot(x, middle, label="SmoothFish", color=BLACK, **RING)
+        for method, marker in (("SmoothFish", "o"), ("SmoothFish, symmetric", "H")):
+            x, _, middle, _ = over_repeats(
+                [r for r in rows if (r["network"], r["method"]) == (network, method)], "error"
+            )
+            ax.plot(x, middle, label=method, color=BLACK, **RING | {"marker": marker})
         ax.set_yscale("log")
         ax.set_ylim(5e-3, 2e1)
         at_the_values(ax, sorted({r["at"] for r in rows if r["network"] == network}))

@@ -26,7 +26,9 @@ ROUNDS = {"MLP": 15, "CdSprites CNN": 9, "ResNet-18/4": 3, "Transformer": 5}
 METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "Fish": lambda model: Fish(model=model),
     "Fish, reset": lambda model: Fish(model=model, inner_state="reset"),
-    "SmoothFish": lambda model: SmoothFish(GAMMA, inner_lr=1e-3, model=model),
+    "SmoothFish": lambda model: SmoothFish(1.0, inner_lr=1e-3, model=model),
+    "SmoothFish, gamma=2": lambda model: SmoothFish(2.0, inner_lr=1e-3, model=model),
+    "SmoothFish, symmetric": lambda model: SmoothFish(GAMMA, inner_lr=1e-3, model=model, symmetric=True),
     "IDGM, reverse": lambda model: IDGM(model, GAMMA, hvp="reverse"),
     "IDGM, forward": lambda model: IDGM(model, GAMMA, hvp="forward"),
     "IDGM, finite_difference": lambda model: IDGM(model, GAMMA, hvp="finite_difference"),
