@@ -252,7 +252,7 @@ def _weight_norm_is_wrong(device: torch.device) -> bool:
             w = g * v / v.norm(dim=1, keepdim=True) if written_out else torch._weight_norm(v, g, 0)
             (gradient,) = torch.autograd.grad(w[:, 0].square().sum(), v, create_graph=True)
             found.append(torch.autograd.grad(gradient[:, 1].sum(), v)[0])
-    return not torch.allclose(*found, rtol=1e-3, atol=1e-5)
+    return not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 @cache

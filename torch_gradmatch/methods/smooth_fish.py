@@ -253,11 +253,15 @@ class SmoothFishStep(DirectionStep):
             direction: What was found.
             weight: Of the difference in it.
         """
-        mean = self._sums.mean().tensors(like=self.trainable())
-        pairs = [(d, m) for d, m in zip(direction, mean, strict=True) if d is not None and m is not None]
-        length = float(get_total_norm([m for _, m in pairs]))
-        difference = float(get_total_norm([d - m for d, m in pairs])) / weight
-        if difference < min(32 * precision(m for _, m in pairs), 0.02) * length:
+        domains, found, lengths, differences = len(self._sums), [], [], []
+        for index, d in enumerate(direction):  # one at a time: a whole vector would be the most memory of all
+            if d is not None:
+                mean = self._sums.total(index, like=d) / domains
+                found.append(d)
+                lengths.append(torch.linalg.vector_norm(mean))
+                differences.append(torch.linalg.vector_norm(d - mean))
+        length, difference = float(get_total_norm(lengths)), float(get_total_norm(differences)) / weight
+        if difference < min(32 * precision(found), 0.02) * length:
             warnings.warn(
                 f"SmoothFish matches nothing: along the walk the mean gradient changes by {difference / length:.1g} of "
                 f"its length, which is rounding. Raise inner_lr (it is {self.method.inner_lr:g}) or train in a wider "
