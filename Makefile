@@ -22,7 +22,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	wheel bench bench-micro bench-interpolate format clean
 
 help:
-	@echo "make demo              train ERM, Fish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
+	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
 	@echo "make test              the whole test suite"
 	@echo "make test-fallback     the tests of what interpolates with the native extension switched off"
 	@echo "make test-sanitize     the operator's tests under ASan and UBSan"

@@ -132,26 +132,29 @@ class DirectionStep(MetaLoop):
             raise ValueError("no parameter of the optimizer requires a gradient: nothing can be trained")
         return trainable
 
-    def read_finite(self, losses: Tensor, gradient: Sequence[Tensor], *scalars: Tensor) -> list[float]:
+    def read_finite(
+        self, losses: Tensor, gradient: Sequence[Tensor], *others: Tensor
+    ) -> tuple[list[float], list[float]]:
         """Read what tells whether an evaluation went well, waiting for an accelerator once.
 
         Args:
             losses: Of the domains, shape (S,).
             gradient: The direction found.
-            scalars: Anything else that is wanted, each of shape ().
+            others: Anything else that is wanted.
 
         Returns:
-            The norm of the gradient and the scalars, finite or not.
+            The losses; and the norm of the gradient and the other numbers, finite or not.
 
         Raises:
             ValueError: If a loss is not finite.
         """
-        wanted = [get_total_norm(gradient), *scalars]
-        values = torch.cat([losses.double(), *(w.detach().to(losses.device).double()[None] for w in wanted)]).tolist()
+        wanted = [get_total_norm(gradient), *others]
+        parts = [losses.double(), *(w.detach().to(losses.device).double().reshape(-1) for w in wanted)]
+        values = torch.cat(parts).tolist()
         for index, loss in enumerate(values[: len(losses)]):
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of batch {index} is {loss}: nothing was changed")
-        return values[len(losses) :]
+        return values[: len(losses)], values[len(losses) :]
 
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take a plain step of the wrapped optimizer. See ``GradMatch.step``."""

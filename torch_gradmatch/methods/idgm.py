@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -193,8 +194,9 @@ class IDGMStep(DirectionStep):
     def _refuse_divergence(self, found: IDGMGradient, losses: Tensor, phi: Tensor, scale: float) -> None:
         method = self.method
         gradient = [g for g, reached in zip(found.gradient.values(), found.reached.values(), strict=True) if reached]
-        values = self.read_finite(losses, gradient, phi, *losses, *found.losses_again.values())
-        norm, agreement, first, second = values[0], values[1], values[2 : 2 + len(losses)], values[2 + len(losses) :]
+        again = [loss.to(losses.device) for loss in found.losses_again.values()]
+        others = [phi, torch.stack(again)] if again else [phi]
+        first, (norm, agreement, *second) = self.read_finite(losses, gradient, *others)
         check_repeats(first, {i: v / scale for i, v in zip(found.losses_again, second, strict=True)}, found.tolerance)
         loss = sum(first) / len(first)
         if not (math.isfinite(norm) and math.isfinite(agreement)):

@@ -283,7 +283,7 @@ class SmoothFishStep(DirectionStep):
         if method.nonfinite == "raise":
             extra = [] if again is None else [again]
             try:
-                norm, *second = self.read_finite(losses, [g for g in direction if g is not None], *extra)
+                norm, *second = self.read_finite(losses, [g for g in direction if g is not None], *extra)[1]
             except ValueError as error:
                 index = int(torch.isfinite(losses).logical_not().nonzero()[0])
                 if method.gamma == 1 and not method.symmetric and bool(torch.isfinite(run.loss(index))):
