@@ -3,7 +3,7 @@
     python examples/cdsprites.py --out out --seed 0
 
 trains a small network on squares and ellipses of 15 domains: by ordinary training (ERM), with Fish for the same number
-of gradient evaluations, with SmoothFish for half as many, and by the exact objective, whose meta-iterations take a
+of gradient evaluations, with SmoothFish for three quarters, and by the exact objective, whose meta-iterations take a
 Hessian-vector product for each domain besides the gradient: 2 cores, a few minutes. In every training domain colour and
 shape go together, in each with other colours (``_cdsprites_data.py``), so colour is the easy answer and shape the one
 that lasts. Prints a table and writes ``cdsprites.png`` and ``cdsprites.json``.
@@ -418,7 +418,7 @@ DEMO = {
     "eval_images": 3000,
     "iterations": 600,
     "exact_iterations": 400,
-    "smooth_iterations": 300,
+    "smooth_iterations": 450,
     "lr": 1e-3,
     "inner_optimizer": "sgd",
     "inner_lr": 0.2,
