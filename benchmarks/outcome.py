@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = cdsprites.DEMO | {
     "batch_size": 32,
     "eval_images": 1000,
     "iterations": 500,
-    "smooth_iterations": 300,
+    "smooth_iterations": 400,
     "exact_iterations": 420,
     "lr": 2e-3,
     "gamma": 0.3,

@@ -14,7 +14,9 @@ together.
 
 - Fish walks by SGD (``--inner-optimizer adam`` and ``--paper``: by Adam, as the authors do on these data). Adam's
   steps do not shrink with the gradients: once a domain's gradient is small, its share of the walk is noise of full
-  length, and what the domains' gradients have in common is lost in it. With some seeds Fish by Adam ends at chance.
+  length, and what the domains' gradients have in common is lost in it. With some seeds Fish by Adam ends at chance:
+  with seed 5, learning rate 1e-3 and meta_lr 0.3, two walks have a cosine of 0.10 after 300 meta-iterations (from -0.08
+  to 0.10 in all), and after 600 the mean loss is 0.22 at the start of a walk and 1.8 along it.
 - SmoothFish at gamma 1 takes the same walk by SGD and hands its mean gradient to Adam: at the price of Fish it chooses
   the strength of the matching (by the walk) and the size of the step (by Adam) each by itself. ``--methods symmetric``
   walks to and fro, which makes of it the exact objective by the inner product.

@@ -91,6 +91,14 @@ def test_a_faster_exact_is_mentioned_beside_the_symmetric_one():
     assert "kept is faster, if there is the memory for it." in answer(rows, methods).replace("\n", " ")
 
 
+@pytest.mark.parametrize(("fish", "walk", "mentioned"), [(FAR, NEAR, True), (NEAR, NEAR, False), (FAR, ROUGH, False)])
+def test_smooth_fish_at_gamma_1_is_mentioned_where_it_is_nearer_than_fish(fish: float, walk: float, mentioned: bool):
+    methods = {**METHODS, "walk": SmoothFish(1.0, 0.1), "other": SmoothFish(2.0, 0.1)}
+    rows = [row(name, {"Fish": fish, "walk": walk}.get(name, NEAR)) for name in methods]
+    found = answer(rows, methods).replace("\n", " ")
+    assert ("At the price of Fish, walk follows exact in the mean over orders (cosine 0.95)" in found) is mentioned
+
+
 def test_another_inner_learning_rate_at_which_fish_is_nearer_is_named():
     found = answered(ROUGH, FAR, 1.0, **{"Fish, lr x 0.1": 0.99, "Fish, lr x 10": 0.2})
     assert "nearer at 0.1 times the inner learning rate, 0.99" in found

@@ -94,7 +94,15 @@ def answer(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
     if not working:
         return f"{QUESTION} None of these works here (above)."
     failed = "".join(f" {way.name} failed here (above)." for way in ways if not way.works)
-    parts = [wrapped(f"{QUESTION} {_verdict(by_name, fish, symmetric, exact)}{failed}")]
+    walk = _walk(by_name, methods)
+    at_that_price = ""
+    if walk is not None and walk.is_near and fish is not None and not fish.is_near:
+        assert walk.found is not None
+        at_that_price = (
+            f" At the price of Fish, {walk.name} follows exact in the mean over orders (cosine "
+            f"{walk.found.cosine:.2f}): it walks by SGD, and your optimizer takes the step."
+        )
+    parts = [wrapped(f"{QUESTION} {_verdict(by_name, fish, symmetric, exact)}{at_that_price}{failed}")]
     if len(working) > 1:
         parts.append(_table(working))
         parts += [wrapped(f"{way.name}: {way.remark}") for way in working]
@@ -110,6 +118,13 @@ def _fish(rows: Mapping[str, Row], methods: Mapping[str, Method]) -> _Way | None
                 "where its cosine is near 1 and its strength is enough, which the inner learning rate sets. Costs what "
                 "ordinary training does, and fits any loop.",
             )
+    return None
+
+
+def _walk(rows: Mapping[str, Row], methods: Mapping[str, Method]) -> _Way | None:
+    for name, method in methods.items():
+        if isinstance(method, SmoothFish) and method.gamma == 1 and not method.symmetric:
+            return _Way(rows[name], "")
     return None
 
 
