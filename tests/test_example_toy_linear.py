@@ -178,6 +178,7 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:SmoothFish matches nothing")  # where every sigmoid is saturated
 def test_extreme_settings_end_with_a_table(capsys):
     assert toy_linear.main([*SMALL, "--lr", "1000", "--gamma", "1000", "--meta-lr", "1"]) == 0
     assert "nan" not in capsys.readouterr().out

@@ -256,6 +256,16 @@ def test_warns_where_the_walk_is_lost_in_rounding(symmetric: bool):
         train(1e-9)
 
 
+def test_does_not_warn_of_a_walk_that_is_short_because_all_is_learnt():
+    w = nn.Parameter(torch.zeros(()))
+    optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), SmoothFish(2.0, 0.1))
+    for number in range(1, 9):
+        if number == 5:
+            optimizer.param_groups[0]["lr"] = 30.0
+        optimizer.meta_step(lambda scale: nn.functional.softplus(-scale * w), [1.0, 2.0])
+    assert 0 < float(w.grad.abs()) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -91,7 +91,7 @@ class SmoothFish(Method):
             itself.
         inner_lr: :math:`\alpha > 0`, step of the inner walk by SGD, whatever the wrapped optimizer. If symmetric, the
             step of a difference of gradients: the direction is exact to :math:`O(\alpha)`, and where it is so small
-            that the difference is lost in rounding a warning says so.
+            that the difference is lost in rounding a warning says so, in the first meta-iterations.
         model: The model, if it has buffers (BatchNorm's statistics): they then move once for each domain and
             meta-iteration; without it with every gradient.
         nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity before anything is changed (waits for
@@ -221,7 +221,8 @@ class SmoothFishStep(DirectionStep):
                     self.weights.rollback()
             del gradient
             direction = total.tensors(like=run.parameters)
-            if again is not None and weight > 1 / 32:  # else it is gamma that is small
+            # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
+            if again is not None and self._looked <= 4 and weight > 1 / 32:
                 self._check_resolution(direction, weight)
             measured = sums.result()
             sums.reset(release=True)
