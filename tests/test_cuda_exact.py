@@ -50,9 +50,15 @@ def test_dropout_of_the_gpu_is_the_same_in_both_passes(hvp: Any, keep_graphs: bo
 @pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
 def test_waits_for_the_gpu_only_to_look_for_divergence(hvp: Any):
     model, batches = network()
-    for method in (IDGM(model, 0.3, hvp=hvp, nonfinite="ignore"), SmoothFish(1.0, 0.01, model, nonfinite="ignore")):
+    for method in (
+        IDGM(model, 0.3, hvp=hvp, nonfinite="ignore"),
+        SmoothFish(1.0, 0.01, model, nonfinite="ignore"),
+        SmoothFish(2.0, 0.01, model, nonfinite="ignore"),
+        SmoothFish(0.3, 0.01, model, nonfinite="ignore", symmetric=True),
+    ):
         optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-        optimizer.meta_step(lambda x: model(x).square().mean(), batches)
+        for _ in range(2):  # in these it looks whether a loss is the same twice
+            optimizer.meta_step(lambda x: model(x).square().mean(), batches)
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:

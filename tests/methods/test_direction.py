@@ -310,9 +310,10 @@ def test_an_agreement_of_the_users_own(agreement: Callable[[Any], Tensor], hvp: 
     [
         lambda model: IDGM(model, 0.1, "variance"),
         lambda model: SmoothFish(1.0, 0.05, model),
+        lambda model: SmoothFish(fish_gamma(0.05, 3), 0.05, model, symmetric=True),
         lambda model: Fish(0.5, model=model),
     ],
-    ids=["IDGM", "SmoothFish", "Fish"],
+    ids=["IDGM", "SmoothFish", "SmoothFish, symmetric", "Fish"],
 )
 def test_one_loop_trains_by_every_method(network: str, method: Callable[[nn.Module], Any]):
     torch.manual_seed(0)

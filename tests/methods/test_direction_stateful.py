@@ -26,10 +26,10 @@ class DirectionMachine(RuleBasedStateMachine):
     """Keeps a model under GradMatch, and another under the plain optimizer whose gradients an oracle works out."""
 
     @initialize(
-        method=st.sampled_from(["SmoothFish", "inner_product", "variance"]),
+        method=st.sampled_from(["SmoothFish", "symmetric", "inner_product", "variance"]),
         optimizer=st.sampled_from(["SGD", "Adam"]),
         track=st.booleans(),
-        gamma=st.sampled_from([0.0, 0.1, 0.5]),
+        gamma=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
         seed=st.integers(0, 2**16),
     )
     def build(self, method: str, optimizer: str, track: bool, gamma: float, seed: int) -> None:
@@ -45,8 +45,9 @@ class DirectionMachine(RuleBasedStateMachine):
         return getattr(torch.optim, self.optimizer_name)(model.parameters(), **options)
 
     def wrap(self, model: nn.Module) -> GradMatch:
-        if self.name == "SmoothFish":
-            smooth_fish = SmoothFish(self.gamma, INNER_LR, model, track_alignment=self.track)
+        if self.name in ("SmoothFish", "symmetric"):
+            symmetric = self.name == "symmetric"
+            smooth_fish = SmoothFish(self.gamma, INNER_LR, model, track_alignment=self.track, symmetric=symmetric)
             return GradMatch(self.optimizer_for(model), smooth_fish)
         idgm = IDGM(model, self.gamma, self.name, track_alignment=self.track)
         return GradMatch(self.optimizer_for(model), idgm)
@@ -54,8 +55,9 @@ class DirectionMachine(RuleBasedStateMachine):
     def direction(self, batches: list[Any]) -> list[Tensor | None]:
         """The gradient that the plain optimizer is to get; the oracle's buffers move once for each domain."""
         trained = [p for p in self.oracle.parameters() if p.requires_grad]
-        if self.name == "SmoothFish":
-            return smooth_fish_gradient(self.oracle, loss_of, batches, self.gamma, INNER_LR)
+        if self.name in ("SmoothFish", "symmetric"):
+            symmetric = self.name == "symmetric"
+            return smooth_fish_gradient(self.oracle, loss_of, batches, self.gamma, INNER_LR, symmetric=symmetric)
         losses = [lambda b=b: loss_of(self.oracle, b) for b in batches]
         found = naive_idgm(trained, losses, self.gamma, self.name)[1]
         visited = {b[2] for b in batches}

@@ -133,6 +133,8 @@ METHODS: dict[str, Any] = {
     "Fish": lambda m: Fish(0.5, model=m, track_alignment=True),
     "Fish, reset": lambda m: Fish(0.5, model=m, inner_state="reset"),
     "SmoothFish": lambda m: SmoothFish(2.0, 0.1, m, track_alignment=True),
+    "SmoothFish, walk": lambda m: SmoothFish(1.0, 0.1, m, track_alignment=True),
+    "SmoothFish, symmetric": lambda m: SmoothFish(0.2, 0.1, m, track_alignment=True, symmetric=True),
     "IDGM": lambda m: IDGM(m, 0.2, track_alignment=True),
     "IDGM, variance": lambda m: IDGM(m, 0.2, "variance"),
     "IDGM, cosine": lambda m: IDGM(m, 0.2, "cosine"),

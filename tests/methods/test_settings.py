@@ -32,6 +32,7 @@ BAD: list[tuple[str, str, Any]] = [
     ("SmoothFish", "inner_lr", 0.0),
     ("SmoothFish", "nonfinite", "off"),
     ("SmoothFish", "track_alignment", "yes"),
+    ("SmoothFish", "symmetric", 2),
     ("IDGM", "gamma", float("inf")),
     ("IDGM", "agreement", "dot"),
     ("IDGM", "hvp", "backward"),

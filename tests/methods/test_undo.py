@@ -29,6 +29,9 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "Fish without model": lambda _: Fish(0.5),
     "SmoothFish": lambda m: SmoothFish(1.0, 0.1, m),
     "SmoothFish without model": lambda _: SmoothFish(1.0, 0.1),
+    "SmoothFish, gamma 2": lambda m: SmoothFish(2.0, 0.1, m),
+    "SmoothFish, symmetric": lambda m: SmoothFish(0.1, 0.1, m, symmetric=True),
+    "SmoothFish, symmetric, without model": lambda _: SmoothFish(0.1, 0.1, symmetric=True),
     "IDGM": lambda m: IDGM(m, 0.1, "variance"),
 }
 

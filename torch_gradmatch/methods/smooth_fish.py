@@ -41,6 +41,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -69,7 +70,7 @@ from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.gradients.repeats import check_repeats, precision
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
-from torch_gradmatch.slow.saved_buffers import BufferSlots, SavedBuffers
+from torch_gradmatch.slow.saved_buffers import BufferSlots, ForwardBuffers, SavedBuffers
 from torch_gradmatch.slow.weights import SlowWeights
 
 __all__ = ["SmoothFish"]
@@ -208,7 +209,10 @@ class SmoothFishStep(DirectionStep):
                         begins[index] = gradient
                 after = run.finish()
                 if check and weight > 0 and self.is_due():
-                    again = run.loss(0)
+                    with ForwardBuffers() if self.model is None else nullcontext() as others:
+                        again = run.loss(0)
+                        if others is not None:
+                            others.restore()
                 total = sums.mean(weight=1 - weight)
                 for walk in reversed(walks) if weight > 0 else ():
                     self.weights.snapshot(run.parameters, None)
