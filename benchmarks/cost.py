@@ -87,7 +87,7 @@ def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str], to
                 raise
             failures[name] = str(error)
     for name in ways.SMOOTH:
-        # In meta-iterations number 1, 2 and 4 these look once more at a loss; to be rare, as in training.
+        # In meta-iterations number 1, 2, 4 and so on these look once more at a loss: past the first, as in training.
         for _ in range(4 if name in run else 0):
             run[name]()
     problem.batches = batches
@@ -99,7 +99,8 @@ def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str], to
                 problem.evaluations = 0
                 elapsed, times = seconds(run[name])
                 measured[name].append(elapsed)
-                evaluations[name] = round(problem.evaluations / times)
+                found = round(problem.evaluations / times)
+                evaluations[name] = min(found, evaluations.get(name, found))
             told()
     return [
         Timing(
