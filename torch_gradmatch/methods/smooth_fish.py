@@ -194,8 +194,10 @@ class SmoothFishStep(DirectionStep):
                 sums.add(gradient)
                 for index in range(1, domains):
                     run.move(gradient)
+                    del gradient  # before the next graph grows
                     gradient = run.first(index)
                     sums.add(gradient)
+                del gradient
                 after = run.finish()
                 self.weights.rollback()
                 total = sums.mean()
@@ -207,6 +209,7 @@ class SmoothFishStep(DirectionStep):
                     sums.add(gradient)
                     if weight > 0 and any(walk[0] == index for walk in walks):
                         begins[index] = gradient
+                    del gradient
                 after = run.finish()
                 if check and weight > 0 and self.is_due():
                     with ForwardBuffers() if self.model is None else nullcontext() as others:
@@ -220,10 +223,11 @@ class SmoothFishStep(DirectionStep):
                     total.add(gradient, weight / (len(walks) * domains))
                     for index in walk[1:]:
                         run.move(gradient)
+                        del gradient
                         gradient = run.again(index)
                         total.add(gradient, weight / (len(walks) * domains))
+                    del gradient
                     self.weights.rollback()
-            del gradient
             direction = total.tensors(like=run.parameters)
             # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
             if again is not None and self._looked <= 4 and weight > 1 / 32:
