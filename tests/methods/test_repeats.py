@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _networks import mean_squared_error, regression, two_layers
+from _operations import waits
 from _second_order import GAMMA, nothing_changes, plain_autograd
 from torch import Tensor, nn
 from torch.nn import functional
@@ -191,6 +192,15 @@ def test_the_pure_function_refuses_it_too(hvp: str, keep_graphs: bool):
     found = run(check=False)
     assert found.losses_again
     assert all(abs(found.losses[i] - loss) > 0.005 for i, loss in found.losses_again.items())
+
+
+@pytest.mark.parametrize(("check", "expected"), [(True, ["tolist"]), (False, [])])
+def test_the_pure_function_waits_once_to_compare(check: bool, expected: list[str]):
+    model = three_classes()
+    pure = functional_loss(model, lambda batch: mean_squared_error(model, batch))
+    with waits() as found:
+        idgm_grad(pure, dict(model.named_parameters()), wide_regression(), GAMMA, buffers={}, check=check)
+    assert found == expected
 
 
 def test_a_scaled_loss_is_compared_as_it_is():

@@ -384,7 +384,9 @@ def idgm_grad(
     epsilon = precision([losses, *leaves])
     tolerance = 64 * epsilon if hvp == "finite_difference" else math.sqrt(epsilon)
     if check and passes.losses_again and not in_transform():
-        check_repeats(losses.tolist(), {i: float(loss) for i, loss in passes.losses_again.items()}, tolerance)
+        again = torch.stack([loss.to(losses.device, losses.dtype) for loss in passes.losses_again.values()])
+        values = torch.cat([losses, again]).tolist()
+        check_repeats(values[:domains], dict(zip(passes.losses_again, values[domains:], strict=True)), tolerance)
     return IDGMGradient(
         gradient=tree_unflatten(
             [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradient, flat, strict=True)], structure
