@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from torch_gradmatch.data import sampler as sampler_module
 from torch_gradmatch.data._draw import draw_groups
-from torch_gradmatch.data.sampler import DomainBatchSampler, meta_batches
+from torch_gradmatch.data.meta_batches import meta_batches
+from torch_gradmatch.data.sampler import DomainBatchSampler
 
 # From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from torch_gradmatch._checks import check_int
-from torch_gradmatch.data.sampler import DomainBatchSampler, _MetaBatches
+from torch_gradmatch.data.meta_batches import _MetaBatches
+from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.optimizer import GradMatch
 
