@@ -116,6 +116,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         self.order = check_choice("order", order, ("flipflop", "random"))
 
         labels, self._indices = indices_by_domain(domains, check_bool("overlapping", overlapping))
+        self._labels = tuple(str(label) if isinstance(label, str) else int(label) for label in labels)
         sizes = [indices.size for indices in self._indices]
         rounding = 0 if self.drop_last else self.batch_size - 1
         self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
@@ -151,6 +152,11 @@ class DomainBatchSampler(Sampler[list[int]]):
         self._next = (0, 0)  # epoch and position at which the next iterator starts
         self._progress: _Progress | None = None  # of the latest iterator, unless an epoch was chosen since
         self._planned: tuple[int, IntArray] | None = None
+
+    @property
+    def labels(self) -> tuple[str | int, ...]:
+        """The domains' labels, in the order in which they first appear."""
+        return self._labels
 
     def __len__(self) -> int:
         epoch, start = self._current()
@@ -318,6 +324,10 @@ class DomainBatchSampler(Sampler[list[int]]):
     def _epoch_length(self, epoch: int | None = None) -> int:
         """Return the batches of a whole epoch: by default the one in progress, or else the next one."""
         return self._plan(self._current()[0] if epoch is None else epoch).size
+
+    def _labels_at(self, epoch: int, start: int, number: int) -> tuple[str | int, ...]:
+        """Return the labels of the batches from ``start`` to ``start + number`` of an epoch, as far as it goes."""
+        return tuple(self._labels[domain] for domain in self._plan(epoch)[start : start + number].tolist())
 
     def _generator(self, epoch: int, stream: int) -> np.random.Generator:
         """Return the generator of one stream of random numbers of an epoch."""
