@@ -145,6 +145,12 @@ def mean_pairwise_cosine(gradients: list[Tensor]) -> Tensor:
     return mean_pairwise_inner_product([g / g.norm() if g.norm() > 0 else g for g in gradients])
 
 
+def pairwise_cosines(gradients: list[Tensor]) -> Tensor:
+    """The cosine of each pair, one by one; a zero gradient has none with any, not even with itself."""
+    units = [g / g.norm() if g.norm() > 0 else g for g in gradients]
+    return torch.stack([torch.stack([one @ other for other in units]) for one in units])
+
+
 def agreement_of(name: str, gradients: list[Tensor]) -> Tensor:
     """The three agreements as they are written, on flat gradients."""
     if name == "inner_product":

@@ -3,12 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_DOMAINS: ContextVar[Sequence[object] | None] = ContextVar("names of the domains of the batches", default=None)
+
+
+@contextmanager
+def naming(domains: Sequence[object] | None) -> Iterator[None]:
+    """Let messages inside the block name the domain of a batch, wherever they are written.
+
+    Args:
+        domains: Of each batch, by position; None if nobody knows.
+    """
+    token = _DOMAINS.set(domains)
+    try:
+        yield
+    finally:
+        _DOMAINS.reset(token)
+
+
+def name_of(batch_index: int) -> str:
+    """Return what a message should call a batch.
+
+    Args:
+        batch_index: Its position in the meta-iteration.
+
+    Returns:
+        The position and, inside :func:`naming`, the domain.
+
+    Example:
+        >>> with naming(["north", "south"]):
+        ...     name_of(1)
+        "batch 1 (domain 'south')"
+    """
+    domains = _DOMAINS.get()
+    return f"batch {batch_index}" if domains is None else f"batch {batch_index} (domain {domains[batch_index]!r:.80})"
+
+
+def named_batches(batches: Iterable[Any] | Mapping[Any, Any]) -> tuple[tuple[Any, ...] | None, list[Any]]:
+    """Part batches from the names of their domains.
+
+    Args:
+        batches: A mapping from names, a list that :func:`~torch_gradmatch.meta_batches` made, or any iterable.
+
+    Returns:
+        The names in order, None if nobody knows them; and the batches.
+
+    Example:
+        >>> named_batches({"north": 1, "south": 2})
+        (('north', 'south'), [1, 2])
+    """
+    if isinstance(batches, Mapping):
+        return tuple(batches), list(batches.values())
+    domains = getattr(batches, "domains", None)
+    return None if domains is None else tuple(domains), list(batches)
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
@@ -58,6 +113,23 @@ def check_bool(name: str, value: object) -> bool:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name} should be True or False (got {value!r})")
+    return value
+
+
+def check_tracking(value: object) -> bool | str:
+    """Return ``value`` if it says what ``track_alignment`` should measure.
+
+    Args:
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is neither ``True`` nor ``False`` nor ``"pairs"``.
+    """
+    if not isinstance(value, bool) and value != "pairs":
+        raise ValueError(f"track_alignment should be True, False or 'pairs' (got {value!r:.80})")
     return value
 
 
@@ -226,16 +298,16 @@ def check_loss(loss: object, batch_index: int) -> Tensor:
     """
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"loss_fn should return a scalar tensor; for batch {batch_index} it returned {type(loss).__name__}"
+            f"loss_fn should return a scalar tensor; for {name_of(batch_index)} it returned {type(loss).__name__}"
         )
     if loss.dim() != 0 and loss.numel() != 1:
         raise ValueError(
-            f"loss_fn should return a scalar tensor; for batch {batch_index} it has shape {tuple(loss.shape)}: "
+            f"loss_fn should return a scalar tensor; for {name_of(batch_index)} it has shape {tuple(loss.shape)}: "
             "reduce it, for instance with .mean()"
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"the loss of batch {batch_index} does not depend on any parameter that requires a gradient: "
+            f"the loss of {name_of(batch_index)} does not depend on any parameter that requires a gradient: "
             "was it computed under torch.no_grad() or detached?"
         )
     return loss if loss.dim() == 0 else loss.reshape(())
@@ -253,6 +325,6 @@ def check_reached(gradient: Sequence[Tensor | None], batch_index: int) -> None:
     """
     if all(g is None for g in gradient):
         raise ValueError(
-            f"the loss of batch {batch_index} depends on none of the parameters that the optimizer trains: "
+            f"the loss of {name_of(batch_index)} depends on none of the parameters that the optimizer trains: "
             "does loss_fn call the model that they are of?"
         )

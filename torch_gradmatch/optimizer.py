@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar, cast, overload
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_gradmatch._checks import check_int
+from torch_gradmatch._checks import check_int, named_batches, naming
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
@@ -209,7 +210,9 @@ class GradMatch(Optimizer, Generic[MethodT]):
         """
         return self._loop.slow_weights()
 
-    def meta_step(self, loss_fn: Callable[[Any], Tensor], batches: Iterable[Any], scaler: Any = None) -> MetaStep:
+    def meta_step(
+        self, loss_fn: Callable[[Any], Tensor], batches: Iterable[Any] | Mapping[Any, Any], scaler: Any = None
+    ) -> MetaStep:
         """Carry out one whole meta-iteration by the chosen method.
 
         If anything raises on the way, parameters, buffers, ``.grad`` and the wrapped optimizer's state are back at what
@@ -220,7 +223,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
 
         Args:
             loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
-            batches: One batch of each of S domains, whatever ``loss_fn`` takes.
+            batches: One batch of each of S domains, whatever ``loss_fn`` takes. A mapping names the domains, in its
+                order, as does a list by :func:`~torch_gradmatch.meta_batches`: messages and the result then name them.
             scaler: A ``torch.amp.GradScaler`` for training in half precision: losses are scaled, gradients unscaled,
                 steps on gradients that overflowed are skipped, and the scale is updated. ``loss_fn`` returns the plain
                 loss.
@@ -230,9 +234,9 @@ class GradMatch(Optimizer, Generic[MethodT]):
 
         Raises:
             RuntimeError: In the middle of a manual inner loop; if training diverges; under ``IDGM`` if an operation
-                lacks the derivative needed; if ``scaler`` is given and the wrapped optimizer needs a closure. The
-                message says what to do.
-            TypeError: If a loss is not a tensor, or ``scaler`` no ``GradScaler``.
+                lacks the derivative needed; if ``loss_fn`` calls ``backward()`` or ``step()`` itself; if ``scaler`` is
+                given and the wrapped optimizer needs a closure. The message says what to do.
+            TypeError: If ``loss_fn`` cannot be called, a loss is not a tensor, or ``scaler`` no ``GradScaler``.
             ValueError: If a loss was scaled by a ``GradScaler`` that was not given; if there are no batches (under
                 ``IDGM`` and ``SmoothFish``: fewer than two), or not as many as ``Fish(inner_steps=S)`` says, or a loss
                 is not a scalar, not finite or depends on no parameter.
@@ -246,11 +250,25 @@ class GradMatch(Optimizer, Generic[MethodT]):
             >>> report.losses, report.grad_norms
             (tensor([1.0000, 3.2400]), tensor([2.0000, 3.6000]))
         """
-        batches = list(batches)
+        if not callable(loss_fn):
+            swapped = ", the batches. The two arguments are swapped" if callable(batches) else ""
+            raise TypeError(
+                f"loss_fn should be a function of a batch (got {_kind(loss_fn)}{swapped}): meta_step(loss_fn, batches)"
+            )
+        domains, batches = named_batches(batches)
         if not batches:
             raise ValueError("batches is empty: meta_step() needs one batch of each domain")
-        if scaler is None:
-            return self._loop.meta_step(loss_fn, batches, self.step)
+        if domains is not None and len(domains) != len(batches):
+            raise ValueError(f"batches holds {len(batches)} batches of {len(domains)} domains {domains!r:.200}")
+        step = self.step if scaler is None else self._scaled_step(scaler)
+        with naming(domains):
+            report = self._loop.meta_step(loss_fn, batches, step, scaler)
+        if domains is not None:
+            report = self._loop.last = replace(report, domains=domains)
+        return report
+
+    def _scaled_step(self, scaler: Any) -> Callable[..., Any]:
+        """Return the step that a scaler takes, or raise if it cannot."""
         if not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler should be None or a torch.amp.GradScaler (got {_kind(scaler)})")
         if self._loop.needs_closure:
@@ -258,7 +276,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
                 f"{type(self.optimizer).__name__} needs a closure, which a GradScaler does not support: train it "
                 "without a scaler"
             )
-        return self._loop.meta_step(loss_fn, batches, partial(scaler.step, self), scaler)
+        return partial(scaler.step, self)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

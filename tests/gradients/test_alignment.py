@@ -254,7 +254,7 @@ def test_a_copy_goes_its_own_way(through, cosines: bool, before: int):
     for g in gradients[before:]:
         original.add([g[:1], None, g[1:].reshape(5, 1)])
     for field, value in vars(original.result()).items():
-        assert (value is None and not cosines) or torch.equal(getattr(twin.result(), field), value)
+        assert value is None or torch.equal(getattr(twin.result(), field), value)
     assert torch.equal(twin.total(2, gradients[0][1:].reshape(5, 1)), original.total(2, gradients[0][1:].reshape(5, 1)))
     # Working at one does not reach the other.
     twin.add([gradients[0][:1], None, gradients[0][1:].reshape(5, 1)])

@@ -7,20 +7,26 @@ arXiv 2104.09937, equation 3, divided by the number of pairs) is
 
 The right-hand side needs one gradient and one running sum at a time: its cost is linear in S and no S gradients are
 ever stored. Unlike :math:`|\sum_i G_i|^2 - \sum_i |G_i|^2` it subtracts nothing, so it does not cancel when gradients
-are nearly orthogonal. The mean cosine is the same with every gradient divided by its norm.
+are nearly orthogonal. The mean cosine is the same with every gradient divided by its norm. Only the cosines of single
+pairs need all S gradients at the same time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torch_gradmatch._checks import check_bool, check_loss
+from torch_gradmatch._checks import check_bool, check_loss, named_batches, naming
+from torch_gradmatch._foreach import clone_all
 from torch_gradmatch.gradients.flat import FlatVectors, Vector, WeightedSum, as_like
+from torch_gradmatch.gradients.pairs import cosines_of_pairs, plot_matrix
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CHUNK = 1 << 18  # elements multiplied in one call on the CPU, where the error of a product grows with its length
 
@@ -36,11 +42,33 @@ class Alignment:
         cosine: Mean cosine over pairs of domains, shape (); NaN for fewer than two domains. A zero gradient counts
             as orthogonal to all others. None if it was not asked for.
         grad_norms: Euclidean norm of each domain's gradient, shape (S,).
+        cosines: Cosine of each pair of domains, shape (S, S), symmetric with ones on the diagonal (zeros for a zero
+            gradient). None if it was not asked for.
+        domains: The domains' names, if they are known.
     """
 
     inner_product: Tensor
     cosine: Tensor | None
     grad_norms: Tensor
+    cosines: Tensor | None = None
+    domains: tuple[Any, ...] | None = None
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the cosines of all pairs as a picture, with the domains' names.
+
+        Args:
+            axes: Matplotlib axes to draw on; new ones if None.
+
+        Returns:
+            The axes.
+
+        Raises:
+            RuntimeError: If the cosines of pairs were not measured.
+        """
+        if self.cosines is None:
+            raise RuntimeError("the cosines of pairs were not measured: gradient_alignment(..., pairs=True)")
+        names = range(len(self.grad_norms)) if self.domains is None else self.domains
+        return plot_matrix(self.cosines.tolist(), [str(name) for name in names], "cosine of gradients", axes)
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -66,6 +94,8 @@ class GradientAlignment:
 
     Args:
         cosines: Whether to measure cosines, too.
+        pairs: Whether to measure the cosine of each pair of domains by itself. That takes a copy of every gradient:
+            memory of S times the parameters, and S(S - 1)/2 inner products in the end.
 
     Example:
         >>> import torch
@@ -77,8 +107,9 @@ class GradientAlignment:
         (tensor(3.), tensor(0.7071), tensor([3.0000, 1.4142]))
     """
 
-    def __init__(self, cosines: bool = True) -> None:
+    def __init__(self, cosines: bool = True, pairs: bool = False) -> None:
         self.cosines = check_bool("cosines", cosines)
+        self.pairs = check_bool("pairs", pairs)
         self._flat = FlatVectors(["sums", "units"] if cosines else ["sums"])
         self.reset()
 
@@ -93,6 +124,7 @@ class GradientAlignment:
         self._squares: list[Tensor] = []
         self._products: list[Tensor] = []
         self._cosines: list[Tensor] = []
+        self._gradients: list[dict[int, Tensor]] = []  # with pairs, of each domain by parameter
 
     @torch.no_grad()
     def add(self, gradients: Vector) -> None:
@@ -107,7 +139,10 @@ class GradientAlignment:
         """
         if all(g is None for g in gradients):
             raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
-        self._reached.update(self._flat.load(gradients))
+        present = self._flat.load(gradients)
+        self._reached.update(present)
+        if self.pairs:
+            self._gradients.append(dict(zip(present, clone_all([g for g in gradients if g is not None]), strict=True)))
         parts, sums = self._flat.scratch, self._flat.vectors["sums"]
         squared = _dot(parts, parts)
         # With the sum before this gradient is in it, so that nothing has to be subtracted.
@@ -140,6 +175,7 @@ class GradientAlignment:
             inner_product=torch.stack(self._products).sum() / pairs,
             cosine=torch.stack(self._cosines).sum() / pairs if self.cosines else None,
             grad_norms=torch.stack(self._squares).sqrt(),
+            cosines=cosines_of_pairs(self._gradients).to(self._squares[0]) if self.pairs else None,
         )
 
     def norm(self, domain: int) -> Tensor:
@@ -273,6 +309,7 @@ class GradientAlignment:
             "products": list(self._products),
             "cosines": list(self._cosines),
             "reached": self.indices,
+            **({"gradients": list(self._gradients)} if self.pairs else {}),
         }
 
     def check_state_dict(self, state: Mapping[str, Any], sizes: Sequence[int]) -> None:
@@ -305,6 +342,21 @@ class GradientAlignment:
                     f"{like!r}: it was saved without cosines, which are wanted here; save it between two groups of "
                     "domains"
                 )
+        if self.pairs and state["squares"]:
+            gradients = state.get("gradients")
+            if not isinstance(gradients, list) or len(gradients) != len(state["squares"]):
+                raise ValueError(
+                    "the state dict's alignment's 'gradients' is missing or malformed: it was saved without the "
+                    "cosines of pairs, which are wanted here; save it between two groups of domains"
+                )
+            for gradient in gradients:
+                if not isinstance(gradient, dict) or any(
+                    i not in range(len(sizes)) or not isinstance(g, Tensor) or _real_size(g) != sizes[i]
+                    for i, g in gradient.items()
+                ):
+                    raise ValueError(
+                        "the state dict's alignment's 'gradients' does not fit this optimizer's parameters"
+                    )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from running sums that :meth:`state_dict` returned. Cosines are dropped if not wanted here.
@@ -321,19 +373,28 @@ class GradientAlignment:
         self._reached = set(state.get("reached", state["sums"]))
         self._squares, self._products = list(state["squares"]), list(state["products"])
         self._cosines = list(state["cosines"]) if self.cosines else []
+        if self.pairs and state["squares"]:
+            self._gradients = [dict(gradient) for gradient in state["gradients"]]
 
     # The vectors' pieces are views: a copy would have views of the vectors that it was copied from.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"cosines": self.cosines, "state": self.state_dict()}
+        return {"cosines": self.cosines, "pairs": self.pairs, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        type(self).__init__(self, state["cosines"])
+        type(self).__init__(self, state["cosines"], state["pairs"])
         self.load_state_dict(state["state"])
 
 
+def _real_size(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 def gradient_alignment(
-    parameters: Iterable[Tensor], loss_fn: Callable[[Any], Tensor], batches: Iterable[Any]
+    parameters: Iterable[Tensor],
+    loss_fn: Callable[[Any], Tensor],
+    batches: Iterable[Any] | Mapping[Any, Any],
+    pairs: bool = False,
 ) -> Alignment:
     """Measure how well the gradients of several domains agree at the present parameters.
 
@@ -343,10 +404,11 @@ def gradient_alignment(
     Args:
         parameters: The parameters to differentiate by; those that need no gradient are left out.
         loss_fn: ``loss_fn(batch)`` returns a scalar.
-        batches: One batch of each domain.
+        batches: One batch of each domain; a mapping names the domains.
+        pairs: Whether to measure the cosine of each pair of domains, too, which takes memory for S gradients.
 
     Returns:
-        The agreement.
+        The agreement; ``.plot()`` draws that of pairs.
 
     Raises:
         ValueError: If there are no batches, or a loss is not a scalar or depends on no parameter.
@@ -357,14 +419,20 @@ def gradient_alignment(
         >>> domains = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])]
         >>> gradient_alignment([w], lambda x: (w * x).sum(), domains).inner_product
         tensor(1.)
+        >>> north_and_south = dict(zip(["north", "south"], domains))
+        >>> gradient_alignment([w], lambda x: (w * x).sum(), north_and_south, pairs=True).cosines
+        tensor([[1.0000, 0.4472],
+                [0.4472, 1.0000]])
     """
+    domains, batches = named_batches(batches)
     wanted = [p for p in parameters if p.requires_grad]
     if not wanted:
         raise ValueError("parameters holds no tensor that requires a gradient")
-    alignment = GradientAlignment()
-    for index, batch in enumerate(batches):
-        loss = check_loss(loss_fn(batch), index)
-        alignment.add(torch.autograd.grad(loss, wanted, allow_unused=True))
+    alignment = GradientAlignment(pairs=pairs)
+    with naming(domains):
+        for index, batch in enumerate(batches):
+            loss = check_loss(loss_fn(batch), index)
+            alignment.add(torch.autograd.grad(loss, wanted, allow_unused=True))
     if not len(alignment):
         raise ValueError("batches is empty: one batch of each domain is needed")
-    return alignment.result()
+    return replace(alignment.result(), domains=domains)

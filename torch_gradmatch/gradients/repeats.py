@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from torch_gradmatch._checks import name_of
+
 __all__ = ["check_repeats", "precision"]
 
 
@@ -51,7 +53,7 @@ def check_repeats(losses: Sequence[float], again: Mapping[int, float], tolerance
     for index, value in again.items():
         if math.isfinite(losses[index]) and not abs(value - losses[index]) <= tolerance * size:
             raise ValueError(
-                f"the loss of batch {index} is not the same twice: {losses[index]:.7g}, and {value:.7g} when it is "
+                f"the loss of {name_of(index)} is not the same twice: {losses[index]:.7g}, and {value:.7g} when it is "
                 "evaluated again at the same parameters and with the same random numbers, as this method has to. "
                 "Something in it changes from one call to the next: class weights or statistics that it counts, a "
                 "counter of calls, a teacher that it updates, a generator of your own (those of torch, numpy and "

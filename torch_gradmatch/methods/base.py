@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_gradmatch.methods.scaling import LossScaling
+from torch_gradmatch.slow.finite import read
 
 __all__ = ["MetaLoop", "MetaStep", "Method", "add_note", "needs_closure"]
 
@@ -31,12 +32,46 @@ class MetaStep:
         inner_product: Mean inner product of the domains' gradients over pairs, shape (), when tracked.
         cosine: Mean cosine of the domains' gradients over pairs, shape (), when tracked.
         grad_norms: Euclidean norm of each domain's gradient, shape (S,), when tracked.
+        cosines: Cosine of the gradients of each pair of domains, shape (S, S), with ``track_alignment="pairs"``.
+        domains: The domains' names in the order of all these, if they are known: ``meta_step`` was given a mapping, or
+            a list by :func:`~torch_gradmatch.meta_batches` from a sampler, which knows its labels.
     """
 
     losses: Tensor | None = None
     inner_product: Tensor | None = None
     cosine: Tensor | None = None
     grad_norms: Tensor | None = None
+    cosines: Tensor | None = None
+    domains: tuple[Any, ...] | None = None
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """Return what was measured as names and numbers, which any logger takes.
+
+        Waits for an accelerator, once. The matrix :attr:`cosines` is not in it: that is a picture.
+
+        Args:
+            prefix: In front of every name, ``"train/"`` for instance.
+
+        Returns:
+            Means over the domains, ``loss`` and ``grad_norm``, and the mean over pairs ``inner_product`` and
+            ``cosine``, as far as they were measured. If the domains' names are known also ``loss/NAME`` and
+            ``grad_norm/NAME`` of each: without names a position stands for another domain each time.
+
+        Example:
+            >>> import torch
+            >>> MetaStep(torch.tensor([1.0, 2.0]), domains=("north", "south")).scalars("train/")
+            {'train/loss': 1.5, 'train/loss/north': 1.0, 'train/loss/south': 2.0}
+        """
+        found: dict[str, Tensor] = {}
+        for name, values in (("loss", self.losses), ("grad_norm", self.grad_norms)):
+            if values is not None:
+                found[name] = values.mean()
+                for domain, value in zip(self.domains or (), values, strict=False):
+                    found[f"{name}/{domain}"] = value
+        for name, mean in (("inner_product", self.inner_product), ("cosine", self.cosine)):
+            if mean is not None:
+                found[name] = mean
+        return {f"{prefix}{name}": value for name, value in zip(found, read(list(found.values())), strict=True)}
 
 
 class Method(ABC):

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from torch_gradmatch._checks import name_of
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
 from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, add_note
-from torch_gradmatch.methods.scaling import LossScaling, refuse_scaled
+from torch_gradmatch.methods.first_call import first_call
+from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.slow.saved_buffers import BufferSlots, ForwardBuffers, SavedBuffers
 
 __all__ = ["Direction", "DirectionStep", "unscaled_report"]
@@ -51,9 +53,10 @@ def unscaled_report(losses: Tensor, measured: Alignment, scale: float) -> MetaSt
     Returns:
         The report of the losses themselves.
     """
-    if scale == 1.0:
-        return MetaStep(losses, measured.inner_product, measured.cosine, measured.grad_norms)
-    return MetaStep(losses / scale, measured.inner_product / scale**2, measured.cosine, measured.grad_norms / scale)
+    inner_product, grad_norms = measured.inner_product, measured.grad_norms
+    if scale != 1.0:
+        losses, inner_product, grad_norms = losses / scale, inner_product / scale**2, grad_norms / scale
+    return MetaStep(losses, inner_product, measured.cosine, grad_norms, measured.cosines)
 
 
 class DirectionStep(MetaLoop):
@@ -71,7 +74,7 @@ class DirectionStep(MetaLoop):
         super().__init__(optimizer)
         self.model = model
         self._other_buffers = ForwardBuffers()  # of models that nobody told us of
-        self._knows_loss_fn = False  # whether its losses are known not to be scaled
+        self._knows_loss_fn = False  # whether meta_step has called one before
         self._looked = 0  # how often it was asked whether a look is due
 
     @abstractmethod
@@ -94,18 +97,19 @@ class DirectionStep(MetaLoop):
         """
 
     @staticmethod
-    def running_sums(last: GradientAlignment, *, cosines: bool) -> GradientAlignment:
+    def running_sums(last: GradientAlignment, *, cosines: bool, pairs: bool) -> GradientAlignment:
         """Return empty running sums, those of the last meta-iteration if they will do: their layout is made once.
 
         Args:
             last: Those of the last meta-iteration.
-            cosines: Whether to measure cosines.
+            cosines: Whether to measure the mean cosine.
+            pairs: Whether to measure the cosines of pairs.
 
         Returns:
             The sums.
         """
-        if last.cosines is not cosines:
-            return GradientAlignment(cosines=cosines)
+        if (last.cosines, last.pairs) != (cosines, pairs):
+            return GradientAlignment(cosines=cosines, pairs=pairs)
         last.reset()
         return last
 
@@ -153,7 +157,7 @@ class DirectionStep(MetaLoop):
         values = torch.cat(parts).tolist()
         for index, loss in enumerate(values[: len(losses)]):
             if not math.isfinite(loss):
-                raise ValueError(f"the loss of batch {index} is {loss}: nothing was changed")
+                raise ValueError(f"the loss of {name_of(index)} is {loss}: nothing was changed")
         return values[: len(losses)], values[len(losses) :]
 
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
@@ -217,20 +221,16 @@ class DirectionStep(MetaLoop):
         return found.report
 
     def _scaled(self, loss_fn: Callable[[Any], Tensor], scaler: Any) -> Callable[[Any], Tensor]:
-        """Let a loss function scale its losses, or at first make sure that it does not do so by itself."""
-        if scaler is not None:
-            return lambda batch: scaler.scale(loss_fn(batch))
-        if self._knows_loss_fn:
-            return loss_fn
+        """Let a loss function scale its losses, and look at its first call."""
 
-        def refusing(batch: Any) -> Tensor:
-            loss = loss_fn(batch)
-            if isinstance(loss, Tensor):
-                refuse_scaled(loss)
+        def call(batch: Any) -> Tensor:
+            if self._knows_loss_fn:
+                return loss_fn(batch)
+            loss = first_call(loss_fn, batch, self.optimizer, self.parameters(), scales=scaler is not None)
             self._knows_loss_fn = True
             return loss
 
-        return refusing
+        return call if scaler is None else lambda batch: scaler.scale(call(batch))
 
     def _closure(
         self,

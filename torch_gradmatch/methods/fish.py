@@ -29,7 +29,6 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_gradmatch._checks import (
-    check_bool,
     check_choice,
     check_entry,
     check_floating_dtype,
@@ -37,12 +36,15 @@ from torch_gradmatch._checks import (
     check_int,
     check_loss,
     check_model,
+    check_tracking,
+    name_of,
     optional,
 )
 from torch_gradmatch._foreach import clone_all, copy_all_
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, add_note
-from torch_gradmatch.methods.scaling import LossScaling, refuse_scaled
+from torch_gradmatch.methods.first_call import first_call
+from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.slow import ops
 from torch_gradmatch.slow.buffers import SlowBuffers, check_buffers, no_buffers
 from torch_gradmatch.slow.finite import holds_nonfinite, norms_of, read
@@ -76,6 +78,8 @@ class Fish(Method):
             parameters a small ``meta_lr`` moves nothing otherwise.
         track_alignment: Measure how well the inner gradients agree: ``GradMatch.last_meta_step`` and the result of
             ``meta_step`` then hold inner product, cosine and norms. Costs three vectors of the size of the parameters.
+            ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it: S times the
+            parameters. Each gradient is taken where the steps before it have led.
         nonfinite: ``"raise"`` refuses to interpolate towards parameters or buffers that hold NaN or infinity, so the
             slow weights survive a diverged inner loop (waits for an accelerator once in a meta-iteration). In
             ``meta_step`` it also refuses each domain's loss that is not finite before the step on it (waits once more
@@ -104,7 +108,7 @@ class Fish(Method):
     model: nn.Module | None = None
     buffers: Literal["interpolate", "latest"] = "interpolate"
     meta_dtype: torch.dtype | None = None
-    track_alignment: bool = False
+    track_alignment: bool | Literal["pairs"] = False
     nonfinite: Literal["raise", "ignore"] = "raise"
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
@@ -114,7 +118,7 @@ class Fish(Method):
         "model": optional(partial(check_model, "model")),
         "buffers": partial(check_choice, "buffers", choices=("interpolate", "latest")),
         "meta_dtype": optional(partial(check_floating_dtype, "meta_dtype")),
-        "track_alignment": partial(check_bool, "track_alignment"),
+        "track_alignment": check_tracking,
         "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
     }
 
@@ -158,9 +162,9 @@ class FishLoop(MetaLoop):
         self.weights = SlowWeights(state)
         self.buffers = None if method.model is None else SlowBuffers(self._check_model(method.model))
         self.inner_state = InnerState(optimizer, resets=method.inner_state == "reset")
-        self.alignment = GradientAlignment() if method.track_alignment else None
+        self.alignment = GradientAlignment(pairs=method.track_alignment == "pairs") if method.track_alignment else None
         self._other_buffers = ForwardBuffers()  # of models that nobody told us of
-        self._knows_loss_fn = False  # whether the losses of meta_step are known not to be scaled
+        self._knows_loss_fn = False  # whether meta_step has called one before
         self._undoes = False  # whether the inner steps in progress are a meta_step's, which undoes them if it fails
         self._holds_slow = False  # whether we are inside slow_weights()
 
@@ -187,10 +191,11 @@ class FishLoop(MetaLoop):
         """Take over the settings for the inner loop about to begin."""
         self._refuse_another_model()
         self.settings = settings
+        pairs = settings.track_alignment == "pairs"
         if not settings.track_alignment:
             self.alignment = None
-        elif self.alignment is None:
-            self.alignment = GradientAlignment()
+        elif self.alignment is None or self.alignment.pairs is not pairs:
+            self.alignment = GradientAlignment(pairs=pairs)
 
     def _open(self) -> None:
         """Begin an inner loop with its first step."""
@@ -357,7 +362,9 @@ class FishLoop(MetaLoop):
         if self.alignment is not None:
             if len(self.alignment) == self.inner_step:
                 measured = self.alignment.result()
-                self.last = MetaStep(None, measured.inner_product, measured.cosine, measured.grad_norms)
+                self.last = MetaStep(
+                    None, measured.inner_product, measured.cosine, measured.grad_norms, measured.cosines
+                )
             self.alignment.reset()
         self.inner_step = 0
         self.is_open = False
@@ -448,19 +455,19 @@ class FishLoop(MetaLoop):
         for p in self.parameters():
             p.grad = None
         with record_function("GradMatch.domain_gradient"):
-            returned = loss_fn(batch)
-            loss = check_loss(returned, index)
-            if not self._knows_loss_fn:
-                if scaler is None:
-                    refuse_scaled(returned)
+            if self._knows_loss_fn:
+                returned = loss_fn(batch)
+            else:
+                returned = first_call(loss_fn, batch, self.optimizer, self.parameters(), scales=scaler is not None)
                 self._knows_loss_fn = True
+            loss = check_loss(returned, index)
             scaled: Tensor = loss if scaler is None else scaler.scale(loss)
             scaled.backward()
         if index == len(losses):  # not again
             losses.append(loss.detach())
             # On an accelerator this waits: best while it is at work on the backward pass, not before.
             if self.settings.nonfinite == "raise" and not math.isfinite(value := float(losses[-1])):
-                raise ValueError(f"the loss of batch {index} is {value}: nothing was changed by this meta_step()")
+                raise ValueError(f"the loss of {name_of(index)} is {value}: nothing was changed by this meta_step()")
         return loss
 
     def _undo(self, error: BaseException, gradients: list[Tensor | None]) -> None:
@@ -517,7 +524,8 @@ class FishLoop(MetaLoop):
         check_buffers(state, {} if self.buffers is None else self.buffers.buffers())
         if self.method.track_alignment and state["alignment"] is not None:
             sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
-            GradientAlignment().check_state_dict(state["alignment"], sizes)
+            pairs = self.method.track_alignment == "pairs"
+            GradientAlignment(pairs=pairs).check_state_dict(state["alignment"], sizes)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from torch_gradmatch._checks import check_bool, check_choice, check_int, check_model, check_number, optional
+from torch_gradmatch._checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_model,
+    check_number,
+    check_tracking,
+    optional,
+)
 from torch_gradmatch.gradients.agreement import Agreement, check_agreement, cosine, inner_product, variance
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
@@ -61,7 +69,8 @@ class IDGM(Method):
             Either way a loss that is not the same in both passes is refused; by ``"ignore"`` it is looked for in
             meta-iterations number 1, 2, 4, 8 and so on.
         track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
-            parameters. ``agreement="cosine"`` measures it anyway.
+            parameters. ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it:
+            S times the parameters. ``agreement="cosine"`` measures it anyway.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -85,7 +94,7 @@ class IDGM(Method):
     hvp_domains: int | None = None
     keep_graphs: bool = False
     nonfinite: Literal["raise", "ignore"] = "raise"
-    track_alignment: bool = False
+    track_alignment: bool | Literal["pairs"] = False
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
         "model": partial(check_model, "model"),
@@ -94,7 +103,7 @@ class IDGM(Method):
         "hvp": partial(check_choice, "hvp", choices=HVPS),
         "hvp_domains": optional(partial(check_int, "hvp_domains", at_least=1)),
         "keep_graphs": partial(check_bool, "keep_graphs"),
-        "track_alignment": partial(check_bool, "track_alignment"),
+        "track_alignment": check_tracking,
         "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
     }
 
@@ -163,8 +172,8 @@ class IDGMStep(DirectionStep):
         name_of = dict(zip(self.parameters(), self.names(), strict=True))
         params = {name_of[p]: p for p in self.trainable()}
         agreement, gamma, of_agreement = _scaled(method.agreement, method.gamma, scale)
-        cosines = method.track_alignment or check_agreement(method.agreement) is cosine
-        self._sums = self.running_sums(self._sums, cosines=cosines)
+        cosines = bool(method.track_alignment) or check_agreement(method.agreement) is cosine
+        self._sums = self.running_sums(self._sums, cosines=cosines, pairs=method.track_alignment == "pairs")
         found = idgm_grad(
             functional_loss(method.model, loss_fn),
             params,

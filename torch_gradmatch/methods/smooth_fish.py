@@ -60,6 +60,8 @@ from torch_gradmatch._checks import (
     check_num_domains,
     check_number,
     check_reached,
+    check_tracking,
+    name_of,
     optional,
 )
 from torch_gradmatch._foreach import by_kind
@@ -98,7 +100,8 @@ class SmoothFish(Method):
         nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity before anything is changed (waits for
             an accelerator once in a meta-iteration); ``"ignore"`` does not look.
         track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
-            parameters.
+            parameters. ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it:
+            S times the parameters.
         symmetric: Walk to and fro, for the gradient of the exact objective by the inner product without second
             derivatives.
 
@@ -128,14 +131,14 @@ class SmoothFish(Method):
     inner_lr: float
     model: nn.Module | None = None
     nonfinite: Literal["raise", "ignore"] = "raise"
-    track_alignment: bool = False
+    track_alignment: bool | Literal["pairs"] = False
     symmetric: bool = False
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
         "gamma": partial(check_number, "gamma", at_least=0),
         "inner_lr": partial(check_number, "inner_lr", above=0),
         "model": optional(partial(check_model, "model")),
-        "track_alignment": partial(check_bool, "track_alignment"),
+        "track_alignment": check_tracking,
         "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
         "symmetric": partial(check_bool, "symmetric"),
     }
@@ -173,7 +176,7 @@ class SmoothFishStep(DirectionStep):
         super().__init__(optimizer, method.model)
         self.method = method
         self.weights = SlowWeights(state)
-        self._sums = GradientAlignment(cosines=method.track_alignment)
+        self._sums = GradientAlignment(cosines=bool(method.track_alignment))
 
     def evaluate(
         self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
@@ -184,7 +187,8 @@ class SmoothFishStep(DirectionStep):
         walks_only = method.gamma == 1 and not method.symmetric
         # The direction is G_bar + weight (mean gradient of the walks - G_bar).
         weight = method.gamma / fish if method.symmetric else method.gamma
-        sums = self._sums = self.running_sums(self._sums, cosines=method.track_alignment)
+        tracked = method.track_alignment
+        sums = self._sums = self.running_sums(self._sums, cosines=bool(tracked), pairs=tracked == "pairs")
         run = _Run(loss_fn, batches, self.trainable(), self.model, method.inner_lr / scale)
         again: Tensor | None = None
         try:
@@ -296,7 +300,7 @@ class SmoothFishStep(DirectionStep):
             except ValueError as error:
                 index = int(torch.isfinite(losses).logical_not().nonzero()[0])
                 if method.gamma == 1 and not method.symmetric and bool(torch.isfinite(run.loss(index))):
-                    raise self._diverged(f"the loss of batch {index} is {losses[index].item()} along it") from error
+                    raise self._diverged(f"the loss of {name_of(index)} is {losses[index].item()} along it") from error
                 raise
             if not math.isfinite(norm) and scale == 1.0:  # else the scaler skips the step
                 raise self._diverged("the direction holds NaN or infinity")

@@ -1,0 +1,229 @@
+"""What a meta-iteration reports: domains by name, cosines of pairs, numbers for a logger."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import UserDict
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from _models import FeatureNet, assert_identical, loss_of, make_batches
+from _operations import waits
+from _reference import mean_pairwise_cosine, pairwise_cosines
+from _second_order import METHODS
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch.methods.base import MetaStep
+
+NAMES = ("north", "south", 7)
+TRACKING = {
+    "Fish": lambda model: Fish(0.5, track_alignment="pairs"),
+    "SmoothFish": lambda model: SmoothFish(2.0, 0.1, track_alignment="pairs"),
+    "SmoothFish-walk": lambda model: SmoothFish(1.0, 0.1, track_alignment="pairs"),
+    "IDGM": lambda model: IDGM(model, 0.3, track_alignment="pairs"),
+    "IDGM-kept": lambda model: IDGM(model, 0.3, keep_graphs=True, track_alignment="pairs"),
+}
+
+
+def net(seed: int = 0) -> FeatureNet:
+    model = FeatureNet(torch.Generator().manual_seed(seed))
+    return model.eval()  # the same function wherever it is called
+
+
+def batches(seed: int = 1) -> list[Any]:
+    return make_batches(torch.Generator().manual_seed(seed), len(NAMES))
+
+
+def linear(**settings: Any) -> tuple[nn.Parameter, GradMatch[Fish]]:
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    return w, GradMatch(SGD([w], lr=0.1), Fish(0.5, **settings))
+
+
+# ----------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mapping_trains_as_the_list_of_its_values_and_names_the_domains(method: str, kind: Any):
+    models, reports = [], []
+    for named in (False, True):
+        model = net().train()
+        optimizer = GradMatch(SGD(model.parameters(), lr=0.1), METHODS[method](model))
+        given = batches()
+        report = optimizer.meta_step(partial(loss_of, model), kind(zip(NAMES, given, strict=True)) if named else given)
+        assert optimizer.last_meta_step is report
+        models.append(model)
+        reports.append(report)
+    assert_identical(models[0].state_dict(), models[1].state_dict())
+    assert torch.equal(reports[0].losses, reports[1].losses)
+    assert [r.domains for r in reports] == [None, NAMES]
+
+
+class NamedList(list[Any]):
+    domains = NAMES
+
+
+def test_a_list_that_knows_its_domains_names_them():
+    model = net()
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.5))
+    assert optimizer.meta_step(partial(loss_of, model), NamedList(batches())).domains == NAMES
+    with pytest.raises(ValueError, match=r"batches holds 2 batches of 3 domains \('north', 'south', 7\)"):
+        optimizer.meta_step(partial(loss_of, model), NamedList(batches()[:2]))
+    assert optimizer.meta_step(partial(loss_of, model), batches()).domains is None
+
+
+def bad_losses(model: nn.Linear) -> dict[str, Any]:
+    w = model.weight
+    return {
+        "nan": (lambda x: model(x).sum() * float("nan"), r"the loss of batch 1 \(domain 'south'\) is nan"),
+        "vector": (lambda x: w * 1.0, r"for batch 1 \(domain 'south'\) it has shape"),
+        "number": (lambda x: 1.0, r"for batch 1 \(domain 'south'\) it returned float"),
+        "detached": (lambda x: w.detach().sum(), r"the loss of batch 1 \(domain 'south'\) does not depend"),
+    }
+
+
+@pytest.mark.parametrize("which", ["nan", "vector", "number", "detached"])
+@pytest.mark.parametrize("method", METHODS)
+def test_errors_name_the_domain(method: str, which: str):
+    model = nn.Linear(2, 1).double()
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), METHODS[method](model))
+    good = lambda x: model(x).square().sum() + model.weight.sum() ** 3  # noqa: E731
+    bad, message = bad_losses(model)[which]
+    inputs = torch.ones(2, 2, dtype=torch.float64)
+    domains = {"north": (good, inputs), "south": (bad, inputs)}
+    with pytest.raises((ValueError, TypeError), match=message):
+        optimizer.meta_step(lambda batch: batch[0](batch[1]), domains)
+    with pytest.raises((ValueError, TypeError), match=message.replace(r" \(domain 'south'\)", "")):
+        optimizer.meta_step(lambda batch: batch[0](batch[1]), list(domains.values()))
+
+
+def test_a_domain_cut_off_from_the_parameters_and_one_that_changes_are_named():
+    model, other = nn.Linear(2, 1).double(), nn.Parameter(torch.ones(()))
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), SmoothFish(2.0, 0.1))
+    good = lambda: model.weight.square().sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"batch 1 \(domain 'south'\) depends on none of the parameters"):
+        optimizer.meta_step(lambda loss: loss(), {"north": good, "south": lambda: other.square()})
+    calls = []
+
+    def counting() -> Tensor:
+        calls.append(1)
+        return len(calls) * model.weight.square().sum()
+
+    with pytest.raises(ValueError, match=r"the loss of batch 0 \(domain 'north'\) is not the same twice"):
+        optimizer.meta_step(lambda loss: loss(), {"north": counting, "south": good})
+
+
+def test_names_are_those_of_the_call_in_progress_only():
+    w, optimizer = linear()
+    optimizer.meta_step(lambda x: (w * x).sum(), {"a": 1.0, "b": 2.0})
+    with pytest.raises(ValueError, match=r"the loss of batch 0 is nan"):
+        optimizer.meta_step(lambda x: (w * x).sum(), [float("nan")])
+
+
+# ----------------------------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("method", TRACKING)
+def test_cosines_of_pairs_are_those_of_the_gradients_taken(method: str):
+    """At theta, or along the walk by SGD with the same step: Fish and SmoothFish at gamma 1."""
+    model, given = net(), batches()
+    along = method in ("Fish", "SmoothFish-walk")
+    plain, gradients = copy.deepcopy(model), []
+    for batch in given:
+        parameters = [p for p in plain.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss_of(plain, batch), parameters, allow_unused=True)
+        gradients.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1)
+                                    for p, g in zip(parameters, found, strict=True)]))  # fmt: skip
+        with torch.no_grad():
+            for p, g in zip(parameters, found, strict=True):
+                if g is not None and along:
+                    p.sub_(g, alpha=0.1)
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), TRACKING[method](model))
+    report = optimizer.meta_step(partial(loss_of, model), dict(zip(NAMES, given, strict=True)))
+    torch.testing.assert_close(report.cosines, pairwise_cosines(gradients), rtol=0, atol=1e-12)
+    torch.testing.assert_close(report.cosine, mean_pairwise_cosine(gradients), rtol=0, atol=1e-12)
+    assert report.domains == NAMES
+
+
+def test_pairs_are_measured_in_a_manual_loop_over_a_checkpoint():
+    gradients = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 2.0]], dtype=torch.float64)
+    w, optimizer = linear(inner_steps=3, track_alignment="pairs")
+    for step, g in enumerate(gradients):
+        if step == 2:
+            saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
+            w2, resumed = linear(inner_steps=3, track_alignment="pairs")
+            resumed.load_state_dict(saved)
+            w, optimizer = w2, copy.deepcopy(resumed)
+            w = optimizer.param_groups[0]["params"][0]
+            without = linear(inner_steps=3, track_alignment=True)[1]
+            without.load_state_dict(saved)
+            saved_without = without.state_dict()
+            with pytest.raises(ValueError, match="'gradients' is missing or malformed: it was saved without"):
+                linear(inner_steps=3, track_alignment="pairs")[1].load_state_dict(saved_without)
+            saved["gradmatch"]["alignment"]["gradients"][0][0] = torch.zeros(5)
+            with pytest.raises(ValueError, match="'gradients' does not fit"):
+                linear(inner_steps=3, track_alignment="pairs")[1].load_state_dict(saved)
+        optimizer.zero_grad()
+        (w * g).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(optimizer.last_meta_step.cosines, pairwise_cosines(list(gradients)))
+    assert optimizer.last_meta_step.losses is None
+
+
+@pytest.mark.parametrize("setting", ["pair", 1, None])
+@pytest.mark.parametrize("method", [Fish, lambda **s: SmoothFish(1.0, 0.1, **s), lambda **s: IDGM(net(), 1.0, **s)])
+def test_track_alignment_is_checked(method: Any, setting: Any):
+    with pytest.raises(ValueError, match="track_alignment should be True, False or 'pairs'"):
+        method(track_alignment=setting)
+
+
+def test_turning_pairs_on_and_off_takes_effect_at_the_next_meta_iteration():
+    w, optimizer = linear(track_alignment=True)
+    for tracking, measured in ((True, False), ("pairs", True), (True, False), ("pairs", True)):
+        optimizer.method.track_alignment = tracking
+        report = optimizer.meta_step(lambda x: (w * x).sum(), [1.0, 2.0])
+        assert (report.cosines is not None) is measured
+        assert report.cosine is not None
+
+
+# --------------------------------------------------------------------------------------------------------- scalars
+
+
+def test_scalars_are_the_means_and_the_domains_by_name():
+    w, optimizer = linear(track_alignment=True)
+    report = optimizer.meta_step(lambda x: (w * x).sum() + x[0], {"a": torch.tensor([3.0, 4.0]), 2: torch.ones(2)})
+    found = report.scalars("train/")
+    assert found == {
+        "train/loss": float(report.losses.mean()),
+        "train/loss/a": float(report.losses[0]),
+        "train/loss/2": float(report.losses[1]),
+        "train/grad_norm": float(report.grad_norms.mean()),
+        "train/grad_norm/a": 5.0,
+        "train/grad_norm/2": pytest.approx(2**0.5),
+        "train/inner_product": 7.0,
+        "train/cosine": pytest.approx(7 / 50**0.5),
+    }
+    assert all(type(value) is float for value in found.values())
+
+
+def test_scalars_hold_what_was_measured_only():
+    assert MetaStep().scalars() == {}
+    assert MetaStep(torch.tensor([1.0, 3.0])).scalars() == {"loss": 2.0}
+    assert set(MetaStep(None, torch.ones(()), torch.ones(()), torch.ones(2)).scalars()) == {
+        "grad_norm", "inner_product", "cosine"
+    }  # fmt: skip
+
+
+def test_nothing_waits_before_scalars_and_they_wait_once():
+    model = net()
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.5, track_alignment=True, nonfinite="ignore"))
+    with waits() as before:
+        report = optimizer.meta_step(partial(loss_of, model), dict(zip(NAMES, batches(), strict=True)))
+    with waits() as then:
+        report.scalars()
+    assert (before, then) == ([], ["tolist"])
