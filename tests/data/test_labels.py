@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from torch_gradmatch.data.sampler import DomainBatchSampler
 
+pytestmark = pytest.mark.filterwarnings("ignore:an epoch serves:UserWarning")  # test_unequal.py tests that
+
 # What the sampler calls its domains
 
 

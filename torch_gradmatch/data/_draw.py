@@ -1,67 +1,79 @@
-"""Which domain serves each batch of an epoch, and which samples a domain has: the arithmetic behind the sampler."""
+"""Which domain serves each batch of an epoch: the arithmetic behind the sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from numbers import Integral
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-__all__ = ["IntArray", "ListLike", "draw_groups", "indices_by_domain"]
+from torch_gradmatch._checks import check_int
+from torch_gradmatch.data._labels import IntArray, check_short, shown
 
-IntArray = npt.NDArray[np.int64]
+__all__ = ["Plan", "draw_groups", "plan_epochs", "random_stream"]
 
 
-class ListLike(Protocol):
-    """What NumPy arrays, torch tensors and pandas Series have in common."""
+def random_stream(seed: int, *key: int) -> np.random.Generator:
+    """Return the generator of one stream of a sampler's random numbers.
 
-    def tolist(self) -> Any:
-        """Return the elements as a list."""
+    Args:
+        seed: Of the sampler.
+        *key: Which stream.
+
+    Returns:
+        The generator.
+    """
+    # spawn_key, not more entropy: SeedSequence([1, 2]) and SeedSequence([1, 2, 0]) are the same.
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def draw_groups(
     num_batches: Sequence[int],
     domains_per_step: int,
-    proportional: bool,
+    weights: Sequence[int] | None,
     generator: np.random.Generator,
     paired: bool = False,
     unpaired: IntArray | None = None,
+    max_groups: float = float("inf"),
 ) -> IntArray:
     """Draw groups of distinct domains until fewer than S have a batch left.
 
     A draw costs the same for 3 domains and for 10,000, however unequal: the domains that can be drawn stand in
     buckets, by the bit length of their weight. A bucket is drawn by its total weight; in it a domain is drawn
     uniformly, and again unless it passes with probability weight / (the bucket's largest possible weight) > 1/2.
+    Weights are integers, so the totals are exact after any number of draws.
 
     Args:
         num_batches: The batches of each domain, at least 1.
         domains_per_step: S.
-        proportional: Whether a domain's weight is the number of batches it has left, or 1.
+        weights: The weight of each domain, at least 1; None for the number of batches it has left.
         generator: The source of randomness.
         paired: Whether groups come in pairs, the second the reverse of the first where all its domains have a batch
             left.
         unpaired: With ``paired`` and S all domains, a group without a second from before, shape (S,): the first
             group returned is its reverse.
+        max_groups: Draw no more than these.
 
     Returns:
         Domains by number, shape (groups, S).
     """
     left = list(num_batches)
-    weights = left if proportional else [1] * len(left)  # proportional: the same list, so it follows what is left
+    if weights is None:
+        weights = left  # the same list, so it follows what is left
     uniform = chain.from_iterable(iter(lambda: generator.random(512).tolist(), None)).__next__
     top = max(weights).bit_length()
     buckets: list[list[int]] = [[] for _ in range(top + 1)]
     totals = [0] * (top + 1)
+    total = 0
     drawn: list[int] = []
     reversing: list[bool] = []  # whether a group is the reverse of the one before
     # The domains that are in no bucket: those of the latest group, and before the first draw all.
     group: list[int] = list(range(len(left))) if unpaired is None else unpaired.tolist()
     second = unpaired is not None  # whether the group that follows is the second of a pair
     num_drawable = 0
-    while True:
+    while len(reversing) < max_groups:
         reverse = second and all(left[domain] for domain in group)
         if not reverse:
             for domain in group:
@@ -69,12 +81,13 @@ def draw_groups(
                     bits = weights[domain].bit_length()
                     buckets[bits].append(domain)
                     totals[bits] += weights[domain]
+                    total += weights[domain]
                     num_drawable += 1
             if num_drawable < domains_per_step:
                 break
             group = []
             for _ in range(domains_per_step):
-                target, bits = int(uniform() * sum(totals)), top
+                target, bits = int(uniform() * total), top
                 while target >= totals[bits]:
                     target -= totals[bits]
                     bits -= 1
@@ -88,6 +101,7 @@ def draw_groups(
                 bucket[index] = bucket[-1]
                 bucket.pop()
                 totals[bits] -= weights[domain]
+                total -= weights[domain]
                 group.append(domain)
             num_drawable -= domains_per_step
         for domain in group:
@@ -103,74 +117,198 @@ def draw_groups(
     return np.where(np.array(reversing)[:, None], before[:, ::-1], groups)
 
 
-def indices_by_domain(domains: Any, overlapping: bool = False) -> tuple[list[Any], list[IntArray]]:
-    """Sort the samples of a data set by domain.
+@dataclass
+class Plan(ABC):
+    """The domain of every batch of every epoch.
 
     Args:
-        domains: As in :class:`torch_gradmatch.DomainBatchSampler`.
-        overlapping: Whether a sample may be in several domains (of a mapping), though in each only once.
+        num_batches: The batches of each domain, at least 1.
+        domains_per_step: S.
+        weights: As in :func:`draw_groups`.
+        seed: Of the sampler.
+        paired: Whether groups come in pairs.
+    """
+
+    num_batches: list[int]
+    domains_per_step: int
+    weights: list[int] | None
+    seed: int
+    paired: bool
+
+    @property
+    def _all_domains(self) -> bool:
+        """Whether every group has all domains."""
+        return self.domains_per_step == len(self.num_batches)
+
+    @abstractmethod
+    def length(self, epoch: int) -> int:
+        """Return the number of batches of an epoch."""
+
+    @abstractmethod
+    def total(self, epochs: int) -> int:
+        """Return the number of batches of the first epochs together."""
+
+    @abstractmethod
+    def stretches(self, epoch: int, start: int, end: int | None = None) -> Iterator[IntArray]:
+        """Yield the domains of the batches from ``start`` to before ``end`` of an epoch, in one array or in many."""
+
+    def served(self, epoch: int, position: int) -> IntArray:
+        """Count the batches that every domain has served before a position.
+
+        Args:
+            epoch: Its number.
+            position: Batches of the epoch.
+
+        Returns:
+            The counts, shape (domains,).
+        """
+        groups = position // self.domains_per_step if self._all_domains else 0  # these need no look at the plan
+        counts = np.full(len(self.num_batches), groups, dtype=np.int64)
+        for domains in self.stretches(epoch, groups * self.domains_per_step, position):
+            counts += np.bincount(domains, minlength=counts.size)
+        return counts
+
+
+@dataclass
+class StopPlan(Plan):
+    """An epoch ends when fewer than S domains have a batch left. The plan of one epoch is kept."""
+
+    _kept: tuple[int, IntArray] | None = field(default=None, init=False)
+
+    def length(self, epoch: int) -> int:
+        """Return the number of batches of an epoch, which is planned for that and kept unless S is all domains."""
+        return self._constant_length or self._domains(epoch).size
+
+    def total(self, epochs: int) -> int:
+        """Plan the epochs one by one, unless all are equally long."""
+        if self._constant_length:
+            return epochs * self._constant_length
+        return sum(self._domains(epoch, keep=False).size for epoch in range(epochs))
+
+    def stretches(self, epoch: int, start: int, end: int | None = None) -> Iterator[IntArray]:
+        """Yield one array."""
+        yield self._domains(epoch)[start:end]
+
+    @property
+    def _constant_length(self) -> int:
+        """The length of every epoch, 0 if it depends on the draws."""
+        if self._all_domains:
+            return self.domains_per_step * min(self.num_batches)
+        return sum(self.num_batches) if self.domains_per_step == 1 else 0
+
+    def _domains(self, epoch: int, keep: bool = True) -> IntArray:
+        """Return the domain of every batch of an epoch, shape (groups · S,)."""
+        if self._kept is not None and self._kept[0] == epoch:
+            return self._kept[1]
+        unpaired = None
+        if self.paired and self._all_domains and epoch % 2 and min(self.num_batches) % 2:
+            # The epoch before ends with the first group of a pair. Its plan is at hand if it was just served.
+            unpaired = self._domains(epoch - 1, keep)[-self.domains_per_step :]
+        generator = random_stream(self.seed, epoch, 0)
+        groups = draw_groups(
+            self.num_batches, self.domains_per_step, self.weights, generator, self.paired, unpaired
+        ).reshape(-1)
+        if keep:
+            self._kept = (epoch, groups)
+        return groups
+
+
+@dataclass
+class CyclePlan(Plan):
+    """Domains never run out, so the epochs are stretches of equal length of one endless sequence of groups.
+
+    The sequence is drawn in blocks of an even number of groups. A block depends on its number alone, so an epoch of any
+    length begins at once anywhere; and a pair is always whole, also where an epoch ends between its groups.
+
+    Args:
+        epoch_length: The batches of an epoch, a multiple of S.
+    """
+
+    epoch_length: int
+    _kept: tuple[int, IntArray] | None = field(default=None, init=False)
+
+    def length(self, epoch: int) -> int:  # noqa: ARG002
+        """Return the number of batches of any epoch."""
+        return self.epoch_length
+
+    def total(self, epochs: int) -> int:
+        """Multiply."""
+        return epochs * self.epoch_length
+
+    def stretches(self, epoch: int, start: int, end: int | None = None) -> Iterator[IntArray]:
+        """Yield as much of each block as there is between ``start`` and ``end``."""
+        position = epoch * self.epoch_length + start
+        last = epoch * self.epoch_length + min(self.epoch_length if end is None else end, self.epoch_length)
+        while position < last:
+            number, offset = divmod(position, self._block_groups * self.domains_per_step)
+            domains = self._block(number)[offset : offset + last - position]
+            yield domains
+            position += domains.size
+
+    @property
+    def _block_groups(self) -> int:
+        """The groups of a block: even, and as many batches as domains, or putting these into buckets took longest."""
+        return 2 * -(-max(len(self.num_batches), 2**13) // (2 * self.domains_per_step))
+
+    def _block(self, number: int) -> IntArray:
+        """Return the domains of a block's batches; the latest is kept."""
+        if self._kept is None or self._kept[0] != number:
+            groups = draw_groups(
+                [self._block_groups] * len(self.num_batches),  # none runs out
+                self.domains_per_step,
+                self.num_batches if self.weights is None else self.weights,
+                random_stream(self.seed, number, 0),
+                self.paired,
+                max_groups=self._block_groups,
+            )
+            self._kept = (number, groups.reshape(-1))
+        return self._kept[1]
+
+
+def plan_epochs(
+    num_batches: list[int],
+    domains_per_step: int,
+    weights: list[int] | None,
+    seed: int,
+    paired: bool,
+    exhausted: str,
+    batches_per_epoch: object,
+) -> Plan:
+    """Return the plan of all epochs.
+
+    Args:
+        num_batches: As in :class:`Plan`.
+        domains_per_step: As in :class:`Plan`.
+        weights: As in :class:`Plan`.
+        seed: As in :class:`Plan`.
+        paired: As in :class:`Plan`.
+        exhausted: ``"stop"`` or ``"cycle"``.
+        batches_per_epoch: What the caller passed to :class:`torch_gradmatch.DomainBatchSampler`.
 
     Returns:
-        The labels, in the order in which they first appear, and the indices of each one's samples.
+        A plan; nothing is drawn yet.
 
     Raises:
-        TypeError: If ``domains`` is neither a sequence nor a mapping.
-        ValueError: If a label or index is missing, malformed or given twice, or a domain is empty.
+        ValueError: If ``batches_per_epoch`` does not fit.
     """
-    if isinstance(domains, Mapping):
-        return _indices_from_mapping(domains, overlapping)
-    if isinstance(domains, str | bytes) or not (isinstance(domains, Sequence) or hasattr(domains, "tolist")):
-        raise TypeError(f"domains should be a sequence of labels or a mapping from label to indices (got {domains!r})")
-    if getattr(domains, "ndim", 1) != 1:
-        raise ValueError(f"domains should have one dimension, one label per sample (got shape {domains.shape})")
-    numbers: list[int] = []
-    number_of: dict[Any, int] = {}
-    for index, label in enumerate(domains.tolist() if hasattr(domains, "tolist") else domains):
-        if type(label) is not str and type(label) is not int:  # the usual ones cost nothing
-            _check_label(f"domains[{index}]", label)
-        numbers.append(number_of.setdefault(label, len(number_of)))
-    if not numbers:
-        raise ValueError("domains should hold one label per sample (got none)")
-    ends = np.bincount(numbers).cumsum()
-    return list(number_of), np.split(np.argsort(numbers, kind="stable"), ends[:-1])
-
-
-def _indices_from_mapping(domains: Mapping[Any, Any], overlapping: bool) -> tuple[list[Any], list[IntArray]]:
-    """Return the labels and each one's samples from a mapping of the one to the other."""
-    labels = list(domains)
-    indices_of: list[IntArray] = []
-    for label in labels:
-        _check_label("a key of domains", label)
-        indices = np.asarray(domains[label])
-        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
-            raise ValueError(f"domains[{label!r}] should be a sequence of sample indices (got {domains[label]!r})")
-        indices_of.append(indices.astype(np.int64))
-    empty = [label for label, indices in zip(labels, indices_of, strict=True) if not indices.size]
-    if empty or not labels:
-        which = f"domain {empty[0]!r} is empty, {len(empty)} of {len(labels)} are" if empty else "got no domain"
-        raise ValueError(f"domains should map each label to at least one sample index ({which})")
-    samples = np.concatenate(indices_of)
-    owners = np.repeat(np.arange(len(labels)), [indices.size for indices in indices_of])
-    order = samples.argsort(kind="stable")
-    if samples[order[0]] < 0:
-        owner = labels[owners[order[0]]]
-        raise ValueError(f"domains[{owner!r}] should hold indices of at least 0 (got {samples[order[0]]})")
-    # A stable sort keeps each sample's owners in order: the same one twice stands side by side.
-    repeated = np.diff(samples[order]) == 0
-    if overlapping:
-        repeated &= np.diff(owners[order]) == 0
-    for repeat in np.flatnonzero(repeated)[:1]:
-        one, other = (labels[owners[position]] for position in order[repeat : repeat + 2])
-        hint = "" if overlapping or one == other else " or, if domains may share samples, pass overlapping=True"
-        raise ValueError(
-            f"sample {samples[order[repeat]]} is in domains[{one!r}] and again in domains[{other!r}]: "
-            f"give it once{hint}"
-        )
-    return labels, indices_of
-
-
-def _check_label(name: str, label: object) -> None:
-    """Raise unless ``label`` is a string or an integer."""
-    accepted = isinstance(label, str | Integral) and not isinstance(label, bool)
-    if not accepted:
-        raise ValueError(f"{name} is {label!r}: the label of a domain should be a string or an integer")
+    if exhausted == "stop":
+        if batches_per_epoch is not None:
+            raise ValueError(
+                "batches_per_epoch should be None with exhausted='stop', where domains may run out before "
+                f"(got {shown(batches_per_epoch)}): pass exhausted='cycle'"
+            )
+        return StopPlan(num_batches, domains_per_step, weights, seed, paired)
+    if batches_per_epoch is None:
+        # The fewest groups in which every domain could be served whole: McNaughton's bound.
+        epoch_length = domains_per_step * max(*num_batches, -(-sum(num_batches) // domains_per_step))
+    else:
+        epoch_length = check_short(check_int, "batches_per_epoch", batches_per_epoch, 1)
+        if surplus := epoch_length % domains_per_step:
+            fitting = [
+                length for length in (epoch_length - surplus, epoch_length - surplus + domains_per_step) if length
+            ]
+            raise ValueError(
+                f"batches_per_epoch should be a multiple of domains_per_step={domains_per_step} (got "
+                f"{shown(epoch_length)}): {' or '.join(map(shown, fitting))} would do"
+            )
+    return CyclePlan(num_batches, domains_per_step, weights, seed, paired, epoch_length)

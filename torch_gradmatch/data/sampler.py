@@ -13,24 +13,32 @@ arXiv 2604.00260, who prove that it cancels the leading term that depends on the
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from torch_gradmatch._checks import check_bool, check_choice, check_int
-from torch_gradmatch.data._draw import IntArray, ListLike, draw_groups, indices_by_domain
+from torch_gradmatch.data._draw import Plan, plan_epochs, random_stream
+from torch_gradmatch.data._labels import IntArray, ListLike, check_short, domain_weights, indices_by_domain, shown
 
 __all__ = ["DomainBatchSampler"]
 
-STATE_VERSION = 2  # version 1 had no "order": it was always random
+STATE_VERSION = 3
+# What was added to the state in versions 2 and 3, with the value of everything saved before.
+ADDED_SETTINGS: dict[int, dict[str, int | str]] = {
+    2: {"order": "random"},
+    3: {"exhausted": "stop", "batches_per_epoch": 0},
+}
 Item = TypeVar("Item")
 
 
-@dataclass
+@dataclasses.dataclass
 class _Progress:
     """How far one iterator of a sampler is: counts of batches of ``epoch`` since ``start``."""
 
@@ -48,24 +56,35 @@ class DomainBatchSampler(Sampler[list[int]]):
     In each epoch the samples of every domain are shuffled and cut into batches. A group draws S domains without
     replacement from those with a batch left and serves them in random order; the next group serves the same domains in
     reverse order, with their next batches, and so on in pairs. To first order the mean of a walk and its reverse does
-    not depend on the order, so Fish is steadier for the same work. No sample is served twice (with ``overlapping``: by
-    the same domain). The epoch ends when fewer than S domains have a batch left; with S equal to the number of domains
-    that is when the smallest has run out.
+    not depend on the order, so Fish is steadier for the same work.
+
+    With ``exhausted="stop"`` the epoch ends when fewer than S domains have a batch left, with S equal to the number of
+    domains when the smallest has run out, and no sample is served twice (with ``overlapping``: by the same domain).
+    With ``exhausted="cycle"`` a domain that has run out is shuffled anew and goes on. An epoch then has
+
+        max(max_d n_d, ⌈(Σ_d n_d) / S⌉) groups, n_d the batches of domain d:
+
+    the fewest in which every domain could be served whole. With S equal to the number of domains, that is until the
+    largest has been served whole. With S smaller it is in general as many batches as the data has, and each domain
+    serves as many of them as its weight gives it: a large one may not get through in one epoch.
 
     Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. An epoch
     depends only on the arguments and its number; global random state is neither read nor changed.
 
-    ``len(sampler)`` is exactly what the iterator in progress, or else the next one, yields in all. It may differ
-    between epochs, and after ``load_state_dict`` it is what is left of the epoch.
+    ``len(sampler)`` is exactly what the iterator in progress, or else the next one, yields in all. With
+    ``exhausted="stop"`` it may differ between epochs, and after ``load_state_dict`` it is what is left of the epoch.
 
     Args:
-        domains: One label, string or integer, per sample of the data set (list, tuple, array, tensor, Series); or a
-            mapping from label to the indices of that domain's samples, which need not cover the data set.
+        domains: One label, string or integer, per sample of the data set (list, tuple, array, tensor, Series of
+            pandas or Polars); or a mapping from label to the indices of that domain's samples, which need not cover
+            the data set.
         batch_size: Samples in a batch; a domain's last batch may be smaller.
-        domains_per_step: S; ``None`` for all domains.
-        weighting: ``"uniform"`` draws every domain that has a batch left with the same probability,
-            ``"proportional"`` in proportion to the batches it has left (``stratified`` in the authors' code), so
-            that large and small domains last about equally long.
+        domains_per_step: S; ``None`` for all domains, which should be two or more.
+        weighting: The probabilities p_d with which a group's domains are drawn, one after the other among those not
+            yet in it. ``"uniform"``: equal. ``"proportional"``: p_d ∝ the batches that the domain has left
+            (``stratified`` in the authors' code), so that large and small domains last about equally long; in a cycle
+            p_d ∝ n_d. A number t from 0 to 1: p_d ∝ (its samples)^t, from uniform to by size. A mapping from every
+            label to a positive number: p_d ∝ that.
         seed: Integer of at least 0.
         drop_last: Leave out a domain's last batch if it is smaller than ``batch_size``.
         overlapping: A mapping may give a sample to several domains, as the identities that a comment mentions do.
@@ -75,12 +94,18 @@ class DomainBatchSampler(Sampler[list[int]]):
             odd number of groups in an epoch, the last group of an even epoch and the first of the next are a pair
             too; with S smaller, an epoch leaves a few batches more unserved. ``"random"`` draws every group, each in
             an order of its own.
+        exhausted: What happens when domains run out, ``"stop"`` or ``"cycle"``, see above. In a cycle all groups are
+            in pairs, also where an epoch ends between the two.
+        batches_per_epoch: With ``exhausted="cycle"``, the length of every epoch instead: a multiple of S.
 
     Raises:
-        ValueError: If an argument is out of range, a label is missing or neither string nor integer, an index is
-            negative or given twice, ``drop_last`` or ``overlapping`` is not a ``bool``, or a domain is empty (with
-            ``drop_last``: has no full batch).
+        ValueError: If an argument is out of range, a label is missing or neither string nor integer, all samples have
+            the same one although S is not 1, a string and an integer read the same, an index is negative or given
+            twice, a flag is not a ``bool``, or a domain is empty (with ``drop_last``: has no full batch).
         TypeError: If ``domains`` is neither a sequence nor a mapping.
+
+    Warns:
+        UserWarning: If an epoch of ``exhausted="stop"`` serves less than a tenth of the samples.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -102,43 +127,51 @@ class DomainBatchSampler(Sampler[list[int]]):
         domains: Sequence[str | int] | ListLike | Mapping[str, Any] | Mapping[int, Any],
         batch_size: int,
         domains_per_step: int | None = None,
-        weighting: str = "uniform",
+        weighting: str | float | Mapping[str, float] | Mapping[int, float] = "uniform",
         seed: int = 0,
         drop_last: bool = False,
         overlapping: bool = False,
         order: str = "flipflop",
+        exhausted: str = "stop",
+        batches_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size = check_int("batch_size", batch_size, at_least=1)
-        self.weighting = check_choice("weighting", weighting, ("uniform", "proportional"))
-        self.seed = check_int("seed", seed, at_least=0)
-        self.drop_last = check_bool("drop_last", drop_last)
-        self.order = check_choice("order", order, ("flipflop", "random"))
+        self.batch_size = check_short(check_int, "batch_size", batch_size, 1)
+        self.seed = check_short(check_int, "seed", seed, 0)
+        self.drop_last = check_short(check_bool, "drop_last", drop_last)
+        self.order = check_short(check_choice, "order", order, ("flipflop", "random"))
+        self.exhausted = check_short(check_choice, "exhausted", exhausted, ("stop", "cycle"))
+        overlapping = check_short(check_bool, "overlapping", overlapping)
 
-        labels, self._indices = indices_by_domain(domains, check_bool("overlapping", overlapping))
-        self._labels = tuple(str(label) if isinstance(label, str) else int(label) for label in labels)
+        self._labels, self._indices = indices_by_domain(domains, overlapping)
+        self._num_labels = None if isinstance(domains, Mapping) else sum(indices.size for indices in self._indices)
         sizes = [indices.size for indices in self._indices]
         rounding = 0 if self.drop_last else self.batch_size - 1
         self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
         if 0 in self._num_batches:
             first = self._num_batches.index(0)
             raise ValueError(
-                f"domain {labels[first]!r} has {sizes[first]} samples, with drop_last=True not one batch of "
-                f"batch_size={batch_size} (so have {self._num_batches.count(0)} of {len(labels)} domains): lower "
-                "batch_size, pass drop_last=False or leave such domains out"
+                f"domain {shown(self._labels[first])} has {sizes[first]} samples, with drop_last=True not one batch of "
+                f"batch_size={shown(self.batch_size)} (so have {self._num_batches.count(0)} of {len(sizes)} domains): "
+                "lower batch_size, pass drop_last=False or leave such domains out"
             )
-        self.domains_per_step = len(labels)
+        self.domains_per_step = len(sizes)
         if domains_per_step is not None:
-            self.domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
-            if self.domains_per_step > len(labels):
+            self.domains_per_step = check_short(check_int, "domains_per_step", domains_per_step, 1)
+            if self.domains_per_step > len(sizes):
                 raise ValueError(
-                    f"domains_per_step should be at most {len(labels)}, the number of domains (got {domains_per_step})"
+                    f"domains_per_step should be at most {len(sizes)}, the number of domains "
+                    f"(got {shown(domains_per_step)})"
                 )
+        self.weighting = weighting
+        weights, weights_id = domain_weights(weighting, self._labels, sizes)
+        drawing = (self._num_batches, self.domains_per_step, weights, self.seed, self.order == "flipflop")
+        self._plan = plan_epochs(*drawing, self.exhausted, batches_per_epoch)
         self._settings: dict[str, int | str | bool] = {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "domains_per_step": self.domains_per_step,
-            "weighting": self.weighting,
+            "weighting": weights_id,
             "drop_last": self.drop_last,
             "num_domains": len(sizes),
             "num_samples": sum(sizes),
@@ -146,17 +179,20 @@ class DomainBatchSampler(Sampler[list[int]]):
             "domains_checksum": hashlib.blake2b(
                 np.concatenate([sizes, *self._indices]).astype("<i8").tobytes(), digest_size=16
             ).hexdigest(),
-            "order": self.order,  # last, so that another mismatch is named first
+            "order": self.order,  # last but for what is newer, so that another mismatch is named first
+            "exhausted": self.exhausted,
+            "batches_per_epoch": self._plan.length(0) if self.exhausted == "cycle" else 0,  # 0: they may differ
         }
-        # No other class touches these three: loaders call _track, _next_epoch and _epoch_length.
+        # No other class touches these two: loaders call _track, _next_epoch, _epoch_length and _labels_at.
         self._next = (0, 0)  # epoch and position at which the next iterator starts
         self._progress: _Progress | None = None  # of the latest iterator, unless an epoch was chosen since
-        self._planned: tuple[int, IntArray] | None = None
+        if self.exhausted == "stop":
+            self._warn_if_little_is_served(overlapping)
 
     @property
     def labels(self) -> tuple[str | int, ...]:
         """The domains' labels, in the order in which they first appear."""
-        return self._labels
+        return tuple(self._labels)
 
     def __len__(self) -> int:
         epoch, start = self._current()
@@ -171,20 +207,21 @@ class DomainBatchSampler(Sampler[list[int]]):
             The sample indices of one batch.
         """
         epoch, start = self._next
-        plan = self._plan(epoch)
         self._next = (epoch + 1, 0)
         progress = self._progress = _Progress(epoch, start)
-        served = np.bincount(plan[:start], minlength=len(self._indices)).tolist()
-        shuffled: dict[int, IntArray] = {}
         try:
-            for domain in plan[start:].tolist():
+            served = self._plan.served(epoch, start).tolist()
+            shuffled: dict[int, IntArray] = {}
+            for domain in chain.from_iterable(map(np.ndarray.tolist, self._plan.stretches(epoch, start))):
+                past_round, batch_number = divmod(served[domain], self._num_batches[domain])
                 if domain not in shuffled:
-                    # Each domain has its own generator, so a resumed epoch shuffles it the same way.
-                    shuffled[domain] = self._generator(epoch, 1 + domain).permutation(self._indices[domain])
-                first = served[domain] * self.batch_size
+                    # Each domain and round has its own generator, so a resumed epoch shuffles it the same way.
+                    key = (epoch, 1 + domain, past_round) if past_round else (epoch, 1 + domain)
+                    shuffled[domain] = random_stream(self.seed, *key).permutation(self._indices[domain])
+                first = batch_number * self.batch_size
                 batch: list[int] = shuffled[domain][first : first + self.batch_size].tolist()
                 served[domain] += 1
-                if served[domain] == self._num_batches[domain]:
+                if batch_number + 1 == self._num_batches[domain]:
                     del shuffled[domain]
                 progress.yielded += 1
                 yield batch
@@ -204,10 +241,32 @@ class DomainBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: If it is not.
         """
-        epoch = check_int("epoch", epoch, at_least=0)
+        epoch = check_short(check_int, "epoch", epoch, 0)
         if epoch != self._next[0]:
             self._next = (epoch, 0)
         self._progress = None
+
+    def total_batches(self, epochs: int) -> int:
+        """Return how many batches the epochs 0, 1, ..., ``epochs`` - 1 serve in all, for a learning rate schedule.
+
+        Epochs are equally long with ``exhausted="cycle"``, with S equal to the number of domains and with S = 1; this
+        then takes no time. Otherwise they are planned one by one, at about 1 µs per batch.
+
+        Args:
+            epochs: Their number.
+
+        Returns:
+            The sum of their lengths. A schedule that steps once for every group, not for every batch, takes this
+            divided by ``domains_per_step``.
+
+        Raises:
+            ValueError: If ``epochs`` is not an integer of at least 0.
+
+        Example:
+            >>> DomainBatchSampler(["a", "b", "b"] * 4, batch_size=2, exhausted="cycle").total_batches(5)
+            40
+        """
+        return self._plan.total(check_short(check_int, "epochs", epochs, 0))
 
     def state_dict(self, served: int | None = None) -> dict[str, int | str | bool]:
         """Return the position, and the settings by which ``load_state_dict`` notices other data or arguments.
@@ -228,8 +287,8 @@ class DomainBatchSampler(Sampler[list[int]]):
         """
         progress = self._progress
         yielded = 0 if progress is None else progress.yielded
-        if served is not None and check_int("served", served, at_least=0) > yielded:
-            raise ValueError(f"served should be at most {yielded}, what the sampler has served (got {served})")
+        if served is not None and check_short(check_int, "served", served, 0) > yielded:
+            raise ValueError(f"served should be at most {yielded}, what the sampler has served (got {shown(served)})")
         if served is None and progress is not None:
             # An exhausted sampler is at the start of the next epoch, unless _track still hands out the tail.
             served = (0 if progress.exhausted else yielded) if progress.handed_out is None else progress.handed_out
@@ -244,32 +303,38 @@ class DomainBatchSampler(Sampler[list[int]]):
 
         Args:
             state_dict: From ``state_dict`` of a sampler of the same domains and arguments. One from before there was
-                ``order`` (version 1) continues with ``order="random"``.
+                ``order`` (version 1) continues with ``order="random"``, one from before there was ``exhausted``
+                (version 2) with ``exhausted="stop"``.
 
         Raises:
             ValueError: If it is malformed or of another version, other domains or arguments; nothing changes then.
         """
         expected = {"version": STATE_VERSION, "epoch": 0, "position": 0, **self._settings}
-        if isinstance(state_dict, Mapping) and set(state_dict) == set(expected) - {"order"}:
-            version = state_dict["version"]
-            if type(version) is int and version == 1:
-                state_dict = {**state_dict, "version": STATE_VERSION, "order": "random"}
-        if not isinstance(state_dict, Mapping) or set(state_dict) != set(expected):
-            found = list(state_dict) if isinstance(state_dict, Mapping) else repr(state_dict)
-            raise ValueError(f"the state dict should hold exactly {list(expected)} (got {found})")
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"the state dict should hold exactly {list(expected)} (got {shown(state_dict)})")
+        state_dict = _upgraded(state_dict)
+        if set(state_dict) != set(expected):
+            missing, unknown = (
+                [name for name in ones if name not in others]
+                for ones, others in ((expected, state_dict), (state_dict, expected))
+            )
+            raise ValueError(
+                f"the state dict should hold exactly {list(expected)} (it lacks {missing}, and has {shown(unknown)})"
+            )
         for name, own in {"version": STATE_VERSION, **self._settings}.items():
             if type(state_dict[name]) is not type(own) or state_dict[name] != own:
                 advice = "resume with the same domains and arguments"
                 if name == "order" and state_dict[name] == "random":
                     advice = 'it was saved in random order, DomainBatchSampler(order="random") resumes it'
-                raise ValueError(
-                    f"the state dict's {name} is {state_dict[name]!r}, but this sampler's is {own!r}: {advice}"
-                )
+                found = shown(state_dict[name])
+                raise ValueError(f"the state dict's {name} is {found}, but this sampler's is {shown(own)}: {advice}")
         epoch, position = (
-            check_int(f"the state dict's {name}", state_dict[name], at_least=0) for name in ("epoch", "position")
+            check_short(check_int, f"the state dict's {name}", state_dict[name], 0) for name in ("epoch", "position")
         )
         if position > (length := self._epoch_length(epoch)):
-            raise ValueError(f"the state dict's position is {position}, but epoch {epoch} has {length} batches")
+            raise ValueError(
+                f"the state dict's position is {shown(position)}, but epoch {shown(epoch)} has {shown(length)} batches"
+            )
         self._next = (epoch, position)
         self._progress = None
 
@@ -323,26 +388,65 @@ class DomainBatchSampler(Sampler[list[int]]):
 
     def _epoch_length(self, epoch: int | None = None) -> int:
         """Return the batches of a whole epoch: by default the one in progress, or else the next one."""
-        return self._plan(self._current()[0] if epoch is None else epoch).size
+        return self._plan.length(self._current()[0] if epoch is None else epoch)
 
     def _labels_at(self, epoch: int, start: int, number: int) -> tuple[str | int, ...]:
         """Return the labels of the batches from ``start`` to ``start + number`` of an epoch, as far as it goes."""
-        return tuple(self._labels[domain] for domain in self._plan(epoch)[start : start + number].tolist())
+        stretches = self._plan.stretches(epoch, start, start + number)
+        return tuple(self._labels[domain] for domains in stretches for domain in domains.tolist())
 
-    def _generator(self, epoch: int, stream: int) -> np.random.Generator:
-        """Return the generator of one stream of random numbers of an epoch."""
-        # spawn_key, not more entropy: SeedSequence([1, 2]) and SeedSequence([1, 2, 0]) are the same.
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch, stream)))
+    def _check_dataset(self, num_samples: int) -> None:
+        """Raise ``ValueError`` unless the domains are of a data set of ``num_samples``. For loaders, which know it."""
+        if self._num_labels not in {None, num_samples}:
+            raise ValueError(
+                f"domains holds {self._num_labels} labels, but the loader's data set {num_samples} samples: give one "
+                "label per sample, in the data set's order, or map labels to indices"
+            )
+        largest = max(int(indices.max()) for indices in self._indices)
+        if largest >= num_samples:
+            label = next(
+                label for label, indices in zip(self._labels, self._indices, strict=True) if largest in indices
+            )
+            raise ValueError(
+                f"domains[{shown(label)}] has the index {largest}, but the loader's data set has {num_samples} "
+                "samples: indices should count within that data set"
+            )
 
-    def _plan(self, epoch: int) -> IntArray:
-        """Return the domain of every batch of an epoch, shape (groups · S,), kept until another epoch is asked for."""
-        if self._planned is None or self._planned[0] != epoch:
-            proportional, generator = self.weighting == "proportional", self._generator(epoch, 0)
-            paired, unpaired = self.order == "flipflop", None
-            all_domains = self.domains_per_step == len(self._num_batches)
-            if paired and all_domains and epoch % 2 and min(self._num_batches) % 2:
-                # The epoch before ends with the first group of a pair. Its plan is at hand if it was just served.
-                unpaired = self._plan(epoch - 1)[-self.domains_per_step :]
-            groups = draw_groups(self._num_batches, self.domains_per_step, proportional, generator, paired, unpaired)
-            self._planned = (epoch, groups.reshape(-1))
-        return self._planned[1]
+    def _warn_if_little_is_served(self, overlapping: bool) -> None:
+        """Warn if epoch 0 serves less than a tenth of the samples."""
+        sizes = np.array([indices.size for indices in self._indices])
+        num_samples = np.unique(np.concatenate(self._indices)).size if overlapping else sizes.sum()
+        batch_size = min(self.batch_size, sizes.max())
+
+        def share_served(plan: Plan) -> tuple[int, float]:
+            served = np.minimum(plan.served(0, plan.length(0)) * batch_size, sizes).sum()
+            return served, served / num_samples
+
+        # All domains but S - 1 are served whole, or nearly with drop_last, so in general no plan is needed.
+        whole = np.sort(np.minimum(np.array(self._num_batches) * batch_size, sizes))
+        if whole[: sizes.size - self.domains_per_step + 1].sum() * 10 >= num_samples:
+            return
+        served, share = share_served(self._plan)
+        if share >= 0.1:
+            return
+        remedy = 'exhausted="cycle" goes on until the largest domain has been served whole'
+        if self.domains_per_step < sizes.size:
+            remedy = 'exhausted="cycle" goes on for as many batches as the data has'
+            _, possible = share_served(dataclasses.replace(self._plan, weights=None))
+            if possible >= 0.1:
+                remedy += f', and weighting="proportional" serves {possible:.0%} before too few are left'
+        warnings.warn(
+            f"an epoch serves {served:,} of {num_samples:,} samples ({share:.2%}) in {self._plan.length(0):,} batches: "
+            f"it ends when fewer than domains_per_step={self.domains_per_step} of {sizes.size} domains have a batch "
+            f"left, and they have from {sizes.min():,} to {sizes.max():,} samples. {remedy}",
+            stacklevel=3,
+        )
+
+
+def _upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state of an earlier version as it would be saved today."""
+    for version, added in ADDED_SETTINGS.items():
+        found = state_dict.get("version")
+        if type(found) is int and found == version - 1 and not any(name in state_dict for name in added):
+            state_dict = {**state_dict, "version": version, **added}
+    return state_dict
