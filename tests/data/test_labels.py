@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _samplers import LABELS, samplers, small_sampler
+from _samplers import LABELS, cycling, samplers, small_sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ def test_labels_cannot_be_replaced():
         small_sampler().labels = ("a",)
 
 
-@given(case=samplers(), data=st.data())
+@given(case=samplers() | cycling(), data=st.data())
 @settings(deadline=None)
 def test_labels_at_are_those_of_the_batches_that_are_served(case, data):
     labels, arguments = case

@@ -18,7 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _samplers import LABELS, ORDERS, WEIGHTINGS, loader_of, samplers, small_sampler, through_a_file
+from _samplers import (
+    LABELS,
+    ORDERS,
+    WEIGHTINGS,
+    assert_distributed,
+    cycling,
+    loader_of,
+    plan_probabilities,
+    samplers,
+    small_sampler,
+    through_a_file,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Sampler
@@ -77,7 +88,7 @@ def test_an_epoch_serves_groups_of_distinct_domains_until_too_few_have_a_batch_l
         assert num_drawable() < group_size
 
 
-@given(case=samplers(), epoch=st.integers(0, 5))
+@given(case=samplers() | cycling(), epoch=st.integers(0, 5))
 @settings(deadline=None)
 def test_an_epoch_depends_on_the_arguments_and_its_number_alone(case, epoch):
     labels, arguments = case
@@ -133,47 +144,6 @@ def test_all_domains_per_step_is_the_default_and_ends_with_the_smallest():
 # The distribution of the draws: every plan that is possible, with its exact probability
 
 
-def plan_probabilities(num_batches, group_size, weighting, order="random", max_groups=None, first_of_pair=None):
-    """Every sequence of groups and its probability, by enumeration in fractions."""
-    if sum(left > 0 for left in num_batches) < group_size or max_groups == 0:
-        return {(): Fraction(1)}
-
-    def followed(served, first_of_pair):
-        left = [count - (domain in served) for domain, count in enumerate(num_batches)]
-        max_following = None if max_groups is None else max_groups - 1
-        rest = plan_probabilities(left, group_size, weighting, order, max_following, first_of_pair)
-        return {(*served, *plan): probability for plan, probability in rest.items()}
-
-    if first_of_pair is not None and all(num_batches[domain] for domain in first_of_pair):
-        return followed(first_of_pair[::-1], None)
-    begins_pair = order == "flipflop" and first_of_pair is None
-    plans = Counter()
-    for drawn in itertools.permutations([domain for domain, left in enumerate(num_batches) if left], group_size):
-        probability, weights = Fraction(1), [left if weighting == "proportional" else left > 0 for left in num_batches]
-        for domain in drawn:
-            probability *= Fraction(weights[domain], sum(weights))
-            weights[domain] = 0
-        for served in itertools.permutations(drawn):  # the group is served in any order
-            for plan, following in followed(served, served if begins_pair else None).items():
-                plans[plan] += probability / math.factorial(group_size) * following
-    assert sum(plans.values()) == 1
-    return dict(plans)
-
-
-def assert_distributed(outcomes, probabilities):
-    """Chi-square within 7 standard deviations of its mean; its bins expect at least 5 each."""
-    counts = Counter(outcomes)
-    assert set(counts) <= set(probabilities)
-    expected = {outcome: float(probability) * len(outcomes) for outcome, probability in probabilities.items()}
-    rare = [outcome for outcome, number in expected.items() if number < 5]
-    bins = [([outcome], number) for outcome, number in expected.items() if number >= 5]
-    if rare:
-        bins.append((rare, sum(expected[outcome] for outcome in rare)))
-    statistic = sum((sum(counts[outcome] for outcome in members) - number) ** 2 / number for members, number in bins)
-    degrees = len(bins) - 1
-    assert statistic < degrees + 7 * math.sqrt(2 * degrees), (statistic, degrees)
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(
@@ -196,7 +166,7 @@ def test_whole_plans_have_their_exact_probabilities(order, weighting, num_batche
     for _ in range(12000):
         groups = draw_groups(num_batches, group_size, weights, generator, order == "flipflop")
         plans.append(tuple(groups[:max_groups].reshape(-1).tolist()))
-    assert_distributed(plans, plan_probabilities(num_batches, group_size, weighting, order, max_groups))
+    assert_distributed(plans, plan_probabilities(num_batches, group_size, weights, order, max_groups))
 
 
 def test_shuffles_of_the_domains_and_the_draw_are_independent():
@@ -408,7 +378,7 @@ def test_iterators_of_one_sampler_do_not_disturb_each_other():
 # Resuming
 
 
-@given(case=samplers(), data=st.data())
+@given(case=samplers() | cycling(), data=st.data())
 @settings(deadline=None)
 def test_a_state_dict_taken_anywhere_continues_exactly(case, data):
     labels, arguments = case
@@ -590,7 +560,7 @@ def test_meta_batches_groups_any_loader(length, group_size):
         groups = list(loop)
         assert len(loop) == len(groups) == length // group_size
         assert list(itertools.chain(*groups)) == list(range(length // group_size * group_size))
-        assert all(type(group) is list and len(group) == group_size for group in groups)
+        assert all(isinstance(group, list) and len(group) == group_size for group in groups)
 
 
 def test_meta_batches_has_no_length_where_the_loader_has_none():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -12,7 +13,9 @@ import numpy as np
 from torch_gradmatch._checks import check_int
 from torch_gradmatch.data._labels import IntArray, check_short, shown
 
-__all__ = ["Plan", "draw_groups", "plan_epochs", "random_stream"]
+__all__ = ["Plan", "draw_groups", "plan_epochs", "random_stream", "warn_if_little_is_served"]
+
+BLOCK_BATCHES = 2**13
 
 
 def random_stream(seed: int, *key: int) -> np.random.Generator:
@@ -248,7 +251,7 @@ class CyclePlan(Plan):
     @property
     def _block_groups(self) -> int:
         """The groups of a block: even, and as many batches as domains, or putting these into buckets took longest."""
-        return 2 * -(-max(len(self.num_batches), 2**13) // (2 * self.domains_per_step))
+        return 2 * -(-max(len(self.num_batches), BLOCK_BATCHES) // (2 * self.domains_per_step))
 
     def _block(self, number: int) -> IntArray:
         """Return the domains of a block's batches; the latest is kept."""
@@ -312,3 +315,37 @@ def plan_epochs(
                 f"{shown(epoch_length)}): {' or '.join(map(shown, fitting))} would do"
             )
     return CyclePlan(num_batches, domains_per_step, weights, seed, paired, epoch_length)
+
+
+def warn_if_little_is_served(plan: Plan, sizes: Sequence[int], batch_size: int, num_samples: int) -> None:
+    """Warn if epoch 0 serves less than a tenth of the samples.
+
+    Args:
+        plan: With ``exhausted="stop"``.
+        sizes: The samples of every domain.
+        batch_size: Samples in a batch.
+        num_samples: All samples, each counted once. (Where domains share samples, this misses some cases.)
+    """
+
+    def served(plan: Plan) -> int:
+        return int(np.minimum(plan.served(0, plan.length(0)) * min(batch_size, max(sizes)), sizes).sum())
+
+    # All domains but S - 1 are served whole, or with drop_last all of their batches: in general no plan is needed.
+    batches = np.array(plan.num_batches) * min(batch_size, max(sizes))
+    if 10 * np.sort(np.minimum(batches, sizes))[: len(sizes) - plan.domains_per_step + 1].sum() >= num_samples:
+        return
+    number = served(plan)
+    if 10 * number >= num_samples:
+        return
+    advice = 'exhausted="cycle" goes on until the largest domain has been served whole'
+    if plan.domains_per_step < len(sizes):
+        advice = 'exhausted="cycle" goes on for as many batches as the data has'
+        possible = served(replace(plan, weights=None))
+        if 10 * possible >= num_samples:
+            advice += f', weighting="proportional" serves {possible / num_samples:.0%} of the samples without repeats'
+    warnings.warn(
+        f"an epoch serves {number:,} of {num_samples:,} samples ({number / num_samples:.2%}) in {plan.length(0):,} "
+        f"batches: it ends when fewer than domains_per_step={plan.domains_per_step} of {len(sizes)} domains have a "
+        f"batch left, and they have {min(sizes):,} to {max(sizes):,} samples each; {advice}",
+        stacklevel=3,
+    )

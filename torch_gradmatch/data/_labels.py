@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import reprlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -259,10 +258,13 @@ def _weights_by_label(weighting: Mapping[Any, Any], labels: Sequence[str | int])
     weights: list[float] = []
     for label in labels:
         weight = weighting[label]
-        real = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not real or not 0 < weight <= sys.float_info.max or not float(weight):
+        try:
+            number = float(weight) if isinstance(weight, Real) and not isinstance(weight, bool) else math.nan
+        except OverflowError:  # a huge integer
+            number = math.inf
+        if not 0 < number < math.inf:
             raise ValueError(f"weighting[{shown(label)}] should be a positive finite number (got {shown(weight)})")
-        weights.append(float(weight))
+        weights.append(number)
     if max(weights) > MAX_RATIO * min(weights):
         raise ValueError(
             "weighting should hold weights within a factor of 1e100 of one another "

@@ -13,10 +13,9 @@ arXiv 2604.00260, who prove that it cancels the leading term that depends on the
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from torch_gradmatch._checks import check_bool, check_choice, check_int
-from torch_gradmatch.data._draw import Plan, plan_epochs, random_stream
+from torch_gradmatch.data._draw import plan_epochs, random_stream, warn_if_little_is_served
 from torch_gradmatch.data._labels import IntArray, ListLike, check_short, domain_weights, indices_by_domain, shown
 
 __all__ = ["DomainBatchSampler"]
@@ -38,7 +37,7 @@ ADDED_SETTINGS: dict[int, dict[str, int | str]] = {
 Item = TypeVar("Item")
 
 
-@dataclasses.dataclass
+@dataclass
 class _Progress:
     """How far one iterator of a sampler is: counts of batches of ``epoch`` since ``start``."""
 
@@ -187,7 +186,8 @@ class DomainBatchSampler(Sampler[list[int]]):
         self._next = (0, 0)  # epoch and position at which the next iterator starts
         self._progress: _Progress | None = None  # of the latest iterator, unless an epoch was chosen since
         if self.exhausted == "stop":
-            self._warn_if_little_is_served(overlapping)
+            num_samples = np.unique(np.concatenate(self._indices)).size if overlapping else sum(sizes)
+            warn_if_little_is_served(self._plan, sizes, self.batch_size, num_samples)
 
     @property
     def labels(self) -> tuple[str | int, ...]:
@@ -411,36 +411,6 @@ class DomainBatchSampler(Sampler[list[int]]):
                 f"domains[{shown(label)}] has the index {largest}, but the loader's data set has {num_samples} "
                 "samples: indices should count within that data set"
             )
-
-    def _warn_if_little_is_served(self, overlapping: bool) -> None:
-        """Warn if epoch 0 serves less than a tenth of the samples."""
-        sizes = np.array([indices.size for indices in self._indices])
-        num_samples = np.unique(np.concatenate(self._indices)).size if overlapping else sizes.sum()
-        batch_size = min(self.batch_size, sizes.max())
-
-        def share_served(plan: Plan) -> tuple[int, float]:
-            served = np.minimum(plan.served(0, plan.length(0)) * batch_size, sizes).sum()
-            return served, served / num_samples
-
-        # All domains but S - 1 are served whole, or nearly with drop_last, so in general no plan is needed.
-        whole = np.sort(np.minimum(np.array(self._num_batches) * batch_size, sizes))
-        if whole[: sizes.size - self.domains_per_step + 1].sum() * 10 >= num_samples:
-            return
-        served, share = share_served(self._plan)
-        if share >= 0.1:
-            return
-        remedy = 'exhausted="cycle" goes on until the largest domain has been served whole'
-        if self.domains_per_step < sizes.size:
-            remedy = 'exhausted="cycle" goes on for as many batches as the data has'
-            _, possible = share_served(dataclasses.replace(self._plan, weights=None))
-            if possible >= 0.1:
-                remedy += f', and weighting="proportional" serves {possible:.0%} before too few are left'
-        warnings.warn(
-            f"an epoch serves {served:,} of {num_samples:,} samples ({share:.2%}) in {self._plan.length(0):,} batches: "
-            f"it ends when fewer than domains_per_step={self.domains_per_step} of {sizes.size} domains have a batch "
-            f"left, and they have from {sizes.min():,} to {sizes.max():,} samples. {remedy}",
-            stacklevel=3,
-        )
 
 
 def _upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
