@@ -216,45 +216,6 @@ def test_ten_thousand_very_unequal_domains(weighting, order, record_property):
 # Labels
 
 
-class Series:
-    """As much of a pandas Series as matters: it is no Sequence."""
-
-    ndim = 1
-
-    def __init__(self, values):
-        self.values = values
-
-    def tolist(self):
-        return list(self.values)
-
-
-NUMBERS = ["bad".index(label) if label != "c" else 7 for label in LABELS]
-
-
-@pytest.mark.parametrize(
-    "domains",
-    [
-        tuple(LABELS),
-        np.array(LABELS),
-        np.array(LABELS, dtype=object),
-        Series(LABELS),
-        NUMBERS,
-        np.array(NUMBERS, dtype=np.uint8),
-        list(np.array(NUMBERS)),
-        torch.tensor(NUMBERS),
-        {"b": range(7), "a": np.arange(7, 10), "d": (10,), "c": torch.arange(11, 21)},
-        {-1: list(range(7)), 2: [7, 8, 9], "d": Series([10]).tolist(), 0: np.arange(11, 21, dtype=np.uint64)},
-        [f"{label}1" if label != "d" else 1 for label in LABELS],
-    ],
-    ids=[
-        "tuple", "str-array", "object-array", "series", "int-list", "uint8-array", "numpy-ints", "tensor", "mapping",
-        "int-mapping", "mixed",
-    ],
-)  # fmt: skip
-def test_every_kind_of_label_gives_the_same_batches(domains):
-    assert list(DomainBatchSampler(domains, 2, domains_per_step=2, seed=3)) == list(small_sampler())
-
-
 def test_a_mapping_serves_only_its_own_samples_in_order_of_its_keys():
     mapping = {"x": [5, 9], "y": [100]}
     assert sorted(itertools.chain(*DomainBatchSampler(mapping, 2))) == [5, 9, 100]

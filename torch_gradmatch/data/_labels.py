@@ -81,22 +81,17 @@ def check_short(check: Callable[..., Checked], name: str, value: object, *limits
     """Return what ``check(name, value, *limits)`` returns; its error message shows a long value shortened.
 
     Args:
-        check: One of ``_checks``.
+        check: ``check_int``, ``check_bool`` or ``check_choice``.
         name: Name of the argument, for the message.
         value: What the caller passed.
         *limits: What is accepted.
 
     Returns:
         The value.
-
-    Raises:
-        ValueError: If the check refuses it.
     """
-    try:
-        return check(name, value, *limits)
-    except ValueError:
-        value = _Shown(value)
-    return check(name, value, *limits)
+    # What the checks accept is short or a large positive integer.
+    accepted = (isinstance(value, Integral) and int(value) > -(10**80)) or (isinstance(value, str) and len(value) < 80)
+    return check(name, value if accepted else _Shown(value), *limits)
 
 
 # Labels

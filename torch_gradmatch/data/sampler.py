@@ -323,10 +323,9 @@ class DomainBatchSampler(Sampler[list[int]]):
             )
         for name, own in {"version": STATE_VERSION, **self._settings}.items():
             if type(state_dict[name]) is not type(own) or state_dict[name] != own:
-                advice = "resume with the same domains and arguments"
-                if name == "order" and state_dict[name] == "random":
+                found, advice = shown(state_dict[name]), "resume with the same domains and arguments"
+                if (name, found) == ("order", "'random'"):
                     advice = 'it was saved in random order, DomainBatchSampler(order="random") resumes it'
-                found = shown(state_dict[name])
                 raise ValueError(f"the state dict's {name} is {found}, but this sampler's is {shown(own)}: {advice}")
         epoch, position = (
             check_short(check_int, f"the state dict's {name}", state_dict[name], 0) for name in ("epoch", "position")
