@@ -46,7 +46,7 @@ def samplers(draw, orders=ORDERS):
     draw(st.randoms(use_true_random=False)).shuffle(labels)
     arguments = {
         "batch_size": batch_size,
-        "domains_per_step": draw(st.none() | st.integers(1, len(sizes))),
+        "domains_per_step": draw(st.integers(1, len(sizes)) | (st.none() if len(sizes) > 1 else st.nothing())),
         "weighting": draw(st.sampled_from(WEIGHTINGS) | st.floats(0, 1)),
         "seed": draw(st.integers(0, 2**70)),
         "drop_last": drop_last,

@@ -177,6 +177,15 @@ def test_strings_and_integers_that_read_differently_may_be_mixed():
     )
 
 
+@pytest.mark.parametrize("domains_per_step", [None, 2])
+@pytest.mark.parametrize("domains", [["north"] * 3, {"north": [0, 1, 2]}], ids=["labels", "mapping"])
+def test_a_single_domain_is_refused_unless_it_is_said_to_be_wanted(domains, domains_per_step):
+    message = "domains has one label, 'north', for all 3 samples, .* for ordinary training, pass domains_per_step=1$"
+    with pytest.raises(ValueError, match=message):
+        DomainBatchSampler(domains, 1, domains_per_step=domains_per_step)
+    assert len(DomainBatchSampler(domains, 1, domains_per_step=1)) == 3
+
+
 # Whether labels fit the data set
 
 

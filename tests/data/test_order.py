@@ -86,7 +86,8 @@ def test_with_all_domains_in_every_step_both_orders_serve_the_same_batches(case,
     labels, arguments = case
     served = []
     for order in ORDERS:
-        sampler = DomainBatchSampler(labels, **{**arguments, "domains_per_step": None, "order": order})
+        changes = {"domains_per_step": len(set(labels)), "order": order}
+        sampler = DomainBatchSampler(labels, **{**arguments, **changes})
         sampler.set_epoch(epoch)
         served.append(sorted(map(tuple, sampler)))
     assert served[0] == served[1]

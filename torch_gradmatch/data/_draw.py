@@ -339,7 +339,7 @@ def warn_if_little_is_served(plan: Plan, sizes: Sequence[int], batch_size: int, 
         return
     advice = 'exhausted="cycle" goes on until the largest domain has been served whole'
     if plan.domains_per_step < len(sizes):
-        advice = 'exhausted="cycle" goes on for as many batches as the data has'
+        advice = 'exhausted="cycle" goes on for at least as many batches as the data has'
         possible = served(replace(plan, weights=None))
         if 10 * possible >= num_samples:
             advice += f', weighting="proportional" serves {possible / num_samples:.0%} of the samples without repeats'

@@ -64,7 +64,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         max(max_d n_d, ⌈(Σ_d n_d) / S⌉) groups, n_d the batches of domain d:
 
     the fewest in which every domain could be served whole. With S equal to the number of domains, that is until the
-    largest has been served whole. With S smaller it is in general as many batches as the data has, and each domain
+    largest has been served whole. With S smaller it is at least as many batches as the data has, and each domain
     serves as many of them as its weight gives it: a large one may not get through in one epoch.
 
     Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. An epoch
@@ -78,7 +78,8 @@ class DomainBatchSampler(Sampler[list[int]]):
             pandas or Polars); or a mapping from label to the indices of that domain's samples, which need not cover
             the data set.
         batch_size: Samples in a batch; a domain's last batch may be smaller.
-        domains_per_step: S; ``None`` for all domains, which should be two or more.
+        domains_per_step: S; ``None`` for all domains, of which there should be two then. With 1, and also with one
+            domain, it serves ordinary training.
         weighting: The probabilities p_d with which a group's domains are drawn, one after the other among those not
             yet in it. ``"uniform"``: equal. ``"proportional"``: p_d ∝ the batches that the domain has left
             (``stratified`` in the authors' code), so that large and small domains last about equally long; in a cycle
@@ -154,6 +155,12 @@ class DomainBatchSampler(Sampler[list[int]]):
                 f"batch_size={shown(self.batch_size)} (so have {self._num_batches.count(0)} of {len(sizes)} domains): "
                 "lower batch_size, pass drop_last=False or leave such domains out"
             )
+        if len(sizes) == 1 and domains_per_step != 1:
+            raise ValueError(
+                f"domains has one label, {shown(self._labels[0])}, for all {sizes[0]} samples, and there is no other "
+                "domain whose gradients could be matched: give every sample the label of its own domain or, for "
+                "ordinary training, pass domains_per_step=1"
+            )
         self.domains_per_step = len(sizes)
         if domains_per_step is not None:
             self.domains_per_step = check_short(check_int, "domains_per_step", domains_per_step, 1)
@@ -162,7 +169,7 @@ class DomainBatchSampler(Sampler[list[int]]):
                     f"domains_per_step should be at most {len(sizes)}, the number of domains "
                     f"(got {shown(domains_per_step)})"
                 )
-        self.weighting = weighting
+        self.weighting = dict(weighting) if isinstance(weighting, Mapping) else weighting
         weights, weights_id = domain_weights(weighting, self._labels, sizes)
         drawing = (self._num_batches, self.domains_per_step, weights, self.seed, self.order == "flipflop")
         self._plan = plan_epochs(*drawing, self.exhausted, batches_per_epoch)
