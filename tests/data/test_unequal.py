@@ -233,6 +233,22 @@ def test_resumed_at_every_position_of_three_epochs_of_a_cycle(kind, order, chang
             assert flattened(loop, size) == epochs[epoch + 1]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_cycle_of_all_domains_begins_at_once_however_far_in_it_is(order):
+    sampler = small_sampler(exhausted="cycle", domains_per_step=None, batches_per_epoch=4 * 10**12, order=order)
+    position = 4 * (10**12 - 5)  # every domain has served as many rounds as that takes, less the last 5 groups
+    sampler.load_state_dict({**sampler.state_dict(), "epoch": 10**6, "position": position})
+    assert len(sampler) == 20
+    rest = list(sampler)
+    num_batches, size = {"b": 4, "a": 2, "d": 1, "c": 5}, {"b": 7, "a": 3, "d": 1, "c": 10}
+    for label, number in num_batches.items():
+        own = [batch for batch in rest if LABELS[batch[0]] == label]
+        assert len(own) == 5
+        to_the_end_of_the_round = number - (10**12 - 5) % number
+        full = [2] * (number - 1) + [size[label] - 2 * (number - 1)]
+        assert list(map(len, own)) == (full[-to_the_end_of_the_round:] + full * 5)[:5]
+
+
 @given(case=samplers() | cycling(), data=st.data())
 @settings(deadline=None)
 @ignoring_the_warning
@@ -539,7 +555,10 @@ def test_weights_that_are_none(weighting, message):
 
 @pytest.mark.parametrize("exhausted", ["stop", "cycle"])
 @pytest.mark.parametrize("weighting", [*WEIGHTINGS, 0.5, "by label"])
-def test_a_draw_from_ten_thousand_domains_takes_little_longer_than_one_from_ten(weighting, exhausted, record_property):
+def test_a_draw_from_ten_thousand_domains_takes_little_longer_than_one_from_ten(
+    weighting, exhausted, record_property, monkeypatch
+):
+    monkeypatch.setattr(_draw, "BLOCK_BATCHES", 2**13)
     for num_domains in (10, 10_000):
         sizes = np.random.default_rng(1).integers(50, 200, num_domains) * (20_000 // num_domains)
         weights = weighting
