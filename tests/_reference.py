@@ -30,8 +30,11 @@ class ReferenceFish:
         inner_state: str = "carry",
         buffers: str = "interpolate",
         meta_dtype: torch.dtype | None = None,
+        iterates: tuple[str, ...] = (),
     ) -> None:
         self.meta_dtype = meta_dtype
+        self.iterates = iterates  # names of entries of the optimizer's state that are moved as the parameters are
+        self.slow_iterates: dict[tuple[str, str], Tensor] = {}
         self.wide: dict[str, Tensor] = {}  # theta in that dtype, where it is not just the model's
         self.model = model
         self.build_optimizer = build_optimizer
@@ -58,6 +61,11 @@ class ReferenceFish:
                 if old_parameter in self.previous_optimizer.state:
                     state = copy.deepcopy(self.previous_optimizer.state[old_parameter])
                     self.inner_optimizer.state[new_parameter] = state
+
+        for name, parameter in self.inner_model.named_parameters():
+            for entry in self.iterates:
+                z = self.inner_optimizer.state.get(parameter, {}).get(entry, parameter)
+                self.slow_iterates[name, entry] = z.detach().clone()
 
     def step(self, loss_fn: Callable[[nn.Module], Tensor]) -> Tensor:
         """theta~ <- inner optimizer step on one domain's loss."""
@@ -98,6 +106,10 @@ class ReferenceFish:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     self.move(name, parameter, inner[name])
+            for (name, entry), slow in self.slow_iterates.items():
+                z = self.inner_optimizer.state.get(inner[name], {}).get(entry)
+                if z is not None:
+                    z.copy_(slow + self.meta_lr * (z - slow))
             inner_buffers = dict(self.inner_model.named_buffers())
             for name, buffer in self.model.named_buffers():
                 if self.buffers == "interpolate" and buffer.is_floating_point():
@@ -253,3 +265,28 @@ def idgm_direction(losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamm
     gip = mean_pairwise_inner_product(gradients)
     (gip_gradient,) = torch.autograd.grad(gip, theta)
     return torch.stack(gradients).mean(dim=0).detach() - gamma * gip_gradient
+
+
+def fish_by_hand(
+    optimizer: torch.optim.Optimizer,
+    losses: list[Callable[[], Tensor]],
+    meta_lr: float,
+    iterates: Callable[[torch.optim.Optimizer, Tensor], dict[str, Tensor]],
+) -> None:
+    """A meta-iteration on one and the same optimizer, whose points besides the parameters move by the same fraction.
+
+    ``iterates(optimizer, parameter)`` returns those that there are now. One that a step makes begins at the slow weight.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    slow = {p: p.detach().clone() for p in parameters}
+    slow_iterates = {p: {n: z.detach().clone() for n, z in iterates(optimizer, p).items()} for p in parameters}
+    for loss in losses:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    with torch.no_grad():
+        for p in parameters:
+            for name, z in iterates(optimizer, p).items():
+                start = slow_iterates[p].get(name, slow[p])
+                z.copy_(start + meta_lr * (z - start))
+            p.copy_(slow[p] + meta_lr * (p - slow[p]))

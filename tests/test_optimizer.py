@@ -151,7 +151,7 @@ def test_wrapping_the_wrong_thing_is_refused():
     parameter = nn.Parameter(torch.zeros(1))
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer .*got the class SGD"):
         GradMatch(SGD)
-    with pytest.raises(TypeError, match="got list"):
+    with pytest.raises(TypeError, match=r"optimizer\[0\] should be a torch.optim.Optimizer.* \(got Parameter\)"):
         GradMatch([parameter])
     with pytest.raises(TypeError, match="already"):
         GradMatch(GradMatch(SGD([parameter], lr=1.0)))
@@ -393,7 +393,7 @@ def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
     [
         (("gradmatch",), KeyError, "no 'gradmatch' entry"),
         (("gradmatch",), [], "no 'gradmatch' entry"),
-        (("gradmatch", "version"), 3, "format version 3"),
+        (("gradmatch", "version"), 4, "format version 4"),
         (("gradmatch", "version"), "1", "version should be an integer"),
         (("gradmatch", "method"), "IDGM", "method 'IDGM'"),
         (("gradmatch", "shapes"), KeyError, "'shapes' is missing"),
@@ -449,8 +449,6 @@ def test_another_models_state_dict_is_refused():
 
 def test_a_state_the_wrapped_optimizer_refuses_changes_nothing():
     model = nn.Linear(2, 2)
-    optimizer = GradMatch(Adam(model.parameters()), Fish(0.5))
-    state = optimizer.state_dict()
 
     class Picky(Adam):
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -458,6 +456,7 @@ def test_a_state_the_wrapped_optimizer_refuses_changes_nothing():
             raise KeyError("exp_avg")
 
     picky = GradMatch(Picky(model.parameters()), Fish(0.5))
+    state = picky.state_dict()
     groups = picky.param_groups
     with pytest.raises(ValueError, match="wrapped Picky cannot load"):
         picky.load_state_dict(state)

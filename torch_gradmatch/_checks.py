@@ -86,6 +86,28 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     return value
 
 
+def check_choice_or_function(name: str, value: object, choices: Collection[str]) -> object:
+    """Return ``value`` if it is one of ``choices`` or can be called.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        choices: The accepted values.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if callable(value):
+        return value
+    if not isinstance(value, str) or value not in choices:
+        accepted = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} should be one of {accepted}, or a function (got {value!r:.80})")
+    return value
+
+
 def optional(check: Callable[[object], object]) -> Callable[[object], object]:
     """Return a check that also accepts None.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ from torch_gradmatch._checks import check_int, named_batches, naming
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
+from torch_gradmatch.wrapped.members import class_name, members, own_attributes
+from torch_gradmatch.wrapped.several import SeveralOptimizers
 
 __all__ = ["GradMatch", "MetaStep"]
 
-FORMAT_VERSION = 2  # 1 had no "held_buffers"; it can be loaded, too
+FORMAT_VERSION = 3  # 1 had no "held_buffers", 2 no "optimizers" and no "slow_iterates"; they can be loaded, too
+IN_TWO_STEPS = ("first_step", "second_step")  # of SAM and those like it, which evaluate twice in one step
 
 MethodT = TypeVar("MethodT", bound=Method)
 
@@ -35,17 +38,23 @@ class GradMatch(Optimizer, Generic[MethodT]):
 
     Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 
+    Methods of the wrapped optimizer that this class has not, such as schedule-free's ``train`` and ``eval``, can be
+    called on it, too. Of SAM's two ``second_step`` is the one that counts as a step.
+
     Args:
-        optimizer: The optimizer to wrap: any class, freshly built or in the middle of training.
+        optimizer: The optimizer to wrap: any class, freshly built or in the middle of training. A list of several, over
+            disjoint parameters, is wrapped as one: a step is one step of each. A learning-rate scheduler takes this
+            object or any of them.
         method: How to match gradients; ``Fish()`` if left out.
 
     Attributes:
-        optimizer: The wrapped optimizer.
+        optimizer: The wrapped optimizer. Of several, an object with the list as ``optimizer.optimizers``.
         method: The method. Its settings may be changed between meta-iterations: ``optimizer.method.meta_lr = 0.1``.
 
     Raises:
         TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or ``method`` no method object.
-        ValueError: If the method's model does not hold the optimizer's parameters.
+        ValueError: If the method's model does not hold the optimizer's parameters, two optimizers hold the same
+            parameter, or the method cannot serve an optimizer of this class; the message says what can.
 
     Example:
         >>> import torch
@@ -64,18 +73,24 @@ class GradMatch(Optimizer, Generic[MethodT]):
     _step_supports_amp_scaling = True
 
     @overload
-    def __init__(self: GradMatch[Fish], optimizer: Optimizer) -> None: ...
+    def __init__(self: GradMatch[Fish], optimizer: Optimizer | Sequence[Optimizer]) -> None: ...
 
     @overload
-    def __init__(self, optimizer: Optimizer, method: MethodT) -> None: ...
+    def __init__(self, optimizer: Optimizer | Sequence[Optimizer], method: MethodT) -> None: ...
 
-    def __init__(self, optimizer: Optimizer, method: Method | None = None) -> None:
+    def __init__(self, optimizer: Optimizer | Sequence[Optimizer], method: Method | None = None) -> None:
+        if isinstance(optimizer, list | tuple):
+            if any(isinstance(one, GradMatch) for one in optimizer):
+                raise TypeError("optimizer holds a GradMatch: list the plain optimizers and wrap them once")
+            optimizer = SeveralOptimizers(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer should be a torch.optim.Optimizer to wrap, already built (got {_kind(optimizer)})"
             )
         if isinstance(optimizer, GradMatch):
             raise TypeError("optimizer is a GradMatch already: wrap the plain optimizer once")
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer is a {_kind(optimizer)}, which has no param_groups: it is no whole optimizer")
         if method is None:
             method = Fish()
         if not isinstance(method, Method):
@@ -125,6 +140,18 @@ class GradMatch(Optimizer, Generic[MethodT]):
         """
         self.optimizer.zero_grad(set_to_none=set_to_none)
         self._loop.before_forward()
+
+    if not TYPE_CHECKING:  # which would accept any name for the sake of this
+
+        def __getattr__(self, name: str) -> Any:
+            wrapped = vars(self).get("optimizer")
+            found = None if wrapped is None or name.startswith("_") else getattr(wrapped, name, None)
+            if not callable(found):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            if name not in IN_TWO_STEPS:
+                return found
+            carry_out = getattr(self._loop, name)
+            return lambda *args, **settings: carry_out(partial(found, *args, **settings))
 
     # ---------------------------------------------------------------------------------------------------- the method
 
@@ -296,6 +323,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
         state_dict["gradmatch"] = {
             "version": FORMAT_VERSION,
             "method": type(self.method).__name__,
+            "optimizers": [class_name(member) for member in members(self.optimizer).values()],
             "shapes": self._shapes(),
             **self._loop.state_dict(),
         }
@@ -337,11 +365,33 @@ class GradMatch(Optimizer, Generic[MethodT]):
                 "To continue from that, load it into the wrapped optimizer: optimizer.optimizer.load_state_dict(...)"
             )
         version = check_int("the state dict's version", own.get("version"), at_least=0)
-        if version not in (1, FORMAT_VERSION):
+        if version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(f"the state dict has format version {version}; this package reads 1 to {FORMAT_VERSION}")
         method = type(self.method).__name__
         if own.get("method") != method:
             raise ValueError(f"the state dict was saved by method {own.get('method')!r}; this optimizer uses {method}")
+        own = dict(own)
+        ours = [class_name(member) for member in members(self.optimizer).values()]
+        theirs = own.setdefault("optimizers", ours)
+        if theirs != ours:
+            raise ValueError(
+                f"the state dict is of {_listed(theirs)} and this optimizer wraps {_listed(ours)}: build the same "
+                "optimizer to continue"
+            )
+        if version < FORMAT_VERSION:
+            own.setdefault("slow_iterates", {})
+        if type(self.optimizer).state_dict is Optimizer.state_dict:
+            self._check_groups(state_dict)
+        saved = own.get("shapes")
+        if not isinstance(saved, list) or len(saved) != len(self._shapes()):
+            raise ValueError("the state dict's 'shapes' is missing or malformed")
+        for position, (saved_shape, shape) in enumerate(zip(saved, self._shapes(), strict=True)):
+            if saved_shape != shape:
+                raise ValueError(f"parameter {position} has shape {saved_shape} in the state dict and {shape} here")
+        self._loop.check_state_dict(own)
+        return own
+
+    def _check_groups(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
             raise ValueError("the state dict's 'param_groups' is missing or malformed")
@@ -357,26 +407,19 @@ class GradMatch(Optimizer, Generic[MethodT]):
                     f"group {index} has {len(theirs['params'])} parameters in the state dict "
                     f"and {len(ours['params'])} in this optimizer"
                 )
-        saved = own.get("shapes")
-        if not isinstance(saved, list) or len(saved) != len(self._shapes()):
-            raise ValueError("the state dict's 'shapes' is missing or malformed")
-        for position, (saved_shape, shape) in enumerate(zip(saved, self._shapes(), strict=True)):
-            if saved_shape != shape:
-                raise ValueError(f"parameter {position} has shape {saved_shape} in the state dict and {shape} here")
-        own = dict(own)
-        self._loop.check_state_dict(own)
-        return own
 
     def _shapes(self) -> list[list[int]]:
         return [list(p.shape) for group in self.param_groups for p in group["params"]]
 
     def _load_wrapped(self, state_dict: dict[str, Any]) -> None:
         """Load the wrapped optimizer's part; put everything back if it refuses."""
-        state, groups = self.optimizer.state, self.optimizer.param_groups
+        before = [(vars(member), dict(vars(member))) for member in members(self.optimizer).values()]
         try:
             self.optimizer.load_state_dict(state_dict)
         except Exception as error:
-            self.optimizer.state, self.optimizer.param_groups = state, groups
+            for attributes, kept in before:  # loading makes new dictionaries for state and groups
+                attributes.clear()
+                attributes.update(kept)
             raise ValueError(
                 f"the wrapped {type(self.optimizer).__name__} cannot load the state dict: {error}"
             ) from error
@@ -384,29 +427,31 @@ class GradMatch(Optimizer, Generic[MethodT]):
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer.__getstate__ knows nothing of a subclass's own attributes; hooks are dropped, as it does. It also
         # drops such attributes of the wrapped optimizer (LBFGS has some), which are carried along for it here.
-        plain = type(self.optimizer).__getstate__ is Optimizer.__getstate__
-        kept = {"state", "param_groups", "defaults", "step"}
         return {
             "optimizer": self.optimizer,
             "method": self.method,
             "state": self.state,
             "_linked": True,
             "_loop": self._loop,
-            "_wrapped_attributes": {
-                k: v
-                for k, v in vars(self.optimizer).items()
-                if plain and k not in kept and not k.startswith("_optimizer_") and not callable(v)
-            },
+            "_wrapped_attributes": [
+                (member, {"defaults": member.defaults, **own_attributes(member)})
+                for member in members(self.optimizer).values()
+            ],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        for name, value in state.pop("_wrapped_attributes", {}).items():
-            vars(state["optimizer"]).setdefault(name, value)
+        for member, attributes in state.pop("_wrapped_attributes", ()):
+            for name, value in attributes.items():
+                vars(member).setdefault(name, value)
         super().__setstate__(state)
 
     def __repr__(self) -> str:
         return f"GradMatch(\n{self.optimizer!r},\n{self.method!r}\n)"
+
+
+def _listed(names: object) -> str:
+    return " with ".join(map(str, names)) if isinstance(names, list) else repr(names)[:80]
 
 
 def _kind(value: object) -> str:

@@ -236,7 +236,7 @@ class TrainingData:
         Returns:
             The loader. All samples are one domain to its sampler, which can be resumed in the middle of an epoch.
         """
-        return self._loader(DomainBatchSampler({"all": np.arange(len(self.subset))}, batch_size, seed=seed), seed)
+        return self._loader(DomainBatchSampler({"all": np.arange(len(self.subset))}, batch_size, 1, seed=seed), seed)
 
     def _loader(self, sampler: DomainBatchSampler, seed: int) -> DataLoader[Any]:
         # A generator of its own: a loader otherwise draws from the global one each time it is iterated.

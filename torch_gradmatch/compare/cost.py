@@ -9,9 +9,10 @@ from functools import partial
 from time import perf_counter
 
 from torch_gradmatch.compare.peak_memory import peak_memory
-from torch_gradmatch.compare.trial import Trial, copy_optimizer
-from torch_gradmatch.methods.base import Method, needs_closure
+from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
+from torch_gradmatch.wrapped.twin import copy_optimizer
 
 __all__ = ["ERM", "Cost", "costs", "describe"]
 
@@ -76,10 +77,12 @@ class _Pair:
 
     def run_erm(self) -> None:
         """Carry out one iteration of ordinary training from wherever the parameters are."""
-        if needs_closure(self.optimizer):
+        traits = self.trial.traits
+        if not traits.asks_first:
+            self.trial.differentiate_mean_loss()
+        if traits.needs_closure:
             self.optimizer.step(lambda: float(self.trial.differentiate_mean_loss()))
         else:
-            self.trial.differentiate_mean_loss()
             self.optimizer.step()
 
     def measure(self) -> tuple[int, int | None]:

@@ -32,7 +32,7 @@ from torch_gradmatch.compare.trial import Trial
 from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, check_agreement, inner_product
 from torch_gradmatch.gradients.functional import functional_loss, idgm_grad
 from torch_gradmatch.gradients.repeats import check_repeats, precision
-from torch_gradmatch.methods.base import Method, needs_closure
+from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM
 from torch_gradmatch.methods.smooth_fish import SmoothFish
@@ -230,7 +230,7 @@ def fidelity(
     Returns:
         What was found, or None for an optimizer that evaluates gradients itself (LBFGS).
     """
-    if needs_closure(trial.optimizer):
+    if trial.traits.needs_closure:
         return None
     if isinstance(method, IDGM) and method.hvp_domains is None:
         orders = [range(len(trial.batches))]  # no walk: the order changes nothing

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,48 +11,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_loss
-from torch_gradmatch.gradients.random_state import RandomState, devices_of
+from torch_gradmatch._random_state import RandomState, devices_of
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
 from torch_gradmatch.slow.buffers import unfollowed
 from torch_gradmatch.slow.saved_buffers import BufferSlots, SavedBuffers
+from torch_gradmatch.wrapped.traits import Traits, traits_of
+from torch_gradmatch.wrapped.twin import copy_optimizer
 
-__all__ = ["Trial", "copy_optimizer"]
-
-
-def copy_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return an optimizer in the same state over the same parameters, which shares nothing else with the original.
-
-    Hooks do not come along, and neither does what a scheduler wrapped around ``step``: whatever they do, they do to
-    the original.
-
-    Args:
-        optimizer: The original.
-
-    Returns:
-        The copy.
-
-    Example:
-        >>> w = torch.nn.Parameter(torch.ones(()))
-        >>> original = torch.optim.SGD([w], lr=0.5)
-        >>> copied = copy_optimizer(original)
-        >>> copied.param_groups[0]["params"][0] is w, copied.param_groups is original.param_groups
-        (True, False)
-    """
-    copied = object.__new__(type(optimizer))
-    memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    memo[id(optimizer)] = copied
-    attributes = {k: v for k, v in vars(optimizer).items() if k != "step" and not k.startswith("_optimizer_")}
-    vars(copied).update(copy.deepcopy(attributes, memo))
-    Optimizer.__setstate__(copied, {})
-    return copied
+__all__ = ["Trial"]
 
 
 class Trial:
     """A model, a loss and one batch of each of S domains, at the model's present parameters.
 
     As a context manager: on leaving it parameters, buffers, ``.grad``, training modes, hooks and every random state
-    are bit for bit what they were on entering, and the optimizer was never touched; see :func:`copy_optimizer`.
+    are bit for bit what they were on entering, and the optimizer was never touched: steps are taken by copies.
 
     Args:
         model: The model.
@@ -79,6 +53,11 @@ class Trial:
         self._loss_fn = loss_fn
         self._all_parameters = list(dict.fromkeys([*self.parameters, *model.parameters()]))
         self._random_of_domain: list[RandomState] | None = None
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What the optimizer is like."""
+        return traits_of(self.optimizer)
 
     def __enter__(self) -> Trial:
         self._random = RandomState.capture(self.devices)

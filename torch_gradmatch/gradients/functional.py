@@ -41,6 +41,7 @@ from torch_gradmatch._checks import (
     check_reached,
 )
 from torch_gradmatch._foreach import clone_all, detach_all, in_transform
+from torch_gradmatch._random_state import RandomState, devices_of
 from torch_gradmatch.gradients.agreement import Agreement, RunningAgreement, check_agreement, cosine, running_agreement
 from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
@@ -53,7 +54,6 @@ from torch_gradmatch.gradients.hvp import (
     linearize,
     sum_of_products,
 )
-from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.gradients.repeats import check_repeats, precision
 
 __all__ = [

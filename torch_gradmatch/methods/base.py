@@ -6,11 +6,11 @@ A new method is one new file: a :class:`Method` with the settings, whose :meth:`
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.slow.finite import read
+from torch_gradmatch.wrapped.traits import Traits, traits_of
 
-__all__ = ["MetaLoop", "MetaStep", "Method", "add_note", "needs_closure"]
+__all__ = ["MetaLoop", "MetaStep", "Method", "add_note"]
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,27 @@ class MetaLoop(ABC):
 
     Attributes:
         optimizer: The wrapped optimizer.
-        needs_closure: Whether its ``step`` cannot do without a closure.
         inner_step: Number of inner steps since the last meta-update.
         last: What the last meta-iteration measured.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.needs_closure = needs_closure(optimizer)
         self.inner_step = 0
         self.last: MetaStep | None = None
         self._lists: list[tuple[list[Tensor], int]] = []  # the groups' own, and how long they were
         self._listed: list[Tensor] = []
         self._parameters: list[Tensor] = []
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What the wrapped optimizer is like; found out once."""
+        return traits_of(self.optimizer)
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether the wrapped optimizer's ``step`` cannot do without a closure."""
+        return self.traits.needs_closure
 
     def parameters(self) -> list[Tensor]:
         """Return all parameters of the wrapped optimizer in the order of its groups, each once.
@@ -178,6 +187,28 @@ class MetaLoop(ABC):
         if scaling is not None:
             return scaling.step(self.optimizer)
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def first_step(self, take: Callable[[], Any]) -> Any:
+        """Carry out the first half of a step in two, as SAM's: to where the gradient is to be evaluated again.
+
+        Args:
+            take: Does so.
+
+        Returns:
+            What it returns.
+        """
+        return take()
+
+    def second_step(self, take: Callable[[], Any]) -> Any:
+        """Carry out the second half of a step in two, with which it counts.
+
+        Args:
+            take: Does so.
+
+        Returns:
+            What it returns.
+        """
+        return take()
 
     @abstractmethod
     def interpolate(self) -> None:
@@ -237,12 +268,6 @@ class MetaLoop(ABC):
         Args:
             state: What :meth:`state_dict` once returned.
         """
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer's ``step`` cannot do without a closure, as LBFGS's."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def add_note(error: BaseException, text: str) -> None:

@@ -15,8 +15,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import name_of
+from torch_gradmatch._random_state import RandomState, devices_of
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
-from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, add_note
 from torch_gradmatch.methods.first_call import first_call
 from torch_gradmatch.methods.scaling import LossScaling
@@ -241,10 +241,10 @@ class DirectionStep(MetaLoop):
     ) -> Callable[[], Tensor]:
         """Return a closure for an optimizer that evaluates more than once, always with the same random numbers.
 
-        The first time it knows the answer. A line search may look at points where nothing is finite, so they are not
-        refused.
+        The first time it knows the answer, if the optimizer asks before it moves (SAM does not). A line search may look
+        at points where nothing is finite, so they are not refused.
         """
-        first = [found]
+        first = [found] if self.traits.asks_first else []
 
         def closure() -> Tensor:
             if first:

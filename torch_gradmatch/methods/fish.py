@@ -30,6 +30,7 @@ from torch.profiler import record_function
 
 from torch_gradmatch._checks import (
     check_choice,
+    check_choice_or_function,
     check_entry,
     check_floating_dtype,
     check_fraction,
@@ -48,7 +49,8 @@ from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.slow import ops
 from torch_gradmatch.slow.buffers import SlowBuffers, check_buffers, no_buffers
 from torch_gradmatch.slow.finite import holds_nonfinite, norms_of, read
-from torch_gradmatch.slow.inner_state import InnerState
+from torch_gradmatch.slow.inner_state import InnerState, resets_all
+from torch_gradmatch.slow.iterates import SlowIterates
 from torch_gradmatch.slow.saved_buffers import ForwardBuffers, SavedBuffers
 from torch_gradmatch.slow.weights import SlowWeights
 
@@ -69,7 +71,8 @@ class Fish(Method):
             ``interpolate`` or ``meta_step`` instead.
         inner_state: ``"carry"`` keeps the inner optimizer's state (momenta, step counts) from one meta-iteration to
             the next; ``"reset"`` starts every meta-iteration as if the optimizer were newly built, with the
-            hyperparameters it has by then.
+            hyperparameters it has by then. A function is called with the wrapped optimizer at the start of every inner
+            loop, to reset what it will.
         model: The model, if its buffers (BatchNorm statistics) are to be followed, too.
         buffers: With ``model``: ``"interpolate"`` moves floating-point buffers by the same interpolation as the
             parameters, as the official code does; ``"latest"`` keeps what the inner loop left. Integer buffers
@@ -104,7 +107,7 @@ class Fish(Method):
 
     meta_lr: float = 0.5
     inner_steps: int | None = None
-    inner_state: Literal["carry", "reset"] = "carry"
+    inner_state: Literal["carry", "reset"] | Callable[[Optimizer], object] = "carry"
     model: nn.Module | None = None
     buffers: Literal["interpolate", "latest"] = "interpolate"
     meta_dtype: torch.dtype | None = None
@@ -114,7 +117,7 @@ class Fish(Method):
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
         "meta_lr": partial(check_fraction, "meta_lr"),
         "inner_steps": optional(partial(check_int, "inner_steps", at_least=1)),
-        "inner_state": partial(check_choice, "inner_state", choices=("carry", "reset")),
+        "inner_state": partial(check_choice_or_function, "inner_state", choices=("carry", "reset")),
         "model": optional(partial(check_model, "model")),
         "buffers": partial(check_choice, "buffers", choices=("interpolate", "latest")),
         "meta_dtype": optional(partial(check_floating_dtype, "meta_dtype")),
@@ -160,13 +163,26 @@ class FishLoop(MetaLoop):
         self.is_open = False
         self.settings = copy.copy(method)  # of the inner loop in progress
         self.weights = SlowWeights(state)
+        self.iterates = SlowIterates(state, optimizer, self.traits.iterates)
         self.buffers = None if method.model is None else SlowBuffers(self._check_model(method.model))
-        self.inner_state = InnerState(optimizer, resets=method.inner_state == "reset")
+        self.inner_state = InnerState(optimizer, resets=method.inner_state == "reset", counters=self.traits.counters)
         self.alignment = GradientAlignment(pairs=method.track_alignment == "pairs") if method.track_alignment else None
         self._other_buffers = ForwardBuffers()  # of models that nobody told us of
         self._knows_loss_fn = False  # whether meta_step has called one before
         self._undoes = False  # whether the inner steps in progress are a meta_step's, which undoes them if it fails
         self._holds_slow = False  # whether we are inside slow_weights()
+        self._refuse_hidden_iterates(method)
+        self._looks_for_state = method.inner_state == "reset"
+        if self._looks_for_state and self.traits.known:
+            self._looks_for_state = False
+            self._warn_of_reset(resets_all(optimizer, self.traits), stacklevel=5)
+        if self.traits.forgets and method.inner_state == "carry":
+            warnings.warn(
+                f"{type(optimizer).__name__} works the parameters out of the state it keeps, so in the step after an "
+                "interpolation it goes back on most of it, and Fish's inner loops are one long walk: pass "
+                'Fish(inner_state="reset"), or use SmoothFish, which walks by SGD',
+                stacklevel=4,
+            )
 
     def _check_model(self, model: nn.Module) -> nn.Module:
         parameters = self.parameters()
@@ -179,6 +195,14 @@ class FishLoop(MetaLoop):
 
     # ------------------------------------------------------------------------------------------------ inner loop
 
+    def _refuse_hidden_iterates(self, settings: Fish) -> None:
+        if self.traits.hidden and settings.inner_state == "carry":
+            raise ValueError(
+                f"Fish cannot carry the state of {type(self.optimizer).__name__} from one inner loop to the next: it "
+                f"keeps points of parameter space where an interpolation does not reach, in {self.traits.hidden[0]}. "
+                'Pass Fish(inner_state="reset"), or use SmoothFish or IDGM, which take whole steps of it'
+            )
+
     def _refuse_another_model(self) -> None:
         followed = None if self.buffers is None else self.buffers.model
         if self.method.model is not followed:
@@ -190,6 +214,7 @@ class FishLoop(MetaLoop):
     def _begin(self, settings: Fish) -> None:
         """Take over the settings for the inner loop about to begin."""
         self._refuse_another_model()
+        self._refuse_hidden_iterates(settings)
         self.settings = settings
         pairs = settings.track_alignment == "pairs"
         if not settings.track_alignment:
@@ -201,15 +226,19 @@ class FishLoop(MetaLoop):
         """Begin an inner loop with its first step."""
         if not self._undoes:
             self._begin(copy.copy(self.method))
-        resets = self.settings.inner_state == "reset"
+        inner_state = self.settings.inner_state
+        resets = inner_state == "reset"
         if resets and not self.inner_state.resets:  # the setting was changed
             learned = self.inner_state.counters
-            self.inner_state = InnerState(self.optimizer, resets=True)
+            self.inner_state = InnerState(self.optimizer, resets=True, counters=self.traits.counters)
             self.inner_state.counters |= learned
         if self._undoes and self.settings.nonfinite == "raise":
             self.inner_state.save(by_reference=resets)
         if resets:
             self.inner_state.reset()
+        elif callable(inner_state):
+            inner_state(self.optimizer)
+        self.iterates.snapshot(self.parameters())
         if self.buffers is not None:
             self.buffers.settle(self.settings.meta_dtype, stepped=True)
         self.is_open = True
@@ -221,7 +250,29 @@ class FishLoop(MetaLoop):
 
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take one inner step; the S-th also interpolates. See ``GradMatch.step``."""
-        self._refuse_while_slow("step()")
+        self._enter("step()")
+        if self.alignment is not None:
+            if scaling is not None:
+                scaling = scaling.unscale(self.optimizer)
+            if scaling is None or not scaling.overflowed():
+                closure = self._measuring(closure, self.alignment)
+        return self._count(lambda: self.wrapped_step(closure, scaling))
+
+    def first_step(self, take: Callable[[], Any]) -> Any:
+        """Keep the slow weights before the optimizer leaves them. See ``MetaLoop.first_step``."""
+        self._enter("first_step()")
+        if self.alignment is not None:
+            self._measuring(None, self.alignment)
+        return take()
+
+    def second_step(self, take: Callable[[], Any]) -> Any:
+        """Count the step as an inner step. See ``MetaLoop.second_step``."""
+        self._enter("second_step()")
+        return self._count(take)
+
+    def _enter(self, call: str) -> None:
+        """Make sure that there is an inner loop and that everything that can move has a slow copy."""
+        self._refuse_while_slow(call)
         parameters = self.parameters_in_loop() if self.is_open else self.parameters()
         if not self.is_open:
             self._open()
@@ -232,16 +283,14 @@ class FishLoop(MetaLoop):
                 "call rollback() to return to the slow weights, or interpolate() to try again"
             )
         self.weights.snapshot(parameters, self.settings.meta_dtype)
-        if self.alignment is not None:
-            if scaling is not None:
-                scaling = scaling.unscale(self.optimizer)
-            if scaling is None or not scaling.overflowed():
-                closure = self._measuring(closure, self.alignment)
+
+    def _count(self, take: Callable[[], Any]) -> Any:
+        """Take the wrapped optimizer's step, count it, and interpolate after the last."""
         before = self.inner_state.before_step()
-        loss = self.wrapped_step(closure, scaling)
+        loss = take()
         self.inner_state.after_step(before)
         self.inner_step += 1
-        if self.inner_step == inner_steps:
+        if self.inner_step == self.settings.inner_steps:
             self.interpolate()
         return loss
 
@@ -265,9 +314,9 @@ class FishLoop(MetaLoop):
             if len(alignment) < expected and any(g is not None for g in gradients):
                 alignment.add(gradients)
 
-        if closure is None:
+        if closure is None or (self.needs_closure and not self.traits.asks_first):  # SAM's is asked elsewhere
             measure()
-            return None
+            return closure
         user_closure = closure
 
         def measuring_closure() -> Any:
@@ -284,31 +333,41 @@ class FishLoop(MetaLoop):
             raise RuntimeError(
                 "interpolate() needs at least one inner step since the last interpolation: call step() first"
             )
+        self.iterates.check_mode("interpolate()")
         settings = self.settings
+        iterates = self._iterates()
         moving = {} if self.buffers is None else self.buffers.moving()
         if settings.nonfinite == "raise":
-            self._refuse_nonfinite(moving)
+            self._refuse_nonfinite(moving, [fast for _, fast in iterates])
         if settings.buffers == "latest":
             moving = {}
-        slow = [*self.weights.slow, *(slow for slow, _ in moving.values())]
-        fast = [*self.weights.fast, *(fast for _, fast in moving.values())]
+        pairs = [*iterates, *moving.values()]
+        slow = [*self.weights.slow, *(slow for slow, _ in pairs)]
+        fast = [*self.weights.fast, *(fast for _, fast in pairs)]
         with record_function("GradMatch.interpolate"):
             ops.interpolate_(slow, fast, settings.meta_lr)
         self._close()
 
-    def _refuse_nonfinite(self, moving: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Raise if a parameter, or a buffer that was finite, holds NaN or infinity; wait once.
+    def _iterates(self) -> list[tuple[Tensor, Tensor]]:
+        """Return slow copy and present value of what the wrapped optimizer keeps in parameter space."""
+        if not self.iterates:
+            return []
+        return self.iterates.pairs(dict(zip(self.weights.fast, self.weights.slow, strict=True)))
+
+    def _refuse_nonfinite(self, moving: dict[str, tuple[Tensor, Tensor]], iterates: list[Tensor]) -> None:
+        """Raise if a parameter, an iterate, or a buffer that was finite, holds NaN or infinity; wait once.
 
         Args:
             moving: Slow value and buffer by name. What the slow value does not allow to interpolate is taken out.
+            iterates: Of the wrapped optimizer.
 
         Raises:
             RuntimeError: If one does; the slow weights are intact.
         """
         weights = self.weights.fast
         slow, fast = [s for s, _ in moving.values()], [f for _, f in moving.values()]
-        norms = read(norms_of([*weights, *slow, *fast]))
-        diverged = [p for p, norm in zip(weights, norms, strict=False) if holds_nonfinite(p, norm)]
+        norms = iter(read(norms_of([*weights, *iterates, *slow, *fast])))
+        diverged = [p for p in weights if holds_nonfinite(p, next(norms))]
         if diverged:
             position = next(i for i, p in enumerate(self.parameters()) if p is diverged[0])
             raise RuntimeError(
@@ -316,7 +375,14 @@ class FishLoop(MetaLoop):
                 f"infinity, the first is {self._describe(position)}. The slow weights are intact: call rollback() to "
                 'return to them; Fish(nonfinite="ignore") turns this check off'
             )
-        of_slow, of_fast = norms[len(weights) : len(weights) + len(slow)], norms[len(weights) + len(slow) :]
+        broken = [value for value in iterates if holds_nonfinite(value, next(norms))]
+        if broken:
+            raise RuntimeError(
+                f"the inner loop diverged: after {self.inner_step} inner steps the state of "
+                f"{type(self.optimizer).__name__} holds NaN or infinity. The slow weights are intact: call rollback() "
+                'to return to them; Fish(nonfinite="ignore") turns this check off'
+            )
+        of_slow, of_fast = [next(norms) for _ in slow], list(norms)
         for name, slow_norm, fast_norm in zip(list(moving), of_slow, of_fast, strict=True):
             if holds_nonfinite(moving[name][0], slow_norm):
                 del moving[name]
@@ -347,6 +413,9 @@ class FishLoop(MetaLoop):
             )
 
     def _return_to_slow(self) -> None:
+        iterates = self._iterates()
+        _write([fast for _, fast in iterates], [slow for slow, _ in iterates])
+        self.iterates.close()
         self.weights.rollback()
         if self.buffers is not None:
             self.buffers.settle(self.method.meta_dtype, stepped=self.is_open)
@@ -354,8 +423,21 @@ class FishLoop(MetaLoop):
         if self.alignment is not None:
             self.alignment.reset()
 
+    def _warn_of_reset(self, resets: bool, stacklevel: int) -> None:
+        if not resets:
+            warnings.warn(
+                f'inner_state="reset" does not make {type(self.optimizer).__name__} new: it keeps something where a '
+                "reset finds nothing to reset. Pass a function that does, Fish(inner_state=function), which is called "
+                "with the wrapped optimizer before every inner loop",
+                stacklevel=stacklevel,
+            )
+
     def _close(self) -> None:
+        if self._looks_for_state:  # no twin of the optimizer could be watched
+            self._looks_for_state = False
+            self._warn_of_reset(not self.inner_state.is_empty(), stacklevel=2)
         self.weights.close()
+        self.iterates.close()
         if self.buffers is not None:
             self.buffers.close()
         self.last = MetaStep()
@@ -377,7 +459,10 @@ class FishLoop(MetaLoop):
         if self._holds_slow or not (self.is_open or (self.buffers is not None and self.buffers.slow_values())):
             yield
             return
-        weights, slow = self.weights.fast, self.weights.slow
+        self.iterates.check_mode("slow_weights()")
+        iterates, modes = self._iterates(), self.iterates.modes() if self.iterates else {}
+        weights = [*self.weights.fast, *(fast for _, fast in iterates)]
+        slow = [*self.weights.slow, *(slow for slow, _ in iterates)]
         values = clone_all(weights)
         buffers = None if self.buffers is None else SavedBuffers(self.buffers.slots)
         self._holds_slow = True
@@ -388,6 +473,7 @@ class FishLoop(MetaLoop):
             yield
         finally:
             _write(weights, values)
+            self.iterates.set_modes(modes)
             if buffers is not None:
                 buffers.restore()
             self._holds_slow = False
@@ -434,7 +520,8 @@ class FishLoop(MetaLoop):
                         step()
                         scaler.update()
                     elif self.needs_closure:
-                        step(_evaluated_already(evaluate, losses[-1], parameters))
+                        asks_first = self.traits.asks_first
+                        step(_evaluated_already(evaluate, losses[-1], parameters) if asks_first else evaluate)
                     else:
                         step()
                 if self.is_open:
@@ -502,6 +589,7 @@ class FishLoop(MetaLoop):
             "inner_step": self.inner_step,
             "is_open": self.is_open,
             **self.weights.state_dict(self.parameters() if needed else []),
+            "slow_iterates": self.iterates.state_dict(self.parameters() if self.is_open else []),
             **(no_buffers() if self.buffers is None else self.buffers.state_dict()),
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
             "counters": sorted(self.inner_state.counters),
@@ -521,6 +609,7 @@ class FishLoop(MetaLoop):
             raise ValueError(f"the state dict has inner_step={inner_step} in an inner loop that is not open")
         parameters = self.parameters()
         self.weights.check_state_dict(state, parameters)
+        self.iterates.check_state_dict(state, parameters)
         check_buffers(state, {} if self.buffers is None else self.buffers.buffers())
         if self.method.track_alignment and state["alignment"] is not None:
             sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
@@ -531,6 +620,7 @@ class FishLoop(MetaLoop):
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
         self._begin(copy.copy(self.method))
         self.weights.load_state_dict(state, self.parameters(), self.settings.meta_dtype)
+        self.iterates.load_state_dict(state, self.parameters())
         if self.buffers is not None:
             self.buffers.load_state_dict(state)
         if self.alignment is not None:

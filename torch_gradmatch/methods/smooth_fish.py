@@ -65,10 +65,10 @@ from torch_gradmatch._checks import (
     optional,
 )
 from torch_gradmatch._foreach import by_kind
+from torch_gradmatch._random_state import RandomState, devices_of
 from torch_gradmatch.gradients.agreement import fish_gamma
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.hvp import first_order
-from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.gradients.repeats import check_repeats, precision
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report

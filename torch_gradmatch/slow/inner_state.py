@@ -7,8 +7,8 @@ same optimizer is made new again, so that schedulers, hooks and the user's own r
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
+from collections.abc import Mapping
 from operator import is_
 from typing import Any
 
@@ -17,92 +17,114 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_gradmatch._foreach import by_kind, clone_all
+from torch_gradmatch._random_state import RandomState
 from torch_gradmatch.slow.finite import find_nonfinite
+from torch_gradmatch.wrapped.members import members
+from torch_gradmatch.wrapped.traits import STEPS, Traits, Twin, copy_plain, same
+from torch_gradmatch.wrapped.twin import build_again, constructor_arguments
 
-__all__ = ["InnerState"]
-
-
-def _constructor_arguments(optimizer: Optimizer) -> tuple[frozenset[str], bool]:
-    """Return the names that an optimizer's constructor takes and whether it takes any others too (``**kwargs``)."""
-    parameters = inspect.signature(type(optimizer).__init__).parameters.values()
-    return frozenset(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)
+__all__ = ["InnerState", "resets_all"]
 
 
-def _build_again(optimizer: Optimizer) -> Optimizer | None:
-    """Build an optimizer of the same class over the same parameters and present hyperparameters.
+class _Member:
+    """One of the optimizers whose state is kept, and how it looked when it was new.
 
     Args:
-        optimizer: The one to imitate. It is not touched.
-
-    Returns:
-        The new optimizer, or None if its constructor does not take the hyperparameters it keeps.
+        optimizer: The optimizer.
+        counters: Names of those of its attributes that its steps change.
     """
-    accepted, _ = _constructor_arguments(optimizer)
-    hyperparameters = {k: v for k, v in optimizer.defaults.items() if k in accepted}
-    groups = [{k: v for k, v in g.items() if k == "params" or k in accepted} for g in optimizer.param_groups]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they were given when the user built it
-            return type(optimizer)(groups, **hyperparameters)
-    except Exception:  # noqa: BLE001  any class of optimizer, any reason: the caller has another way
-        return None
 
+    def __init__(self, optimizer: Optimizer, counters: tuple[str, ...]) -> None:
+        self.optimizer = optimizer
+        self.accepted, self.takes_any = constructor_arguments(optimizer)
+        self.counters = counters
+        self.rebuilds_state = False
+        self.new_state: dict[Any, Any] = {}
+        self.new_groups: list[dict[str, Any]] = []
+        self.new_attributes: dict[str, Any] = {}
 
-def _same(a: object, b: object) -> bool:
-    try:
-        equal: Any = a == b
-        return bool(equal.all() if isinstance(equal, Tensor) else equal)
-    except (RuntimeError, ValueError):  # tensors or arrays of different shapes, or inside a list
-        return False
+    def counting(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Copy the entries of a group that may turn out to be counters."""
+        skipped = {"params", "param_names", *self.accepted}
+        return {k: copy.deepcopy(v) for k, v in group.items() if k not in skipped}
+
+    def attributes(self) -> dict[str, Any]:
+        """Copy the attributes that count."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = vars(self.optimizer)
+        return copy_plain({name: held[name] for name in self.counters if name in held}, parameters)
+
+    def put_counters(self, groups: list[dict[str, Any]], attributes: dict[str, Any], names: set[str]) -> None:
+        """Set the counters of groups and object."""
+        for group, values in zip(self.optimizer.param_groups, groups, strict=False):
+            for key in names:
+                if key in values:
+                    group[key] = copy.deepcopy(values[key])
+                else:
+                    group.pop(key, None)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        vars(self.optimizer).update(copy_plain(attributes, parameters))
 
 
 class InnerState:
-    """What the wrapped optimizer keeps from one step to the next: in its ``state`` and, as counters, in its groups.
+    """What the wrapped optimizer keeps from one step to the next: in ``state``, and as counters in groups and object.
 
     It knows how the optimizer looked when it was built. Its per-parameter state then is what its constructor makes:
     nothing for most classes, the initial sums for Adagrad. Some optimizers also count in their parameter groups
     (``step``, Prodigy's ``d``, schedule-free's ``weight_sum``). An entry of a group is such a counter if the
     optimizer's own ``step`` adds or changes it and its constructor takes no argument of that name; everything else in
-    the groups, above all what a scheduler changed, is left alone.
+    the groups, above all what a scheduler changed, is left alone. Counters that are attributes of the object are those
+    that a twin's steps have changed. Optimizers inside the optimizer (Lookahead's, SAM's) are treated alike.
 
-    An optimizer whose constructor cannot be called again from its groups goes back to what it was when it was wrapped.
+    An optimizer whose constructor cannot be called again from what it keeps goes back to what it was when it was
+    wrapped.
 
     Args:
         optimizer: The wrapped optimizer.
         resets: Whether :meth:`reset` may be called, for which the optimizer is built once more here.
         keep_state: Whether that fallback includes the per-parameter state (a copy, if there is any by now) or leaves
             it empty.
+        counters: For each member (see :func:`~torch_gradmatch.wrapped.members.members`) the names of the object's
+            attributes that its steps change.
 
     Attributes:
         counters: Names of the entries of groups that count.
         resets: As given.
     """
 
-    def __init__(self, optimizer: Optimizer, *, resets: bool, keep_state: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        resets: bool,
+        keep_state: bool = True,
+        counters: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.resets = resets
-        self._accepted, takes_any = _constructor_arguments(optimizer)
-        self.counters: set[str] = {"step"} - self._accepted
+        self._members = {path: _Member(m, (counters or {}).get(path, ())) for path, m in members(optimizer).items()}
+        self._main = self._members[""]
+        self.counters: set[str] = {"step"} - self._main.accepted
         self._saved: _Saved | None = None
-        self._new_groups: list[dict[str, Any]] = []
         if not resets:
             return
-        new = _build_again(optimizer)
-        self._rebuilds_state = new is not None and len(new.state) > 0
-        self._state_when_wrapped = _copy_state(optimizer) if new is None and keep_state else {}
-        self._new_groups = [self._counting(group) for group in (new or optimizer).param_groups]
-        if new is not None and optimizer.state and not takes_any:  # trained before: counters may have moved already
-            for group, fresh in zip(optimizer.param_groups, self._new_groups, strict=True):
-                moved = {k for k, v in fresh.items() if k in group and not _same(group[k], v)}
-                self.counters |= {k for k in moved if not isinstance(fresh[k], bool)}  # a mode is no counter
+        new = build_again(optimizer)
+        of_new = {} if new is None else members(new)
+        for path, member in self._members.items():
+            fresh = of_new.get(path)
+            member.rebuilds_state = fresh is not None and len(fresh.state) > 0
+            if fresh is None and keep_state:
+                member.new_state = {p: copy.deepcopy(entry) for p, entry in member.optimizer.state.items()}
+            member.new_groups = [member.counting(group) for group in (fresh or member.optimizer).param_groups]
+            member.new_attributes = (member if fresh is None else _Member(fresh, member.counters)).attributes()
+            if fresh is not None and member.optimizer.state and not member.takes_any:
+                # Trained before: counters may have moved already. A mode is no counter.
+                for group, values in zip(member.optimizer.param_groups, member.new_groups, strict=True):
+                    moved = {k for k, v in values.items() if k in group and not same(group[k], v)}
+                    self.counters |= {k for k in moved if not isinstance(values[k], bool)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_saved": None}  # lives within one meta-iteration
-
-    def _counting(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Copy the entries of a group that may turn out to be counters."""
-        skipped = {"params", "param_names", *self._accepted}
-        return {k: copy.deepcopy(v) for k, v in group.items() if k not in skipped}
 
     def before_step(self) -> list[dict[str, Any]]:
         """Note the groups before a step of the wrapped optimizer.
@@ -110,10 +132,12 @@ class InnerState:
         Returns:
             What :meth:`after_step` wants.
         """
+        groups = self.optimizer.param_groups
         if self.resets:
-            for group in self.optimizer.param_groups[len(self._new_groups) :]:
-                self._new_groups.append(self._counting(group))
-        return [dict(group) for group in self.optimizer.param_groups]
+            for member in self._members.values():
+                for group in member.optimizer.param_groups[len(member.new_groups) :]:
+                    member.new_groups.append(member.counting(group))
+        return [dict(group) for group in groups]
 
     def after_step(self, before: list[dict[str, Any]]) -> None:
         """Learn from a step of the wrapped optimizer which entries of the groups it counts in.
@@ -121,11 +145,12 @@ class InnerState:
         Args:
             before: What :meth:`before_step` returned.
         """
+        accepted = self._main.accepted
         for old, group in zip(before, self.optimizer.param_groups, strict=False):
             for key, value in group.items():
                 if key in old and old[key] is value:
                     continue
-                if key not in self._accepted and key != "params" and not (key in old and _same(old[key], value)):
+                if key not in accepted and key != "params" and not (key in old and same(old[key], value)):
                     self.counters.add(key)
 
     def reset(self) -> None:
@@ -134,31 +159,37 @@ class InnerState:
         Raises:
             RuntimeError: If its constructor makes state but refuses the present hyperparameters.
         """
-        state = self.optimizer.state
-        new_state = {p: copy.deepcopy(entry) for p, entry in self._state_when_wrapped.items()}
-        if self._rebuilds_state:
-            new = _build_again(self.optimizer)
+        of_new: dict[str, Optimizer] = {}
+        if any(member.rebuilds_state for member in self._members.values()):
+            new = build_again(self.optimizer)
             if new is None:
                 raise RuntimeError(
                     f"{type(self.optimizer).__name__} could not be built again with its present hyperparameters; "
                     'use inner_state="carry"'
                 )
-            new_state = dict(new.state)
-        state.clear()
-        state.update(new_state)
-        self._put_counters(self._new_groups)
+            of_new = members(new)
+        done: set[int] = set()  # two members may share one state
+        for path, member in self._members.items():
+            state = member.optimizer.state
+            if id(state) not in done:
+                done.add(id(state))
+                fresh = member.new_state
+                new_state = {p: copy.deepcopy(entry) for p, entry in fresh.items()}
+                if member.rebuilds_state:
+                    new_state = dict(of_new[path].state)
+                state.clear()
+                state.update(new_state)
+            member.put_counters(member.new_groups, member.new_attributes, self.counters)
 
-    def _put_counters(self, groups: list[dict[str, Any]]) -> None:
-        for group, values in zip(self.optimizer.param_groups, groups, strict=False):
-            for key in self.counters:
-                if key in values:
-                    group[key] = copy.deepcopy(values[key])
-                else:
-                    group.pop(key, None)
+    def is_empty(self) -> bool:
+        """Return whether there is nothing that :meth:`reset` could reset."""
+        counts = any(name in group for group in self.optimizer.param_groups for name in self.counters)
+        return not counts and not any(member.optimizer.state for member in self._members.values())
 
     def is_nonfinite(self) -> bool:
         """Return whether the state holds NaN or infinity, from which no later step could recover."""
-        entries = [entry for entry in self.optimizer.state.values() if isinstance(entry, dict)]
+        states = [member.optimizer.state for member in self._members.values()]
+        entries = [entry for state in states for entry in state.values() if isinstance(entry, dict)]
         tensors = [v for entry in entries for v in entry.values() if isinstance(v, Tensor)]
         return bool(find_nonfinite([t for t in tensors if t.is_floating_point() or t.is_complex()]))
 
@@ -170,8 +201,7 @@ class InnerState:
         Args:
             by_reference: Copy no tensor, since the state is about to be reset: then the steps write into others.
         """
-        groups = [self._counting(group) for group in self.optimizer.param_groups]
-        self._saved = _Saved(self.optimizer, groups, by_reference, self._saved)
+        self._saved = _Saved(list(self._members.values()), by_reference, self._saved)
 
     def restore(self) -> bool:
         """Return to the state saved, the very same tensors with the values that they had.
@@ -181,8 +211,7 @@ class InnerState:
         """
         if self._saved is None or self._saved.is_spent:
             return False
-        self._saved.restore(self.optimizer)
-        self._put_counters(self._saved.groups)
+        self._saved.restore(self.counters)
         self._saved.spend()
         return True
 
@@ -192,36 +221,70 @@ class InnerState:
             self._saved.spend()
 
 
-def _copy_state(optimizer: Optimizer) -> dict[Any, Any]:
-    return {parameter: copy.deepcopy(entry) for parameter, entry in optimizer.state.items()}
+def resets_all(optimizer: Optimizer, traits: Traits) -> bool:
+    """Return whether :meth:`InnerState.reset` makes an optimizer new: whether it then steps as at first.
+
+    Seen at a twin, which takes the same steps twice, with a reset in between.
+
+    Args:
+        optimizer: The wrapped optimizer, which is not touched.
+        traits: What it is like; it has to be known.
+
+    Returns:
+        False if it keeps something where no reset reaches.
+    """
+    if type(optimizer).__module__.startswith("torch.optim."):
+        return True  # every one of them is a test
+    random_state = RandomState.capture({p.device for group in optimizer.param_groups for p in group["params"]})
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            twin = Twin(optimizer, traits.dtype, traits.manner)
+            state = InnerState(twin.optimizer, resets=True, counters=traits.counters)
+            walks = []
+            for _ in range(2):
+                before = state.before_step()
+                begin = [p.detach().clone() for p in twin.points]
+                twin.run(STEPS[-1])
+                walks.append([p.detach().clone() for p in twin.points])
+                state.after_step(before)
+                with torch.no_grad():
+                    for p, value in zip(twin.points, begin, strict=True):
+                        p.copy_(value)
+                state.reset()
+    except Exception:  # noqa: BLE001  any class of optimizer, any reason: nobody knows
+        return False
+    finally:
+        random_state.restore()
+    return all(map(torch.equal, *walks))
 
 
 class _Saved:
-    """A copy of an optimizer's ``state``, all tensors in one operation.
+    """A copy of what some optimizers keep, all tensors in one operation.
 
     Args:
-        optimizer: The optimizer.
-        groups: The entries of its groups that may be counters.
+        kept: The optimizers.
         by_reference: Copy no tensor.
         older: Whose memory to use again if it fits.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, groups: list[dict[str, Any]], by_reference: bool, older: _Saved | None
-    ) -> None:
-        self.groups = groups
+    def __init__(self, kept: list[_Member], by_reference: bool, older: _Saved | None) -> None:
         self.is_spent = False
-        self._entries: list[tuple[Any, Any, dict[Any, Any]]] = []
+        self._kept = [(m, m.attributes(), [m.counting(group) for group in m.optimizer.param_groups]) for m in kept]
+        self._entries: list[tuple[Any, Any, Any, dict[Any, Any]]] = []
         self._tensors: list[Tensor] = []
-        for key, entry in optimizer.state.items():
-            values: dict[Any, Any] = {}
-            for name, value in entry.items() if isinstance(entry, dict) else ():
-                if isinstance(value, Tensor):
-                    self._tensors.append(value)
-                    values[name] = value
-                else:
-                    values[name] = value if by_reference else copy.deepcopy(value)
-            self._entries.append((key, entry if isinstance(entry, dict) else copy.deepcopy(entry), values))
+        states = {id(m.optimizer.state): m.optimizer.state for m in kept}
+        self._states = list(states.values())
+        for state in self._states:
+            for key, entry in state.items():
+                values: dict[Any, Any] = {}
+                for name, value in entry.items() if isinstance(entry, dict) else ():
+                    if isinstance(value, Tensor):
+                        self._tensors.append(value)
+                        values[name] = value
+                    else:
+                        values[name] = value if by_reference else copy.deepcopy(value)
+                self._entries.append((state, key, entry if isinstance(entry, dict) else copy.deepcopy(entry), values))
         self._copies: list[Tensor] = []
         self._by_kind: list[list[list[Tensor]]] = []  # copies and tensors
         if by_reference:
@@ -239,19 +302,22 @@ class _Saved:
         """Return whether the copies here are of just these tensors."""
         return len(tensors) == len(self._copies) == len(self._tensors) and all(map(is_, tensors, self._tensors))
 
-    def restore(self, optimizer: Optimizer) -> None:
-        optimizer.state.clear()
-        for key, entry, values in self._entries:
+    def restore(self, counters: set[str]) -> None:
+        for state in self._states:
+            state.clear()
+        for state, key, entry, values in self._entries:
             if isinstance(entry, dict):
                 entry.clear()
                 entry.update(values)
-            optimizer.state[key] = entry
+            state[key] = entry
         with torch.no_grad():
             for copies, tensors in self._by_kind:
                 torch._foreach_copy_(tensors, copies)
+        for member, attributes, groups in self._kept:
+            member.put_counters(groups, attributes, counters)
 
     def spend(self) -> None:
         self.is_spent = True
-        self._entries = []
+        self._entries, self._kept, self._states = [], [], []
         if not self._copies:
             self._tensors = []

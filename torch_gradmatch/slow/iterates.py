@@ -1,0 +1,207 @@
+r"""Slow copies of what the wrapped optimizer keeps in parameter space: its iterates.
+
+Schedule-free keeps a point z beside the parameters y, and a model to evaluate is an affine combination of both;
+Lookahead keeps slow weights of its own. Such an optimizer walks with a tuple of points, of which the parameters are
+one. So the meta-update moves all of them, :math:`z \leftarrow z + \epsilon(\tilde z - z)`, by the same
+:math:`\epsilon` as :math:`\theta`: what was an affine combination of them, still is. Which they are,
+:mod:`torch_gradmatch.wrapped.traits` finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_gradmatch._checks import check_entry
+from torch_gradmatch._foreach import copy_all_
+from torch_gradmatch.slow.copies import check_copies
+from torch_gradmatch.wrapped.members import members
+from torch_gradmatch.wrapped.twin import constructor_arguments
+
+__all__ = ["SlowIterates"]
+
+
+class SlowIterates:
+    """The slow copies of one optimizer's iterates, in ``state[parameter]["slow_NAME"]``.
+
+    An iterate that a step of the inner loop makes begins where its parameter is then, and that is the slow weight.
+
+    Args:
+        state: Where the copies live, keyed by parameter (``GradMatch.state``).
+        optimizer: The wrapped optimizer.
+        names: For each of its members (see :func:`~torch_gradmatch.wrapped.members.members`) the names of the iterates.
+    """
+
+    def __init__(
+        self, state: MutableMapping[Tensor, Any], optimizer: Optimizer, names: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.state = state
+        self._held: set[tuple[Tensor, str]] = set()  # which copies belong to the inner loop in progress
+        self._optimizer = optimizer
+        self._modes: dict[tuple[str, int | None, str], bool] = {}  # when that loop began
+        inside = members(optimizer)
+        self._places = {
+            f"slow_{path}.{name}" if path else f"slow_{name}": (inside[path], name)
+            for path, of_path in names.items()
+            for name in of_path
+        }
+
+    def __bool__(self) -> bool:
+        """Whether the optimizer has any."""
+        return bool(self._places)
+
+    def _iterates(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, str, Tensor]]:
+        """Return parameter, key and iterate of all that there are now."""
+        found = []
+        for key, (member, name) in self._places.items():
+            for p in parameters:
+                entry = member.state.get(p)
+                value = entry.get(name) if isinstance(entry, dict) else None
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    found.append((p, key, value))
+        return found
+
+    def snapshot(self, parameters: Sequence[Tensor]) -> None:
+        """Copy the present iterates: an inner loop begins.
+
+        Args:
+            parameters: Those that are in it.
+        """
+        self.close()
+        if not self._places:
+            return
+        self._modes = self.modes()
+        into, out_of = [], []
+        for p, key, value in self._iterates(parameters):
+            slow = self.state[p].get(key)
+            if slow is None or _kind(slow) != _kind(value):
+                slow = self.state[p][key] = torch.empty_like(value)
+            into.append(slow)
+            out_of.append(value)
+            self._held.add((p, key))
+        with torch.no_grad():
+            copy_all_(into, out_of)
+
+    def pairs(self, slow_weights: Mapping[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the slow copy of every iterate and the iterate itself.
+
+        Args:
+            slow_weights: Of each parameter in the inner loop.
+
+        Returns:
+            The pairs, in the order of members, names and parameters.
+        """
+        found = []
+        for p, key, value in self._iterates(list(slow_weights)):
+            if (p, key) not in self._held:
+                self.state[p][key] = slow_weights[p].detach().to(value.device, value.dtype, copy=True)
+                self._held.add((p, key))
+            found.append((self.state[p][key], value))
+        return found
+
+    def modes(self) -> dict[tuple[str, int | None, str], bool]:
+        """Return the switches of the optimizer, such as schedule-free's ``train_mode``: where a parameter stands.
+
+        Returns:
+            By member, number of the group (None for the object itself) and name.
+        """
+        found: dict[tuple[str, int | None, str], bool] = {}
+        for path, member in members(self._optimizer).items():
+            accepted = constructor_arguments(member)[0]
+            for index, values in enumerate([*member.param_groups, vars(member)]):
+                group = None if values is vars(member) else index
+                switches = {k: v for k, v in values.items() if isinstance(v, bool) and k not in accepted}
+                found |= {(path, group, name): value for name, value in switches.items()}
+        return found
+
+    def set_modes(self, modes: Mapping[tuple[str, int | None, str], bool]) -> None:
+        """Set the switches.
+
+        Args:
+            modes: What :meth:`modes` once returned.
+        """
+        inside = members(self._optimizer)
+        for (path, group, name), value in modes.items():
+            (vars(inside[path]) if group is None else inside[path].param_groups[group])[name] = value
+
+    def check_mode(self, call: str) -> None:
+        """Raise if the optimizer was switched to another mode in the inner loop in progress.
+
+        Args:
+            call: What is about to be done.
+
+        Raises:
+            RuntimeError: If it was: the parameters then are another point than their slow weights.
+        """
+        if not self._places:
+            return
+        present = self.modes()
+        changed = [switch[-1] for switch, value in self._modes.items() if present.get(switch) != value]
+        if changed:
+            raise RuntimeError(
+                f"{call} after {type(self._optimizer).__name__} was switched to another mode in the middle of an inner "
+                f"loop ({changed[0]!r}): its parameters are not what the slow weights are slow weights of. Call "
+                "optimizer.train() first; to evaluate in the middle of an inner loop call eval() and train() inside "
+                "slow_weights()"
+            )
+
+    def close(self) -> None:
+        """End the inner loop."""
+        self._held = set()
+        self._modes = {}
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
+        """Return the copies that belong to an inner loop in progress.
+
+        Args:
+            parameters: The optimizer's, whose positions stand for them.
+
+        Returns:
+            By position and key; not copied again.
+        """
+        found: dict[int, dict[str, Tensor]] = {}
+        for i, p in enumerate(parameters):
+            keys = [key for key in self._places if (p, key) in self._held]
+            if keys:
+                found[i] = {key: self.state[p][key] for key in keys}
+        return found
+
+    def check_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Raise ``ValueError`` naming the first entry that cannot be loaded.
+
+        Args:
+            state: With what :meth:`state_dict` once returned as ``"slow_iterates"``.
+            parameters: Those to load it for.
+
+        Raises:
+            ValueError: If it is malformed or was saved for another optimizer.
+        """
+        check_entry(state, "slow_iterates", dict)
+        for i, copies in state["slow_iterates"].items():
+            if not isinstance(copies, dict) or not set(copies) <= set(self._places):
+                raise ValueError(f"the state dict holds slow iterates {copies!r:.80}, which do not exist here")
+            for copy in copies.values():
+                check_copies("slow iterate of parameter", {i: copy}, dict(enumerate(parameters)))
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Continue from a state that :meth:`check_state_dict` found good. Its tensors are copied.
+
+        Args:
+            state: With what :meth:`state_dict` once returned as ``"slow_iterates"``.
+            parameters: Those to load it for.
+        """
+        self.close()
+        self._modes = self.modes()
+        for i, copies in state["slow_iterates"].items():
+            p = parameters[i]
+            for key, copy in copies.items():
+                self.state[p][key] = copy.detach().clone().to(p.device)
+                self._held.add((p, key))
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device

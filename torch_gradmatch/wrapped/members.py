@@ -1,0 +1,76 @@
+"""Optimizers inside an optimizer: Lookahead, SAM and their like hold the one that takes the steps as an attribute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+__all__ = ["class_name", "members", "own_attributes"]
+
+_OWN = {"state", "param_groups", "defaults", "step"}  # what every optimizer has
+
+
+def members(optimizer: Optimizer) -> dict[str, Optimizer]:
+    """Return an optimizer and all those inside it, each once.
+
+    Args:
+        optimizer: Any.
+
+    Returns:
+        By the attributes that lead there, in order: itself under ``""``, then for instance ``"base_optimizer"`` and
+        ``"optimizers[0]"``.
+
+    Example:
+        >>> import torch
+        >>> inner = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> outer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> outer.base = inner
+        >>> list(members(outer))
+        ['', 'base']
+    """
+    found: dict[str, Optimizer] = {}
+    _collect(optimizer, "", found)
+    return found
+
+
+def _collect(optimizer: Optimizer, path: str, found: dict[str, Optimizer]) -> None:
+    if any(optimizer is known for known in found.values()):
+        return
+    found[path] = optimizer
+    prefix = f"{path}." if path else ""
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer):
+            _collect(value, prefix + name, found)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, Optimizer):
+                    _collect(item, f"{prefix}{name}[{index}]", found)
+
+
+def own_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what an object keeps besides that which every optimizer has: not state, groups, defaults and hooks.
+
+    Args:
+        optimizer: Any.
+
+    Returns:
+        Attributes by name. Methods that somebody put on the object, as schedulers do, are none of its own.
+    """
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in _OWN and not name.startswith(("_optimizer_", "_zero_grad_")) and not callable(value)
+    }
+
+
+def class_name(optimizer: Optimizer) -> str:
+    """Return by what name to recognize an optimizer's class: that of its package and its own.
+
+    Args:
+        optimizer: Any.
+
+    Returns:
+        For instance ``"torch.Adam"``: packages move classes between their modules.
+    """
+    return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__qualname__}"

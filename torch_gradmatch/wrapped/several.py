@@ -1,0 +1,160 @@
+"""Several optimizers as one: Muon for the matrices and AdamW for the rest, for instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_gradmatch.wrapped.traits import traits_of
+
+__all__ = ["SeveralOptimizers"]
+
+
+class SeveralOptimizers(Optimizer):
+    """Several optimizers over disjoint parameters as one: a step is one step of each, in order.
+
+    Its groups are theirs, one after the other, so that a scheduler may be given this or any of them. Each keeps its
+    own state.
+
+    Args:
+        optimizers: At least one.
+
+    Attributes:
+        optimizers: They themselves, in order.
+
+    Raises:
+        TypeError: If one is no optimizer.
+        ValueError: If there is none, one is there twice or needs a closure, or two hold the same parameter.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        if not self.optimizers:
+            raise ValueError("optimizer is an empty list: pass at least one torch.optim.Optimizer")
+        owner: dict[Tensor, int] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            if not isinstance(optimizer, Optimizer):
+                kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+                raise TypeError(f"optimizer[{index}] should be a torch.optim.Optimizer, already built (got {kind})")
+            if any(optimizer is other for other in self.optimizers[:index]):
+                raise ValueError(f"optimizer[{index}] is in the list twice: pass each optimizer once")
+            if traits_of(optimizer).needs_closure:
+                raise ValueError(
+                    f"optimizer[{index}], a {type(optimizer).__name__}, needs a closure to evaluate the loss where it "
+                    "has moved the parameters, which the others would move meanwhile: wrap it by itself"
+                )
+            for position, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                if owner.setdefault(p, index) != index:
+                    raise ValueError(
+                        f"optimizer[{owner[p]}] and optimizer[{index}] hold the same parameter, number {position} of "
+                        f"the latter's, of shape {tuple(p.shape)}: each parameter should be in one of them only"
+                    )
+        self._linked = False  # Optimizer.__init__ is about to register groups that are registered already
+        super().__init__(self.param_groups, self._common_defaults())
+        self._linked = True
+
+    def _common_defaults(self) -> dict[str, Any]:
+        """Return the hyperparameters that all have: what a scheduler may rely on in every group."""
+        first, *others = (optimizer.defaults for optimizer in self.optimizers)
+        return {name: value for name, value in first.items() if all(name in other for other in others)}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All groups, in a new list: to add one, add it to one of the optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # noqa: ARG002
+        if self._linked:
+            self._refuse_groups()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:  # noqa: ARG002
+        """Refuse: whose would the group be?
+
+        Args:
+            param_group: Any.
+
+        Raises:
+            RuntimeError: Says what to do.
+        """
+        if self._linked:
+            self._refuse_groups()
+
+    def _refuse_groups(self) -> NoReturn:
+        raise RuntimeError(
+            f"{len(self.optimizers)} optimizers are wrapped as one: add a group to one of them, "
+            "optimizer.optimizer.optimizers[0].add_param_group(...)"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters.
+
+        Args:
+            set_to_none: As in ``torch.optim.Optimizer.zero_grad``.
+        """
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of each.
+
+        Args:
+            closure: Evaluated once, before all steps.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def train(self) -> None:
+        """Switch those that have a training mode, as schedule-free has, to it."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """Switch those that have a mode to evaluate in, as schedule-free has, to it."""
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        for optimizer in self.optimizers:
+            switch = getattr(optimizer, mode, None)
+            if callable(switch):
+                switch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every optimizer's state dict.
+
+        Returns:
+            A list of them, under ``"optimizers"``.
+        """
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load every optimizer's.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If there is another number of them.
+        """
+        states = state_dict["optimizers"]
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"the state dict is of {len(states)} optimizers and there are {len(self.optimizers)} here")
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": self.state, "defaults": self.defaults, "optimizers": self.optimizers, "_linked": True}
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.optimizers))
