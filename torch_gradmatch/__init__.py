@@ -9,6 +9,7 @@ from torch_gradmatch.compare.report import Comparison, compare
 from torch_gradmatch.data.loaders import ResumableLoader, check_loader
 from torch_gradmatch.data.meta_batches import meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
+from torch_gradmatch.data.streams import DomainLoader
 from torch_gradmatch.gradients import agreement, alignment, functional
 from torch_gradmatch.gradients.agreement import fish_gamma
 from torch_gradmatch.methods.fish import Fish
@@ -22,6 +23,7 @@ __all__ = [
     "IDGM",
     "Comparison",
     "DomainBatchSampler",
+    "DomainLoader",
     "Fish",
     "GradMatch",
     "MetaStep",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch_gradmatch import (
     IDGM,
     DomainBatchSampler,
+    DomainLoader,
     Fish,
     GradMatch,
     ResumableLoader,
@@ -323,6 +324,13 @@ def test_a_loader_without_a_domain_sampler_is_an_error():
         ResumableLoader([[1], [2]])
 
 
+def test_domains_of_streams_have_to_be_able_to_save_their_place():
+    loader = DomainLoader({"a": [1], "b": [2]})
+    for under in (loader, meta_batches(loader, 2)):
+        with pytest.raises(TypeError, match=r"loader of domain 'a', a list, cannot save its place.*StatefulDataLoader"):
+            ResumableLoader(under)
+
+
 def test_a_loader_out_of_order_is_an_error():
     with pytest.raises(ValueError, match="in_order=False"):
         ResumableLoader(make_loader(workers=1, in_order=False))
@@ -365,6 +373,28 @@ def test_with_fewer_domains_per_step_than_domains():
     check_loader(make_optimizer(inner_steps=2), loader)
     with pytest.raises(ValueError, match=r"inner_steps=3\).*domains_per_step=2"):
         check_loader(make_optimizer(inner_steps=3), loader)
+
+
+def test_with_a_loader_per_domain():
+    streams = DomainLoader({"a": [1], "b": [2], "c": [3]}, domains_per_step=2)
+    for loader in (streams, meta_batches(streams, 2)):
+        check_loader(make_optimizer(inner_steps=2), loader)
+        with pytest.raises(ValueError, match=r"inner_steps=3\).*DomainLoader serves.*=2.*loader\.domains_per_step"):
+            check_loader(make_optimizer(inner_steps=3), loader)
+    with pytest.raises(ValueError, match=r"accumulation_steps=2.*batch_size in every loader"):
+        check_loader(make_optimizer(inner_steps=2), streams, 2)
+    with pytest.raises(ValueError, match=r"meta_batches\(loader, 2\)"):
+        check_loader(make_optimizer(lambda m: IDGM(m, 1.0)), streams)
+    check_loader(make_optimizer(lambda m: IDGM(m, 1.0)), meta_batches(streams, 2))
+
+
+def test_domains_of_another_data_set_are_an_error():
+    for wrap in (lambda loader: loader, AheadLoader):
+        loader = wrap(DataLoader(range(25), batch_sampler=make_sampler()))
+        with pytest.raises(ValueError, match="holds 24 labels, but the loader's data set 25 samples"):
+            check_loader(make_optimizer(inner_steps=3), loader)
+        with pytest.raises(ValueError, match="holds 24 labels"):
+            ResumableLoader(loader)
 
 
 def test_accumulated_gradients_are_an_error():

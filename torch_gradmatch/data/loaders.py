@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from torch_gradmatch._checks import check_int
-from torch_gradmatch.data.meta_batches import _MetaBatches
+from torch_gradmatch.data._stream import check_saves
+from torch_gradmatch.data.meta_batches import _check_dataset, _MetaBatches
 from torch_gradmatch.data.sampler import DomainBatchSampler
+from torch_gradmatch.data.streams import DomainLoader
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.optimizer import GradMatch
 
@@ -29,14 +31,16 @@ class ResumableLoader(Generic[Batch]):
 
     Args:
         loader: A ``DataLoader`` with a :class:`~torch_gradmatch.DomainBatchSampler`, also one that Accelerate has
-            prepared, or :func:`~torch_gradmatch.meta_batches` of one.
+            prepared, a :class:`~torch_gradmatch.DomainLoader`, or :func:`~torch_gradmatch.meta_batches` of one of them.
 
     Attributes:
         loader: That loader.
-        sampler: Its sampler.
+        sampler: Its sampler, or the ``DomainLoader``, which knows its place itself.
 
     Raises:
-        ValueError: If the loader has no ``DomainBatchSampler`` or does not keep its order.
+        TypeError: If a domain's loader in a ``DomainLoader`` cannot save its place.
+        ValueError: If the loader has no ``DomainBatchSampler``, or one for another data set, or does not keep its
+            order.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -56,6 +60,8 @@ class ResumableLoader(Generic[Batch]):
         self._size = loader.domains_per_step if isinstance(loader, _MetaBatches) else 1
         if not getattr(self._under, "in_order", True):
             raise ValueError("loader should keep its sampler's order (got in_order=False): nobody knows its place then")
+        if isinstance(self.sampler, DomainLoader):
+            check_saves(self.sampler._streams)
 
     def __len__(self) -> int:
         return self.sampler._epoch_length() // self._size
@@ -66,19 +72,25 @@ class ResumableLoader(Generic[Batch]):
         Yields:
             What the loader yields.
         """
+        if isinstance(self.sampler, DomainLoader):
+            yield from self.loader
+            return
         set_epoch = getattr(self._under, "set_epoch", None)
         if callable(set_epoch):  # Accelerate's loaders count epochs themselves, from 0, and impose that on the sampler
             set_epoch(self.sampler._next_epoch)
         # meta_batches calls _track by itself.
         yield from self.loader if isinstance(self.loader, _MetaBatches) else self.sampler._track(self.loader)
 
-    def state_dict(self) -> dict[str, int | str | bool]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the place behind the last batch that was handed out.
 
         Returns:
-            The sampler's state; behind the last batch of an epoch it is at the start of the next.
+            The sampler's state; behind the last batch of an epoch it is at the start of the next, over streams only
+            where that batch is known to be the last.
         """
-        state = self.sampler.state_dict()
+        if isinstance(self.sampler, DomainLoader):
+            return self.sampler.state_dict()
+        state: dict[str, Any] = self.sampler.state_dict()
         if state["position"] == self.sampler._epoch_length(int(state["epoch"])):
             state |= {"epoch": int(state["epoch"]) + 1, "position": 0}
         return state
@@ -99,13 +111,14 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
 
     Args:
         optimizer: A ``GradMatch``, or the object into which Lightning or Accelerate have wrapped it.
-        loader: What the loop iterates over; it must lead to a ``DomainBatchSampler``.
+        loader: What the loop iterates over; it must lead to a ``DomainBatchSampler`` or be made of a ``DomainLoader``.
         accumulation_steps: Batches whose gradients the framework adds up before it steps.
 
     Raises:
         TypeError: If there is no ``GradMatch``.
         ValueError: If the numbers of domains differ, gradients of several domains would be added up in one inner
-            step, the method takes no inner steps, or the loader has no ``DomainBatchSampler``.
+            step, the method takes no inner steps, or the loader has no ``DomainBatchSampler``, or one for another data
+            set.
 
     Example:
         >>> import torch
@@ -127,6 +140,7 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         raise TypeError(f"optimizer should be a GradMatch, wrapped or not (got {type(optimizer).__name__})")
     method, sampler = wrapped.method, _sampler_of(loader)
     domains = sampler.domains_per_step
+    streams = isinstance(sampler, DomainLoader)
     lists = isinstance(loader.loader if isinstance(loader, ResumableLoader) else loader, _MetaBatches)
     if not isinstance(method, Fish) and not lists:
         raise ValueError(
@@ -135,24 +149,26 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         )
     if isinstance(method, Fish) and method.inner_steps not in (None, domains):
         raise ValueError(
-            f"Fish(inner_steps={method.inner_steps}) but the loader's DomainBatchSampler serves groups of "
+            f"Fish(inner_steps={method.inner_steps}) but the loader's {type(sampler).__name__} serves groups of "
             f"domains_per_step={domains} domains: make both the same, for instance "
-            "Fish(inner_steps=sampler.domains_per_step)"
+            f"Fish(inner_steps={'loader' if streams else 'sampler'}.domains_per_step)"
         )
     if check_int("accumulation_steps", accumulation_steps, at_least=1) > 1:
         raise ValueError(
             f"accumulation_steps={accumulation_steps} adds up the gradients of {accumulation_steps} batches, which "
             f"come from different domains (domains_per_step={domains}), before one step: their agreement is lost. "
-            "Use 1, and a larger batch_size in the DomainBatchSampler"
+            f"Use 1, and a larger batch_size in {'every loader' if streams else 'the DomainBatchSampler'}"
         )
 
 
-def _sampler_of(loader: Any) -> DomainBatchSampler:
-    """Find the sampler under the wrappers that a framework, or this package, puts around it."""
+def _sampler_of(loader: Any) -> DomainBatchSampler | DomainLoader[Any]:
+    """Find the sampler, or the loader of streams, under the wrappers that a framework, or this package, puts around."""
     found, shards = loader, 1
-    while not isinstance(found, DomainBatchSampler):
+    passed = []
+    while not isinstance(found, DomainBatchSampler | DomainLoader):
         if not getattr(found, "split_batches", True):  # Accelerate's BatchSamplerShard
             shards = getattr(found, "num_processes", 1)
+        passed.append(found)
         for name in ("loader", "batch_sampler"):
             under = getattr(found, name, None)
             if under is not None:
@@ -160,7 +176,7 @@ def _sampler_of(loader: Any) -> DomainBatchSampler:
                 break
         else:
             raise ValueError(
-                f"loader should be a DataLoader whose batch_sampler is a DomainBatchSampler (got "
+                "loader should be a DataLoader whose batch_sampler is a DomainBatchSampler, or a DomainLoader (got "
                 f"{type(loader).__name__} over {type(found).__name__})"
             )
     if shards > 1:
@@ -169,4 +185,7 @@ def _sampler_of(loader: Any) -> DomainBatchSampler:
             "gradients would be averaged: split every batch instead (Accelerate: DataLoaderConfiguration("
             "split_batches=True), with drop_last=True in the DomainBatchSampler)"
         )
+    if isinstance(found, DomainBatchSampler):
+        for wrapper in passed:
+            _check_dataset(wrapper, found)
     return found
