@@ -41,8 +41,8 @@ class DomainLoader(Generic[Batch]):
 
     To save the place and to go on there, every domain's loader needs ``state_dict`` and ``load_state_dict``, as
     torchdata's ``StatefulDataLoader`` has them: the next iterator then serves the rest of the pass, which is nothing
-    behind its last batch, and the one after that a new pass. With ``exhausted="stop"`` the loader is asked for its state
-    before every batch, which for a ``StatefulDataLoader`` without workers takes 0.1 to 0.2 ms.
+    behind its last batch, and the one after that a new pass. With ``exhausted="stop"`` such a loader is asked for its
+    state before every batch, which for a ``StatefulDataLoader`` without workers takes 0.1 to 0.2 ms.
 
     ``len(loader)`` is what the iterator in progress, or else the next one, yields in all, after ``load_state_dict``
     what is left of the epoch. It is a ``TypeError``, as for a ``DataLoader`` over a stream, where there is neither
