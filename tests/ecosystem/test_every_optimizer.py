@@ -463,12 +463,16 @@ def test_wrapping_draws_no_random_numbers(name: str, inner_state: str):
 
 
 class Shy(torch.optim.SGD):
-    """Steps halfway towards the mean of where it has been, and touches no parameters but those it was built for."""
+    """Steps halfway towards the mean of where it has been, and touches no parameters but those of a model it knows."""
 
-    known: ClassVar[set[int]] = set()
+    @classmethod
+    def of(cls, model: nn.Module) -> Shy:
+        for p in model.parameters():
+            p.is_known = True
+        return cls(model.parameters(), lr=0.05)
 
     def step(self, closure: Any = None) -> Any:
-        if not all(id(p) in self.known for group in self.param_groups for p in group["params"]):
+        if not all(hasattr(p, "is_known") for group in self.param_groups for p in group["params"]):
             raise RuntimeError("these are not my parameters")
         loss = super().step(closure)
         self.move()
@@ -488,14 +492,10 @@ class Outspoken(Shy):
 
 @every_mode
 def test_an_optimizer_may_name_its_iterates(inner_state: str):
-    def build(model: nn.Module) -> Outspoken:
-        Shy.known.update(map(id, model.parameters()))
-        return Outspoken(model.parameters(), lr=0.05)
-
-    recipe = Recipe(build, iterates=("mean",))
+    recipe = Recipe(Outspoken.of, iterates=("mean",))
     reference = Algorithm1(recipe, inner_state)
     model = recipe.new_model()
-    optimizer = GradMatch(build(model), Fish(META_LR, inner_steps=DOMAINS, inner_state=inner_state))
+    optimizer = GradMatch(Outspoken.of(model), Fish(META_LR, inner_steps=DOMAINS, inner_state=inner_state))
     for i in range(3):
         reference.meta_iteration(domains(i))
         for batch in domains(i):
@@ -512,23 +512,22 @@ class Secretive(Shy):
         self.steps.append(1)
 
 
-def train_by_reset(optimizer_class: type[Shy | torch.optim.SGD]) -> None:
+def train_by_reset(build: Callable[[nn.Module], Any]) -> None:
     model = RECIPES["torch.SGD"].new_model()
-    Shy.known.update(map(id, model.parameters()))
-    optimizer = GradMatch(optimizer_class(model.parameters(), lr=0.05), Fish(inner_steps=DOMAINS, inner_state="reset"))
+    optimizer = GradMatch(build(model), Fish(inner_steps=DOMAINS, inner_state="reset"))
     for i in range(3):
         walk("torch.SGD", model, optimizer, domains(i))
 
 
 def test_a_reset_that_finds_nothing_warns_once():
-    with pytest.warns(UserWarning, match="nothing to reset in Secretive") as caught:
-        train_by_reset(Secretive)
+    with pytest.warns(UserWarning, match=r"reset.*Secretive") as caught:
+        train_by_reset(Secretive.of)
     assert len(caught) == 1
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_reset_of_what_keeps_nothing_is_silent():
-    train_by_reset(torch.optim.SGD)
+    train_by_reset(lambda model: torch.optim.SGD(model.parameters(), lr=0.05))
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be had
