@@ -30,11 +30,8 @@ class ReferenceFish:
         inner_state: str = "carry",
         buffers: str = "interpolate",
         meta_dtype: torch.dtype | None = None,
-        iterates: tuple[str, ...] = (),
     ) -> None:
         self.meta_dtype = meta_dtype
-        self.iterates = iterates  # names of entries of the optimizer's state that are moved as the parameters are
-        self.slow_iterates: dict[tuple[str, str], Tensor] = {}
         self.wide: dict[str, Tensor] = {}  # theta in that dtype, where it is not just the model's
         self.model = model
         self.build_optimizer = build_optimizer
@@ -61,11 +58,6 @@ class ReferenceFish:
                 if old_parameter in self.previous_optimizer.state:
                     state = copy.deepcopy(self.previous_optimizer.state[old_parameter])
                     self.inner_optimizer.state[new_parameter] = state
-
-        for name, parameter in self.inner_model.named_parameters():
-            for entry in self.iterates:
-                z = self.inner_optimizer.state.get(parameter, {}).get(entry, parameter)
-                self.slow_iterates[name, entry] = z.detach().clone()
 
     def step(self, loss_fn: Callable[[nn.Module], Tensor]) -> Tensor:
         """theta~ <- inner optimizer step on one domain's loss."""
@@ -106,10 +98,6 @@ class ReferenceFish:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     self.move(name, parameter, inner[name])
-            for (name, entry), slow in self.slow_iterates.items():
-                z = self.inner_optimizer.state.get(inner[name], {}).get(entry)
-                if z is not None:
-                    z.copy_(slow + self.meta_lr * (z - slow))
             inner_buffers = dict(self.inner_model.named_buffers())
             for name, buffer in self.model.named_buffers():
                 if self.buffers == "interpolate" and buffer.is_floating_point():
@@ -275,10 +263,11 @@ def fish_by_hand(
 ) -> None:
     """A meta-iteration on one and the same optimizer, whose points besides the parameters move by the same fraction.
 
-    ``iterates(optimizer, parameter)`` returns those that there are now. One that a step makes begins at the slow weight.
+    ``iterates(optimizer, parameter)`` returns those there are now. One that a step makes begins at the slow weight.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slow = {p: p.detach().clone() for p in parameters}
+    slow_weights = [group.get("weight_sum", 0.0) for group in optimizer.param_groups]
     slow_iterates = {p: {n: z.detach().clone() for n, z in iterates(optimizer, p).items()} for p in parameters}
     for loss in losses:
         optimizer.zero_grad()
@@ -290,3 +279,6 @@ def fish_by_hand(
                 start = slow_iterates[p].get(name, slow[p])
                 z.copy_(start + meta_lr * (z - start))
             p.copy_(slow[p] + meta_lr * (p - slow[p]))
+    for group, weight in zip(optimizer.param_groups, slow_weights, strict=True):
+        if "weight_sum" in group:  # the weight that an average has by now, of schedule-free
+            group["weight_sum"] = weight + meta_lr * (group["weight_sum"] - weight)

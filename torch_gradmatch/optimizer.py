@@ -379,7 +379,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
                 "optimizer to continue"
             )
         if version < FORMAT_VERSION:
-            own.setdefault("slow_iterates", {})
+            own = {"slow_iterates": {}, "average_weights": [], **own}
         if type(self.optimizer).state_dict is Optimizer.state_dict:
             self._check_groups(state_dict)
         saved = own.get("shapes")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
+from _wrapped import ITERATES, PLAIN, Averaging, CountsOutOfSight, Hiding, NeedsAModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,9 +20,6 @@ from torch.optim import SGD, Adam, Optimizer
 from torch_gradmatch import Fish, GradMatch
 from torch_gradmatch.slow.inner_state import resets_all
 from torch_gradmatch.wrapped.traits import Traits, traits_of
-
-sys.path.insert(0, str(Path(__file__).parent))
-from _optimizers import ITERATES, PLAIN, Averaging, CountsOutOfSight, Hiding, NeedsAModel  # noqa: E402
 
 
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -38,6 +34,7 @@ def test_iterates_are_found(name: str):
     traits = traits_of(optimizer)
     assert traits.known
     assert traits.iterates == {"": names}
+    assert traits.averages == (("",) if name.startswith("ScheduleFree") else ())
     assert traits.hidden == ()
     assert not traits.needs_closure
     assert not traits.forgets
@@ -138,6 +135,17 @@ def test_one_that_cannot_be_built_again_may_say_what_it_is_like():
     hiding = Hiding(parameters())
     hiding.gradmatch_iterates = ()
     assert traits_of(hiding).hidden == ()
+
+
+def test_an_anchor_that_never_moves_is_not_in_the_way():
+    class Anchored(Hiding):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for p, anchor in zip(group["params"], self.averages, strict=True):
+                    p -= 0.1 * (p.grad + 0.01 * (p - anchor))
+
+    assert traits_of(Anchored(parameters())).hidden == ()
 
 
 @pytest.mark.parametrize(

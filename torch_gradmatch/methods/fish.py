@@ -163,7 +163,7 @@ class FishLoop(MetaLoop):
         self.is_open = False
         self.settings = copy.copy(method)  # of the inner loop in progress
         self.weights = SlowWeights(state)
-        self.iterates = SlowIterates(state, optimizer, self.traits.iterates)
+        self.iterates = SlowIterates(state, optimizer, self.traits.iterates, self.traits.averages)
         self.buffers = None if method.model is None else SlowBuffers(self._check_model(method.model))
         self.inner_state = InnerState(optimizer, resets=method.inner_state == "reset", counters=self.traits.counters)
         self.alignment = GradientAlignment(pairs=method.track_alignment == "pairs") if method.track_alignment else None
@@ -346,6 +346,7 @@ class FishLoop(MetaLoop):
         fast = [*self.weights.fast, *(fast for _, fast in pairs)]
         with record_function("GradMatch.interpolate"):
             ops.interpolate_(slow, fast, settings.meta_lr)
+        self.iterates.interpolate_weights(settings.meta_lr)
         self._close()
 
     def _iterates(self) -> list[tuple[Tensor, Tensor]]:
@@ -415,6 +416,7 @@ class FishLoop(MetaLoop):
     def _return_to_slow(self) -> None:
         iterates = self._iterates()
         _write([fast for _, fast in iterates], [slow for slow, _ in iterates])
+        self.iterates.set_weights(self.iterates.slow_weights_of_averages())
         self.iterates.close()
         self.weights.rollback()
         if self.buffers is not None:
@@ -463,16 +465,18 @@ class FishLoop(MetaLoop):
         iterates, modes = self._iterates(), self.iterates.modes() if self.iterates else {}
         weights = [*self.weights.fast, *(fast for _, fast in iterates)]
         slow = [*self.weights.slow, *(slow for slow, _ in iterates)]
-        values = clone_all(weights)
+        values, average_weights = clone_all(weights), self.iterates.weights()
         buffers = None if self.buffers is None else SavedBuffers(self.buffers.slots)
         self._holds_slow = True
         try:
             _write(weights, slow)
+            self.iterates.set_weights(self.iterates.slow_weights_of_averages())
             if self.buffers is not None:
                 self.buffers.write_slow()
             yield
         finally:
             _write(weights, values)
+            self.iterates.set_weights(average_weights)
             self.iterates.set_modes(modes)
             if buffers is not None:
                 buffers.restore()
@@ -589,7 +593,7 @@ class FishLoop(MetaLoop):
             "inner_step": self.inner_step,
             "is_open": self.is_open,
             **self.weights.state_dict(self.parameters() if needed else []),
-            "slow_iterates": self.iterates.state_dict(self.parameters() if self.is_open else []),
+            **self.iterates.state_dict(self.parameters()),
             **(no_buffers() if self.buffers is None else self.buffers.state_dict()),
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
             "counters": sorted(self.inner_state.counters),

@@ -43,9 +43,9 @@ class _Member:
         self.new_groups: list[dict[str, Any]] = []
         self.new_attributes: dict[str, Any] = {}
 
-    def counting(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Copy the entries of a group that may turn out to be counters."""
-        skipped = {"params", "param_names", *self.accepted}
+    def counting(self, group: dict[str, Any], *, hyperparameters: bool = False) -> dict[str, Any]:
+        """Copy the entries of a group that may turn out to be counters, with or without what is a hyperparameter."""
+        skipped = {"params", "param_names"} | (set() if hyperparameters else self.accepted)
         return {k: copy.deepcopy(v) for k, v in group.items() if k not in skipped}
 
     def attributes(self) -> dict[str, Any]:
@@ -105,10 +105,13 @@ class InnerState:
         self._members = {path: _Member(m, (counters or {}).get(path, ())) for path, m in members(optimizer).items()}
         self._main = self._members[""]
         self.counters: set[str] = {"step"} - self._main.accepted
+        self._written: set[str] = set()  # hyperparameters that its steps change as a scheduler would
         self._saved: _Saved | None = None
         if not resets:
             return
+        random_state = RandomState.capture({p.device for group in optimizer.param_groups for p in group["params"]})
         new = build_again(optimizer)
+        random_state.restore()
         of_new = {} if new is None else members(new)
         for path, member in self._members.items():
             fresh = of_new.get(path)
@@ -150,8 +153,8 @@ class InnerState:
             for key, value in group.items():
                 if key in old and old[key] is value:
                     continue
-                if key not in accepted and key != "params" and not (key in old and same(old[key], value)):
-                    self.counters.add(key)
+                if key != "params" and not (key in old and same(old[key], value)):
+                    (self._written if key in accepted else self.counters).add(key)
 
     def reset(self) -> None:
         """Make the wrapped optimizer new, with the hyperparameters it has now.
@@ -211,7 +214,7 @@ class InnerState:
         """
         if self._saved is None or self._saved.is_spent:
             return False
-        self._saved.restore(self.counters)
+        self._saved.restore(self.counters | self._written)
         self._saved.spend()
         return True
 
@@ -270,7 +273,10 @@ class _Saved:
 
     def __init__(self, kept: list[_Member], by_reference: bool, older: _Saved | None) -> None:
         self.is_spent = False
-        self._kept = [(m, m.attributes(), [m.counting(group) for group in m.optimizer.param_groups]) for m in kept]
+        self._kept = [
+            (m, m.attributes(), [m.counting(group, hyperparameters=True) for group in m.optimizer.param_groups])
+            for m in kept
+        ]
         self._entries: list[tuple[Any, Any, Any, dict[Any, Any]]] = []
         self._tensors: list[Tensor] = []
         states = {id(m.optimizer.state): m.optimizer.state for m in kept}

@@ -5,6 +5,13 @@ Lookahead keeps slow weights of its own. Such an optimizer walks with a tuple of
 one. So the meta-update moves all of them, :math:`z \leftarrow z + \epsilon(\tilde z - z)`, by the same
 :math:`\epsilon` as :math:`\theta`: what was an affine combination of them, still is. Which they are,
 :mod:`torch_gradmatch.wrapped.traits` finds out.
+
+Where one is an average, its weight so far moves by the same fraction, too: a meta-iteration then is the inner loop with
+time running :math:`\epsilon` times as fast. Without that the k-th inner step averages with 1/k, of which
+:math:`\epsilon/k` is kept, and the average hardly leaves where training began. Loss of schedule-free SGD after 150/eps
+meta-iterations on three domains (lr 0.3) at the training point and at the point to evaluate, for eps = 1, 0.3, 0.1 and
+0.05: 0.14/0.16 0.13/0.14 0.13/0.14 0.13/0.14; with z interpolated but not the weight 0.14/0.16 0.24/0.32 0.38/0.82
+0.47/1.18; with neither 0.14/0.16 0.13/0.15 0.13/0.32 0.13/1.51.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from torch_gradmatch._checks import check_entry
 from torch_gradmatch._foreach import copy_all_
 from torch_gradmatch.slow.copies import check_copies
 from torch_gradmatch.wrapped.members import members
+from torch_gradmatch.wrapped.traits import WEIGHT
 from torch_gradmatch.wrapped.twin import constructor_arguments
 
 __all__ = ["SlowIterates"]
@@ -34,16 +42,23 @@ class SlowIterates:
         state: Where the copies live, keyed by parameter (``GradMatch.state``).
         optimizer: The wrapped optimizer.
         names: For each of its members (see :func:`~torch_gradmatch.wrapped.members.members`) the names of the iterates.
+        averages: The members in whose groups there is the weight of an average.
     """
 
     def __init__(
-        self, state: MutableMapping[Tensor, Any], optimizer: Optimizer, names: Mapping[str, Sequence[str]]
+        self,
+        state: MutableMapping[Tensor, Any],
+        optimizer: Optimizer,
+        names: Mapping[str, Sequence[str]],
+        averages: Sequence[str] = (),
     ) -> None:
         self.state = state
         self._held: set[tuple[Tensor, str]] = set()  # which copies belong to the inner loop in progress
         self._optimizer = optimizer
         self._modes: dict[tuple[str, int | None, str], bool] = {}  # when that loop began
         inside = members(optimizer)
+        self._averages = [inside[path] for path in averages]
+        self._weights: list[float] = []  # when that loop began
         self._places = {
             f"slow_{path}.{name}" if path else f"slow_{name}": (inside[path], name)
             for path, of_path in names.items()
@@ -74,7 +89,7 @@ class SlowIterates:
         self.close()
         if not self._places:
             return
-        self._modes = self.modes()
+        self._modes, self._weights = self.modes(), self.weights()
         into, out_of = [], []
         for p, key, value in self._iterates(parameters):
             slow = self.state[p].get(key)
@@ -149,41 +164,77 @@ class SlowIterates:
                 "slow_weights()"
             )
 
+    def weights(self) -> list[float]:
+        """Return the weights that averages have by now, of every group; 0 where none has begun."""
+        return [group.get(WEIGHT, 0.0) for member in self._averages for group in member.param_groups]
+
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """Set them.
+
+        Args:
+            weights: As :meth:`weights` returns them; groups that were added since keep theirs.
+        """
+        groups = [group for member in self._averages for group in member.param_groups]
+        for group, weight in zip(groups, weights, strict=False):
+            group[WEIGHT] = weight
+
+    def slow_weights_of_averages(self) -> list[float]:
+        """Return what they were when the inner loop began.
+
+        Returns:
+            As :meth:`weights`.
+        """
+        return self._weights
+
+    def interpolate_weights(self, meta_lr: float) -> None:
+        """Move the weights of averages as the averages are moved.
+
+        Args:
+            meta_lr: The fraction.
+        """
+        pairs = zip(self._weights, self.weights(), strict=False)
+        self.set_weights([slow + meta_lr * (fast - slow) for slow, fast in pairs])
+
     def close(self) -> None:
         """End the inner loop."""
         self._held = set()
-        self._modes = {}
+        self._modes, self._weights = {}, []
 
-    def state_dict(self, parameters: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """Return the copies that belong to an inner loop in progress.
 
         Args:
             parameters: The optimizer's, whose positions stand for them.
 
         Returns:
-            By position and key; not copied again.
+            ``"slow_iterates"`` by position and key, not copied again, and ``"average_weights"``, numbers.
         """
         found: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(parameters):
             keys = [key for key in self._places if (p, key) in self._held]
             if keys:
                 found[i] = {key: self.state[p][key] for key in keys}
-        return found
+        return {"slow_iterates": found, "average_weights": list(self._weights)}
 
     def check_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` naming the first entry that cannot be loaded.
 
         Args:
-            state: With what :meth:`state_dict` once returned as ``"slow_iterates"``.
+            state: With what :meth:`state_dict` once returned.
             parameters: Those to load it for.
 
         Raises:
             ValueError: If it is malformed or was saved for another optimizer.
         """
         check_entry(state, "slow_iterates", dict)
+        check_entry(state, "average_weights", list)
+        if not all(isinstance(weight, float | int) for weight in state["average_weights"]):
+            raise ValueError(f"the state dict's 'average_weights' is malformed (got {state['average_weights']!r:.80})")
         for i, copies in state["slow_iterates"].items():
-            if not isinstance(copies, dict) or not set(copies) <= set(self._places):
-                raise ValueError(f"the state dict holds slow iterates {copies!r:.80}, which do not exist here")
+            if not isinstance(copies, dict):
+                raise ValueError(f"the state dict's 'slow_iterates' is malformed (got {copies!r:.80})")
+            if not set(copies) <= set(self._places):
+                raise ValueError(f"the state dict holds slow iterates {list(copies)!r:.80}, which do not exist here")
             for copy in copies.values():
                 check_copies("slow iterate of parameter", {i: copy}, dict(enumerate(parameters)))
 
@@ -191,11 +242,11 @@ class SlowIterates:
         """Continue from a state that :meth:`check_state_dict` found good. Its tensors are copied.
 
         Args:
-            state: With what :meth:`state_dict` once returned as ``"slow_iterates"``.
+            state: With what :meth:`state_dict` once returned.
             parameters: Those to load it for.
         """
         self.close()
-        self._modes = self.modes()
+        self._modes, self._weights = self.modes(), list(state["average_weights"])
         for i, copies in state["slow_iterates"].items():
             p = parameters[i]
             for key, copy in copies.items():

@@ -55,12 +55,12 @@ def own_attributes(optimizer: Optimizer) -> dict[str, Any]:
         optimizer: Any.
 
     Returns:
-        Attributes by name. Methods that somebody put on the object, as schedulers do, are none of its own.
+        Attributes by name. The ``step`` that a scheduler has put on the object is none of its own.
     """
     return {
         name: value
         for name, value in vars(optimizer).items()
-        if name not in _OWN and not name.startswith(("_optimizer_", "_zero_grad_")) and not callable(value)
+        if name not in _OWN and not name.startswith(("_optimizer_", "_zero_grad_"))
     }
 
 

@@ -8,8 +8,12 @@ sums of gradients have not. Let one twin train on :math:`f(\theta)` from :math:`
 same in both, and what is a copy or an average of parameters differs by c.
 
 That is a property of what the optimizer does and not of its name or of one moment's values: at :math:`|\theta|^2/2`
-the gradient is the parameter. An optimizer of which no twin can be built, or which knows better, says it by an
-attribute ``gradmatch_iterates``, the names of its iterates in ``state[parameter]``.
+the gradient is the parameter. Of these, an iterate is what the steps depend on: an average that is only kept for later
+(that of ASGD) is right as it is, an average of the points visited. An optimizer of which no twin can be built, or which
+knows better, says it by an attribute ``gradmatch_iterates``, the names of its iterates in ``state[parameter]``.
+
+Schedule-free averages with weights, whose sum so far is in its groups. Where the points move by a fraction of what an
+inner loop did, so does that sum: else the average would come to a standstill (measured: docs of ``SlowIterates``).
 """
 
 from __future__ import annotations
@@ -31,9 +35,10 @@ from torch_gradmatch._random_state import RandomState
 from torch_gradmatch.wrapped.members import members, own_attributes
 from torch_gradmatch.wrapped.twin import build_again, copy_optimizer
 
-__all__ = ["Traits", "Twin", "copy_plain", "is_plain", "same", "traits_of"]
+__all__ = ["STEPS", "WEIGHT", "Traits", "Twin", "copy_plain", "is_plain", "same", "traits_of"]
 
-STEPS = (2, 6, 8)  # of a twin, between looks: what holds at each look is no coincidence
+STEPS = (1, 2, 5, 8)  # of a twin, between looks: what holds at each look is no coincidence
+WEIGHT = "weight_sum"  # what the implementations of schedule-free call the weight that their average has by now
 SAME = 1e-3  # relative: how exactly an iterate moves along; weight decay lets it lag behind a little, all of it alike
 HALF = 0.5  # of c by which an average should have moved; a momentum with weight decay in it moves by less
 KEPT = 0.7  # of a move of the parameters that should be left of it as many steps later as there were last
@@ -49,7 +54,8 @@ class Traits:
         asks_first: Whether it calls the closure before it moves anything, as LBFGS does and SAM does not.
         iterates: For each member (see :func:`~torch_gradmatch.wrapped.members.members`) the names of the iterates in
             ``state[parameter]``.
-        hidden: Where else there are tensors that move with the parameters, in words.
+        averages: The members that keep an average among them, with the weight it has by now in their groups.
+        hidden: Where else there are tensors that move with the parameters, in words; not those that never move.
         counters: For each member the names of the object's attributes that its steps change.
         keeps: Whether it keeps anything from one step to the next.
         forgets: Whether it works the parameters out of its state, so that a move of them is forgotten.
@@ -61,6 +67,7 @@ class Traits:
     needs_closure: bool = False
     asks_first: bool = False
     iterates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    averages: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     counters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keeps: bool = True
@@ -100,7 +107,13 @@ def traits_of(optimizer: Optimizer) -> Traits:
         if hasattr(member, "gradmatch_iterates")
     }
     iterates = {path: names for path, names in {**found.iterates, **told}.items() if names}
-    traits = replace(found, iterates=iterates, hidden=() if told else found.hidden)
+    averages = (path for path, member in members(optimizer).items() if any(WEIGHT in g for g in member.param_groups))
+    traits = replace(
+        found,
+        iterates=iterates,
+        averages=tuple(path for path in dict.fromkeys((*found.averages, *averages)) if path in iterates),
+        hidden=() if told else found.hidden,
+    )
     if key is not None:
         _KNOWN[key] = traits
     return traits
@@ -141,6 +154,7 @@ def _examine(optimizer: Optimizer, dtype: torch.dtype, manner: str) -> Traits:
     """Compare a twin with a shifted one, with itself before its steps, and with one whose parameters were moved."""
     plain, shifted, moved = (Twin(optimizer, dtype, manner, shift=shift) for shift in (0.0, 1.0, 0.0))
     before = plain.attributes()
+    counters: dict[str, dict[str, None]] = {}
     found: dict[Place, bool] = {}
     early: dict[Place, Tensor] = {}
     for steps in STEPS:
@@ -152,30 +166,49 @@ def _examine(optimizer: Optimizer, dtype: torch.dtype, manner: str) -> Traits:
                 early[place] = tensor.clone()
             follows = place in others and _follows(others[place] - tensor, plain.shifts[place.point])
             found[place] = found.get(place, True) and follows
-    iterates = [place for place, follows in found.items() if follows]
-    after = plain.attributes()
-    counters = {
-        path: tuple(name for name, value in values.items() if not same(value, before[path].get(name)))
-        for path, values in after.items()
-    }
+        for path, values in plain.attributes().items():
+            changed = [name for name, value in values.items() if not same(value, before[path].get(name))]
+            counters.setdefault(path, {}).update(dict.fromkeys(changed))
+    points = [place for place, follows in found.items() if follows]
+    last = plain.tensors()
+    moving = [place for place in points if not same(early[place], last[place])]
     names: dict[str, dict[str, None]] = {}
-    for place in iterates:
-        if place.is_entry:
-            names.setdefault(place.path, {})[place.name] = None
+    for place in points:
+        if place.is_entry and place.name not in names.get(place.path, {}):
+            alike = [p for p in points if p[:3] == place[:3]]
+            if manner == "graph" or _matters(optimizer, plain, dtype, manner, alike):
+                names.setdefault(place.path, {})[place.name] = None
     return Traits(
         known=True,
         needs_closure=manner == "closure",
         asks_first=manner == "closure" and plain.asks_first,
         iterates={path: tuple(of_path) for path, of_path in names.items()},
-        hidden=tuple(sorted({str(place) for place in iterates if not place.is_entry})),
-        counters={path: changed for path, changed in counters.items() if changed},
+        averages=tuple(path for path in names if plain.has_weights(path)),
+        hidden=tuple(sorted({str(place) for place in moving if not place.is_entry})),
+        counters={path: tuple(changed) for path, changed in counters.items() if changed},
         keeps=plain.keeps() or any(counters.values()),
         # A gradient that is given has no graph, and does not fit the loss that a line search compares.
-        forgets=manner == "plain"
-        and _forgets(plain, moved, [p for p in iterates if not same(early[p], plain.tensors()[p])]),
+        forgets=manner == "plain" and _forgets(plain, moved, moving),
         manner=manner,
         dtype=dtype,
     )
+
+
+def _matters(optimizer: Optimizer, plain: Twin, dtype: torch.dtype, manner: str, places: list[Place]) -> bool:
+    """Whether the steps depend on some tensors: whether they lead elsewhere if these are moved."""
+    one, other = (Twin(optimizer, dtype, manner) for _ in range(2))
+    for twin in (one, other):
+        twin.run(sum(STEPS))
+    with torch.no_grad():
+        tensors = other.tensors()
+        for place in places:
+            if place in tensors:
+                tensors[place].add_(plain.shifts[place.point])
+    gradients = one.gradients()
+    for twin in (one, other):
+        twin.switch()
+        twin.run(STEPS[-1], gradients)
+    return not all(map(torch.equal, one.points, other.points))
 
 
 def _follows(difference: Tensor, shift: Tensor) -> bool:
@@ -295,6 +328,12 @@ class Twin:
             self.optimizer.step(closure)  # type: ignore[arg-type]
             self.asks_first = self.asks_first and asked[:1] == [True]
 
+    def switch(self) -> None:
+        """Switch to what it would be evaluated at and back, if it has such modes."""
+        for mode in ("eval", "train"):
+            if callable(getattr(self.optimizer, mode, None)):
+                getattr(self.optimizer, mode)()
+
     def _differentiate(self, gradients: list[Tensor] | None) -> Tensor:
         self.optimizer.zero_grad()
         with torch.enable_grad():
@@ -339,6 +378,10 @@ class Twin:
     def attributes(self) -> dict[str, dict[str, Any]]:
         """Return copies of what the objects keep outside their state and groups."""
         return {path: copy_plain(own_attributes(m), self.points) for path, m in members(self.optimizer).items()}
+
+    def has_weights(self, path: str) -> bool:
+        """Return whether the groups of a member hold the weight that an average has by now."""
+        return any(WEIGHT in group for group in members(self.optimizer)[path].param_groups)
 
     def keeps(self) -> bool:
         """Return whether anything is in the state or was added to the groups or changed there."""

@@ -14,11 +14,18 @@ Build = Callable[[list[Tensor]], Optimizer]
 
 
 class Averaging(Optimizer):
-    """SGD that keeps the average of its iterates, under whatever name, from the first step on."""
+    """SGD that keeps the average of its iterates, under whatever name, and pulls towards it."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
         self.steps_taken = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps_taken": self.steps_taken}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps_taken = state_dict["steps_taken"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "steps_taken"})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -29,6 +36,7 @@ class Averaging(Optimizer):
                     average = self.state[p].setdefault("polyak", p.clone())
                     p -= group["lr"] / self.steps_taken * p.grad
                     average.lerp_(p, 1 / (self.steps_taken + 1))
+                    p.lerp_(average, 0.1)
 
 
 class NeedsAModel(Averaging):
@@ -52,6 +60,7 @@ class Hiding(Averaging):
         for p, average in zip(parameters, self.averages, strict=True):
             p -= 0.1 * p.grad
             average.lerp_(p, 0.5)
+            p.lerp_(average, 0.1)
 
 
 class Counting:
@@ -82,7 +91,6 @@ def training(optimizer: Optimizer) -> Optimizer:
 
 
 ITERATES: dict[str, tuple[Build, tuple[str, ...]]] = {
-    "ASGD": (lambda p: torch.optim.ASGD(p, lr=0.1, t0=2), ("ax",)),
     "ScheduleFreeSGD": (lambda p: training(pytorch_optimizer.ScheduleFreeSGD(p, lr=0.5, momentum=0.8)), ("z",)),
     "ScheduleFreeAdamW": (lambda p: training(pytorch_optimizer.ScheduleFreeAdamW(p, lr=0.05)), ("z",)),
     "ScheduleFreeWrapper": (
@@ -104,6 +112,7 @@ PLAIN: dict[str, Build] = {
     "SGD": lambda p: SGD(p, lr=0.1),
     "SGD-momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.3),
     "Adam": adam_with_decay,
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, t0=2),  # averages, for nobody but the user
     "Muon": lambda p: torch.optim.Muon(p, lr=0.1),
     "Lamb": lambda p: pytorch_optimizer.Lamb(p, lr=0.1),
     "LARS": lambda p: pytorch_optimizer.LARS(p, lr=0.1),

@@ -1,0 +1,216 @@
+"""Optimizers that evaluate the loss themselves: LBFGS, and SAM in one call or in two."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_optimizer
+import torch
+from _models import assert_identical, assert_same_state
+from _reference import mean_pairwise_cosine
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, compare
+
+DOMAINS = range(3)
+
+
+def network(seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def loss_of(model: nn.Module, domain: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + domain)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    return (model(x) - domain).square().mean()
+
+
+class MovesData(SGD):
+    """SAM written with ``.data``, of which no tensor's version tells."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        if closure is None:
+            raise RuntimeError("a closure is needed")
+        old = [p.data.clone() for group in self.param_groups for p in group["params"]]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = p.data + 0.2 * p.grad
+        with torch.enable_grad():
+            loss = closure()
+        for p, value in zip((p for group in self.param_groups for p in group["params"]), old, strict=True):
+            p.data = value
+        super().step()
+        return loss
+
+
+BUILDS: dict[str, Callable[[Any], Optimizer]] = {
+    "SAM": lambda p: pytorch_optimizer.SAM(p, SGD, lr=0.1, momentum=0.9, rho=0.2),
+    "SAM-Adam": lambda p: pytorch_optimizer.SAM(p, Adam, lr=0.05, rho=0.2, adaptive=True),
+    "LookSAM": lambda p: pytorch_optimizer.LookSAM(p, SGD, lr=0.1, rho=0.2, k=2),
+    "MovesData": lambda p: MovesData(p, lr=0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    "LBFGS-Wolfe": lambda p: torch.optim.LBFGS(p, max_iter=4, line_search_fn="strong_wolfe"),
+}
+
+
+def closure_of(optimizer: Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    return closure
+
+
+def plain_step(optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
+    closure = closure_of(optimizer, loss)
+    closure()
+    optimizer.step(closure)
+
+
+def fish(model: nn.Module, optimizer: Optimizer, meta_lr: float) -> None:
+    slow = [p.detach().clone() for p in model.parameters()]
+    for d in DOMAINS:
+        plain_step(optimizer, lambda d=d: loss_of(model, d))
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), slow, strict=True):
+            p.copy_(value + meta_lr * (p - value))
+
+
+@pytest.mark.parametrize("call", ["step", "meta_step"])
+@pytest.mark.parametrize("name", BUILDS)
+def test_fish_over_them_is_the_plain_loop(name: str, call: str):
+    model, plain = network(), network()
+    optimizer, inner = (
+        GradMatch(BUILDS[name](model.parameters()), Fish(0.4, inner_steps=3)),
+        BUILDS[name](plain.parameters()),
+    )
+    for _ in range(3):
+        fish(plain, inner, 0.4)
+        if call == "meta_step":
+            report = optimizer.meta_step(lambda d: loss_of(model, d), DOMAINS)
+            assert report.losses.shape == (3,)
+        else:
+            for d in DOMAINS:
+                plain_step(optimizer, lambda d=d: loss_of(model, d))
+        assert_same_state(model.state_dict(), plain.state_dict(), rtol=1e-12)
+
+
+def test_losses_reported_are_those_at_the_point_before_the_step():
+    model = network()
+    optimizer = GradMatch(BUILDS["SAM"](model.parameters()), Fish(1.0, track_alignment=True))
+    expected = [loss_of(model, 0).detach()]
+    gradients = [torch.autograd.grad(loss_of(model, 0), list(model.parameters()))]
+    plain = copy.deepcopy(model)
+    inner = BUILDS["SAM"](plain.parameters())
+    for d in (1, 2):
+        plain_step(inner, lambda d=d: loss_of(plain, d - 1))
+        expected.append(loss_of(plain, d).detach())
+        gradients.append(torch.autograd.grad(loss_of(plain, d), list(plain.parameters())))
+    report = optimizer.meta_step(lambda d: loss_of(model, d), DOMAINS)
+    torch.testing.assert_close(report.losses, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    flat = [torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients]
+    torch.testing.assert_close(report.cosine, mean_pairwise_cosine(flat), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("method", ["SmoothFish", "IDGM"])
+def test_a_direction_is_worked_out_again_where_they_ask_for_it(method: str, name: str):
+    """With gamma 0 the direction is the gradient of the mean loss: a plain step of the optimizer on that."""
+    model, plain = network(), network()
+    settings = {"SmoothFish": SmoothFish(0.0, 0.1), "IDGM": IDGM(model, 0.0)}[method]
+    optimizer, inner = GradMatch(BUILDS[name](model.parameters()), settings), BUILDS[name](plain.parameters())
+    for _ in range(3):
+        plain_step(inner, lambda: sum(loss_of(plain, d) for d in DOMAINS) / 3)
+        optimizer.meta_step(lambda d: loss_of(model, d), DOMAINS)
+        assert_same_state(model.state_dict(), plain.state_dict(), rtol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------- a step in two
+
+
+@pytest.mark.parametrize("inner_steps", [None, 3])
+@pytest.mark.parametrize("tracks", [False, True])
+def test_sam_in_two_calls_is_sam_in_one(inner_steps: int | None, tracks: bool):
+    model, plain = network(), network()
+    method = Fish(0.4, inner_steps=inner_steps, track_alignment=tracks)
+    optimizer, inner = GradMatch(BUILDS["SAM"](model.parameters()), method), BUILDS["SAM"](plain.parameters())
+    for _ in range(3):
+        fish(plain, inner, 0.4)
+        for d in DOMAINS:
+            optimizer.zero_grad()
+            loss_of(model, d).backward()
+            optimizer.first_step(zero_grad=True)
+            loss_of(model, d).backward()
+            optimizer.second_step(zero_grad=True)
+            assert optimizer.inner_step == (d + 1 if inner_steps is None else (d + 1) % 3)
+        if inner_steps is None:
+            optimizer.interpolate()
+        assert (optimizer.last_meta_step.cosine is not None) is tracks
+        assert_same_state(model.state_dict(), plain.state_dict(), rtol=1e-12)
+
+
+def test_rollback_between_the_two_returns_to_the_slow_weights():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = GradMatch(BUILDS["SAM"](model.parameters()), Fish(0.4))
+    loss_of(model, 0).backward()
+    optimizer.first_step(zero_grad=True)
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    optimizer.rollback()
+    assert_identical(model.state_dict(), before)
+
+
+def test_other_methods_pass_the_two_on():
+    model, plain = network(), network()
+    optimizer, inner = (
+        GradMatch(BUILDS["SAM"](model.parameters()), SmoothFish(1.0, 0.1)),
+        BUILDS["SAM"](plain.parameters()),
+    )
+    for o, m in ((optimizer, model), (inner, plain)):
+        loss_of(m, 0).backward()
+        o.first_step(zero_grad=True)
+        loss_of(m, 0).backward()
+        o.second_step()
+    assert_same_state(model.state_dict(), plain.state_dict(), rtol=1e-12)
+
+
+def test_two_calls_are_there_only_where_the_optimizer_has_them():
+    assert not hasattr(GradMatch(SGD([nn.Parameter(torch.ones(1))], lr=0.1), Fish(0.5)), "second_step")
+
+
+# --------------------------------------------------------------------------------------------------------- elsewhere
+
+
+@pytest.mark.parametrize("name", ["SAM", "LBFGS"])
+def test_compare_measures_them(name: str):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    found = compare(
+        model,
+        lambda d: loss_of(model, d),
+        list(DOMAINS),
+        optimizer=BUILDS[name](model.parameters()),
+        rounds=1,
+        orders=1,
+        show=False,
+    )
+    assert found["Fish"].cost.of_erm > 0
+    assert_identical(model.state_dict(), before)
+
+
+def test_a_scaler_is_refused_for_sam_as_for_lbfgs():
+    model = network()
+    optimizer = GradMatch(BUILDS["SAM"](model.parameters()), Fish(0.5))
+    with pytest.raises(RuntimeError, match="SAM needs a closure, which a GradScaler does not support"):
+        optimizer.meta_step(lambda d: loss_of(model, d), DOMAINS, torch.amp.GradScaler("cpu"))
