@@ -42,11 +42,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from torch_gradmatch.alignment import gradient_alignment
+from tqdm import tqdm
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, fish_gamma
 
@@ -59,6 +62,7 @@ AGREEMENT = {
 NUM_DOMAINS = 2
 TEST_SAMPLES = 20_000
 SMOOTH_FISH_INNER_LR = 0.1
+LOG_EVERY = 10  # meta-iterations: reading what one measured waits for an accelerator
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Config:
     meta_lr: float
     gamma: float
     seed: int
+    log: Path | None
 
     @property
     def meta_step_size(self) -> float:
@@ -130,7 +135,9 @@ def make_erm(model: nn.Module, config: Config) -> GradMatch:
     Returns:
         The wrapped optimizer.
     """
-    return GradMatch(torch.optim.SGD(model.parameters(), lr=config.meta_step_size), IDGM(model, gamma=0.0))
+    return GradMatch(
+        torch.optim.SGD(model.parameters(), lr=config.meta_step_size), IDGM(model, 0.0, track_alignment=True)
+    )
 
 
 def make_idgm(model: nn.Module, config: Config) -> GradMatch:
@@ -139,7 +146,8 @@ def make_idgm(model: nn.Module, config: Config) -> GradMatch:
     Returns:
         The wrapped optimizer.
     """
-    return GradMatch(torch.optim.SGD(model.parameters(), lr=config.meta_step_size), IDGM(model, gamma=config.gamma))
+    method = IDGM(model, gamma=config.gamma, track_alignment=True)
+    return GradMatch(torch.optim.SGD(model.parameters(), lr=config.meta_step_size), method)
 
 
 def make_fish(model: nn.Module, config: Config) -> GradMatch:
@@ -148,7 +156,8 @@ def make_fish(model: nn.Module, config: Config) -> GradMatch:
     Returns:
         The wrapped optimizer.
     """
-    return GradMatch(torch.optim.SGD(model.parameters(), lr=config.lr), Fish(meta_lr=config.meta_lr))
+    method = Fish(meta_lr=config.meta_lr, track_alignment=True)
+    return GradMatch(torch.optim.SGD(model.parameters(), lr=config.lr), method)
 
 
 def make_smooth_fish(model: nn.Module, config: Config) -> GradMatch:
@@ -158,7 +167,7 @@ def make_smooth_fish(model: nn.Module, config: Config) -> GradMatch:
         The wrapped optimizer.
     """
     factor = config.gamma / fish_gamma(SMOOTH_FISH_INNER_LR, NUM_DOMAINS)
-    method = SmoothFish(gamma=factor, inner_lr=SMOOTH_FISH_INNER_LR)
+    method = SmoothFish(gamma=factor, inner_lr=SMOOTH_FISH_INNER_LR, track_alignment=True)
     return GradMatch(torch.optim.SGD(model.parameters(), lr=config.meta_step_size), method)
 
 
@@ -220,12 +229,23 @@ def train(method: str, domains: Sequence[Domain], test: Domain, config: Config) 
     def loss_fn(batch: Domain) -> Tensor:
         return criterion(model(batch[0]), batch[1])
 
-    for make_optimizer, iterations in ((make_erm, config.warmup), (METHODS[method], config.iterations)):
+    # Fish averages over the order of the domains, and two domains have two orders; the others do not mind.
+    forth = dict(zip(AGREEMENT, domains, strict=False))
+    orders = forth, dict(reversed(forth.items()))
+    board = None if config.log is None else SummaryWriter(config.log / method)
+    end = config.warmup + config.iterations
+    for make_optimizer, phase in ((make_erm, range(config.warmup)), (METHODS[method], range(config.warmup, end))):
         optimizer = make_optimizer(model, config)
-        for iteration in range(iterations):
-            # Fish averages over the order of the domains, and two domains have two orders; the others do not mind.
-            batches = domains if iteration % 2 == 0 else domains[::-1]
-            optimizer.meta_step(loss_fn, batches)
+        for step in (bar := tqdm(phase, desc=method, leave=False, disable=None)):
+            report = optimizer.meta_step(loss_fn, orders[(step - phase.start) % 2])
+            if step % LOG_EVERY == 0:
+                measured = report.scalars()
+                bar.set_postfix(loss=f"{measured['loss']:.3f}", cosine=f"{measured['cosine']:+.3f}")
+                if board is not None:
+                    for name, value in measured.items():
+                        board.add_scalar(name, value, step)
+    if board is not None:
+        board.close()
 
     weights = tuple(model.weight.detach().flatten().tolist())
     agreement = gradient_alignment(model.parameters(), loss_fn, domains)
@@ -298,6 +318,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="strength of the matching in IDGM and SmoothFish (default: that of Fish, lr / 4)",
     )
+    add("--log", type=Path, metavar="DIR", help="write losses and agreement of each method there, for TensorBoard")
     return parser
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import toy_linear
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+
+from torch_gradmatch import GradMatch
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "toy_linear.py"
 DEFAULTS = toy_linear.parse([])
@@ -147,6 +150,27 @@ def test_script_runs(tmp_path, monkeypatch, capsys):
     assert exit_.value.code == 0
     assert "SmoothFish" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_log_holds_what_every_tenth_meta_iteration_measured(tmp_path, monkeypatch, capsys):
+    reports = []
+    meta_step = GradMatch.meta_step
+    monkeypatch.setattr(GradMatch, "meta_step", lambda *args: reports.append(meta_step(*args)) or reports[-1])
+    arguments = ["--samples", "50", "--warmup", "13", "--iterations", "8"]
+    toy_linear.main([*arguments, "--log", str(tmp_path)])
+    assert len(reports) == 21 * len(toy_linear.METHODS)
+    for number, method in enumerate(toy_linear.METHODS):
+        board = EventAccumulator(str(tmp_path / method)).Reload()
+        tags = ["loss", "grad_norm"]
+        tags += [f"{tag}/domain {domain}" for tag in tags for domain in (1, 2)] + ["inner_product", "cosine"]
+        assert sorted(board.Tags()["scalars"]) == sorted(tags)
+        for tag in tags:
+            shown = {event.step: event.value for event in board.Scalars(tag)}
+            expected = {step: reports[21 * number + step].scalars()[tag] for step in (0, 10, 20)}
+            assert shown == pytest.approx(expected, rel=1e-6), (method, tag)
+    printed = capsys.readouterr().out
+    toy_linear.main(arguments)
+    assert capsys.readouterr().out == printed
 
 
 def test_gamma_is_that_of_fish_unless_given():
