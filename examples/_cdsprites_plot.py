@@ -85,6 +85,8 @@ class Progress(NamedTuple):
     method: str
     iteration: int
     unseen_accuracy: float
+    loss: float
+    cosine: float | None
 
 
 class Display:
@@ -112,10 +114,11 @@ class Display:
 
     def show(self, progress: Progress) -> None:
         """Take note of news."""
-        name, iteration, unseen_accuracy = progress
+        name, iteration, unseen_accuracy, loss, cosine = progress
         title, iterations = self.lengths[name]
         if bar := self.bars.get(name):
-            bar.set_postfix_str(f"unseen colours {unseen_accuracy:.3f}", refresh=False)
+            agreement = "" if cosine is None else f", cosine {cosine:+.3f}"  # ERM measures none
+            bar.set_postfix_str(f"loss {loss:.3f}{agreement}, unseen colours {unseen_accuracy:.3f}", refresh=False)
             bar.update(iteration - bar.n)
         elif (tenth := 10 * iteration // iterations) > self.tenths[name]:
             self.tenths[name] = tenth

@@ -37,10 +37,9 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,11 +51,23 @@ from _cdsprites_plot import Display, Progress, Run, save_figure, table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from torch.utils.tensorboard import SummaryWriter
 from torch_gradmatch.alignment import gradient_alignment
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, SmoothFish, fish_gamma, native_status
+from torch_gradmatch import (
+    IDGM,
+    DomainBatchSampler,
+    Fish,
+    GradMatch,
+    MetaStep,
+    SmoothFish,
+    fish_gamma,
+    meta_batches,
+    native_status,
+)
 
 MEASURED_TRAIN_IMAGES = 3000
+LOG_EVERY = 10  # meta-iterations: reading what one measured waits for an accelerator
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def make_fish(model: nn.Module, config: Config) -> Optimizer:
     Returns:
         The wrapped optimizer; every N-th step ends a meta-iteration.
     """
-    method = Fish(meta_lr=config.meta_lr, inner_steps=config.domains, inner_state="reset")
+    method = Fish(meta_lr=config.meta_lr, inner_steps=config.domains, inner_state="reset", track_alignment=True)
     if config.inner_optimizer == "adam":
         return GradMatch(make_adam(model, config), method)
     return GradMatch(torch.optim.SGD(model.parameters(), lr=config.inner_lr), method)
@@ -132,7 +143,7 @@ def make_exact(model: nn.Module, config: Config) -> Optimizer:
     Returns:
         The wrapped optimizer.
     """
-    method = IDGM(model, gamma=config.gamma, agreement="variance", keep_graphs=True)
+    method = IDGM(model, gamma=config.gamma, agreement="variance", keep_graphs=True, track_alignment=True)
     return GradMatch(make_adam(model, config), method)
 
 
@@ -142,7 +153,8 @@ def make_smooth_fish(model: nn.Module, config: Config) -> Optimizer:
     Returns:
         The wrapped optimizer.
     """
-    return GradMatch(make_adam(model, config), SmoothFish(gamma=config.smooth_gamma, inner_lr=config.inner_lr))
+    method = SmoothFish(gamma=config.smooth_gamma, inner_lr=config.inner_lr, track_alignment=True)
+    return GradMatch(make_adam(model, config), method)
 
 
 def make_symmetric(model: nn.Module, config: Config) -> Optimizer:
@@ -152,7 +164,8 @@ def make_symmetric(model: nn.Module, config: Config) -> Optimizer:
         The wrapped optimizer.
     """
     gamma = config.smooth_gamma * fish_gamma(config.inner_lr, config.domains)
-    return GradMatch(make_adam(model, config), SmoothFish(gamma=gamma, inner_lr=config.inner_lr, symmetric=True))
+    method = SmoothFish(gamma=gamma, inner_lr=config.inner_lr, track_alignment=True, symmetric=True)
+    return GradMatch(make_adam(model, config), method)
 
 
 def smooth_fish_gradients(domains: int, config: Config) -> int:
@@ -164,18 +177,31 @@ Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[[Batch], Tensor]
 
 
-def take_steps(optimizer: Optimizer, loss_fn: LossFunction, batches: Sequence[Batch]) -> None:
-    """Take a step on each batch, as any training loop does; under Fish the last one interpolates."""
+def take_steps(optimizer: Optimizer, loss_fn: LossFunction, batches: Sequence[Batch]) -> MetaStep:
+    """Take a step on each batch, as any training loop does; under Fish the last one interpolates.
+
+    Returns:
+        What the meta-iteration measured; the losses, of which the optimizer knows nothing, are the loop's to add.
+    """
+    losses = []
     for batch in batches:
         optimizer.zero_grad()
-        loss_fn(batch).backward()
+        loss = loss_fn(batch)
+        loss.backward()
         optimizer.step()
+        losses.append(loss.detach())
+    measured = optimizer.last_meta_step if isinstance(optimizer, GradMatch) else None
+    return replace(measured or MetaStep(), losses=torch.stack(losses), domains=getattr(batches, "domains", None))
 
 
-def take_meta_step(optimizer: Optimizer, loss_fn: LossFunction, batches: Sequence[Batch]) -> None:
-    """Take one step on all batches together."""
+def take_meta_step(optimizer: Optimizer, loss_fn: LossFunction, batches: Sequence[Batch]) -> MetaStep:
+    """Take one step on all batches together.
+
+    Returns:
+        What it measured.
+    """
     assert isinstance(optimizer, GradMatch)
-    optimizer.meta_step(loss_fn, batches)
+    return optimizer.meta_step(loss_fn, batches)
 
 
 def pooled_batches(dataset: SpriteDataset, config: Config) -> Sampler[list[int]]:
@@ -203,7 +229,7 @@ class Method(NamedTuple):
     title: str
     make_optimizer: Callable[[nn.Module, Config], Optimizer]
     make_batches: Callable[[SpriteDataset, Config], Sampler[list[int]]]
-    iterate: Callable[[Optimizer, LossFunction, Sequence[Batch]], None]
+    iterate: Callable[[Optimizer, LossFunction, Sequence[Batch]], MetaStep]
     iterations_setting: str = "iterations"
     gradients: Callable[[int, Config], int] = lambda domains, _: domains
     hessian_products: Callable[[int], int] = lambda _: 0
@@ -286,17 +312,19 @@ class Measurements:
         run.cosine.append(float(agreement.cosine))
 
 
-def endless(loader: DataLoader) -> Iterator[Batch]:
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
     """Go through a loader epoch after epoch.
 
     Yields:
-        Batches.
+        What it does.
     """
     while True:
         yield from loader
 
 
-def train(name: str, data: CdSprites, config: Config, report: Callable[[Progress], None]) -> Run:
+def train(
+    name: str, data: CdSprites, config: Config, report: Callable[[Progress], None], log: Path | None = None
+) -> Run:
     """Train one model by one method.
 
     Args:
@@ -304,6 +332,7 @@ def train(name: str, data: CdSprites, config: Config, report: Callable[[Progress
         data: the splits.
         config: the settings.
         report: is told after every meta-iteration.
+        log: folder for TensorBoard, in which every method has its own.
 
     Returns:
         Its curves.
@@ -336,12 +365,24 @@ def train(name: str, data: CdSprites, config: Config, report: Callable[[Progress
 
     began = time.perf_counter()
     measure(0)
-    batches = endless(loader)
+    if method.make_batches is domain_batches:  # lists that know their domains, as many in each epoch
+        groups = endless(meta_batches(loader, config.domains))
+    else:
+        groups = iter(meta_batches(endless(loader), config.domains))
+    board = None if log is None else SummaryWriter(log / name)
+    measured: dict[str, float] = {}
     for iteration in range(1, iterations + 1):
-        method.iterate(optimizer, loss_fn, list(islice(batches, config.domains)))
+        step = method.iterate(optimizer, loss_fn, next(groups))
+        if iteration % LOG_EVERY == 1:
+            measured = step.scalars()
+            if board is not None:
+                for tag, value in measured.items():
+                    board.add_scalar(tag, value, iteration)
         if iteration in measured_at:
             measure(iteration)
-        report(Progress(name, iteration, run.unseen_accuracy[-1]))
+        report(Progress(name, iteration, run.unseen_accuracy[-1], measured["loss"], measured.get("cosine")))
+    if board is not None:
+        board.close()
     run.seconds = time.perf_counter() - started
     return run
 
@@ -349,17 +390,19 @@ def train(name: str, data: CdSprites, config: Config, report: Callable[[Progress
 # --------------------------------------------------------------------------------- several methods at the same time
 
 
-def work(name: str, data: CdSprites, config: Config, connection: Connection) -> None:
+def work(name: str, data: CdSprites, config: Config, log: Path | None, connection: Connection) -> None:
     """Train one method in a process of its own, on one thread, and send news and at last the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, too, and ends this process
     torch.set_num_threads(1)
     # Gradients of a model that fits its training set vanish into denormal numbers, on which CPUs are slow.
     torch.set_flush_denormal(True)
     with suppress(BrokenPipeError):  # the parent is gone
-        connection.send(train(name, data, config, connection.send))
+        connection.send(train(name, data, config, connection.send, log))
 
 
-def train_in_parallel(methods: Sequence[str], data: CdSprites, config: Config, display: Display) -> dict[str, Run]:
+def train_in_parallel(
+    methods: Sequence[str], data: CdSprites, config: Config, log: Path | None, display: Display
+) -> dict[str, Run]:
     """Train every method in a process of its own, as many at a time as there are CPUs; the last takes longest.
 
     Returns:
@@ -377,7 +420,7 @@ def train_in_parallel(methods: Sequence[str], data: CdSprites, config: Config, d
             while queue and len(waiting) < (os.cpu_count() or 1):
                 name = queue.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=work, args=(name, data, config, sender), daemon=True)
+                process = context.Process(target=work, args=(name, data, config, log, sender), daemon=True)
                 process.start()
                 stack.callback(process.join)
                 stack.callback(process.terminate)
@@ -395,7 +438,7 @@ def train_in_parallel(methods: Sequence[str], data: CdSprites, config: Config, d
     return runs
 
 
-def train_all(methods: Sequence[str], data: CdSprites, config: Config) -> dict[str, Run]:
+def train_all(methods: Sequence[str], data: CdSprites, config: Config, log: Path | None) -> dict[str, Run]:
     """Train every method: at the same time on a CPU, one after the other on a GPU.
 
     Returns:
@@ -404,9 +447,9 @@ def train_all(methods: Sequence[str], data: CdSprites, config: Config) -> dict[s
     lengths = {name: (METHODS[name].title, METHODS[name].iterations(config)) for name in methods}
     with Display(lengths) as display:
         if torch.device(config.device).type == "cpu" and len(methods) > 1:
-            runs = train_in_parallel(methods, data, config, display)
+            runs = train_in_parallel(methods, data, config, log, display)
         else:
-            runs = {name: train(name, data, config, display.show) for name in methods}
+            runs = {name: train(name, data, config, display.show, log) for name in methods}
     return {name: runs[name] for name in methods}
 
 
@@ -538,6 +581,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gamma", type=_gamma, help="strength of the matching in the exact objective")
     add("--smooth-gamma", type=_gamma, help="strength of the matching in SmoothFish, in multiples of its walk's")
     add("--measurements", type=_whole(1), default=30, help="points of the curves; their gradients are not counted")
+    add("--log", type=Path, metavar="DIR", help="write each method's losses and agreement there, for TensorBoard")
     add("--paper", action="store_true", help="the configuration of the authors' code as defaults; meant for a GPU")
     parser.set_defaults(**DEMO)
     return parser
@@ -622,7 +666,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"interpolation by {native_status()}"
     )
     try:
-        runs = train_all(options.methods, data, config)
+        runs = train_all(options.methods, data, config, options.log)
     except KeyboardInterrupt:
         print("interrupted: nothing written", file=sys.stderr)
         return 130

@@ -22,6 +22,7 @@ from _cdsprites_data import (
     make_cdsprites,
     palette,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "cdsprites.py"
 SQUARE, ELLIPSE = 0, 1
@@ -311,7 +312,8 @@ SMALL = (
 
 
 def test_small_run_writes_figure_and_numbers(tmp_path):
-    finished = run("--out", "out", "--methods", "exact,symmetric,smooth_fish,fish,erm", *SMALL, cwd=tmp_path)
+    methods = "exact,symmetric,smooth_fish,fish,erm"
+    finished = run("--out", "out", "--methods", methods, "--log", "log", *SMALL, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "unseen colours" in finished.stdout
     assert finished.stderr.count("8/8 meta-iterations") == 5
@@ -341,6 +343,32 @@ def test_small_run_writes_figure_and_numbers(tmp_path):
     assert len({run["unseen_accuracy"][0] for run in runs}) == 1
     assert len({run["inner_product"][0] for run in runs}) == 1
     assert len({run["inner_product"][-1] for run in runs}) == 5
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == sorted(results["runs"])
+
+
+@pytest.mark.parametrize("name", ["erm", "fish", "smooth_fish", "exact"])
+def test_log_holds_what_every_tenth_meta_iteration_measured(name, tmp_path, monkeypatch):
+    reports = []
+    method = cdsprites.METHODS[name]
+
+    def noted(*arguments):
+        reports.append(method.iterate(*arguments))
+        return reports[-1]
+
+    monkeypatch.setitem(cdsprites.METHODS, name, method._replace(iterate=noted))
+    more = ["--iterations", "12", "--exact-iterations", "12", "--smooth-iterations", "12"]
+    where = ["--out", str(tmp_path), "--log", str(tmp_path)]
+    assert cdsprites.main([*map(str, SMALL), *more, "--methods", name, *where]) == 0
+    tags = {"loss"}
+    if name != "erm":
+        tags |= {"grad_norm", "inner_product", "cosine"}
+        tags |= {f"{tag}/{domain}" for tag in ("loss", "grad_norm") for domain in range(3)}
+    board = EventAccumulator(str(tmp_path / name)).Reload()
+    assert set(board.Tags()["scalars"]) == tags
+    assert len(reports) == 12
+    for tag in tags:
+        shown = {event.step: event.value for event in board.Scalars(tag)}
+        assert shown == pytest.approx({step: reports[step - 1].scalars()[tag] for step in (1, 11)}, rel=1e-6), tag
 
 
 def test_one_method_on_a_dsprites_file(tmp_path, miniature):
