@@ -9,13 +9,18 @@ match gradients, what each costs and how near it comes to the exact one: Fish, S
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import trange
 
 from torch_gradmatch import Comparison, compare
 
 DOMAINS, VOCABULARY, LENGTH = 4, 64, 32
+LOG_EVERY = 5  # steps: each domain's loss in turn
 
 
 class Classifier(nn.Module):
@@ -63,15 +68,22 @@ def main(arguments: list[str] | None = None) -> Comparison:
     parser.add_argument("--steps", type=int, default=100, help="steps of ordinary training before")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences of each domain")
+    parser.add_argument("--log", type=Path, metavar="DIR", help="write each domain's loss there, for TensorBoard")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     model, criterion = Classifier(), nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
-    for step in range(options.steps):
-        tokens, labels = draw(step % DOMAINS, options.batch_size)
-        optimizer.zero_grad()
-        criterion(model(tokens), labels).backward()
-        optimizer.step()
+    with nullcontext() if options.log is None else SummaryWriter(options.log) as board:
+        for step in (bar := trange(options.steps, desc="train", leave=False, disable=None)):
+            tokens, labels = draw(step % DOMAINS, options.batch_size)
+            optimizer.zero_grad()
+            loss = criterion(model(tokens), labels)
+            loss.backward()
+            optimizer.step()
+            if step % LOG_EVERY == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                if board is not None:
+                    board.add_scalar(f"loss/{step % DOMAINS}", loss.item(), step)
     batches = [draw(domain, options.batch_size) for domain in range(DOMAINS)]
     return compare(model, lambda batch: criterion(model(batch[0]), batch[1]), batches, optimizer=optimizer)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import compare as example
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torch_gradmatch.compare import cost
 
@@ -35,3 +38,14 @@ def test_it_ends_with_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     way = printed[printed.index("time / Fish") :].splitlines()
     assert [line.split("  ")[0] for line in way[2:4]] == ["Fish", "SmoothFish, symmetric"]
     assert way[4].startswith("IDGM")
+
+
+def test_log_holds_the_loss_of_each_domain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    losses, forward = [], torch.nn.CrossEntropyLoss.forward
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", lambda *a: losses.append(forward(*a)) or losses[-1])
+    monkeypatch.setattr(example, "compare", lambda *_, **__: None)
+    example.main(["--steps", "22", "--batch-size", "4", "--log", str(tmp_path)])
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert board.Tags()["scalars"] == [f"loss/{domain}" for domain in range(example.DOMAINS)]
+    shown = {event.step: event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    assert shown == pytest.approx({step: losses[step].item() for step in (0, 5, 10, 15, 20)}, rel=1e-6)
