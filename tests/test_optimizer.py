@@ -9,12 +9,14 @@ import pickle
 from typing import Any
 
 import pytest
+import pytorch_optimizer
 import torch
 from _models import FeatureNet, assert_identical, loss_of, make_batches
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch import Fish, GradMatch, SmoothFish
+from torch_gradmatch.wrapped.several import SeveralOptimizers
 
 
 def feature_net(seed: int = 0) -> FeatureNet:
@@ -445,6 +447,37 @@ def test_another_models_state_dict_is_refused():
         optimizers[1].load_state_dict(optimizers[0].state_dict())
     with pytest.raises(TypeError, match="got list"):
         optimizers[1].load_state_dict([])
+
+
+def adams(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Whose state dicts look alike."""
+    p = list(model.parameters())
+    return {
+        "SGD": SGD(p, lr=0.1),
+        "Adam": Adam(p),
+        "AdamW": torch.optim.AdamW(p),
+        "NAdam": torch.optim.NAdam(p),
+        "their AdamW": pytorch_optimizer.AdamP(p),
+        "SAM over SGD": pytorch_optimizer.SAM(p, SGD, lr=0.1),
+        "SAM over Adam": pytorch_optimizer.SAM(p, Adam, lr=0.1),
+        "Lookahead": pytorch_optimizer.Lookahead(SGD(p, lr=0.1)),
+        "several": SeveralOptimizers([SGD(p[:1], lr=0.1), Adam(p[1:])]),
+        "several, swapped": SeveralOptimizers([Adam(p[:1]), SGD(p[1:], lr=0.1)]),
+    }
+
+
+@pytest.mark.parametrize("other", adams(nn.Linear(2, 2)))
+@pytest.mark.parametrize("name", adams(nn.Linear(2, 2)))
+def test_a_state_dict_of_another_class_is_refused_always(name: str, other: str):
+    model = nn.Linear(2, 2)
+    saved, optimizer = (GradMatch(adams(model)[n], SmoothFish(1.0, 0.1)) for n in (name, other))
+    if name == other:
+        optimizer.load_state_dict(saved.state_dict())
+        return
+    before = copy.deepcopy({k: v for k, v in optimizer.state_dict().items() if k != "gradmatch"})
+    with pytest.raises(ValueError, match=r"is of .* and this optimizer wraps .*: build the same"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert_identical({k: v for k, v in optimizer.state_dict().items() if k != "gradmatch"}, before)
 
 
 def test_a_state_the_wrapped_optimizer_refuses_changes_nothing():

@@ -18,6 +18,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+class Writer:
+    """As ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, tuple[float, int]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.logged[name] = (value, step)
+
+
 def test_every_python_block_runs(tmp_path: Path, capsys):
     """In one namespace, with what a user has already: a model, a criterion, data of three hospitals."""
     torch.manual_seed(0)
@@ -31,14 +41,20 @@ def test_every_python_block_runs(tmp_path: Path, capsys):
         "hospital_of_each_sample": hospitals,
         "loader": DataLoader(dataset, batch_sampler=DomainBatchSampler(hospitals, batch_size=16)),
         "checkpoint": tmp_path / "checkpoint.pt",
+        "endless_loader_of": lambda name: DataLoader(dataset, batch_size=len(name)),
+        "writer": Writer(),
+        "step": 7,
     }
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     code = blocks("python")
-    assert len(code) == 9
+    assert len(code) == 13
     for number, block in enumerate(code):
         exec(compile(block, f"README block {number}", "exec"), namespace)
     assert not any(torch.equal(a, b) for a, b in zip(before, namespace["model"].parameters(), strict=True))
     assert namespace["optimizer"].inner_step == 0
+    logged = namespace["writer"].logged
+    assert {"train/loss", "train/cosine", "train/loss/north", "train/grad_norm/west"} <= set(logged)
+    assert all(isinstance(value, float) and step == 7 for value, step in logged.values())
     assert capsys.readouterr().out.count("tensor(") >= 4
 
 

@@ -70,7 +70,7 @@ class Recipe:
             that keeps the graph for second derivatives, then ``step()``.
         dtype: The widest that the class computes in.
         network: What it trains.
-        iterates: Names of the state entries that lie where the parameters lie: copies and averages of them.
+        iterates: Names of the state entries that lie where the parameters lie and that the steps depend on.
         distributed: Whether it needs a process group; see :func:`process_group`.
     """
 
@@ -216,18 +216,12 @@ DISTRIBUTED = {"pytorch_optimizer.DeMo", "pytorch_optimizer.DistributedMuon"}
 # Copies and averages of the parameters. They are Algorithm 1's business as much as the parameters are. Anchors, which
 # never move once they are there (MADGRAD's x0, Prodigy's p0, TRAC's reference point), need no mention.
 ITERATES: dict[str, tuple[str, ...]] = {
-    "torch.ASGD": ("ax",),
     "pytorch_optimizer.A2Grad": ("x_k",),
     "pytorch_optimizer.AccSGD": ("momentum_buffer",),  # the name lies
     "pytorch_optimizer.AdaSmooth": ("prev_param",),
-    "pytorch_optimizer.DAdaptSGD": ("z",),
-    "pytorch_optimizer.EmoFact": ("shadow",),
-    "pytorch_optimizer.EmoLynx": ("shadow",),
-    "pytorch_optimizer.EmoNavi": ("shadow",),
     "pytorch_optimizer.Lookahead": ("slow_params", "slow_buffer"),
     "pytorch_optimizer.Ranger": ("slow_buffer",),
     "pytorch_optimizer.Ranger21": ("lookahead_params",),
-    "pytorch_optimizer.SRMM": ("mov_avg_param",),
     "pytorch_optimizer.ScheduleFreeAdamW": ("z",),
     "pytorch_optimizer.ScheduleFreeRAdam": ("z",),
     "pytorch_optimizer.ScheduleFreeSGD": ("z",),

@@ -134,7 +134,9 @@ def test_a_comment_is_served_by_every_identity_it_mentions(root):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PAPER)
-def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path):
+def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path, monkeypatch):
+    reports, meta_step = [], train.GradMatch.meta_step
+    monkeypatch.setattr(train.GradMatch, "meta_step", lambda *args: reports.append(meta_step(*args)) or reports[-1])
     results = train.main(command(name, method))
     out, settings = tmp_path / "run", PAPER[name]
     log = rows(out / "log.csv")
@@ -180,6 +182,16 @@ def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path)
     expected = {int(row["gradients"]): float(row["inner_product"]) for row in log if row["phase"] == "train"}
     assert shown == pytest.approx(expected, rel=1e-6)
     assert f"val/{settings.metric}" in board.Tags()["scalars"]
+    # And of each domain that was served what the report said of it.
+    for row, report in zip([row for row in log if row["phase"] == "train"], reports, strict=False):
+        scalars = report.scalars("train/") | {"train/loss": float(row["loss"])}
+        assert len(scalars) == 4 + 2 * 3
+        assert {name.removeprefix("train/loss/") for name in scalars if "/loss/" in name} <= own
+        for name, value in scalars.items():
+            assert value == pytest.approx(
+                next(event.value for event in board.Scalars(name) if event.step == int(row["gradients"])), rel=1e-6
+            )
+    assert len(reports) == (0 if method == "erm" else 3)
 
 
 def script_evaluations(monkeypatch, phase: str, metric: str, values: list[float]) -> list[dict[str, torch.Tensor]]:

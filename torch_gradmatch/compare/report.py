@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_gradmatch._checks import check_int, check_model, check_num_domains
+from torch_gradmatch._checks import check_int, check_model, check_num_domains, named_batches
 from torch_gradmatch.compare.answer import answer
 from torch_gradmatch.compare.cost import ERM, Cost, costs, describe
 from torch_gradmatch.compare.fidelity import ExactTerm, Fidelity, agreement_of, fidelity, name_of, random_orders
@@ -95,7 +95,7 @@ def default_methods(model: nn.Module, lr: float, domains: int) -> dict[str, Meth
 def compare(
     model: nn.Module,
     loss_fn: Callable[[Any], Tensor],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Mapping[Any, Any],
     methods: Mapping[str, Method] | Sequence[Method] | None = None,
     optimizer: Optimizer | None = None,
     *,
@@ -159,7 +159,7 @@ def compare(
         (True, True)
     """
     check_model("model", model)
-    batches = list(batches)
+    batches = named_batches(batches)[1]
     domains = check_num_domains(len(batches))
     check_int("rounds", rounds, at_least=1)
     if check_int("orders", orders, at_least=1) % 2:
