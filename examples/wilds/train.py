@@ -6,7 +6,8 @@ trains a ResNet-50 with the authors' settings (``wilds_settings.py``): ordinary 
 that each come from one camera, and keeps the model that is best on the validation split by the data set's own metric.
 Writes to ``runs/iwildcam-fish-seed0``:
 
-    log.csv, tensorboard/   loss, inner product and cosine of the domains' gradients, and which domains were served
+    log.csv                 loss, inner product and cosine of the domains' gradients, and which domains were served
+    tensorboard/            the same, and each domain's loss and norm of the gradient by its name
     evaluations.csv         the metrics of ``wilds`` on the split "val", during training
     best.pt, checkpoint.pt  the model that is kept; everything that ``--resume`` needs
     predictions/*.csv       of every split but "train", as the WILDS leaderboard takes them
@@ -46,7 +47,7 @@ from wilds_checkpoint import random_state, restore_random_state, save_whole
 from wilds_options import parse
 from wilds_settings import PaperSettings
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, SmoothFish, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, MetaStep, SmoothFish, meta_batches
 
 if TYPE_CHECKING:
     from wilds_data import TrainingData
@@ -192,7 +193,7 @@ class Run:
         self.iteration += 1
         self.gradients += len(batches)
         log_now = self.iteration == 1 or self.iteration % self.options.log_every == 0
-        measured: Any = None
+        measured = MetaStep()
         if isinstance(self.optimizer, GradMatch):
             measured = self.optimizer.meta_step(self.loss, batches)
             self.since_log.append(measured.losses.mean())
@@ -206,6 +207,7 @@ class Run:
                 measured = self._agreement_under_erm()
         if not log_now:
             return None
+        scalars = measured.scalars()
         served = ["|".join(self.data.domains_served(batch[-1])) for batch in batches] if self.by_domain else []
         row = {
             "phase": self.phase,
@@ -213,14 +215,12 @@ class Run:
             "epoch": self.epoch,
             "gradients": self.gradients,
             "loss": torch.stack(self.since_log).mean().item(),
-            "inner_product": measured.inner_product.item(),
-            "cosine": measured.cosine.item(),
-            "grad_norm": measured.grad_norms.mean().item(),
+            **{name: scalars[name] for name in ("inner_product", "cosine", "grad_norm")},
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(time.perf_counter() - started, 4),
             "domains": "; ".join(served),
         }
-        self.log.iteration(row)
+        self.log.iteration(row, scalars)
         self.since_log = []
         return row
 
@@ -244,7 +244,7 @@ class Run:
             outputs = self.model(x)
         return outputs.float()
 
-    def _agreement_under_erm(self) -> Any:
+    def _agreement_under_erm(self) -> MetaStep:
         # ERM's batches mix the domains, so its gradients are measured on batches of their own: in evaluation mode and
         # by a sampler that only the iteration decides, so that nothing of the training is touched.
         cast("DomainBatchSampler", self.probe.batch_sampler).set_epoch(self.gradients)
@@ -252,7 +252,7 @@ class Run:
         self.model.eval()
         measured = gradient_alignment(self.model.parameters(), self.loss, batches)
         self.model.train()
-        return measured
+        return MetaStep(None, measured.inner_product, measured.cosine, measured.grad_norms, domains=batches.domains)
 
     # --------------------------------------------------------------------------------------------------- evaluation
 

@@ -62,16 +62,16 @@ class RunLog:
         self._evaluations = _CsvFile(folder / "evaluations.csv", EVALUATION_COLUMNS, sizes.get("evaluations"))
         self._board = SummaryWriter(folder / "tensorboard", purge_step=gradients + 1 if state else None)
 
-    def iteration(self, row: Mapping[str, Any]) -> None:
+    def iteration(self, row: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
         """Log what an iteration measured.
 
         Args:
             row: A value for each of ``ITERATION_COLUMNS``.
+            scalars: What is for TensorBoard besides the loss and the learning rate in that row.
         """
         self._iterations.write(row)
-        for name in ("loss", "inner_product", "cosine", "grad_norm", "lr"):
-            if row[name] != "":
-                self._board.add_scalar(f"{row['phase']}/{name}", row[name], row["gradients"])
+        for name, value in {**scalars, "loss": row["loss"], "lr": row["lr"]}.items():
+            self._board.add_scalar(f"{row['phase']}/{name}", value, row["gradients"])
 
     def evaluation(self, phase: str, iteration: int, gradients: int, split: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a split; those of single groups only by way of their worst.
