@@ -8,13 +8,15 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from torch_gradmatch import GradMatch, MetaStep
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "domainbed"
 NAMES = [
@@ -187,7 +189,8 @@ def test_fish_keeps_adams_state_and_interpolates_network_and_statistics(bed: Sim
         walked = fast.state_dict()
         slow.load_state_dict({k: v + 0.3 * (walked[k] - v) for k, v in slow.state_dict().items()})
         measured = ours.update(batches)
-        assert measured == {"loss": pytest.approx(sum(losses) / 3, rel=1e-12)}
+        expected = {"loss": sum(losses) / 3} | {f"loss/{domain}": loss for domain, loss in enumerate(losses)}
+        assert measured == pytest.approx(expected, rel=1e-12)
         for name, value in slow.state_dict().items():
             found = ours.network.state_dict()[name]
             if name.endswith("num_batches_tracked"):
@@ -198,7 +201,8 @@ def test_fish_keeps_adams_state_and_interpolates_network_and_statistics(bed: Sim
 
 def test_fish_logs_alignment_if_asked(bed: SimpleNamespace):
     measured = build(bed, "GradMatchFish", track_alignment=True).update(draw(0))
-    assert measured.keys() == {"loss", "inner_product", "cosine"}
+    each = {f"{name}/{domain}" for name in ("loss", "grad_norm") for domain in range(3)}
+    assert measured.keys() == each | {"loss", "grad_norm", "inner_product", "cosine"}
     assert -1 <= measured["cosine"] <= 1
     assert measured["cosine"] * measured["inner_product"] > 0
 
@@ -235,15 +239,21 @@ def test_idgm_steps_along_the_gradient_of_the_exact_objective(bed: SimpleNamespa
 
 def test_smooth_fish_draws_the_order_of_the_domains(bed: SimpleNamespace):
     ours = build(bed, "GradMatchSmoothFish")
-    orders = set()
+    orders, meta_step = set(), GradMatch.meta_step
 
-    def record(batches: list, unlabeled: None = None) -> None:
-        orders.add(tuple(int(x[0, 0]) for x, _ in batches))
+    def record(optimizer: GradMatch, loss_fn: Callable, batches: dict) -> MetaStep:
+        orders.add(tuple(batches))
+        assert all(torch.equal(x, data[domain][0]) for domain, (x, _) in batches.items())
+        return meta_step(optimizer, loss_fn, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bed.ours.GradMatchAlgorithm, "update", lambda _, batches, unlabeled: record(batches))
-        for _ in range(40):
-            ours.update([(torch.full((1, 4), float(d)), torch.zeros(1)) for d in range(3)])
+        patch.setattr(GradMatch, "meta_step", record)
+        for update in range(40):
+            data = draw(update)
+            measured = ours.update(data)
+            losses = ours.optimizer.last_meta_step.losses.tolist()
+            named = dict(zip(ours.optimizer.last_meta_step.domains, losses, strict=True))
+            assert {domain: measured[f"loss/{domain}"] for domain in range(3)} == named
     assert len(orders) == 6
     assert all(sorted(order) == [0, 1, 2] for order in orders)
 

@@ -18,7 +18,7 @@ network and Adam's two moments together, and training continues from it where it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -107,16 +107,23 @@ class GradMatchAlgorithm(algorithms.Algorithm, ABC):
             unlabeled: Not used.
 
         Returns:
-            What DomainBed logs: the mean of the domains' losses (its own ``Fish`` shows only that of the last domain)
-            and, where the method measures them, mean inner product and cosine of the domains' gradients over pairs.
+            What DomainBed logs, see ``MetaStep.scalars``: the mean of the domains' losses (its own ``Fish`` shows only
+            that of the last domain) and each, as ``loss/0``, in the order of the training domains; where the method
+            measures them, the same of the norms of their gradients, and how well these agree.
         """
-        report = self.optimizer.meta_step(self.loss, minibatches)
-        measured = {"loss": float(report.losses.mean())}
-        if report.inner_product is not None:
-            measured["inner_product"] = float(report.inner_product)
-        if report.cosine is not None:
-            measured["cosine"] = float(report.cosine)
-        return measured
+        batches = {domain: minibatches[domain] for domain in self.order(len(minibatches))}
+        return self.optimizer.meta_step(self.loss, batches).scalars()
+
+    def order(self, domains: int) -> Iterable[int]:
+        """Say in which order to take the domains.
+
+        Args:
+            domains: S.
+
+        Returns:
+            Their numbers: as they come.
+        """
+        return range(domains)
 
     def predict(self, x: Tensor) -> Tensor:
         """Classify inputs.
@@ -211,10 +218,9 @@ class GradMatchSmoothFish(GradMatchAlgorithm):
             track_alignment=True,
         )
 
-    def update(self, minibatches: list[Batch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
-        """Carry out one meta-iteration. See ``GradMatchAlgorithm.update``."""
-        order = torch.randperm(len(minibatches)).tolist()
-        return super().update([minibatches[domain] for domain in order], unlabeled)
+    def order(self, domains: int) -> Iterable[int]:
+        """Draw an order. See ``GradMatchAlgorithm.order``."""
+        return torch.randperm(domains).tolist()
 
 
 def _idgm_hparams(gamma: float, log10_low: float, log10_high: float) -> dict[str, Entry]:
