@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import sys
 import warnings
 from contextlib import ExitStack
 from typing import Any
@@ -32,9 +33,12 @@ import lightning
 import torch
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+
+LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured waits for an accelerator
 
 
 class ValidateSlowWeights(Callback):
@@ -102,7 +106,7 @@ class Classifier(lightning.LightningModule):
             fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=self, track_alignment=True)
             optimizer = GradMatch(optimizer, fish)
         elif self.hparams.method == "exact":
-            optimizer = GradMatch(optimizer, IDGM(self, gamma=1.0, agreement="variance"))
+            optimizer = GradMatch(optimizer, IDGM(self, gamma=1.0, agreement="variance", track_alignment=True))
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -110,6 +114,15 @@ class Classifier(lightning.LightningModule):
         """Refuse a loader that does not fit the method."""
         if self.hparams.method != "ERM":
             check_loader(self.optimizers(), self.trainer.train_dataloader, self.trainer.accumulate_grad_batches)
+
+    def on_before_batch_transfer(self, batch: Any, _index: int) -> Any:
+        """Name the domains of a list in a dictionary: of the list Lightning makes a copy that has lost their names.
+
+        Returns:
+            The batch.
+        """
+        domains = getattr(batch, "domains", None)
+        return batch if domains is None else dict(zip(domains, batch, strict=True))
 
     def loss(self, batch: Any) -> torch.Tensor:
         """Take the loss of one batch, which comes from one domain.
@@ -126,7 +139,9 @@ class Classifier(lightning.LightningModule):
             The loss, or None in manual optimization.
         """
         if self.automatic_optimization:
-            return self.loss(batch)
+            loss = self.loss(batch)
+            self.log("train/loss", loss, prog_bar=True)
+            return loss
         self.optimizers().meta_step(self.loss, batch)
         self.lr_schedulers().step()
         return None
@@ -148,10 +163,10 @@ class Classifier(lightning.LightningModule):
         self.log("held_out_loss", self.loss(batch))
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Log how well the domains' gradients agreed in the last meta-iteration."""
-        measured = None if self.hparams.method == "ERM" else self.optimizers().last_meta_step
-        if measured is not None and measured.inner_product is not None:  # None if a batch of the group was skipped
-            self.log("inner_product", measured.inner_product)
+        """Log what the last meta-iteration measured: agreement, and the losses if it was a ``meta_step``."""
+        if self.hparams.method != "ERM" and self.global_step % LOG_EVERY == 0:
+            for name, value in self.optimizers().last_meta_step.scalars("train/").items():
+                self.log(name, value, prog_bar=name in ("train/loss", "train/cosine"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the slow weights, as a model to use."""
@@ -176,6 +191,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--precision", default="32-true", help="also bf16-mixed; 16-mixed on a GPU")
     parser.add_argument("--exact", action="store_true", help="train by exact gradient matching, too")
     parser.add_argument("--directory", default="out/lightning", help="for checkpoints")
+    parser.add_argument("--log", metavar="DIR", help="write losses and agreement of each method there, for TensorBoard")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each method")
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -193,8 +209,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             ],
             accelerator="auto",
             devices=1,
-            logger=False,
-            enable_progress_bar=False,
+            logger=TensorBoardLogger(options.log, "", method, default_hp_metric=False) if options.log else False,
+            log_every_n_steps=LOG_EVERY,
+            enable_progress_bar=sys.stdout.isatty(),
             enable_model_summary=False,
         )
         trainer.fit(classifier, ckpt_path="last" if options.resume else None)

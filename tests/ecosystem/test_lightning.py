@@ -16,9 +16,10 @@ from _same import assert_same, without_prefix
 from _spurious_data import DOMAINS, make_data, make_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, MetaStep, ResumableLoader, meta_batches
 
 STEPS_IN_EPOCH = 16
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -46,7 +47,8 @@ class Recording(example.Classifier):
         super().validation_step(batch, index)
 
     def training_step(self, batch, index):
-        self.seen.append(torch.stack([x.sum() for x, _ in batch]) if isinstance(batch[0], list) else batch[0].sum())
+        served = batch.values() if isinstance(batch, dict) else [batch]
+        self.seen.append(torch.stack([x.sum() for x, _ in served]))
         self.inner_steps.append(0 if self.hparams.method == "ERM" else self.optimizers().inner_step)
         if self.global_step in self.skip:
             return None
@@ -214,19 +216,20 @@ def test_what_16_mixed_does_not_do_is_an_error(tmp_path):
 
 
 def test_exact_is_the_plain_loop(tmp_path):
-    model, trainer = fit(tmp_path, 6, method="exact", every=1000)
+    model, trainer = fit(tmp_path, 8, method="exact", every=1000)
     plain = make_model(0)
     data, names, _ = make_data()
     sampler = DomainBatchSampler(names, example.BATCH_SIZE, seed=0)
-    optimizer = GradMatch(torch.optim.AdamW(plain.parameters(), lr=example.ERM_LR), IDGM(plain, 1.0, "variance"))
+    exact = IDGM(plain, 1.0, "variance", track_alignment=True)
+    optimizer = GradMatch(torch.optim.AdamW(plain.parameters(), lr=example.ERM_LR), exact)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     batches = (b for _ in range(2) for b in meta_batches(DataLoader(data, batch_sampler=sampler), DOMAINS))
-    for batch, _ in zip(batches, range(6), strict=False):
+    for batch, _ in zip(batches, range(8), strict=False):
         optimizer.meta_step(lambda b: torch.nn.functional.cross_entropy(plain(b[0]), b[1]), batch)
         scheduler.step()
     assert_same(dict(model.model.state_dict()), dict(plain.state_dict()))
     assert_same(trainer.optimizers[0].state_dict(), optimizer.state_dict())
-    assert_same(trainer.callback_metrics["inner_product"], optimizer.last_meta_step.inner_product)
+    assert_same(trainer.callback_metrics["train/inner_product"], optimizer.last_meta_step.inner_product)
 
 
 def test_one_inner_step_kept_whole_is_erm(monkeypatch):
@@ -331,6 +334,42 @@ def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):
 def test_gradient_accumulation_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="accumulation_steps=2"):
         fit(tmp_path, 4, trainer={"accumulate_grad_batches": 2})
+
+
+def test_log_holds_what_every_second_meta_iteration_measured(tmp_path, monkeypatch):
+    """Its numbers, and the loss and the agreement also in the progress bar."""
+    models = []
+
+    class Noting(example.Classifier):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.measured, self.shown = {}, set()
+            models.append(self)
+
+        def on_train_batch_end(self, outputs, *args):
+            super().on_train_batch_end(outputs, *args)
+            report = MetaStep() if self.hparams.method == "ERM" else self.optimizers().last_meta_step or MetaStep()
+            losses = {"train/loss": float(outputs["loss"])} if self.automatic_optimization else {}
+            self.measured[self.global_step - 1] = report.scalars("train/") | losses
+            self.shown |= self.trainer.progress_bar_metrics.keys() - {"v_num"}
+
+    monkeypatch.setattr(example, "Classifier", Noting)
+    where = ["--directory", str(tmp_path / "checkpoints"), "--log", str(tmp_path / "log")]
+    example.main(["--epochs", "4", "--exact", *where])
+    agreement = {"train/grad_norm", "train/inner_product", "train/cosine"}
+    each = {f"train/{name}/domain {domain}" for name in ("loss", "grad_norm") for domain in range(DOMAINS)}
+    for model, tags in zip(models, [set(), agreement, agreement | each], strict=True):
+        board = EventAccumulator(str(tmp_path / "log" / model.hparams.method)).Reload()
+        tags = tags | {"train/loss"}
+        assert {tag for tag in board.Tags()["scalars"] if tag.startswith("train/")} == tags
+        steps = [step for step in model.measured if (step + 1) % example.LOG_EVERY == 0]
+        assert len(steps) == (8 if model.automatic_optimization else 2)
+        for tag in tags:
+            shown = {event.step: event.value for event in board.Scalars(tag)}
+            assert shown == pytest.approx({step: model.measured[step][tag] for step in steps}, rel=1e-6), tag
+        assert model.shown == tags & {"train/loss", "train/cosine"}
+    names = [model.hparams.method for model in models]
+    assert names == ["ERM", "Fish", "exact"]
 
 
 def test_the_example_trains_and_resumes(tmp_path, capsys):
