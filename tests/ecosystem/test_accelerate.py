@@ -16,6 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
@@ -86,8 +87,8 @@ def test_it_resumes_bit_for_bit(made, tmp_path, method, stop, arguments):
 def plain_loop(method: str, steps: int, precision: str = "no"):
     model, (data, names, _) = make_model(0), make_data()
     loader = DataLoader(data, batch_sampler=DomainBatchSampler(names, example.BATCH_SIZE, seed=0))
-    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model)
-    exact = IDGM(model, 1.0, "variance")
+    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model, track_alignment=True)
+    exact = IDGM(model, 1.0, "variance", track_alignment=True)
     wrapped = torch.optim.AdamW(model.parameters(), lr=example.FISH_LR if method == "Fish" else example.ERM_LR)
     optimizer = GradMatch(wrapped, fish if method == "Fish" else exact)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
@@ -242,6 +243,15 @@ def test_the_prepared_loader_does_not_reset_the_epoch():
     assert taken == STEPS_IN_EPOCH - 9
     assert resumable.state_dict()["epoch"] == 4
     assert len(resumable) == STEPS_IN_EPOCH
+
+
+@pytest.mark.parametrize("method", ["ERM", "Fish", "exact"])
+def test_log_holds_what_every_second_meta_iteration_measured(made, tmp_path, monkeypatch, method):
+    measured, log = {}, Accelerator.log
+    reports, meta_step, interpolate = [], GradMatch.meta_step, GradMatch.interpolate
+    steps = {"exact": 17}.get(method, 35)
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: print(values))
+    run(made, method, tmp_path, "--stop-at", str(steps), "--log", str(tmp_path / "log"))
 
 
 def test_the_example_trains_and_resumes(made, tmp_path, capsys):

@@ -285,7 +285,10 @@ def test_slow_iterates_of_another_optimizer_are_refused():
     state = optimizer.state_dict()
     for spoil, message in (
         (lambda s: s.pop("slow_iterates"), "'slow_iterates' is missing"),
-        (lambda s: s["slow_iterates"][0].update(slow_w=torch.zeros(4, 3)), "(?s)holds slow iterates .* do not exist here"),
+        (
+            lambda s: s["slow_iterates"][0].update(slow_w=torch.zeros(4, 3)),
+            "(?s)holds slow iterates .* do not exist here",
+        ),
         (
             lambda s: s["slow_iterates"][0].update(slow_z=torch.zeros(2)),
             r"slow iterate of parameter 0 has shape \(2,\)",

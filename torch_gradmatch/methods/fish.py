@@ -44,12 +44,13 @@ from torch_gradmatch._checks import (
 from torch_gradmatch._foreach import clone_all, copy_all_
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, add_note
+from torch_gradmatch.methods.divergence import refuse_nonfinite
 from torch_gradmatch.methods.first_call import first_call
 from torch_gradmatch.methods.scaling import LossScaling
+from torch_gradmatch.methods.suitability import judge, warn_of_reset
 from torch_gradmatch.slow import ops
 from torch_gradmatch.slow.buffers import SlowBuffers, check_buffers, no_buffers
-from torch_gradmatch.slow.finite import holds_nonfinite, norms_of, read
-from torch_gradmatch.slow.inner_state import InnerState, resets_all
+from torch_gradmatch.slow.inner_state import InnerState
 from torch_gradmatch.slow.iterates import SlowIterates
 from torch_gradmatch.slow.saved_buffers import ForwardBuffers, SavedBuffers
 from torch_gradmatch.slow.weights import SlowWeights
@@ -171,18 +172,9 @@ class FishLoop(MetaLoop):
         self._knows_loss_fn = False  # whether meta_step has called one before
         self._undoes = False  # whether the inner steps in progress are a meta_step's, which undoes them if it fails
         self._holds_slow = False  # whether we are inside slow_weights()
-        self._refuse_hidden_iterates(method)
-        self._looks_for_state = method.inner_state == "reset"
-        if self._looks_for_state and self.traits.known:
-            self._looks_for_state = False
-            self._warn_of_reset(resets_all(optimizer, self.traits), stacklevel=5)
-        if self.traits.forgets and method.inner_state == "carry":
-            warnings.warn(
-                f"{type(optimizer).__name__} works the parameters out of the state it keeps, so in the step after an "
-                "interpolation it goes back on most of it, and Fish's inner loops are one long walk: pass "
-                'Fish(inner_state="reset"), or use SmoothFish, which walks by SGD',
-                stacklevel=4,
-            )
+        self._looked = False  # whether it was seen whether a reset finds anything
+        self._judged = method.inner_state
+        judge(optimizer, self.traits, method.inner_state, stacklevel=4)
 
     def _check_model(self, model: nn.Module) -> nn.Module:
         parameters = self.parameters()
@@ -195,14 +187,6 @@ class FishLoop(MetaLoop):
 
     # ------------------------------------------------------------------------------------------------ inner loop
 
-    def _refuse_hidden_iterates(self, settings: Fish) -> None:
-        if self.traits.hidden and settings.inner_state == "carry":
-            raise ValueError(
-                f"Fish cannot carry the state of {type(self.optimizer).__name__} from one inner loop to the next: it "
-                f"keeps points of parameter space where an interpolation does not reach, in {self.traits.hidden[0]}. "
-                'Pass Fish(inner_state="reset"), or use SmoothFish or IDGM, which take whole steps of it'
-            )
-
     def _refuse_another_model(self) -> None:
         followed = None if self.buffers is None else self.buffers.model
         if self.method.model is not followed:
@@ -214,7 +198,9 @@ class FishLoop(MetaLoop):
     def _begin(self, settings: Fish) -> None:
         """Take over the settings for the inner loop about to begin."""
         self._refuse_another_model()
-        self._refuse_hidden_iterates(settings)
+        if settings.inner_state != self._judged:
+            judge(self.optimizer, self.traits, settings.inner_state, stacklevel=5)
+            self._judged = settings.inner_state
         self.settings = settings
         pairs = settings.track_alignment == "pairs"
         if not settings.track_alignment:
@@ -338,7 +324,7 @@ class FishLoop(MetaLoop):
         iterates = self._iterates()
         moving = {} if self.buffers is None else self.buffers.moving()
         if settings.nonfinite == "raise":
-            self._refuse_nonfinite(moving, [fast for _, fast in iterates])
+            refuse_nonfinite(self.weights.fast, [fast for _, fast in iterates], moving, self.optimizer, self.inner_step)
         if settings.buffers == "latest":
             moving = {}
         pairs = [*iterates, *moving.values()]
@@ -354,50 +340,6 @@ class FishLoop(MetaLoop):
         if not self.iterates:
             return []
         return self.iterates.pairs(dict(zip(self.weights.fast, self.weights.slow, strict=True)))
-
-    def _refuse_nonfinite(self, moving: dict[str, tuple[Tensor, Tensor]], iterates: list[Tensor]) -> None:
-        """Raise if a parameter, an iterate, or a buffer that was finite, holds NaN or infinity; wait once.
-
-        Args:
-            moving: Slow value and buffer by name. What the slow value does not allow to interpolate is taken out.
-            iterates: Of the wrapped optimizer.
-
-        Raises:
-            RuntimeError: If one does; the slow weights are intact.
-        """
-        weights = self.weights.fast
-        slow, fast = [s for s, _ in moving.values()], [f for _, f in moving.values()]
-        norms = iter(read(norms_of([*weights, *iterates, *slow, *fast])))
-        diverged = [p for p in weights if holds_nonfinite(p, next(norms))]
-        if diverged:
-            position = next(i for i, p in enumerate(self.parameters()) if p is diverged[0])
-            raise RuntimeError(
-                f"the inner loop diverged: after {self.inner_step} inner steps {len(diverged)} parameters hold NaN or "
-                f"infinity, the first is {self._describe(position)}. The slow weights are intact: call rollback() to "
-                'return to them; Fish(nonfinite="ignore") turns this check off'
-            )
-        broken = [value for value in iterates if holds_nonfinite(value, next(norms))]
-        if broken:
-            raise RuntimeError(
-                f"the inner loop diverged: after {self.inner_step} inner steps the state of "
-                f"{type(self.optimizer).__name__} holds NaN or infinity. The slow weights are intact: call rollback() "
-                'to return to them; Fish(nonfinite="ignore") turns this check off'
-            )
-        of_slow, of_fast = [next(norms) for _ in slow], list(norms)
-        for name, slow_norm, fast_norm in zip(list(moving), of_slow, of_fast, strict=True):
-            if holds_nonfinite(moving[name][0], slow_norm):
-                del moving[name]
-            elif holds_nonfinite(moving[name][1], fast_norm):
-                raise RuntimeError(
-                    f"the inner loop diverged: after {self.inner_step} inner steps the buffer {name!r} holds NaN or "
-                    "infinity. The slow weights are intact: call rollback() to return to them; "
-                    'Fish(nonfinite="ignore") turns this check off'
-                )
-
-    def _describe(self, position: int) -> str:
-        names = [name for group in self.optimizer.param_groups for name in group.get("param_names", ())]
-        shape = tuple(self.parameters()[position].shape)
-        return f"{names[position]!r} of shape {shape}" if names else f"number {position} of shape {shape}"
 
     def rollback(self) -> None:
         """Abandon the inner loop. See ``GradMatch.rollback``."""
@@ -425,19 +367,11 @@ class FishLoop(MetaLoop):
         if self.alignment is not None:
             self.alignment.reset()
 
-    def _warn_of_reset(self, resets: bool, stacklevel: int) -> None:
-        if not resets:
-            warnings.warn(
-                f'inner_state="reset" does not make {type(self.optimizer).__name__} new: it keeps something where a '
-                "reset finds nothing to reset. Pass a function that does, Fish(inner_state=function), which is called "
-                "with the wrapped optimizer before every inner loop",
-                stacklevel=stacklevel,
-            )
-
     def _close(self) -> None:
-        if self._looks_for_state:  # no twin of the optimizer could be watched
-            self._looks_for_state = False
-            self._warn_of_reset(not self.inner_state.is_empty(), stacklevel=2)
+        if self.settings.inner_state == "reset" and not (self.traits.known or self._looked):
+            self._looked = True  # no twin of the optimizer could be watched
+            if self.inner_state.is_empty():
+                warn_of_reset(self.optimizer, stacklevel=4)
         self.weights.close()
         self.iterates.close()
         if self.buffers is not None:
@@ -575,7 +509,7 @@ class FishLoop(MetaLoop):
             self._other_buffers.restore()
             restored.append("the buffers of the modules that loss_fn ran")
         kept = ""
-        if not was_open or self.inner_state.restore():
+        if self.inner_state.restore() or not was_open:
             restored.append("the wrapped optimizer's state")
         else:
             kept = f"; the wrapped optimizer's state is that after {taken} inner steps"

@@ -20,8 +20,10 @@ from torch_gradmatch._foreach import by_kind, clone_all
 from torch_gradmatch._random_state import RandomState
 from torch_gradmatch.slow.finite import find_nonfinite
 from torch_gradmatch.wrapped.members import members
-from torch_gradmatch.wrapped.traits import STEPS, Traits, Twin, copy_plain, same
+from torch_gradmatch.wrapped.traits import STEPS, Traits
 from torch_gradmatch.wrapped.twin import build_again, constructor_arguments
+from torch_gradmatch.wrapped.values import copy_plain, same
+from torch_gradmatch.wrapped.watched import Twin
 
 __all__ = ["InnerState", "resets_all"]
 

@@ -27,8 +27,8 @@ from torch_gradmatch._checks import check_entry
 from torch_gradmatch._foreach import copy_all_
 from torch_gradmatch.slow.copies import check_copies
 from torch_gradmatch.wrapped.members import members
-from torch_gradmatch.wrapped.traits import WEIGHT
 from torch_gradmatch.wrapped.twin import constructor_arguments
+from torch_gradmatch.wrapped.watched import WEIGHT
 
 __all__ = ["SlowIterates"]
 
@@ -72,11 +72,13 @@ class SlowIterates:
     def _iterates(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, str, Tensor]]:
         """Return parameter, key and iterate of all that there are now."""
         found = []
+        seen: set[int] = set()
         for key, (member, name) in self._places.items():
             for p in parameters:
                 entry = member.state.get(p)
                 value = entry.get(name) if isinstance(entry, dict) else None
-                if isinstance(value, Tensor) and value.shape == p.shape:
+                if isinstance(value, Tensor) and value.shape == p.shape and id(value) not in seen:
+                    seen.add(id(value))  # two members may share one state
                     found.append((p, key, value))
         return found
 
