@@ -22,8 +22,11 @@ import torch
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+
+LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured waits for an accelerator
 
 
 def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[torch.nn.Module, list[int]]:
@@ -37,7 +40,11 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
     Returns:
         The model, and the class sums of the batches it was trained on, by which a test knows them again.
     """
-    accelerator = Accelerator(mixed_precision=options.precision, cpu=options.cpu)
+    log_with = None if options.log is None else "tensorboard"
+    accelerator = Accelerator(
+        mixed_precision=options.precision, cpu=options.cpu, log_with=log_with, project_dir=options.log
+    )
+    accelerator.init_trackers(method)
     data, domains, held_out = make_data()
     model = make_model(0)
     sampler = DomainBatchSampler(domains, BATCH_SIZE, seed=0)
@@ -45,10 +52,11 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=FISH_LR if method == "Fish" else ERM_LR)
     if method == "Fish":  # this is what changes
-        fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model)
+        fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model, track_alignment=True)
         optimizer = gradmatch = GradMatch(optimizer, fish)
     elif method == "exact":
-        optimizer = gradmatch = GradMatch(optimizer, IDGM(model, gamma=1.0, agreement="variance"))
+        exact = IDGM(model, gamma=1.0, agreement="variance", track_alignment=True)
+        optimizer = gradmatch = GradMatch(optimizer, exact)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
@@ -63,27 +71,34 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
         return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     seen = []
-    for _ in range(int(loader.state_dict()["epoch"]), options.epochs):
-        for batch in loader:
+    for epoch in range(int(loader.state_dict()["epoch"]), options.epochs):
+        for batch in (bar := tqdm(loader, desc=f"{method} epoch {epoch}", leave=False, disable=None)):
             if method == "exact":
-                gradmatch.meta_step(loss_fn, batch)  # a list, one batch of each domain
+                loss = gradmatch.meta_step(loss_fn, batch).losses.mean()  # a list, one batch of each domain
             else:
                 optimizer.zero_grad()
-                accelerator.backward(loss_fn(batch))
+                loss = loss_fn(batch)
+                accelerator.backward(loss)
                 accelerator.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
             scheduler.step()
             seen.append(int(sum(b[1].sum() for b in batch)) if method == "exact" else int(batch[1].sum()))
             taken = scheduler.scheduler.last_epoch
+            if taken % LOG_EVERY == 0:
+                measured = {"loss": loss.item()} | ({} if method == "ERM" else gradmatch.last_meta_step.scalars())
+                accelerator.log(measured, step=taken)
+                bar.set_postfix({name: measured[name] for name in ("loss", "cosine") if name in measured})
             if taken % options.eval_every == 0:
                 with gradmatch.slow_weights() if method != "ERM" else nullcontext():
-                    print(f"{method:5} {taken:5} steps, accuracy {accuracy(model, held_out):.3f}", flush=True)
+                    bar.write(f"{method:5} {taken:5} steps, accuracy {accuracy(model, held_out):.3f}")
             if taken % options.save_every == 0:
                 accelerator.save_state(str(directory))
             if taken == options.stop_at:
+                accelerator.end_training()
                 return model, seen
     if method != "ERM":
         gradmatch.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
+    accelerator.end_training()
     return model, seen
 
 
@@ -100,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--directory", type=Path, default=Path("out/accelerate"), help="for checkpoints")
+    parser.add_argument("--log", type=Path, metavar="DIR", help="write losses and agreement there, for TensorBoard")
     parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints")
     parser.add_argument("--eval-every", type=int, default=50, help="steps between two evaluations")
     parser.add_argument("--stop-at", type=int, help="stop after so many steps, the model as it is by then")

@@ -108,7 +108,7 @@ def plain_loop(method: str, steps: int, precision: str = "no"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
         scheduler.step()
-    return dict(model.state_dict()), optimizer.state_dict()
+    return dict(model.state_dict()), optimizer
 
 
 @pytest.mark.parametrize(("method", "precision"), [("Fish", "no"), ("Fish", "bf16"), ("exact", "no")])
@@ -118,7 +118,7 @@ def test_it_is_the_plain_loop(made, tmp_path, method, precision):
     found, _ = run(made, method, tmp_path, *arguments)
     model, optimizer = plain_loop(method, steps, precision)
     assert_same(found["model"], model)
-    assert_same(found["optimizer"], optimizer)
+    assert_same(found["optimizer"], optimizer.state_dict())
 
 
 def evaluated_every(steps: int, made, directory, monkeypatch):
@@ -246,12 +246,17 @@ def test_the_prepared_loader_does_not_reset_the_epoch():
 
 
 @pytest.mark.parametrize("method", ["ERM", "Fish", "exact"])
-def test_log_holds_what_every_second_meta_iteration_measured(made, tmp_path, monkeypatch, method):
-    measured, log = {}, Accelerator.log
-    reports, meta_step, interpolate = [], GradMatch.meta_step, GradMatch.interpolate
-    steps = {"exact": 17}.get(method, 35)
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: print(values))
-    run(made, method, tmp_path, "--stop-at", str(steps), "--log", str(tmp_path / "log"))
+def test_log_holds_what_every_second_meta_iteration_measured(made, tmp_path, method):
+    """At the steps 8 and 16, at the latter what the plain loop measures there."""
+    run(made, method, tmp_path, "--stop-at", "19", "--log", str(tmp_path / "log"))
+    board = EventAccumulator(str(tmp_path / "log" / method)).Reload()
+    shown = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    assert all(values.keys() == {8, 16} for values in shown.values())
+    assert shown["loss"][16] > 0
+    expected = {} if method == "ERM" else plain_loop(method, 16)[1].last_meta_step.scalars()
+    assert len(expected) == {"ERM": 0, "Fish": 3, "exact": 4 + 2 * DOMAINS}[method]
+    assert shown.keys() == {"loss"} | expected.keys()
+    assert {tag: shown[tag][16] for tag in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_example_trains_and_resumes(made, tmp_path, capsys):
