@@ -71,6 +71,12 @@ def test_neither_size_nor_shape_nor_learning_rate_nor_training_matters(lr, shape
         assert traits.counters == {"": ("steps_taken",)}
 
 
+def test_frozen_parameters_and_what_else_is_the_default_do_not_matter():
+    params = [p.requires_grad_(False) for p in parameters()]
+    with torch.device("meta"):
+        assert traits_of(Averaging(params)).iterates == {"": ("polyak",)}
+
+
 def test_optimizers_inside_an_optimizer_are_looked_at():
     inner = pytorch_optimizer.Ranger(parameters(), lr=0.1)
     traits = traits_of(pytorch_optimizer.Lookahead(inner, k=2))

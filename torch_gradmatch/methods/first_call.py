@@ -8,12 +8,14 @@ behind the method's back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_gradmatch.methods.scaling import refuse_scaled
+from torch_gradmatch.wrapped.members import members
 
 __all__ = ["first_call"]
 
@@ -40,7 +42,10 @@ def first_call(
     gradients = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
-    hook = optimizer.register_step_pre_hook(_refuse_step)
+    hooks = []
+    for member in members(optimizer).values():
+        with suppress(AttributeError):  # a class that does without Optimizer.__init__ has no hooks
+            hooks.append(member.register_step_pre_hook(_refuse_step))
     try:
         loss = loss_fn(batch)
         if any(p.grad is not None for p in parameters):
@@ -49,7 +54,8 @@ def first_call(
                 "Return the loss and leave out backward(), zero_grad() and step()"
             )
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
     if not scales and isinstance(loss, Tensor):

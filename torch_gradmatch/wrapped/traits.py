@@ -128,7 +128,7 @@ def _kind_of(optimizer: Optimizer) -> Any:
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         # Not the numbers, but which are zero: without momentum there is no state.
         switches = {k: bool(v) if isinstance(v, int | float) else repr(v) for k, v in settings.items()}
-        kinds = {(p.device.type, p.dim(), p.numel() > 0 and p.requires_grad) for p in group["params"]}
+        kinds = {(p.device.type, p.dim(), p.numel() > 0) for p in group["params"]}
         groups.append((tuple(sorted(switches.items())), frozenset(kinds)))
     return type(optimizer), tuple(groups)
 

@@ -64,10 +64,12 @@ class Twin:
         for group in optimizer.param_groups:
             dimensions: set[int] = set()
             for p in group["params"]:
-                if p.requires_grad and p.numel() and p.dim() not in dimensions:
+                if p.numel() and p.dim() not in dimensions:
                     dimensions.add(p.dim())
                     shape = (2 + len(self.points), *[3, 2, 2, 2][: p.dim() - 1])[: p.dim()]  # no two are the same
-                    start, c = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+                    start, c = (
+                        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for _ in range(2)
+                    )
                     self.shifts.append((4 * c).to(p.device, dtype))
                     point = nn.Parameter(start.to(p.device, dtype) + shift * self.shifts[-1])
                     self.points.append(point)
