@@ -8,6 +8,8 @@ of an inner loop are fine for that.
   in the middle of an inner loop: where they are to be used as a model, also by ``load_best_model_at_end``, let
   ``save_steps`` be a multiple of S. ``with trainer.gradmatch.slow_weights(): trainer.save_model(...)`` saves the slow
   ones; ``rollback()`` leaves them behind if ``max_steps`` ends in the middle of an inner loop.
+- ``log`` adds how well the gradients agreed in the last meta-iteration that was over: let ``logging_steps`` be a
+  multiple of S. The losses are the Trainer's own: ``step`` sees none.
 - ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it.
 - The Trainer takes the length of the first epoch for that of all. They differ only with ``domains_per_step`` below the
   number of domains: then a resume in a later epoch may not find its place.
@@ -20,6 +22,7 @@ of an inner loop are fine for that.
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,7 +30,9 @@ import torch
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
@@ -61,6 +66,12 @@ class DomainTrainer(Trainer):
         """
         with self.gradmatch.slow_weights() if self.gradmatch is not None else nullcontext():
             return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Add the agreement of the domains' gradients to the loss; where names are the same the Trainer's count."""
+        if self.gradmatch is not None and self.gradmatch.last_meta_step is not None and "loss" in logs:
+            logs = self.gradmatch.last_meta_step.scalars() | logs
+        super().log(logs, *args)
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -116,14 +127,15 @@ def make_trainer(method: str, directory: str, **arguments: Any) -> Any:
     model = Tabular(PretrainedConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=FISH_LR if method == "Fish" else ERM_LR)
     if method == "Fish":  # this is what changes
-        optimizer = GradMatch(optimizer, Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model))
+        fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model, track_alignment=True)
+        optimizer = GradMatch(optimizer, fish)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     settings = {
         "per_device_train_batch_size": BATCH_SIZE,
         "max_grad_norm": 0.5,
         "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "logging_steps": 2 * DOMAINS,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
@@ -151,6 +163,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--save-steps", type=int, default=50, help="steps between two checkpoints")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--directory", default="out/trainer", help="for checkpoints")
+    parser.add_argument("--log", metavar="DIR", help="write losses and agreement of each method there, for TensorBoard")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each method")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
@@ -165,6 +178,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             save_total_limit=1,
             bf16=options.bf16,
         )
+        if options.log is not None:
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(f"{options.log}/{method}")))
         trainer.train(resume_from_checkpoint=options.resume)
         if method == "Fish":
             trainer.gradmatch.rollback()  # to the slow weights, if training stopped in the middle of an inner loop

@@ -11,6 +11,7 @@ import with_trainer as example
 from _same import assert_same, without_prefix
 from _spurious_data import DOMAINS, make_data, make_model
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -65,7 +66,7 @@ def test_it_is_the_plain_loop(tmp_path, bf16):
     found, _ = train(tmp_path, max_steps=steps, bf16=bf16)
     model, (data, names, _) = make_model(0), make_data()
     loader = DataLoader(data, batch_sampler=DomainBatchSampler(names, batch_size=example.BATCH_SIZE))
-    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model)
+    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model, track_alignment=True)
     optimizer = GradMatch(torch.optim.AdamW(model.parameters(), lr=example.FISH_LR), fish)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     for (x, y), _ in zip((batch for _ in range(3) for batch in loader), range(steps), strict=False):
@@ -157,6 +158,38 @@ def test_rollback_after_the_last_step_leaves_the_slow_weights(tmp_path):
     optimizer.rollback()
     floating = {name: value for name, value in short["model"].items() if value.is_floating_point()}
     assert_same({name: trainer.model.state_dict()[name] for name in floating}, floating)
+
+
+def test_log_holds_the_agreement_beside_the_trainers_own_numbers(tmp_path, monkeypatch):
+    measured, losses, make_trainer = {}, {}, example.make_trainer
+
+    class Note(TrainerCallback):
+        def on_step_end(self, _args, state, _control, optimizer, **_kwargs):
+            if isinstance(optimizer.optimizer, GradMatch) and optimizer.optimizer.inner_step == 0:
+                measured[state.global_step] = optimizer.optimizer.last_meta_step.scalars()
+
+        def on_log(self, _args, state, _control, optimizer, logs, **_kwargs):
+            if "loss" in logs:
+                losses[type(optimizer.optimizer), state.global_step] = logs["loss"]
+
+    def noting(*args, **settings):
+        trainer = make_trainer(*args, **settings)
+        trainer.add_callback(Note)
+        return trainer
+
+    monkeypatch.setattr(example, "make_trainer", noting)
+    example.main(["--epochs", "2", "--directory", str(tmp_path), "--log", str(tmp_path / "log")])
+    own = {"train/loss", "train/grad_norm", "train/learning_rate", "train/epoch"}
+    for method, kind in (("ERM", torch.optim.AdamW), ("Fish", GradMatch)):
+        board = EventAccumulator(str(tmp_path / "log" / method)).Reload()
+        agreement = {"train/inner_product", "train/cosine"} if method == "Fish" else set()
+        found = {tag for tag in board.Tags()["scalars"] if not tag.startswith(("train/train_", "train/total"))}
+        assert found == own | agreement
+        shown = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in own | agreement}
+        assert shown["train/loss"] == pytest.approx({step: losses[kind, step] for step in (8, 16, 24, 32)}, rel=1e-6)
+        for tag in agreement:
+            expected = {step: measured[step][tag.removeprefix("train/")] for step in (8, 16, 24, 32)}
+            assert shown[tag] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_example_trains_and_resumes(tmp_path, capsys):
