@@ -47,7 +47,7 @@ def test_every_python_block_runs(tmp_path: Path, capsys):
     }
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     code = blocks("python")
-    assert len(code) == 13
+    assert len(code) == 15
     for number, block in enumerate(code):
         exec(compile(block, f"README block {number}", "exec"), namespace)
     assert not any(torch.equal(a, b) for a, b in zip(before, namespace["model"].parameters(), strict=True))

@@ -207,6 +207,23 @@ def test_switching_the_mode_in_the_middle_of_an_inner_loop_is_refused_where_it_g
         pass
 
 
+def test_a_switch_that_a_step_changes_is_no_mode():
+    class Begins(Averaging):
+        begun = False
+
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.begun = True
+            self.param_groups[0]["begun"] = True
+
+    model = network()
+    optimizer = GradMatch(Begins(model.parameters()), Fish(0.5))
+    optimizer.param_groups[0]["begun"] = False
+    optimizer.optimizer.begun = False
+    optimizer.meta_step(lambda d: loss_of(model, d), range(3))
+    assert optimizer.optimizer.begun
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_iterate_that_is_not_finite_is_refused(bad: float):
     model = network()

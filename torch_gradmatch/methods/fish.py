@@ -275,6 +275,7 @@ class FishLoop(MetaLoop):
         before = self.inner_state.before_step()
         loss = take()
         self.inner_state.after_step(before)
+        self.iterates.note_modes()
         self.inner_step += 1
         if self.inner_step == self.settings.inner_steps:
             self.interpolate()

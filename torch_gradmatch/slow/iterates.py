@@ -55,7 +55,7 @@ class SlowIterates:
         self.state = state
         self._held: set[tuple[Tensor, str]] = set()  # which copies belong to the inner loop in progress
         self._optimizer = optimizer
-        self._modes: dict[tuple[str, int | None, str], bool] = {}  # when that loop began
+        self._modes: dict[tuple[str, int | None, str], bool] = {}  # after the last step
         inside = members(optimizer)
         self._averages = [inside[path] for path in averages]
         self._weights: list[float] = []  # when that loop began
@@ -119,6 +119,11 @@ class SlowIterates:
                 self._held.add((p, key))
             found.append((self.state[p][key], value))
         return found
+
+    def note_modes(self) -> None:
+        """Take note of the optimizer's modes: a step was taken in them, and may have changed what is no mode."""
+        if self._places:
+            self._modes = self.modes()
 
     def modes(self) -> dict[tuple[str, int | None, str], bool]:
         """Return the switches of the optimizer, such as schedule-free's ``train_mode``: where a parameter stands.
