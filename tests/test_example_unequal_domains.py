@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Runs the example in a new process, which kills itself at the n-th time that it comes to a place.
 KILLED = """
-import io, os, signal, sys
+import io, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import unequal_domains
@@ -58,6 +58,13 @@ def save_in_halves(state, path):
         die_at("while writing a checkpoint")
         target.write(file.getvalue()[half:])
 torch.save = save_in_halves
+
+from tensorboard.summary.writer.record_writer import RecordWriter
+write_at_once = RecordWriter.write
+def write_slowly(*arguments):  # so that there is something left to be flushed
+    time.sleep(0.005)
+    write_at_once(*arguments)
+RecordWriter.write = write_slowly
 
 unequal_domains.main(sys.argv[3:])
 """

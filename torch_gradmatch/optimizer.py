@@ -16,6 +16,7 @@ from torch_gradmatch._checks import check_int, named_batches, naming
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
+from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
 from torch_gradmatch.wrapped.members import class_name, members, own_attributes
 from torch_gradmatch.wrapped.several import SeveralOptimizers
 
@@ -317,8 +318,9 @@ class GradMatch(Optimizer, Generic[MethodT]):
         Returns:
             The state; a plain optimizer of the wrapped class can load it, too, and ignores the entry.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
+        return save_with_hooks(self, self._save)
+
+    def _save(self) -> dict[str, Any]:
         state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
         state_dict["gradmatch"] = {
             "version": FORMAT_VERSION,
@@ -327,10 +329,6 @@ class GradMatch(Optimizer, Generic[MethodT]):
             "shapes": self._shapes(),
             **self._loop.state_dict(),
         }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -346,16 +344,12 @@ class GradMatch(Optimizer, Generic[MethodT]):
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict should be a dictionary (got {_kind(state_dict)})")
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = dict(replaced)
+        load_with_hooks(self, state_dict, self._load)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         own = self._check_state_dict(state_dict)
         self._load_wrapped({k: v for k, v in state_dict.items() if k != "gradmatch"})
         self._loop.load_state_dict(own)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         own = state_dict.get("gradmatch")

@@ -34,11 +34,13 @@ class _Member:
     Args:
         optimizer: The optimizer.
         counters: Names of those of its attributes that its steps change.
+        accepted: What constructors take: entries of groups that are hyperparameters and no counters.
     """
 
-    def __init__(self, optimizer: Optimizer, counters: tuple[str, ...]) -> None:
+    def __init__(self, optimizer: Optimizer, counters: tuple[str, ...], accepted: frozenset[str]) -> None:
         self.optimizer = optimizer
-        self.accepted, self.takes_any = constructor_arguments(optimizer)
+        self.accepted = accepted
+        self.takes_any = constructor_arguments(optimizer)[1]
         self.counters = counters
         self.rebuilds_state = False
         self.new_state: dict[Any, Any] = {}
@@ -104,9 +106,11 @@ class InnerState:
     ) -> None:
         self.optimizer = optimizer
         self.resets = resets
-        self._members = {path: _Member(m, (counters or {}).get(path, ())) for path, m in members(optimizer).items()}
-        self._main = self._members[""]
-        self.counters: set[str] = {"step"} - self._main.accepted
+        inside = members(optimizer)
+        # A group belongs to the optimizer that holds another as well as to that one.
+        self._accepted = frozenset().union(*(constructor_arguments(member)[0] for member in inside.values()))
+        self._members = {p: _Member(m, (counters or {}).get(p, ()), self._accepted) for p, m in inside.items()}
+        self.counters: set[str] = {"step"} - self._accepted
         self._written: set[str] = set()  # hyperparameters that its steps change as a scheduler would
         self._saved: _Saved | None = None
         if not resets:
@@ -121,7 +125,8 @@ class InnerState:
             if fresh is None and keep_state:
                 member.new_state = {p: copy.deepcopy(entry) for p, entry in member.optimizer.state.items()}
             member.new_groups = [member.counting(group) for group in (fresh or member.optimizer).param_groups]
-            member.new_attributes = (member if fresh is None else _Member(fresh, member.counters)).attributes()
+            newest = member if fresh is None else _Member(fresh, member.counters, self._accepted)
+            member.new_attributes = newest.attributes()
             if fresh is not None and member.optimizer.state and not member.takes_any:
                 # Trained before: counters may have moved already. A mode is no counter.
                 for group, values in zip(member.optimizer.param_groups, member.new_groups, strict=True):
@@ -150,7 +155,7 @@ class InnerState:
         Args:
             before: What :meth:`before_step` returned.
         """
-        accepted = self._main.accepted
+        accepted = self._accepted
         for old, group in zip(before, self.optimizer.param_groups, strict=False):
             for key, value in group.items():
                 if key in old and old[key] is value:

@@ -132,10 +132,15 @@ class SlowIterates:
             By member, number of the group (None for the object itself) and name.
         """
         found: dict[tuple[str, int | None, str], bool] = {}
-        for path, member in members(self._optimizer).items():
+        seen: set[int] = set()
+        # Innermost first, for the sake of the numbers: several optimizers' groups are listed one after the other.
+        for path, member in reversed(members(self._optimizer).items()):
             accepted = constructor_arguments(member)[0]
             for index, values in enumerate([*member.param_groups, vars(member)]):
                 group = None if values is vars(member) else index
+                if id(values) in seen:
+                    continue
+                seen.add(id(values))
                 switches = {k: v for k, v in values.items() if isinstance(v, bool) and k not in accepted}
                 found |= {(path, group, name): value for name, value in switches.items()}
         return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
 from torch_gradmatch.wrapped.traits import traits_of
 
 __all__ = ["SeveralOptimizers"]
@@ -40,6 +41,9 @@ class SeveralOptimizers(Optimizer):
             if not isinstance(optimizer, Optimizer):
                 kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
                 raise TypeError(f"optimizer[{index}] should be a torch.optim.Optimizer, already built (got {kind})")
+            if not hasattr(optimizer, "param_groups"):
+                kind = type(optimizer).__name__
+                raise TypeError(f"optimizer[{index}] is a {kind}, which has no param_groups: it is no whole optimizer")
             if any(optimizer is other for other in self.optimizers[:index]):
                 raise ValueError(f"optimizer[{index}] is in the list twice: pass each optimizer once")
             if traits_of(optimizer).needs_closure:
@@ -136,7 +140,7 @@ class SeveralOptimizers(Optimizer):
         Returns:
             A list of them, under ``"optimizers"``.
         """
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        return save_with_hooks(self, lambda: {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load every optimizer's.
@@ -147,6 +151,9 @@ class SeveralOptimizers(Optimizer):
         Raises:
             ValueError: If there is another number of them.
         """
+        load_with_hooks(self, state_dict, self._load)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         states = state_dict["optimizers"]
         if len(states) != len(self.optimizers):
             raise ValueError(f"the state dict is of {len(states)} optimizers and there are {len(self.optimizers)} here")

@@ -234,8 +234,10 @@ def _forgets(plain: Twin, moved: Twin, iterates: list[Place]) -> bool:
     gradients = plain.gradients()
     for twin in (plain, moved):
         twin.run(STEPS[-1], gradients)
-    left = sum(float(((a - b) * m).sum()) for a, b, m in zip(moved.points, plain.points, moves, strict=True))
-    whole = sum(float(move.square().sum()) for move in moves)
-    size = sum(float(p.square().sum()) for p in plain.points)
-    rounding = torch.finfo(plain.points[0].dtype).eps if plain.points else 0.0
-    return whole > (1000 * rounding) ** 2 * size and left < KEPT * whole  # else it had arrived, and did not move
+    for one, other, move in zip(moved.points, plain.points, moves, strict=True):
+        left, whole = float(((one - other) * move).sum()), float(move.square().sum())
+        rounding = 1000 * torch.finfo(other.dtype).eps
+        # A point that had arrived did not move.
+        if whole > rounding**2 * float(other.square().sum()) and left < KEPT * whole:
+            return True
+    return False
