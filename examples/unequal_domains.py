@@ -8,6 +8,10 @@ One sees a progress bar with the loss and the cosine of the domains' gradients, 
 domain. In a cycle each domain serves every third batch to the end: in each epoch the small one goes round 240 times (it
 is learnt by heart), the large one shows a sixth of its samples. With ``exhausted="stop"`` an epoch is three batches.
 
+What helps in the unseen domain here is that domains take turns: its accuracy is 0.75 (mean of ten seeds) by Fish, and
+just as much by the two optimizers alone on the same batches, but 0.52 where they train on batches of all samples alike.
+Five epochs of ``exhausted="stop"`` give 0.53, and 1,200 of them, which are the same number of batches, 0.75.
+
 Kill it whenever you like: the same command goes on from the last checkpoint, and ends bit for bit where it would have
 ended. ``--logs DIRECTORY`` writes scalars for TensorBoard. ``--meta-step`` hands over one batch of each domain at a
 time instead of stepping in a plain loop.
