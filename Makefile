@@ -28,7 +28,7 @@ help:
 	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
 	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
 	@echo "make test-lowest       the suite on the lowest supported torch (large download)"
-	@echo "make test-ecosystem    the wheel on the newest torch with WILDS, DomainBed, Lightning, Accelerate, Trainer (large)"
+	@echo "make test-ecosystem    the wheel on the newest torch with WILDS, DomainBed, Lightning, Accelerate, Trainer, every optimizer (large)"
 	@echo "make lint              ruff format check, ruff, mypy strict on the package"
 	@echo "make format            apply ruff's formatting and safe fixes"
 	@echo "make check-csrc        compile csrc/ with all warnings as errors, the .cu too where nvcc is found"

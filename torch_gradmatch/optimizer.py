@@ -17,8 +17,8 @@ from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
-from torch_gradmatch.wrapped.members import class_name, members, own_attributes
-from torch_gradmatch.wrapped.several import SeveralOptimizers
+from torch_gradmatch.wrapped.members import class_name, members, own_attributes, shown_name
+from torch_gradmatch.wrapped.several import as_one
 
 __all__ = ["GradMatch", "MetaStep"]
 
@@ -83,7 +83,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
         if isinstance(optimizer, list | tuple):
             if any(isinstance(one, GradMatch) for one in optimizer):
                 raise TypeError("optimizer holds a GradMatch: list the plain optimizers and wrap them once")
-            optimizer = SeveralOptimizers(optimizer)
+            optimizer = as_one(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer should be a torch.optim.Optimizer to wrap, already built (got {_kind(optimizer)})"
@@ -107,7 +107,11 @@ class GradMatch(Optimizer, Generic[MethodT]):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups: the same list, whatever is done to either."""
+        """The wrapped optimizer's parameter groups: the same list, whatever is done to either.
+
+        Of several optimizers a new list of theirs: what is done to a group is done to it, but a group that is appended
+        here is nobody's. ``optimizer.optimizer.optimizers[0].add_param_group(...)`` adds one.
+        """
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -301,7 +305,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
             raise TypeError(f"scaler should be None or a torch.amp.GradScaler (got {_kind(scaler)})")
         if self._loop.needs_closure:
             raise RuntimeError(
-                f"{type(self.optimizer).__name__} needs a closure, which a GradScaler does not support: train it "
+                f"{shown_name(self.optimizer)} needs a closure, which a GradScaler does not support: train it "
                 "without a scaler"
             )
         return partial(scaler.step, self)
@@ -414,9 +418,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
             for attributes, kept in before:  # loading makes new dictionaries for state and groups
                 attributes.clear()
                 attributes.update(kept)
-            raise ValueError(
-                f"the wrapped {type(self.optimizer).__name__} cannot load the state dict: {error}"
-            ) from error
+            raise ValueError(f"the wrapped {shown_name(self.optimizer)} cannot load the state dict: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer.__getstate__ knows nothing of a subclass's own attributes; hooks are dropped, as it does. It also

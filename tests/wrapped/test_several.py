@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, compare
 
 META_LR = 0.25  # a power of two: then every way to interpolate rounds alike
 DOMAINS = 3
@@ -962,3 +962,35 @@ def test_repr_shows_all():
     model = make_model()
     members = muon_and_adamw(model)
     assert repr(GradMatch(members, fish())) == f"GradMatch(\n{members[0]!r}\n{members[1]!r},\n{fish()!r}\n)"
+
+
+def test_a_parameter_that_joins_a_second_optimizer_later_is_refused_before_anything_moves():
+    model = make_model()
+    optimizer = GradMatch(muon_and_adamw(model), fish())
+    train(optimizer, model, make_batches(1))
+    first, second = optimizer.optimizer.optimizers  # type: ignore[attr-defined]
+    before = copy.deepcopy(model.state_dict())
+    second.add_param_group({"params": [matrices(model)[1]]})
+    with pytest.raises(ValueError, match=r"optimizer\[0\] and optimizer\[1\] hold the same parameter, number 3"):
+        train(optimizer, model, make_batches(1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(first.param_groups) == 1
+
+
+def test_messages_call_them_by_their_names():
+    model = make_model()
+    optimizer = GradMatch(muon_and_adamw(model), fish())
+    with pytest.raises(ValueError, match="the wrapped Muon with AdamW cannot load the state dict"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "optimizers": []})
+
+
+def test_compare_takes_a_list():
+    model, batches = make_model(), make_batches(DOMAINS)
+    methods = {"Fish": Fish(), "SmoothFish": SmoothFish(1.0, 0.1)}
+    found = compare(
+        model, lambda b: loss_of(model, b), batches, methods, muon_and_adamw(model), rounds=2, orders=2, show=False
+    )
+    assert found["Fish"].error is None
+    assert "Muon with AdamW" in str(found)
+    with pytest.raises(ValueError, match="needs a closure"):
+        compare(model, lambda b: loss_of(model, b), batches, optimizer=[torch.optim.LBFGS(model.parameters())])

@@ -26,6 +26,8 @@ from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch
+from torch_gradmatch.wrapped.members import shown_name
+from torch_gradmatch.wrapped.several import as_one
 
 __all__ = ["Comparison", "Cost", "Row", "compare", "default_methods"]
 
@@ -97,7 +99,7 @@ def compare(
     loss_fn: Callable[[Any], Tensor],
     batches: Iterable[Any] | Mapping[Any, Any],
     methods: Mapping[str, Method] | Sequence[Method] | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     rounds: int = 5,
     orders: int = 4,
@@ -126,8 +128,8 @@ def compare(
         loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
         batches: One batch of each of S >= 2 domains.
         methods: By name, or a sequence of them; :func:`default_methods` if left out.
-        optimizer: The one you train with, wrapped or not; it is not stepped. ``torch.optim.SGD`` with learning rate
-            0.01 if left out.
+        optimizer: The one you train with, wrapped or not, or a list of several; it is not stepped.
+            ``torch.optim.SGD`` with learning rate 0.01 if left out.
         rounds: How often each method is timed.
         orders: In how many orders of the domains a method's direction is taken; even.
         seed: Draws the orders.
@@ -195,7 +197,9 @@ def compare(
     return found
 
 
-def _plain_optimizer(optimizer: Optimizer | None, model: nn.Module) -> Optimizer:
+def _plain_optimizer(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> Optimizer:
+    if isinstance(optimizer, list | tuple):
+        return as_one(optimizer)
     if optimizer is None:
         return torch.optim.SGD(model.parameters(), lr=0.01)
     if isinstance(optimizer, GradMatch):
@@ -290,7 +294,7 @@ def _reference(optimizer: Optimizer, lr: float, domains: int, said: Sequence[str
 def _setting(trial: Trial, optimizer: Optimizer, lr: float) -> str:
     parameters = sum(p.numel() for p in trial.parameters) / 1e6
     devices = ", ".join(sorted(str(d) for d in trial.devices))
-    name = type(optimizer).__name__
+    name = shown_name(optimizer)
     return wrapped(
         f"{type(trial.model).__name__}, {parameters:.2f} M parameters, S = {len(trial.batches)} domains, "
         f"inner optimizer {name}(lr={lr:g}), {devices}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_gradmatch.slow.finite import holds_nonfinite, norms_of, read
+from torch_gradmatch.wrapped.members import shown_name
 
 __all__ = ["refuse_nonfinite"]
 
@@ -41,7 +42,7 @@ def refuse_nonfinite(
         )
     broken = [value for value in iterates if holds_nonfinite(value, next(norms))]
     if broken:
-        raise RuntimeError(_message(inner_steps, f"the state of {type(optimizer).__name__} holds NaN or infinity"))
+        raise RuntimeError(_message(inner_steps, f"the state of {shown_name(optimizer)} holds NaN or infinity"))
     of_slow, of_fast = [next(norms) for _ in slow], list(norms)
     for name, slow_norm, fast_norm in zip(list(buffers), of_slow, of_fast, strict=True):
         if holds_nonfinite(buffers[name][0], slow_norm):

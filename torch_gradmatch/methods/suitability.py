@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from torch_gradmatch.slow.inner_state import resets_all
+from torch_gradmatch.wrapped.members import shown_name
 from torch_gradmatch.wrapped.traits import Traits
 
 __all__ = ["judge", "warn_of_reset"]
@@ -25,7 +26,7 @@ def judge(optimizer: Optimizer, traits: Traits, inner_state: Any, *, stacklevel:
     Raises:
         ValueError: If its state would be carried, and holds points of parameter space out of reach.
     """
-    name = type(optimizer).__name__
+    name = shown_name(optimizer)
     if inner_state == "reset" and traits.known and not resets_all(optimizer, traits):
         warn_of_reset(optimizer, stacklevel=stacklevel + 1)
     if inner_state == "carry" and traits.hidden:
@@ -51,7 +52,7 @@ def warn_of_reset(optimizer: Optimizer, *, stacklevel: int) -> None:
         stacklevel: As the caller would pass it.
     """
     warnings.warn(
-        f'inner_state="reset" does not make {type(optimizer).__name__} new: it keeps something where a reset finds '
+        f'inner_state="reset" does not make {shown_name(optimizer)} new: it keeps something where a reset finds '
         "nothing to reset. Pass a function that does, Fish(inner_state=function), which is called with the wrapped "
         "optimizer before every inner loop",
         stacklevel=stacklevel + 1,

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch_gradmatch._foreach import by_kind, clone_all
 from torch_gradmatch._random_state import RandomState
 from torch_gradmatch.slow.finite import find_nonfinite
-from torch_gradmatch.wrapped.members import members
+from torch_gradmatch.wrapped.members import members, shown_name
 from torch_gradmatch.wrapped.traits import STEPS, Traits
 from torch_gradmatch.wrapped.twin import build_again, constructor_arguments
 from torch_gradmatch.wrapped.values import copy_plain, same
@@ -174,7 +174,7 @@ class InnerState:
             new = build_again(self.optimizer)
             if new is None:
                 raise RuntimeError(
-                    f"{type(self.optimizer).__name__} could not be built again with its present hyperparameters; "
+                    f"{shown_name(self.optimizer)} could not be built again with its present hyperparameters; "
                     'use inner_state="carry"'
                 )
             of_new = members(new)

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch_gradmatch._checks import check_entry
 from torch_gradmatch._foreach import copy_all_
 from torch_gradmatch.slow.copies import check_copies
-from torch_gradmatch.wrapped.members import members
+from torch_gradmatch.wrapped.members import members, shown_name
 from torch_gradmatch.wrapped.twin import constructor_arguments
 from torch_gradmatch.wrapped.watched import WEIGHT
 
@@ -170,7 +170,7 @@ class SlowIterates:
         changed = [switch[-1] for switch, value in self._modes.items() if present.get(switch) != value]
         if changed:
             raise RuntimeError(
-                f"{call} after {type(self._optimizer).__name__} was switched to another mode in the middle of an inner "
+                f"{call} after {shown_name(self._optimizer)} was switched to another mode in the middle of an inner "
                 f"loop ({changed[0]!r}): its parameters are not what the slow weights are slow weights of. Call "
                 "optimizer.train() first; to evaluate in the middle of an inner loop call eval() and train() inside "
                 "slow_weights()"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["class_name", "members", "own_attributes"]
+__all__ = ["class_name", "members", "own_attributes", "shown_name"]
 
 _OWN = {"state", "param_groups", "defaults", "step"}  # what every optimizer has
 
@@ -62,6 +62,21 @@ def own_attributes(optimizer: Optimizer) -> dict[str, Any]:
         for name, value in vars(optimizer).items()
         if name not in _OWN and not name.startswith(("_optimizer_", "_zero_grad_"))
     }
+
+
+def shown_name(optimizer: Optimizer) -> str:
+    """Return what a message should call an optimizer.
+
+    Args:
+        optimizer: Any.
+
+    Returns:
+        The name of its class; of several in one, of all theirs.
+    """
+    several = vars(optimizer).get("optimizers")
+    if isinstance(several, list) and several and all(isinstance(one, Optimizer) for one in several):
+        return " with ".join(map(shown_name, several))
+    return type(optimizer).__name__
 
 
 def class_name(optimizer: Optimizer) -> str:

@@ -12,7 +12,29 @@ from torch.optim import Optimizer
 from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
 from torch_gradmatch.wrapped.traits import traits_of
 
-__all__ = ["SeveralOptimizers"]
+__all__ = ["SeveralOptimizers", "as_one"]
+
+
+def as_one(optimizers: Sequence[Optimizer]) -> SeveralOptimizers:
+    """Make one of several optimizers, of which none may need a closure.
+
+    Args:
+        optimizers: At least one.
+
+    Returns:
+        The one.
+
+    Raises:
+        ValueError: If one needs a closure, or :class:`SeveralOptimizers` refuses them.
+    """
+    one = SeveralOptimizers(optimizers)
+    for index, optimizer in enumerate(one.optimizers):
+        if traits_of(optimizer).needs_closure:
+            raise ValueError(
+                f"optimizer[{index}], a {type(optimizer).__name__}, needs a closure to evaluate the loss where it "
+                "has moved the parameters, which the others would move meanwhile: wrap it by itself"
+            )
+    return one
 
 
 class SeveralOptimizers(Optimizer):
@@ -29,14 +51,13 @@ class SeveralOptimizers(Optimizer):
 
     Raises:
         TypeError: If one is no optimizer.
-        ValueError: If there is none, one is there twice or needs a closure, or two hold the same parameter.
+        ValueError: If there is none, one is there twice, or two hold the same parameter.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = list(optimizers)
         if not self.optimizers:
             raise ValueError("optimizer is an empty list: pass at least one torch.optim.Optimizer")
-        owner: dict[Tensor, int] = {}
         for index, optimizer in enumerate(self.optimizers):
             if not isinstance(optimizer, Optimizer):
                 kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
@@ -46,20 +67,26 @@ class SeveralOptimizers(Optimizer):
                 raise TypeError(f"optimizer[{index}] is a {kind}, which has no param_groups: it is no whole optimizer")
             if any(optimizer is other for other in self.optimizers[:index]):
                 raise ValueError(f"optimizer[{index}] is in the list twice: pass each optimizer once")
-            if traits_of(optimizer).needs_closure:
-                raise ValueError(
-                    f"optimizer[{index}], a {type(optimizer).__name__}, needs a closure to evaluate the loss where it "
-                    "has moved the parameters, which the others would move meanwhile: wrap it by itself"
-                )
+        self._sizes: list[int] = []  # of the groups when they were last looked at
+        self._check_disjoint()
+        self._linked = False  # Optimizer.__init__ is about to register groups that are registered already
+        super().__init__(self.param_groups, self._common_defaults())
+        self._linked = True
+
+    def _check_disjoint(self) -> None:
+        """Raise if two of them hold a parameter; look only where groups were added or became longer."""
+        sizes = [len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups]
+        if sizes == self._sizes:
+            return
+        owner: dict[Tensor, int] = {}
+        for index, optimizer in enumerate(self.optimizers):
             for position, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
                 if owner.setdefault(p, index) != index:
                     raise ValueError(
                         f"optimizer[{owner[p]}] and optimizer[{index}] hold the same parameter, number {position} of "
                         f"the latter's, of shape {tuple(p.shape)}: each parameter should be in one of them only"
                     )
-        self._linked = False  # Optimizer.__init__ is about to register groups that are registered already
-        super().__init__(self.param_groups, self._common_defaults())
-        self._linked = True
+        self._sizes = sizes
 
     def _common_defaults(self) -> dict[str, Any]:
         """Return the hyperparameters that all have: what a scheduler may rely on in every group."""
@@ -112,6 +139,7 @@ class SeveralOptimizers(Optimizer):
         Returns:
             What the closure returned.
         """
+        self._check_disjoint()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -161,7 +189,8 @@ class SeveralOptimizers(Optimizer):
             optimizer.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"state": self.state, "defaults": self.defaults, "optimizers": self.optimizers, "_linked": True}
+        kept = {"state": self.state, "defaults": self.defaults, "optimizers": self.optimizers}
+        return {**kept, "_sizes": self._sizes, "_linked": True}
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.optimizers))
