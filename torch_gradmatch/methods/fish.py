@@ -242,7 +242,7 @@ class FishLoop(MetaLoop):
                 scaling = scaling.unscale(self.optimizer)
             if scaling is None or not scaling.overflowed():
                 closure = self._measuring(closure, self.alignment)
-        return self._count(lambda: self.wrapped_step(closure, scaling))
+        return self._count(self.wrapped_step, closure, scaling)
 
     def first_step(self, take: Callable[[], Any]) -> Any:
         """Keep the slow weights before the optimizer leaves them. See ``MetaLoop.first_step``."""
@@ -270,12 +270,13 @@ class FishLoop(MetaLoop):
             )
         self.weights.snapshot(parameters, self.settings.meta_dtype)
 
-    def _count(self, take: Callable[[], Any]) -> Any:
+    def _count(self, take: Callable[..., Any], *arguments: Any) -> Any:
         """Take the wrapped optimizer's step, count it, and interpolate after the last."""
         before = self.inner_state.before_step()
-        loss = take()
+        loss = take(*arguments)
         self.inner_state.after_step(before)
-        self.iterates.note_modes()
+        if self.iterates.places:
+            self.iterates.note_modes()
         self.inner_step += 1
         if self.inner_step == self.settings.inner_steps:
             self.interpolate()
@@ -338,7 +339,7 @@ class FishLoop(MetaLoop):
 
     def _iterates(self) -> list[tuple[Tensor, Tensor]]:
         """Return slow copy and present value of what the wrapped optimizer keeps in parameter space."""
-        if not self.iterates:
+        if not self.iterates.places:
             return []
         return self.iterates.pairs(dict(zip(self.weights.fast, self.weights.slow, strict=True)))
 
@@ -397,7 +398,7 @@ class FishLoop(MetaLoop):
             yield
             return
         self.iterates.check_mode("slow_weights()")
-        iterates, modes = self._iterates(), self.iterates.modes() if self.iterates else {}
+        iterates, modes = self._iterates(), self.iterates.modes() if self.iterates.places else {}
         weights = [*self.weights.fast, *(fast for _, fast in iterates)]
         slow = [*self.weights.slow, *(slow for slow, _ in iterates)]
         values, average_weights = clone_all(weights), self.iterates.weights()

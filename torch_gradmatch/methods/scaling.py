@@ -33,8 +33,9 @@ class LossScaling:
     @staticmethod
     def of(optimizer: Optimizer) -> LossScaling | None:
         """Return what a ``GradScaler`` has just told an optimizer, or None if it was not one that called."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        return None if found_inf is None else LossScaling(getattr(optimizer, "grad_scale", None), found_inf)
+        told = vars(optimizer)  # which is where a GradScaler sets them
+        found_inf = told.get("found_inf")
+        return None if found_inf is None else LossScaling(told.get("grad_scale"), found_inf)
 
     def overflowed(self) -> bool:
         """Return whether a gradient holds infinity or NaN, waiting for the accelerator."""

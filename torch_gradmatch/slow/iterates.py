@@ -43,6 +43,9 @@ class SlowIterates:
         optimizer: The wrapped optimizer.
         names: For each of its members (see :func:`~torch_gradmatch.wrapped.members.members`) the names of the iterates.
         averages: The members in whose groups there is the weight of an average.
+
+    Attributes:
+        places: Member and name of each iterate, by the key of its copies; empty for most optimizers.
     """
 
     def __init__(
@@ -59,21 +62,17 @@ class SlowIterates:
         inside = members(optimizer)
         self._averages = [inside[path] for path in averages]
         self._weights: list[float] = []  # when that loop began
-        self._places = {
+        self.places = {
             f"slow_{path}.{name}" if path else f"slow_{name}": (inside[path], name)
             for path, of_path in names.items()
             for name in of_path
         }
 
-    def __bool__(self) -> bool:
-        """Whether the optimizer has any."""
-        return bool(self._places)
-
     def _iterates(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, str, Tensor]]:
         """Return parameter, key and iterate of all that there are now."""
         found = []
         seen: set[int] = set()
-        for key, (member, name) in self._places.items():
+        for key, (member, name) in self.places.items():
             for p in parameters:
                 entry = member.state.get(p)
                 value = entry.get(name) if isinstance(entry, dict) else None
@@ -89,7 +88,7 @@ class SlowIterates:
             parameters: Those that are in it.
         """
         self.close()
-        if not self._places:
+        if not self.places:
             return
         self._modes, self._weights = self.modes(), self.weights()
         into, out_of = [], []
@@ -122,8 +121,7 @@ class SlowIterates:
 
     def note_modes(self) -> None:
         """Take note of the optimizer's modes: a step was taken in them, and may have changed what is no mode."""
-        if self._places:
-            self._modes = self.modes()
+        self._modes = self.modes()
 
     def modes(self) -> dict[tuple[str, int | None, str], bool]:
         """Return the switches of the optimizer, such as schedule-free's ``train_mode``: where a parameter stands.
@@ -164,7 +162,7 @@ class SlowIterates:
         Raises:
             RuntimeError: If it was: the parameters then are another point than their slow weights.
         """
-        if not self._places:
+        if not self.places:
             return
         present = self.modes()
         changed = [switch[-1] for switch, value in self._modes.items() if present.get(switch) != value]
@@ -223,7 +221,7 @@ class SlowIterates:
         """
         found: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(parameters):
-            keys = [key for key in self._places if (p, key) in self._held]
+            keys = [key for key in self.places if (p, key) in self._held]
             if keys:
                 found[i] = {key: self.state[p][key] for key in keys}
         return {"slow_iterates": found, "average_weights": list(self._weights)}
@@ -245,7 +243,7 @@ class SlowIterates:
         for i, copies in state["slow_iterates"].items():
             if not isinstance(copies, dict):
                 raise ValueError(f"the state dict's 'slow_iterates' is malformed (got {copies!r:.80})")
-            if not set(copies) <= set(self._places):
+            if not set(copies) <= set(self.places):
                 raise ValueError(f"the state dict holds slow iterates {list(copies)!r:.80}, which do not exist here")
             for copy in copies.values():
                 check_copies("slow iterate of parameter", {i: copy}, dict(enumerate(parameters)))
