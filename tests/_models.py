@@ -76,6 +76,23 @@ def loss_of(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
     return (model(x, domain) - y).square().mean()
 
 
+def small_network(seed: int = 0) -> nn.Module:
+    """Matrices and biases, nothing else, in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def domain_loss(model: nn.Module, domain: int) -> Tensor:
+    """The loss of one domain's batch, always the same."""
+    generator = torch.Generator().manual_seed(100 + domain)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    return (model(x) - domain).square().mean()
+
+
 def assert_same_model(actual: nn.Module, expected: nn.Module, *, rtol: float = 1e-10) -> None:
     """Parameters and buffers agree."""
     ours, theirs = actual.state_dict(), expected.state_dict()

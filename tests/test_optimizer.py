@@ -480,6 +480,21 @@ def test_a_state_dict_of_another_class_is_refused_always(name: str, other: str):
     assert_identical({k: v for k, v in optimizer.state_dict().items() if k != "gradmatch"}, before)
 
 
+def test_a_class_of_the_script_is_the_same_when_the_script_is_imported():
+    model = nn.Linear(2, 2)
+
+    def optimizer_of(module: str, name: str = "Own") -> GradMatch[Fish]:
+        own = type(name, (SGD,), {"__module__": module})
+        return GradMatch(own(model.parameters(), lr=0.1), Fish(0.5))
+
+    state = optimizer_of("__main__").state_dict()
+    for module in ("__main__", "__mp_main__", "train", "project.train"):
+        optimizer_of(module).load_state_dict(state)
+    for other in (optimizer_of("train", "Other"), GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.5))):
+        with pytest.raises(ValueError, match=r"is of __main__\.Own and this optimizer wraps"):
+            other.load_state_dict(state)
+
+
 def test_a_state_the_wrapped_optimizer_refuses_changes_nothing():
     model = nn.Linear(2, 2)
 

@@ -66,13 +66,14 @@ def named_batches(batches: Iterable[Any] | Mapping[Any, Any]) -> tuple[tuple[Any
     return None if domains is None else tuple(domains), list(batches)
 
 
-def check_choice(name: str, value: object, choices: Collection[str]) -> str:
+def check_choice(name: str, value: object, choices: Collection[str], or_else: str = "") -> str:
     """Return ``value`` if it is one of ``choices``.
 
     Args:
         name: Name of the argument, for the message.
         value: What the caller passed.
         choices: The accepted values.
+        or_else: What else is accepted, for the message.
 
     Returns:
         The value.
@@ -82,7 +83,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     """
     if not isinstance(value, str) or value not in choices:
         accepted = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} should be one of {accepted} (got {value!r})")
+        raise ValueError(f"{name} should be one of {accepted}{or_else} (got {value!r})")
     return value
 
 
@@ -96,16 +97,8 @@ def check_choice_or_function(name: str, value: object, choices: Collection[str])
 
     Returns:
         The value.
-
-    Raises:
-        ValueError: If it is neither.
     """
-    if callable(value):
-        return value
-    if not isinstance(value, str) or value not in choices:
-        accepted = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} should be one of {accepted}, or a function (got {value!r:.80})")
-    return value
+    return value if callable(value) else check_choice(name, value, choices, ", or a function")
 
 
 def optional(check: Callable[[object], object]) -> Callable[[object], object]:

@@ -17,7 +17,7 @@ from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
-from torch_gradmatch.wrapped.members import class_name, members, own_attributes, shown_name
+from torch_gradmatch.wrapped.members import class_name, members, own_attributes, same_classes, shown_name
 from torch_gradmatch.wrapped.several import as_one
 
 __all__ = ["GradMatch", "MetaStep"]
@@ -371,13 +371,13 @@ class GradMatch(Optimizer, Generic[MethodT]):
         own = dict(own)
         ours = [class_name(member) for member in members(self.optimizer).values()]
         theirs = own.setdefault("optimizers", ours)
-        if theirs != ours:
+        if not same_classes(theirs, ours):
             raise ValueError(
                 f"the state dict is of {_listed(theirs)} and this optimizer wraps {_listed(ours)}: build the same "
                 "optimizer to continue"
             )
         if version < FORMAT_VERSION:
-            own = {"slow_iterates": {}, "average_weights": [], **own}
+            own = {"slow_iterates": None, "average_weights": [], **own}
         if type(self.optimizer).state_dict is Optimizer.state_dict:
             self._check_groups(state_dict)
         saved = own.get("shapes")

@@ -10,6 +10,8 @@ import pytest
 import pytorch_optimizer
 import torch
 from _models import assert_identical, assert_same_state
+from _models import domain_loss as loss_of
+from _models import small_network as network
 from _reference import mean_pairwise_cosine
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -17,21 +19,6 @@ from torch.optim import SGD, Adam, Optimizer
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, compare
 
 DOMAINS = range(3)
-
-
-def network(seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return model
-
-
-def loss_of(model: nn.Module, domain: int) -> Tensor:
-    generator = torch.Generator().manual_seed(100 + domain)
-    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
-    return (model(x) - domain).square().mean()
 
 
 class MovesData(SGD):

@@ -11,29 +11,14 @@ import pytest
 import pytorch_optimizer
 import torch
 from _models import assert_identical, assert_same_state
+from _models import domain_loss as loss_of
+from _models import small_network as network
 from _reference import fish_by_hand
 from _wrapped import ITERATES, Averaging, NeedsAModel
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from torch_gradmatch import Fish, GradMatch, SmoothFish
-
-Loss = Callable[[nn.Module, int], Tensor]
-
-
-def network(seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return model
-
-
-def loss_of(model: nn.Module, domain: int) -> Tensor:
-    generator = torch.Generator().manual_seed(100 + domain)
-    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
-    return (model(x) - domain).square().mean()
 
 
 def found_in(names: tuple[str, ...]) -> Callable[[Optimizer, Tensor], dict[str, Tensor]]:
@@ -317,6 +302,26 @@ def test_slow_iterates_of_another_optimizer_are_refused():
         spoil(spoilt["gradmatch"])
         with pytest.raises(ValueError, match=message):
             wrapped("ScheduleFreeSGD", network()).load_state_dict(spoilt)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_state_from_before_they_were_followed_loads_between_two_inner_loops_only(steps: int):
+    model = network()
+    optimizer = wrapped("ScheduleFreeSGD", model, inner_steps=3)
+    for d in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, d).backward()
+        optimizer.step()
+    state = optimizer.state_dict()
+    state["gradmatch"]["version"] = 2
+    for name in ("slow_iterates", "average_weights", "optimizers"):
+        del state["gradmatch"][name]
+    resumed = wrapped("ScheduleFreeSGD", network(), inner_steps=3)
+    if steps == 3:
+        resumed.load_state_dict(state)
+        return
+    with pytest.raises(ValueError, match="saved by an earlier version in the middle of an inner loop"):
+        resumed.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------------------- others

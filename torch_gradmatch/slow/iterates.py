@@ -236,6 +236,14 @@ class SlowIterates:
         Raises:
             ValueError: If it is malformed or was saved for another optimizer.
         """
+        if state.get("slow_iterates", ()) is None:  # of a version that kept none
+            if self.places and state["is_open"]:
+                raise ValueError(
+                    "the state dict was saved by an earlier version in the middle of an inner loop, without the slow "
+                    f"copies of what {shown_name(self._optimizer)} keeps beside the parameters: resume from one that "
+                    "was saved between two inner loops"
+                )
+            return
         check_entry(state, "slow_iterates", dict)
         check_entry(state, "average_weights", list)
         if not all(isinstance(weight, float | int) for weight in state["average_weights"]):
@@ -257,7 +265,7 @@ class SlowIterates:
         """
         self.close()
         self._modes, self._weights = self.modes(), list(state["average_weights"])
-        for i, copies in state["slow_iterates"].items():
+        for i, copies in (state["slow_iterates"] or {}).items():
             p = parameters[i]
             for key, copy in copies.items():
                 self.state[p][key] = copy.detach().clone().to(p.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["class_name", "members", "own_attributes", "shown_name"]
+__all__ = ["class_name", "members", "own_attributes", "same_classes", "shown_name"]
 
 _OWN = {"state", "param_groups", "defaults", "step"}  # what every optimizer has
 
@@ -88,4 +88,24 @@ def class_name(optimizer: Optimizer) -> str:
     Returns:
         For instance ``"torch.Adam"``: packages move classes between their modules.
     """
-    return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__qualname__}"
+    package = type(optimizer).__module__.partition(".")[0]
+    return f"{'__main__' if package == '__mp_main__' else package}.{type(optimizer).__qualname__}"
+
+
+def same_classes(theirs: object, ours: list[str]) -> bool:
+    """Return whether names by :func:`class_name` are those of the same classes.
+
+    Args:
+        theirs: From a state dict.
+        ours: Of the optimizers that there are.
+
+    Returns:
+        True also if a class of the script that runs is named in one and that script was imported in the other.
+    """
+    if not isinstance(theirs, list) or len(theirs) != len(ours):
+        return False
+    for their, our in zip(theirs, ours, strict=True):
+        of_script = "__main__" in (str(their).partition(".")[0], our.partition(".")[0])
+        if their != our and not (of_script and str(their).partition(".")[2] == our.partition(".")[2]):
+            return False
+    return True
