@@ -192,6 +192,40 @@ def test_switching_the_mode_in_the_middle_of_an_inner_loop_is_refused_where_it_g
         pass
 
 
+class Strict(pytorch_optimizer.ScheduleFreeSGD):
+    """Steps in training mode only, as the optimizers of ``schedulefree`` do."""
+
+    def step(self, closure: Any = None) -> Any:
+        if not self.param_groups[0]["train_mode"]:
+            raise ValueError("not in train mode when step is called")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_step_refused_after_eval_leaves_no_slow_weights_of_the_other_mode(trained: bool):
+    """Who forgets train() is told so by the optimizer, calls it and goes on as if nothing had been."""
+    model, plain = network(), network()
+    pair = [(m, GradMatch(Strict(m.parameters(), lr=0.5), Fish(0.3))) for m in (model, plain)]
+    for _, optimizer in pair:
+        optimizer.train()
+    for m, optimizer in pair:
+        if trained:
+            optimizer.meta_step(lambda d, m=m: loss_of(m, d), range(3))
+        optimizer.eval()
+    optimizer = pair[0][1]
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match="train mode"):
+        optimizer.step()
+    for m, optimizer in pair:
+        optimizer.train()
+        for d in range(3):
+            optimizer.zero_grad()
+            loss_of(m, d).backward()
+            optimizer.step()
+        optimizer.interpolate()
+    assert_identical(everything(*pair[0]), everything(*pair[1]))
+
+
 def test_a_switch_that_a_step_changes_is_no_mode():
     class Begins(Averaging):
         begun = False

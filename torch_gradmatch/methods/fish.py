@@ -259,6 +259,8 @@ class FishLoop(MetaLoop):
     def _enter(self, call: str) -> None:
         """Make sure that there is an inner loop and that everything that can move has a slow copy."""
         self._refuse_while_slow(call)
+        if self.is_open and self.iterates.places:
+            self._take_note_of_mode(call)
         parameters = self.parameters_in_loop() if self.is_open else self.parameters()
         if not self.is_open:
             self._open()
@@ -269,6 +271,14 @@ class FishLoop(MetaLoop):
                 "call rollback() to return to the slow weights, or interpolate() to try again"
             )
         self.weights.snapshot(parameters, self.settings.meta_dtype)
+
+    def _take_note_of_mode(self, call: str) -> None:
+        """Begin the inner loop anew if its first step failed and the optimizer was switched to another mode since."""
+        if self.inner_step == 0 and self.iterates.changed_modes():
+            self.weights.close()  # of where the parameters stood in the other mode
+            self.is_open = False
+        else:
+            self.iterates.check_mode(call)
 
     def _count(self, take: Callable[..., Any], *arguments: Any) -> Any:
         """Take the wrapped optimizer's step, count it, and interpolate after the last."""
@@ -348,7 +358,7 @@ class FishLoop(MetaLoop):
         self._refuse_while_slow("rollback()")
         self._return_to_slow()
         was_open, self.is_open, self.inner_step = self.is_open, False, 0
-        if was_open and self.settings.inner_state == "carry" and self.inner_state.is_nonfinite():
+        if was_open and self.settings.inner_state != "reset" and self.inner_state.is_nonfinite():
             InnerState(self.optimizer, resets=True, keep_state=False).reset()
             warnings.warn(
                 "the inner optimizer's state held NaN or infinity, from which no later step could have recovered: "

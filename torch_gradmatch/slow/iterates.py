@@ -153,6 +153,11 @@ class SlowIterates:
         for (path, group, name), value in modes.items():
             (vars(inside[path]) if group is None else inside[path].param_groups[group])[name] = value
 
+    def changed_modes(self) -> list[str]:
+        """Return the names of the switches that are not what they were after the last step of the inner loop."""
+        present = self.modes() if self._modes else {}
+        return [switch[-1] for switch, value in self._modes.items() if present.get(switch) != value]
+
     def check_mode(self, call: str) -> None:
         """Raise if the optimizer was switched to another mode in the inner loop in progress.
 
@@ -162,10 +167,7 @@ class SlowIterates:
         Raises:
             RuntimeError: If it was: the parameters then are another point than their slow weights.
         """
-        if not self.places:
-            return
-        present = self.modes()
-        changed = [switch[-1] for switch, value in self._modes.items() if present.get(switch) != value]
+        changed = self.changed_modes()
         if changed:
             raise RuntimeError(
                 f"{call} after {shown_name(self._optimizer)} was switched to another mode in the middle of an inner "
@@ -182,11 +184,13 @@ class SlowIterates:
         """Set them.
 
         Args:
-            weights: As :meth:`weights` returns them; groups that were added since keep theirs.
+            weights: As :meth:`weights` returns them; groups that were added since keep theirs, and those whose average
+                has not begun have none.
         """
         groups = [group for member in self._averages for group in member.param_groups]
         for group, weight in zip(groups, weights, strict=False):
-            group[WEIGHT] = weight
+            if WEIGHT in group:
+                group[WEIGHT] = weight
 
     def slow_weights_of_averages(self) -> list[float]:
         """Return what they were when the inner loop began.
