@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
+from _reference import fish_by_hand
 from _wrapped import ITERATES, PLAIN, Averaging, CountsOutOfSight, Hiding, NeedsAModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,20 +199,19 @@ def reset_by_hand(optimizer: Optimizer) -> None:
     optimizer.counting.number = 0  # type: ignore[attr-defined]
 
 
+def walk_anew(inner: Optimizer, plain: Tensor) -> None:
+    """A meta-iteration of Fish over two domains with an inner optimizer that is new."""
+    losses = [lambda x=x: (plain * x).square().sum() for x in (1.0, 2.0)]
+    fish_by_hand(inner, losses, 0.5, lambda *_: {})
+
+
 def test_a_function_resets_what_it_will():
     w = nn.Parameter(torch.ones(2, dtype=torch.float64))
     plain = nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = GradMatch(CountsOutOfSight([w]), Fish(0.5, inner_state=reset_by_hand))
     for _ in range(3):
         optimizer.meta_step(lambda x: (w * x).square().sum(), [1.0, 2.0])
-        inner = CountsOutOfSight([plain])
-        slow = plain.detach().clone()
-        for x in (1.0, 2.0):
-            inner.zero_grad()
-            (plain * x).square().sum().backward()
-            inner.step()
-        with torch.no_grad():
-            plain.copy_(slow + 0.5 * (plain - slow))
+        walk_anew(CountsOutOfSight([plain]), plain)
         torch.testing.assert_close(w, plain, rtol=1e-15, atol=0)
     assert copy.deepcopy(optimizer).method.inner_state is reset_by_hand
     with pytest.raises(ValueError, match="inner_state should be one of 'carry', 'reset', or a function"):
@@ -224,13 +224,7 @@ def test_counters_kept_as_attributes_are_reset():
     for _ in range(3):
         optimizer.meta_step(lambda x: (w * x).square().sum(), [1.0, 2.0])
         assert optimizer.optimizer.steps_taken == 2
-        inner, slow = Averaging([plain]), plain.detach().clone()
-        for x in (1.0, 2.0):
-            inner.zero_grad()
-            (plain * x).square().sum().backward()
-            inner.step()
-        with torch.no_grad():
-            plain.copy_(slow + 0.5 * (plain - slow))
+        walk_anew(Averaging([plain]), plain)
         torch.testing.assert_close(w, plain, rtol=1e-15, atol=0)
     with pytest.raises(ValueError, match="nan"):
         optimizer.meta_step(lambda x: (w * x).square().sum(), [1.0, float("nan")])
