@@ -15,6 +15,7 @@ import torch_gradmatch
 PACKAGE = Path(torch_gradmatch.__file__).parent
 ROOMS = [  # DESIGN section 4: a file imports from rooms that stand before its own, and from its own
     {"_checks", "_foreach", "_random_state"},
+    {"parallel"},
     {"wrapped"},
     {"slow", "gradients"},
     {"methods"},

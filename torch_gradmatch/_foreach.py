@@ -5,12 +5,41 @@ On an accelerator these take all tensors in one launch if device, dtype and stri
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["by_kind", "clone_all", "clone_kind", "copy_all_", "detach_all", "in_transform"]
+__all__ = [
+    "by_kind",
+    "clone_all",
+    "clone_kind",
+    "copy_all_",
+    "detach_all",
+    "in_transform",
+    "is_sharded",
+    "local_of",
+]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a ``DTensor``, of which this rank holds a shard."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # to import it takes seconds: who has one, has done so
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """Return a tensor, or of a ``DTensor`` the shard that this rank holds, which shares its memory."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    with torch.no_grad():
+        shard: Tensor = sharded.to_local()
+    return shard
 
 
 def in_transform() -> bool:
@@ -27,7 +56,8 @@ def by_kind(*lists: Sequence[Tensor | None]) -> list[tuple[list[int], list[list[
         lists: Of the same length; a position counts where none of them has None.
 
     Returns:
-        For each group the positions and, out of each list, the tensors there.
+        For each group the positions and, out of each list, the tensors there; of a ``DTensor``, for which not all
+        ``foreach`` operators are made, the local shard.
 
     Example:
         >>> import torch
@@ -37,7 +67,7 @@ def by_kind(*lists: Sequence[Tensor | None]) -> list[tuple[list[int], list[list[
     """
     groups: dict[tuple[torch.device | torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
     for position, tensors in enumerate(zip(*lists, strict=True)):
-        present = [t for t in tensors if t is not None]
+        present = [local_of(t) for t in tensors if t is not None]
         if len(present) < len(tensors):
             continue
         kind = tuple(part for t in present for part in (t.device, t.dtype))

@@ -1,0 +1,1 @@
+"""All that talks to ``torch.distributed``: reductions, shards of ``DTensor`` s, what ranks agree on."""

@@ -1,0 +1,139 @@
+"""What the ranks that carry out a meta-iteration together agree on: that all go on, or that all raise."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+__all__ = ["Ranks", "check_process_group"]
+
+
+def check_process_group(value: object) -> ProcessGroup | None:
+    """Return ``value`` if it is None or a process group that this process is in.
+
+    Args:
+        value: What the caller passed.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is anything else.
+        ValueError: If this process is not in it.
+    """
+    if value is None:
+        return None
+    if value is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
+        raise ValueError("process_group should be a group that this process is in")
+    if not isinstance(value, ProcessGroup):
+        raise TypeError(
+            f"process_group should be a torch.distributed.ProcessGroup such as torch.distributed.group.WORLD (after "
+            f"init_process_group) or mesh.get_group(), or None (got {type(value).__name__})"
+        )
+    return value
+
+
+class Ranks:
+    """The ranks that carry out a meta-iteration together.
+
+    Args:
+        groups: Process groups that this rank is in; what goes through each of them in turn has gone to all ranks. The
+            dimensions of a mesh, for instance. Groups of one rank count for nothing.
+        device: Where the parameters are.
+    """
+
+    def __init__(self, groups: Sequence[ProcessGroup], device: torch.device) -> None:
+        self.groups = [group for group in dict.fromkeys(groups) if dist.get_world_size(group) > 1]
+        self._device = device
+
+    def __bool__(self) -> bool:
+        """Whether there is more than one."""
+        return bool(self.groups)
+
+    def agree(
+        self, error: BaseException | None = None, facts: Mapping[str, object] | None = None, number: int = 0
+    ) -> list[int]:
+        """Wait for the other ranks; raise on all of them if one brings an error or other facts.
+
+        Takes one collective of some bytes in each group, and more only where something is wrong. It waits for the
+        other ranks, for an accelerator only if no group of them can talk through the host.
+
+        Args:
+            error: What went wrong on this rank.
+            facts: What should be the same on all ranks, with the names that the message is to use.
+            number: Any that the other ranks should know.
+
+        Returns:
+            The numbers of all ranks, in the same order on every rank.
+
+        Raises:
+            BaseException: This rank's own error; or one of the same kind with the message of the first rank that has
+                one; or ``ValueError`` that names the first fact that differs.
+        """
+        if not self:
+            if error is not None:
+                raise error
+            return [number]
+        told = "" if facts is None else repr(sorted((name, str(value)) for name, value in facts.items()))
+        rows = self._gather_numbers([error is not None, zlib.crc32(told.encode()), number])
+        if any(row[0] for row in rows):
+            self._raise_together(error)
+        if len({row[1] for row in rows}) > 1:
+            self._name_difference(facts or {})
+        return [row[2] for row in rows]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every rank passes, as ``torch.distributed.all_gather_object`` does.
+
+        Args:
+            value: Anything that can be pickled.
+
+        Returns:
+            The values of all ranks, in the order of :meth:`agree`.
+        """
+        values = [value]
+        for group in self.groups:
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, values, group=group)
+            values = [v for part in gathered for v in part]
+        return values
+
+    def _gather_numbers(self, row: Sequence[int]) -> list[list[int]]:
+        table = torch.tensor([row], dtype=torch.int64)
+        for group in self.groups:
+            mine = table.to(self._talks_on(group))
+            every = mine.new_empty((dist.get_world_size(group) * len(mine), len(row)))
+            dist.all_gather_into_tensor(every, mine, group=group)
+            table = every
+        found: list[list[int]] = table.tolist()
+        return found
+
+    def _talks_on(self, group: ProcessGroup) -> torch.device:
+        host = torch.device("cpu")
+        return host if host in getattr(group, "_device_types", ()) else self._device
+
+    def _raise_together(self, error: BaseException | None) -> None:
+        told = None if error is None else (type(error).__name__, str(error))
+        everyone = self.gather((dist.get_rank(), told))
+        if error is not None:
+            raise error
+        rank, (kind, message) = next((rank, told) for rank, told in everyone if told is not None)
+        kinds: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
+        shown = message if kind in {"ValueError", "TypeError", "RuntimeError"} else f"{kind}: {message}"
+        raise kinds.get(kind, RuntimeError)(f"on rank {rank}: {shown}")
+
+    def _name_difference(self, facts: Mapping[str, object]) -> None:
+        everyone = self.gather((dist.get_rank(), {name: str(value) for name, value in facts.items()}))
+        first_rank, first = everyone[0]
+        for rank, others in everyone[1:]:
+            for name in {**first, **others}:
+                if first.get(name) != others.get(name):
+                    raise ValueError(
+                        f"the ranks should have the same {name}, but it is {first.get(name, 'missing'):.300} on rank "
+                        f"{first_rank} and {others.get(name, 'missing'):.300} on rank {rank}"
+                    )
