@@ -30,7 +30,7 @@ def find_wrappers(parameters: Iterable[Tensor]) -> list[nn.Module]:
         parameters: The optimizer's.
 
     Returns:
-        Each ``DistributedDataParallel`` or ``DataParallel`` that holds one of them, and each ``FullyShardedDataParallel``.
+        Each ``DistributedDataParallel``, ``DataParallel`` or ``FullyShardedDataParallel`` that holds one of them.
     """
     wanted = {id(p) for p in parameters}
     kinds = (DistributedDataParallel, DataParallel, *_fsdp1())
