@@ -6,6 +6,7 @@ A new method is one new file: a :class:`Method` with the settings, whose :meth:`
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from torch_gradmatch.methods.scaling import LossScaling
@@ -80,6 +82,9 @@ class Method(ABC):
 
     A setting may be changed between meta-iterations, ``optimizer.method.gamma = 0.5``. It is checked like at
     construction, by :attr:`checks`, and takes effect at the next meta-iteration; a refused value changes nothing.
+
+    A ``ProcessGroup`` among the settings can be neither copied nor pickled. A deepcopy has the same one: it trains
+    among the same processes. To pickle such a method is an error, because without its group it would be another method.
     """
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {}
@@ -92,6 +97,26 @@ class Method(ABC):
             if check is not None:
                 check(value)
             super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Method:
+        duplicate = memo[id(self)] = copy.copy(self)
+        for name, value in vars(self).items():
+            vars(duplicate)[name] = value if isinstance(value, ProcessGroup) else copy.deepcopy(value, memo)
+        return duplicate
+
+    def __copy__(self) -> Method:
+        duplicate = object.__new__(type(self))
+        vars(duplicate).update(vars(self))
+        return duplicate
+
+    def __getstate__(self) -> dict[str, Any]:
+        groups = [name for name, value in vars(self).items() if isinstance(value, ProcessGroup)]
+        if groups:
+            raise TypeError(
+                f"a {type(self).__name__} with a {groups[0]} cannot be pickled, nor can an optimizer around it: save "
+                "optimizer.state_dict(), which holds no settings, and build both anew"
+            )
+        return vars(self)
 
     @abstractmethod
     def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> MetaLoop:
