@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from torch_gradmatch.parallel.collective import in_collective, is_told
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 __all__ = ["Ranks", "check_process_group"]
 
@@ -80,12 +85,35 @@ class Ranks:
                 raise error
             return [number]
         told = "" if facts is None else repr(sorted((name, str(value)) for name, value in facts.items()))
-        rows = self._gather_numbers([error is not None, zlib.crc32(told.encode()), number])
-        if any(row[0] for row in rows):
-            self._raise_together(error)
-        if len({row[1] for row in rows}) > 1:
-            self._name_difference(facts or {})
+        with in_collective():
+            rows = self._gather_numbers([error is not None, zlib.crc32(told.encode()), number])
+            if any(row[0] for row in rows):
+                self._raise_together(error)
+            if len({row[1] for row in rows}) > 1:
+                self._name_difference(facts or {})
         return [row[2] for row in rows]
+
+    @contextmanager
+    def together(self, facts: Mapping[str, object] | None = None) -> Iterator[None]:
+        """Let an error that one rank raises inside the block be raised on all, each at the end of its block.
+
+        Inside it a rank may :meth:`agree` before a collective: it is there that the others then wait for the one that
+        raised. An error that all know, or one of a collective, is passed on as it is.
+
+        Args:
+            facts: As for :meth:`agree`.
+
+        Yields:
+            Once.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self and not is_told(error):
+                with suppress(Exception):  # of the others, if they cannot be reached: the error itself says more
+                    self.agree(error)
+            raise
+        self.agree(None, facts)
 
     def gather(self, value: Any) -> list[Any]:
         """Return what every rank passes, as ``torch.distributed.all_gather_object`` does.
@@ -108,7 +136,7 @@ class Ranks:
         for group in self.groups:
             mine = table.to(self._talks_on(group))
             every = mine.new_empty((dist.get_world_size(group) * len(mine), len(row)))
-            dist.all_gather_into_tensor(every, mine, group=group)
+            _all_gather(every, mine, group=group)
             table = every
         found: list[list[int]] = table.tolist()
         return found

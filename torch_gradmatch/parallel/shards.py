@@ -6,16 +6,30 @@ finite) has to be reduced over the ranks that hold the other shards.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.utils import get_total_norm
 
 from torch_gradmatch._foreach import is_sharded, local_of
+from torch_gradmatch.parallel.collective import in_collective
 
-__all__ = ["Spread", "groups_of", "is_sharded", "local_of", "sharded_like", "spread_of"]
+__all__ = [
+    "Spread",
+    "groups_of",
+    "is_sharded",
+    "local_of",
+    "reshard",
+    "sharded_gradient",
+    "sharded_like",
+    "spread_of",
+    "sum_over_shards",
+    "total_norm",
+]
 
 Spread = tuple[ProcessGroup, ...]
 """The groups of ranks, one for each dimension of a mesh, over which a tensor's elements are spread."""
@@ -95,6 +109,83 @@ def sum_over_shards(values: Tensor, spread: Sequence[ProcessGroup]) -> Tensor:
     Returns:
         ``values``.
     """
-    for group in spread:
-        torch.distributed.all_reduce(values, group=group)
+    with in_collective():
+        for group in spread:
+            torch.distributed.all_reduce(values, group=group)
     return values
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
+    """Return the Euclidean norm of all elements of some tensors.
+
+    Args:
+        tensors: ``DTensor`` s, of which the whole counts and not the shard, or any others.
+        like: Where the tensors are local shards, those that say over which ranks the others are.
+
+    Returns:
+        Shape ().
+    """
+    by_spread: dict[Spread, list[Tensor]] = {}
+    for tensor, other in zip(tensors, tensors if like is None else like, strict=True):
+        by_spread.setdefault(spread_of(other), []).append(local_of(tensor))
+    norms = []
+    for spread, parts in by_spread.items():
+        norm = get_total_norm(parts)
+        norms.append(sum_over_shards(norm.square(), spread).sqrt() if spread else norm)
+    if len(norms) == 1:
+        return norms[0]
+    return get_total_norm(norms)
+
+
+def sharded_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradient of a loss by parameters of which some are sharded, by ``backward()``.
+
+    ``fully_shard`` computes with other tensors than the parameters, gathered for the time of their use, so that
+    ``torch.autograd.grad`` finds no way to them; ``backward()`` leaves the shards of the gradient in ``.grad``.
+    Parameters that are not listed but take part in the loss get a ``.grad``, as in any training loop.
+
+    Args:
+        loss: Shape (); its graph is freed.
+        parameters: Where to differentiate; their ``.grad`` is afterwards what it was.
+
+    Returns:
+        For each parameter the local shard of its gradient, or all of it if the parameter is not sharded; None where
+        the loss does not depend on it.
+    """
+    kept = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        loss.backward()
+        found = [p.grad for p in parameters]
+    finally:
+        for p, gradient in zip(parameters, kept, strict=True):
+            p.grad = gradient
+    return [None if g is None else local_of(_placed_like(g, p)) for g, p in zip(found, parameters, strict=True)]
+
+
+def _placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    sharded: Any = gradient
+    like: Any = parameter
+    if is_sharded(gradient) and sharded.placements != like.placements:
+        redistributed: Tensor = sharded.redistribute(like.device_mesh, like.placements)
+        return redistributed
+    return gradient
+
+
+def reshard(model: nn.Module) -> None:
+    """Let a model of ``fully_shard`` hold its shards again, where a forward pass without backward left all of them.
+
+    Args:
+        model: Any module.
+    """
+    for module in model.modules():
+        if _is_fully_sharded(module):
+            sharded: Any = module
+            sharded.reshard()
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes seconds: who has one, has done so
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
