@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from torch_gradmatch._checks import check_bool, check_loss, named_batches, naming
 from torch_gradmatch._foreach import clone_all
+from torch_gradmatch.gradients.dots import dots, products_with_other_ranks
 from torch_gradmatch.gradients.flat import FlatVectors, Vector, WeightedSum, as_like
 from torch_gradmatch.gradients.pairs import cosines_of_pairs, plot_matrix
+from torch_gradmatch.parallel.reduction import sum_, sums_of_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-CHUNK = 1 << 18  # elements multiplied in one call on the CPU, where the error of a product grows with its length
 
 __all__ = ["Alignment", "GradientAlignment", "gradient_alignment"]
 
@@ -71,20 +72,6 @@ class Alignment:
         return plot_matrix(self.cosines.tolist(), [str(name) for name in names], "cosine of gradients", axes)
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Return the inner product of two vectors in parts, on the first one's device."""
-    products: list[Tensor] = []
-    for x, y in zip(a, b, strict=True):
-        if x.device.type == "cpu" and x.numel() > CHUNK:
-            products += map(torch.dot, x.split(CHUNK), y.split(CHUNK))
-        else:
-            products.append(torch.dot(x, y))
-    if len(products) == 1:
-        return products[0]
-    device, dtype = products[0].device, max((p.dtype for p in products), key=lambda dtype: dtype.itemsize)
-    return torch.stack([p.to(device, dtype) for p in products]).sum()
-
-
 class GradientAlignment:
     """Running sums over the gradients of one group of domains.
 
@@ -125,6 +112,18 @@ class GradientAlignment:
         self._products: list[Tensor] = []
         self._cosines: list[Tensor] = []
         self._gradients: list[dict[int, Tensor]] = []  # with pairs, of each domain by parameter
+        self._first = 0  # number of the first gradient taken in here, once those of other ranks are in, too
+
+    def reserve(self, parameters: Sequence[Tensor]) -> None:
+        """Prepare for the gradients of certain parameters, after :meth:`reset`.
+
+        Needed where ranks are to reduce the sums, which have to lie alike on all, and where parameters are ``DTensor``
+        s, of which :meth:`add` gets the local shards.
+
+        Args:
+            parameters: The parameters, in the order of the gradients.
+        """
+        self._flat.reserve(parameters)
 
     @torch.no_grad()
     def add(self, gradients: Vector) -> None:
@@ -144,15 +143,16 @@ class GradientAlignment:
         if self.pairs:
             self._gradients.append(dict(zip(present, clone_all([g for g in gradients if g is not None]), strict=True)))
         parts, sums = self._flat.scratch, self._flat.vectors["sums"]
-        squared = _dot(parts, parts)
-        # With the sum before this gradient is in it, so that nothing has to be subtracted.
-        self._products.append(_dot(parts, sums))
+        # With the sums before this gradient is in them, so that nothing has to be subtracted.
+        others = [parts, *self._flat.vectors.values()]
+        squared, product, *with_units = dots([(parts, other) for other in others], self._flat.spreads)
+        self._products.append(product)
         self._squares.append(squared)
         if self.cosines:
             units = self._flat.vectors["units"]
             # Of a zero gradient nothing is left to scale: by anything that every part's dtype has.
             scale = squared.clamp(min=max(torch.finfo(part.dtype).tiny for part in parts)).rsqrt()
-            self._cosines.append(_dot(parts, units) * scale)
+            self._cosines.append(with_units[0] * scale)
             for unit, part in zip(units, parts, strict=True):
                 unit.addcmul_(part, scale.to(part.device, part.dtype))
         for total, part in zip(sums, parts, strict=True):
@@ -175,19 +175,65 @@ class GradientAlignment:
             inner_product=torch.stack(self._products).sum() / pairs,
             cosine=torch.stack(self._cosines).sum() / pairs if self.cosines else None,
             grad_norms=torch.stack(self._squares).sqrt(),
-            cosines=cosines_of_pairs(self._gradients).to(self._squares[0]) if self.pairs else None,
+            cosines=self._cosines_of_pairs() if self.pairs else None,
         )
+
+    def _cosines_of_pairs(self) -> Tensor:
+        return cosines_of_pairs(self._gradients, self._flat.spread_of).to(self._squares[0])
+
+    @torch.no_grad()
+    def merge(
+        self, group: ProcessGroup, counts: Sequence[int], rank: int, numbers: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        r"""Take in what the other ranks of a group have taken in, in the order of the ranks.
+
+        One all-reduce of the sums and, with cosines, one of the sums of unit gradients; and one of a few numbers.
+        Afterwards all is as if every gradient had been taken in here.
+
+        Args:
+            group: The ranks; :meth:`reserve` came before the first gradient on each of them.
+            counts: How many gradients each rank has taken in, none of them zero.
+            rank: This one's place among them.
+            numbers: Any that are to be summed over the ranks along with it.
+
+        Returns:
+            What the squared distances of all gradients from their mean are more in sum than those from the mean of
+            each rank's, shape (); and the sums of the numbers.
+        """
+        domains, number = sum(counts), counts[rank]
+        self._first = sum(counts[:rank])
+        found = {}
+        for name, total in self._flat.vectors.items():
+            self._flat.put(total)
+            sum_(total, group)
+            found[name] = products_with_other_ranks(self._flat.scratch, total, self._flat.spreads, number, domains)
+        squares = self._squares[0].new_zeros(domains)
+        squares[self._first : self._first + number] = torch.stack(self._squares)
+        reached = torch.zeros(len(self._flat), device=squares.device)
+        reached[torch.tensor([i in self._reached for i in self._flat], device=squares.device)] = 1
+        own = [squares, reached, found["sums"][1]]
+        for products, name in ((self._products, "sums"), (self._cosines, "units")):
+            if products:  # of every pair once
+                own.append(torch.stack(products).sum() + found[name][0] / 2)
+        merged = sums_of_numbers([*own, *numbers], group)
+        squares, reached, between = merged[0].to(squares.dtype), merged[1] > 0, merged[2].to(squares.dtype)
+        self._squares = list(squares)
+        self._reached = {i for i, is_reached in zip(self._flat, reached.tolist(), strict=True) if is_reached}
+        for k, products in enumerate([self._products, self._cosines]):
+            if products:
+                products[:] = [merged[3 + k].to(squares.dtype)]
+        return between, merged[len(own) :]
 
     def norm(self, domain: int) -> Tensor:
         """Return the Euclidean norm of one domain's gradient.
 
         Args:
-            domain: Which one, from 0, in the order of :meth:`add`.
+            domain: Which one, from 0, in the order of :meth:`add` on this rank.
 
         Returns:
             Shape ().
         """
-        return self._squares[domain].sqrt()
+        return self._squares[self._first + domain].sqrt()
 
     def total(self, index: int, like: Tensor, *, unit: bool = False) -> Tensor:
         """Return the sum over domains of one parameter's gradient, to be read: it may be the running sum itself.
@@ -265,7 +311,7 @@ class GradientAlignment:
             Shape ().
         """
         self._flat.load(gradient)
-        return _dot(self._flat.scratch, self._flat.vectors["units"])
+        return dots([(self._flat.scratch, self._flat.vectors["units"])], self._flat.spreads)[0]
 
     @torch.no_grad()
     def squared_distance(self, gradient: Vector, scale: float) -> Tensor:
@@ -282,7 +328,7 @@ class GradientAlignment:
         for part, total in zip(self._flat.scratch, self._flat.vectors["sums"], strict=True):
             part.sub_(total, alpha=scale)
         self._flat.spoil()
-        return _dot(self._flat.scratch, self._flat.scratch)
+        return dots([(self._flat.scratch, self._flat.scratch)], self._flat.spreads)[0]
 
     def __len__(self) -> int:
         return len(self._squares)

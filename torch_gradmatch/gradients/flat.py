@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_gradmatch._foreach import clone_all, clone_kind
+from torch_gradmatch.parallel.shards import Spread, local_of, spread_of
 
 __all__ = ["FlatVectors", "WeightedSum", "as_like"]
 
@@ -81,17 +82,23 @@ _look = attrgetter("shape", "dtype", "layout", "device")
 class FlatVectors:
     """Named vectors over all parameters, in one part for each device and dtype, and one more to work in.
 
+    Of a sharded parameter the vectors hold this rank's shard, and parts are by the ranks that hold the other shards,
+    too.
+
     Args:
         names: Of the vectors.
 
     Attributes:
         scratch: The parts of the vector to work in; :meth:`load` fills them.
         vectors: The parts of each named one, as many and as long.
+        spreads: For each part over which groups of ranks its elements are spread.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.scratch: list[Tensor] = []
         self.vectors: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.spreads: list[Spread] = []
+        self._spread: dict[int, Spread] | None = None  # of the parameters that places are reserved for
         self._kinds: dict[int, Kind] = {}
         self._places: dict[int, Place] = {}
         self._views: dict[int, Tensor] = {}  # each parameter's piece of the scratch vector
@@ -103,6 +110,34 @@ class FlatVectors:
     def __iter__(self) -> Iterator[int]:
         """Yield the parameters that have a place, in order."""
         return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def spread_of(self, index: int) -> Spread:
+        """Return over which groups of ranks one parameter's elements are spread.
+
+        Args:
+            index: Which parameter.
+
+        Returns:
+            The groups; none if no place was reserved for it.
+        """
+        return () if self._spread is None else self._spread.get(index, ())
+
+    def reserve(self, parameters: Sequence[Tensor]) -> None:
+        """Make place for all parameters, in the same layout on every rank, whatever gradients come on which.
+
+        To be called while the named vectors count as zero.
+
+        Args:
+            parameters: Those whose gradients are to come, or more.
+        """
+        spread = {i: spread_of(p) for i, p in enumerate(parameters)}
+        if self._spread is None or any(self._spread.get(i, s) != s for i, s in spread.items()):
+            self._kinds, self._routes = {}, []
+        self._spread = spread
+        self._make_place(list(spread), [local_of(p) for p in parameters])
 
     def load(self, gradients: Vector) -> list[int]:
         """Copy gradients into the scratch vector, zeros where there is none. Makes place for new ones.
@@ -287,11 +322,11 @@ class FlatVectors:
         """Give every parameter its place, and the vectors the values that they have there."""
         self._kinds, self._places, self._routes = dict(sorted(kinds.items())), {}, []
         self._loaded, self._released = None, False
-        together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        together: dict[tuple[torch.device, torch.dtype, Spread], list[int]] = {}
         for i, kind in self._kinds.items():
-            together.setdefault((kind.device, kind.dtype), []).append(i)
-        self.scratch = []
-        for (device, dtype), indices in together.items():
+            together.setdefault((kind.device, kind.dtype, self.spread_of(i)), []).append(i)
+        self.scratch, self.spreads = [], []
+        for (device, dtype, spread), indices in together.items():
             lengths = [0]
             # Pairs of reals first: seen as complex numbers they have to begin at an even place.
             for i in sorted(indices, key=lambda i: not self._kinds[i].is_complex):
@@ -301,6 +336,7 @@ class FlatVectors:
                 self._places[i] = Place(len(self.scratch) + len(lengths) - 1, lengths[-1])
                 lengths[-1] += numel
             self.scratch += [torch.zeros(length, device=device, dtype=dtype) for length in lengths]
+            self.spreads += [spread] * len(lengths)
         self.vectors = {name: [torch.zeros_like(part) for part in self.scratch] for name in self.vectors}
         self._views = {i: self._piece(self.scratch, i) for i in self._places}
         for name, pieces in values.items():
@@ -404,6 +440,25 @@ class WeightedSum:
         self._check_layout()
         self._flat.put(self._vector)
         return self._flat.unload([p if i in self._indices else None for i, p in enumerate(like)])
+
+    @property
+    def vector(self) -> list[Tensor]:
+        """The sum itself in parts, to be reduced over ranks in place."""
+        self._check_layout()
+        return self._vector
+
+    @property
+    def indices(self) -> frozenset[int]:
+        """The parameters that count."""
+        return self._indices
+
+    def count_also(self, indices: Iterable[int]) -> None:
+        """Let more parameters count, for which other ranks have a gradient; places for them are reserved.
+
+        Args:
+            indices: Which.
+        """
+        self._indices |= frozenset(indices)
 
     def _check_layout(self) -> None:
         if self._flat.scratch is not self._layout:

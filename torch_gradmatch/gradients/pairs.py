@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from torch_gradmatch.parallel.shards import Spread, sum_over_shards
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,13 +19,16 @@ FEW = 12  # domains whose numbers are still legible in the picture
 
 
 @torch.no_grad()
-def cosines_of_pairs(gradients: Sequence[Mapping[int, Tensor]]) -> Tensor:
+def cosines_of_pairs(
+    gradients: Sequence[Mapping[int, Tensor]], spread_of: Callable[[int], Spread] = lambda _: ()
+) -> Tensor:
     r"""Return the cosine of each pair of gradients, :math:`G_i \cdot G_j / (|G_i| |G_j|)`.
 
     One parameter at a time, so that no more than S gradients of one parameter are copied.
 
     Args:
         gradients: Of each domain, by parameter; one that is missing counts as zero. Dense or sparse, real or complex.
+        spread_of: Over which groups of ranks the elements of a parameter are spread, of which this rank's are given.
 
     Returns:
         Shape (S, S), in at least single precision, on the first gradient's device. Ones on the diagonal, zeros in row
@@ -38,16 +43,19 @@ def cosines_of_pairs(gradients: Sequence[Mapping[int, Tensor]]) -> Tensor:
         tensor([[1.0000, 0.7071],
                 [0.7071, 1.0000]])
     """
-    products: Tensor | None = None
+    by_spread: dict[Spread, Tensor] = {}
     for index in sorted({i for gradient in gradients for i in gradient}):
         given = [gradient.get(index) for gradient in gradients]
         like = next(g for g in given if g is not None)
         rows = [_row(torch.zeros_like(like) if g is None else g) for g in given]
         matrix = torch.stack(rows)
         matrix = matrix @ matrix.T
-        products = matrix if products is None else products + matrix.to(products.device)
-    if products is None:
+        spread = spread_of(index)
+        by_spread[spread] = by_spread[spread] + matrix.to(by_spread[spread].device) if spread in by_spread else matrix
+    if not by_spread:
         raise RuntimeError("no gradient was measured: call add() first")
+    first, *others = (sum_over_shards(matrix, spread) for spread, matrix in by_spread.items())
+    products = sum((matrix.to(first.device) for matrix in others), first)
     squares = products.diagonal()
     scales = torch.where(squares > 0, squares, 1.0).rsqrt()
     cosines = products * scales[:, None] * scales
