@@ -189,6 +189,22 @@ class RunningAgreement(ABC):
             gradient: One tensor for each parameter, or None.
         """
 
+    def numbers(self) -> list[Tensor]:
+        """Return what :meth:`merge` needs of every rank.
+
+        Returns:
+            Numbers of which the sums over the ranks are taken.
+        """
+        return []
+
+    def merge(self, between: Tensor, totals: Sequence[Tensor]) -> None:  # noqa: B027  most need nothing but the sums
+        """Take in what the other ranks have taken in, after the sums have.
+
+        Args:
+            between: As :meth:`GradientAlignment.merge` returns it.
+            totals: The sums of all ranks' :meth:`numbers`.
+        """
+
     @abstractmethod
     def value(self) -> Tensor:
         """Return phi of all the gradients taken in.
@@ -229,6 +245,12 @@ class _Variance(RunningAgreement):
         if before:
             squared = self.sums.squared_distance(gradient, scale=1 / before)
             self._squares.append(squared * (before / (before + 1)))
+
+    def numbers(self) -> list[Tensor]:
+        return [torch.stack(self._squares).sum() if self._squares else self.sums.norm(0).new_zeros(())]
+
+    def merge(self, between: Tensor, totals: Sequence[Tensor]) -> None:
+        self._squares = [between, totals[0].to(between.dtype)]
 
     def value(self) -> Tensor:
         return -torch.stack(self._squares).sum() / self.domains

@@ -452,6 +452,11 @@ class WeightedSum:
         """The parameters that count."""
         return self._indices
 
+    @property
+    def places(self) -> list[int]:
+        """The parameters that have a place, in order."""
+        return list(self._flat)
+
     def count_also(self, indices: Iterable[int]) -> None:
         """Let more parameters count, for which other ranks have a gradient; places for them are reserved.
 

@@ -33,28 +33,37 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import (
     check_bool,
-    check_choice,
     check_hvp_domains,
     check_loss,
     check_num_domains,
     check_number,
     check_reached,
 )
-from torch_gradmatch._foreach import clone_all, detach_all, in_transform
+from torch_gradmatch._foreach import clone_all, detach_all, in_transform, is_sharded, local_of
 from torch_gradmatch._random_state import RandomState, devices_of
-from torch_gradmatch.gradients.agreement import Agreement, RunningAgreement, check_agreement, cosine, running_agreement
+from torch_gradmatch.gradients.agreement import (
+    AGREEMENTS,
+    Agreement,
+    RunningAgreement,
+    check_agreement,
+    cosine,
+    running_agreement,
+)
 from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
-from torch_gradmatch.gradients.flat import WeightedSum
+from torch_gradmatch.gradients.flat import Vector, WeightedSum
 from torch_gradmatch.gradients.hvp import (
-    HVPS,
     Linearization,
+    check_hvp,
     differentiable_attention,
     first_order,
     linearize,
     sum_of_products,
 )
+from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.gradients.repeats import check_repeats, precision
+from torch_gradmatch.parallel.ranks import Ranks
+from torch_gradmatch.parallel.shards import groups_of, sharded_like
 
 __all__ = [
     "DomainGradients",
@@ -306,6 +315,7 @@ def idgm_grad(
     cosines: bool = False,
     sums: GradientAlignment | None = None,
     check: bool = True,
+    over: Alone | None = None,
 ) -> IDGMGradient:
     r"""Return the gradient of :func:`idgm_loss` by two passes: :math:`\bar G - \gamma\sum_i H_i v_i`.
 
@@ -333,6 +343,7 @@ def idgm_grad(
             released. None for new ones; else they are with cosines where these are needed.
         check: Whether to refuse a loss that is not the same in both passes; waits for an accelerator once. Without it
             the result says what they were.
+        over: How other processes share the evaluations; ``batches`` are then this rank's.
 
     Returns:
         The gradient, in the parameters' dtypes, and what was measured on the way.
@@ -352,16 +363,18 @@ def idgm_grad(
         (tensor(-2.4000), tensor(12.))
     """
     batches = list(batches)
-    domains = check_num_domains(len(batches))
+    flat, structure = tree_flatten(params)
+    if over is None:
+        over = Alone(Ranks(groups_of(flat), next((p.device for p in flat), torch.device("cpu"))))
+    domains = check_num_domains(over.domains(len(batches)))
     gamma = check_number("gamma", gamma, at_least=0)
-    check_choice("hvp", hvp, HVPS)
+    check_hvp(hvp, flat)
     number = domains if hvp_domains is None else check_hvp_domains(hvp_domains, domains)
-    chosen = list(range(domains))
+    chosen = list(range(len(batches)))
     if number < domains:
-        chosen = sorted(torch.randperm(domains, generator=generator)[:number].tolist())
+        chosen = over.chosen(sorted(torch.randperm(domains, generator=generator)[:number].tolist()))
     if gamma == 0:
         chosen = []
-    flat, structure = tree_flatten(params)
     # A model's own parameters stay themselves: a loss may use them past the model, as a penalty on a list of them does.
     leaves = [leaf if leaf.is_leaf and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in flat]
     if sums is None:
@@ -369,34 +382,50 @@ def idgm_grad(
     elif cosines and not sums.cosines:
         raise ValueError("cosines=True needs running sums with cosines (got GradientAlignment(cosines=False))")
     sums.reset()
+    sharded = any(map(is_sharded, leaves))
+    if sharded and check_agreement(agreement) not in AGREEMENTS.values():
+        raise ValueError(
+            f"agreement should be one of {sorted(AGREEMENTS)} where parameters are sharded (got a function): no rank "
+            "holds a whole gradient to hand to it"
+        )
+    if sharded or over.reduces:
+        sums.reserve(leaves)
     phi = running_agreement(agreement, sums, domains, params)
-    passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp)
+    passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp, over)
     try:
         with differentiable_attention(hvp) if chosen else nullcontext():
             losses, buffers_after = passes.first(phi, sums, chosen, keep_graphs=keep_graphs)
+            losses = over.merge(phi, sums, losses)
             value, measured = phi.value(), sums.result()
-            direction = sums.mean()
-            passes.second(phi, chosen, direction, -gamma * domains / number)
-            gradient = direction.tensors(leaves)
+            direction = sums.mean(over.mean_weight if chosen else 1.0)
+            if chosen:
+                passes.second(phi, chosen, direction, -gamma * domains / number)
+                over.finish_products(direction)
+            gradient = direction.tensors([local_of(leaf) for leaf in leaves])
     finally:
         sums.reset(release=True)
+    losses, losses_again = over.losses(losses, passes.losses_again)
     # Differences of gradients magnify a change of the loss by one over their step.
     epsilon = precision([losses, *leaves])
     tolerance = 64 * epsilon if hvp == "finite_difference" else math.sqrt(epsilon)
-    if check and passes.losses_again and not in_transform():
-        again = torch.stack([loss.to(losses.device, losses.dtype) for loss in passes.losses_again.values()])
+    if check and losses_again and not in_transform():
+        again = torch.stack([loss.to(losses.device, losses.dtype) for loss in losses_again.values()])
         values = torch.cat([losses, again]).tolist()
-        check_repeats(values[:domains], dict(zip(passes.losses_again, values[domains:], strict=True)), tolerance)
+        check_repeats(values[:domains], dict(zip(losses_again, values[domains:], strict=True)), tolerance)
     return IDGMGradient(
         gradient=tree_unflatten(
-            [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradient, flat, strict=True)], structure
+            [
+                torch.zeros_like(leaf) if g is None else sharded_like(g, leaf)
+                for g, leaf in zip(gradient, flat, strict=True)
+            ],
+            structure,
         ),
         reached=tree_unflatten([g is not None for g in gradient], structure),
         losses=losses,
         agreement=value,
         alignment=measured,
-        buffers=None if buffers is None else buffers_after,
-        losses_again=passes.losses_again,
+        buffers=None if buffers is None else over.buffers(buffers_after),
+        losses_again=losses_again,
         tolerance=tolerance,
     )
 
@@ -409,14 +438,23 @@ class _TwoPasses:
     """
 
     def __init__(
-        self, pure: PureLoss, leaves: list[Tensor], structure: Any, batches: Sequence[Any], buffers: Any, hvp: str
+        self,
+        pure: PureLoss,
+        leaves: list[Tensor],
+        structure: Any,
+        batches: Sequence[Any],
+        buffers: Any,
+        hvp: str,
+        over: Alone,
     ) -> None:
+        self._over = over
         self._leaves = leaves
         self._buffers = buffers
         self._hvp = hvp
         self._devices = devices_of(leaves, buffers)
         self._domains = [_Domain(pure, structure, batch, i, self._devices) for i, batch in enumerate(batches)]
-        self._kept: dict[int, tuple[Linearization, list[Tensor | None]]] = {}
+        self._kept: dict[int, tuple[Linearization, Vector]] = {}
+        self._held: dict[int, Vector] = {}  # gradients that a second evaluation here would not find
         self.losses_again: dict[int, Tensor] = {}
 
     def first(
@@ -437,14 +475,20 @@ class _TwoPasses:
             # Only one graph is alive at a time, and the last domain's may as well be the first of the second pass.
             keeps = i in chosen and (keep_graphs or i == last)
             domain.replays = i in chosen and not (keeps and self._hvp == "reverse")
+            linearization: Linearization | None = None
+            gradient: Vector
             with record_function("GradMatch.domain_gradient"):
                 if keeps:
                     linearization = linearize(self._hvp, domain, self._leaves)
                     loss, gradient = linearization.gradient()
-                    self._kept[i] = (linearization, gradient)
                 else:
                     loss, gradient = first_order(domain, self._leaves)
             check_reached(gradient, i)
+            gradient = self._over.gradient(gradient, self._leaves)
+            if linearization is not None:
+                self._kept[i] = (linearization, gradient)
+            elif self._over.holds and i in chosen:
+                self._held[i] = gradient
             losses.append(loss)
             phi.add(gradient)
             sums.add(gradient)
@@ -464,7 +508,10 @@ class _TwoPasses:
         if self._kept and not waiting and self._hvp != "reverse":
             # All will be evaluated elsewhere only (or as dual numbers): nothing would show that a loss has changed.
             i = next(iter(self._kept))
-            self.losses_again[i] = self._domains[i](self._leaves).detach()
+            if any(map(is_sharded, self._leaves)):  # only a backward pass lets fully_shard go on to other parameters
+                self.losses_again[i] = first_order(self._domains[i], self._leaves)[0]
+            else:
+                self.losses_again[i] = self._domains[i](self._leaves).detach()
         if self._kept:
             with record_function("GradMatch.hessian_vector_product"):
                 cotangents = [phi.cotangent(i, gradient) for i, (_, gradient) in self._kept.items()]
@@ -480,7 +527,7 @@ class _TwoPasses:
                 linearization = linearize(self._hvp, domain, self._leaves)
                 self.losses_again[i], gradient = linearization.gradient()
                 buffers = domain.buffers_after
-                products = linearization.product(phi.cotangent(i, gradient))
+                products = linearization.product(phi.cotangent(i, self._held.pop(i, gradient)))
             domain.release()
             direction.add(products, scale)
             del linearization, gradient, products  # before the next graph grows

@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -37,10 +37,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice
 from torch_gradmatch._foreach import by_kind, clone_all, copy_all_
+from torch_gradmatch.parallel.shards import is_sharded, sharded_gradient, total_norm
 
 __all__ = [
     "HVPS",
     "Linearization",
+    "check_hvp",
     "differentiable_attention",
     "first_order",
     "hessian_vector_product",
@@ -49,6 +51,30 @@ __all__ = [
 
 Loss = Callable[[list[Tensor]], Tensor]
 Vector = Sequence[Tensor | None]  # one tensor for each leaf; None where the loss does not depend on it
+
+
+def check_hvp(hvp: object, parameters: Iterable[Tensor]) -> str:
+    """Return the kind of Hessian-vector product if it is one that there is for some parameters.
+
+    Args:
+        hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``.
+        parameters: By which a loss is differentiated.
+
+    Returns:
+        The kind.
+
+    Raises:
+        ValueError: If it is none of the three; or if a parameter is a ``DTensor``, as ``fully_shard`` makes them, and
+            it is not the last.
+    """
+    kind = check_choice("hvp", hvp, HVPS)
+    if kind != "finite_difference" and any(map(is_sharded, parameters)):
+        raise ValueError(
+            f"hvp={kind!r} takes second derivatives, and there are none through torch.distributed.fsdp.fully_shard, "
+            "whose parameters are DTensors: use hvp='finite_difference', which needs first derivatives only, as do "
+            "SmoothFish(symmetric=True) and Fish"
+        )
+    return kind
 
 
 def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: Any, hvp: str = "reverse") -> Any:
@@ -93,9 +119,12 @@ def first_order(loss: Loss, leaves: list[Tensor], *, create_graph: bool = False)
         create_graph: Whether the gradient is to be differentiated again.
 
     Returns:
-        The loss, detached, and one dense tensor for each leaf, None where the loss does not depend on it.
+        The loss, detached, and one dense tensor for each leaf, None where the loss does not depend on it; of a
+        ``DTensor`` the local shard.
     """
     value = loss(leaves)
+    if any(map(is_sharded, leaves)):
+        return value.detach(), sharded_gradient(value, leaves)
     return value.detach(), _differentiate(value, leaves, create_graph=create_graph)
 
 
@@ -326,14 +355,17 @@ class _FiniteDifference(Linearization):
     def _step(self, vector: Vector) -> tuple[Tensor, Tensor]:
         """Return h and 1/2h; both zero for a zero vector. Waits for no accelerator."""
         epsilon = max(torch.finfo(leaf.dtype).eps for leaf in self.leaves)
-        size, length = _norm(self.leaves), _norm(vector)
+        size, length = _norm(self.leaves, self.leaves), _norm(vector, self.leaves)
         step = STEP * epsilon ** (1 / 3) * (1 + size) / torch.where(length > 0, length, 1.0)
         zero = torch.zeros_like(step)
         return torch.where(length > 0, step, zero), torch.where(length > 0, 0.5 / step, zero)
 
 
 @torch.no_grad()
-def _norm(vector: Vector) -> Tensor:
+def _norm(vector: Vector, leaves: Sequence[Tensor]) -> Tensor:
+    if any(map(is_sharded, leaves)):
+        given = [(v, leaf) for v, leaf in zip(vector, leaves, strict=True) if v is not None]
+        return total_norm([v for v, _ in given], [leaf for _, leaf in given])
     norms = [torch.stack(torch._foreach_norm(group)) for _, (group,) in by_kind(vector)]
     if not norms:
         return torch.zeros(())
