@@ -11,6 +11,7 @@ import atexit
 import os
 import socket
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -32,6 +33,7 @@ def _free_port() -> int:
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT / 2))
     while True:

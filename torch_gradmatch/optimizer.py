@@ -282,6 +282,21 @@ class GradMatch(Optimizer, Generic[MethodT]):
             >>> report.losses, report.grad_norms
             (tensor([1.0000, 3.2400]), tensor([2.0000, 3.6000]))
         """
+        try:
+            domains, batches, step = self._check_meta_step(loss_fn, batches, scaler)
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._loop.refuse(error)
+            raise
+        with naming(domains):
+            report = self._loop.meta_step(loss_fn, batches, step, scaler)
+        if domains is not None:
+            report = self._loop.last = replace(report, domains=domains)
+        return report
+
+    def _check_meta_step(
+        self, loss_fn: object, batches: Iterable[Any] | Mapping[Any, Any], scaler: Any
+    ) -> tuple[tuple[Any, ...] | None, list[Any], Callable[..., Any]]:
+        """Return the domains' names, the batches and the step to take, or raise if something is wrong with them."""
         if not callable(loss_fn):
             swapped = ", the batches. The two arguments are swapped" if callable(batches) else ""
             raise TypeError(
@@ -292,12 +307,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
             raise ValueError("batches is empty: meta_step() needs one batch of each domain")
         if domains is not None and len(domains) != len(batches):
             raise ValueError(f"batches holds {len(batches)} batches of {len(domains)} domains {domains!r:.200}")
-        step = self.step if scaler is None else self._scaled_step(scaler)
-        with naming(domains):
-            report = self._loop.meta_step(loss_fn, batches, step, scaler)
-        if domains is not None:
-            report = self._loop.last = replace(report, domains=domains)
-        return report
+        return domains, batches, self.step if scaler is None else self._scaled_step(scaler)
 
     def _scaled_step(self, scaler: Any) -> Callable[..., Any]:
         """Return the step that a scaler takes, or raise if it cannot."""

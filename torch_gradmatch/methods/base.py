@@ -270,6 +270,13 @@ class MetaLoop(ABC):
             What was measured.
         """
 
+    def refuse(self, error: Exception) -> None:  # noqa: B027  with one process there is nobody to tell
+        """Let other ranks know that this one cannot begin a meta-iteration, before the error is raised here.
+
+        Args:
+            error: The reason.
+        """
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` needs, as plain tensors and numbers, parameters by position.

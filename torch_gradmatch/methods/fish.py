@@ -19,12 +19,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -41,15 +42,18 @@ from torch_gradmatch._checks import (
     name_of,
     optional,
 )
-from torch_gradmatch._foreach import clone_all, copy_all_
+from torch_gradmatch._foreach import clone_all, copy_all_, is_sharded, local_of
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, add_note
 from torch_gradmatch.methods.divergence import refuse_nonfinite
 from torch_gradmatch.methods.first_call import first_call
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.methods.suitability import judge, warn_of_reset
+from torch_gradmatch.methods.walks import Walks
+from torch_gradmatch.parallel.ranks import check_process_group
 from torch_gradmatch.slow import ops
 from torch_gradmatch.slow.buffers import SlowBuffers, check_buffers, no_buffers
+from torch_gradmatch.slow.finite import read
 from torch_gradmatch.slow.inner_state import InnerState
 from torch_gradmatch.slow.iterates import SlowIterates
 from torch_gradmatch.slow.saved_buffers import ForwardBuffers, SavedBuffers
@@ -88,13 +92,22 @@ class Fish(Method):
             slow weights survive a diverged inner loop (waits for an accelerator once in a meta-iteration). In
             ``meta_step`` it also refuses each domain's loss that is not finite before the step on it (waits once more
             for each), and keeps a copy of the wrapped optimizer's state, to which a failed meta-iteration returns.
-            ``"ignore"`` does not look, never waits and keeps no such copy.
+            ``"ignore"`` does not look, never waits and keeps no such copy. On several ranks what one of them finds is
+            raised on all, and losses are looked at when the inner loop is over.
+        process_group: Ranks that walk by themselves, each with batches of its own in an order of its own, from the
+            same parameters: the meta-update goes to the mean of their walks,
+            :math:`\theta \leftarrow \theta + \epsilon(\frac1R\sum_r\tilde\theta_r - \theta)`. One all-reduce of the
+            parameters in a meta-iteration, and the slow weights are the same bits on every rank afterwards. The wrapped
+            optimizer's state is averaged if it is carried, which is reduced, too, and else reset; buffers, with
+            ``model``, are averaged. The model must not be in ``DistributedDataParallel``. What is measured is this
+            rank's own walk. ``torch.distributed.group.WORLD`` for all ranks; None for one process, for
+            ``DistributedDataParallel`` and for ``fully_shard``, whose gradients are averaged in every step.
 
-    Any of them but ``model`` may be changed between meta-iterations; within one the settings are those that it began
-    with.
+    Any of them but ``model`` and ``process_group`` may be changed between meta-iterations; within one the settings are
+    those that it began with.
 
     Raises:
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is no module or ``process_group`` no process group.
         ValueError: If a setting is out of range; the message names it and shows the value.
 
     Example:
@@ -114,6 +127,7 @@ class Fish(Method):
     meta_dtype: torch.dtype | None = None
     track_alignment: bool | Literal["pairs"] = False
     nonfinite: Literal["raise", "ignore"] = "raise"
+    process_group: ProcessGroup | None = None
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
         "meta_lr": partial(check_fraction, "meta_lr"),
@@ -124,11 +138,16 @@ class Fish(Method):
         "meta_dtype": optional(partial(check_floating_dtype, "meta_dtype")),
         "track_alignment": check_tracking,
         "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
+        "process_group": check_process_group,
     }
 
     def __repr__(self) -> str:
         model = None if self.model is None else type(self.model).__name__
-        settings = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"model": model}
+        settings = {field.name: getattr(self, field.name) for field in fields(self)} | {"model": model}
+        if self.process_group is None:
+            del settings["process_group"]
+        else:
+            settings["process_group"] = f"{self.process_group.size()} ranks"
         return f"Fish({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> FishLoop:
@@ -170,10 +189,12 @@ class FishLoop(MetaLoop):
         self.alignment = GradientAlignment(pairs=method.track_alignment == "pairs") if method.track_alignment else None
         self._other_buffers = ForwardBuffers()  # of models that nobody told us of
         self._knows_loss_fn = False  # whether meta_step has called one before
+        self._losses: list[Tensor] = []  # of a meta_step in progress, where they are not looked at one by one
         self._undoes = False  # whether the inner steps in progress are a meta_step's, which undoes them if it fails
         self._holds_slow = False  # whether we are inside slow_weights()
         self._looked = False  # whether it was seen whether a reset finds anything
         self._judged = method.inner_state
+        self._walks = Walks(optimizer, method.process_group)
         judge(optimizer, self.traits, method.inner_state, stacklevel=4)
 
     def _check_model(self, model: nn.Module) -> nn.Module:
@@ -198,6 +219,11 @@ class FishLoop(MetaLoop):
     def _begin(self, settings: Fish) -> None:
         """Take over the settings for the inner loop about to begin."""
         self._refuse_another_model()
+        if settings.process_group is not self._walks.given:
+            raise RuntimeError(
+                "Fish.process_group was changed after the optimizer was wrapped: wrap the optimizer anew, "
+                "GradMatch(optimizer, Fish(process_group=...))"
+            )
         if settings.inner_state != self._judged:
             judge(self.optimizer, self.traits, settings.inner_state, stacklevel=5)
             self._judged = settings.inner_state
@@ -207,11 +233,15 @@ class FishLoop(MetaLoop):
             self.alignment = None
         elif self.alignment is None or self.alignment.pairs is not pairs:
             self.alignment = GradientAlignment(pairs=pairs)
+        if self.alignment is not None and any(map(is_sharded, self.parameters())):
+            self.alignment.reset()
+            self.alignment.reserve(self.parameters())  # whose elements are spread over which ranks
 
     def _open(self) -> None:
         """Begin an inner loop with its first step."""
         if not self._undoes:
             self._begin(copy.copy(self.method))
+            self._walks.begin(self.parameters(), follows_buffers=self.buffers is not None)
         inner_state = self.settings.inner_state
         resets = inner_state == "reset"
         if resets and not self.inner_state.resets:  # the setting was changed
@@ -308,7 +338,7 @@ class FishLoop(MetaLoop):
         expected = len(alignment) + 1
 
         def measure() -> None:
-            gradients = [p.grad for p in self.parameters()]
+            gradients = [None if p.grad is None else local_of(p.grad) for p in self.parameters()]
             if len(alignment) < expected and any(g is not None for g in gradients):
                 alignment.add(gradients)
 
@@ -327,25 +357,44 @@ class FishLoop(MetaLoop):
     def interpolate(self) -> None:
         """Close the inner loop with the meta-update. See ``GradMatch.interpolate``."""
         self._refuse_while_slow("interpolate()")
+        settings, walks = self.settings, self._walks
+        iterates = self._iterates()
+        moving = {} if self.buffers is None else self.buffers.moving()
+        if not walks.ranks:
+            self._check_end(iterates, moving)
+        else:
+            with walks.agreeing(_described(settings), self.inner_step, looks=settings.nonfinite == "raise"):
+                self._check_end(iterates, moving)
+                if walks.group is not None and settings.inner_state != "reset":
+                    walks.check_state(self.inner_state.counters, [fast for _, fast in iterates], self.traits.counters)
+        latest = []
+        if settings.buffers == "latest":
+            latest, moving = list(moving.values()), {}
+        pairs = [*iterates, *moving.values()]
+        slow = [*self.weights.slow, *(slow for slow, _ in pairs)]
+        fast = [*self.weights.fast, *(fast for _, fast in pairs)]
+        with record_function("GradMatch.interpolate"):
+            if walks.group is None:
+                ops.interpolate_(slow, fast, settings.meta_lr)
+            else:
+                others = [] if self.buffers is None else self.buffers.buffers().values()
+                walks.interpolate_(slow, fast, settings.meta_lr, latest, others)
+        self.iterates.interpolate_weights(settings.meta_lr)
+        self._close()
+        if walks.group is not None and settings.inner_state == "reset":
+            self.inner_state.reset()  # so that all ranks are the same now and not only when the next loop begins
+
+    def _check_end(self, iterates: list[tuple[Tensor, Tensor]], moving: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Raise if the inner loop cannot be closed."""
         if self.inner_step == 0:
             raise RuntimeError(
                 "interpolate() needs at least one inner step since the last interpolation: call step() first"
             )
         self.iterates.check_mode("interpolate()")
-        settings = self.settings
-        iterates = self._iterates()
-        moving = {} if self.buffers is None else self.buffers.moving()
-        if settings.nonfinite == "raise":
+        if self.settings.nonfinite == "raise":
+            self._check_losses()
             refuse_nonfinite(self.weights.fast, [fast for _, fast in iterates], moving, self.optimizer, self.inner_step)
-        if settings.buffers == "latest":
-            moving = {}
-        pairs = [*iterates, *moving.values()]
-        slow = [*self.weights.slow, *(slow for slow, _ in pairs)]
-        fast = [*self.weights.fast, *(fast for _, fast in pairs)]
-        with record_function("GradMatch.interpolate"):
-            ops.interpolate_(slow, fast, settings.meta_lr)
-        self.iterates.interpolate_weights(settings.meta_lr)
-        self._close()
+        self._walks.check_buffers()
 
     def _iterates(self) -> list[tuple[Tensor, Tensor]]:
         """Return slow copy and present value of what the wrapped optimizer keeps in parameter space."""
@@ -441,25 +490,23 @@ class FishLoop(MetaLoop):
         self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any], scaler: Any = None
     ) -> MetaStep:
         """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
-        self._refuse_while_slow("meta_step()")
-        if self.is_open:
-            raise RuntimeError(
-                f"meta_step() in the middle of a manual inner loop ({self.inner_step} steps taken): "
-                "call interpolate() or rollback() first"
-            )
-        settings = copy.copy(self.method)
-        if settings.inner_steps is not None and len(batches) != settings.inner_steps:
-            raise ValueError(
-                f"batches holds {len(batches)} batches but Fish(inner_steps={settings.inner_steps}): pass as many "
-                "batches as inner steps, or leave inner_steps out"
-            )
-        self._begin(settings)
+        settings, walks = copy.copy(self.method), self._walks
+        try:
+            self._check_meta_step(settings, batches)
+            self._begin(settings)
+        except Exception as error:
+            self.refuse(error)
+            raise
         parameters = self.parameters()
+        walks.begin(parameters, follows_buffers=self.buffers is not None)
+        if walks.lockstep and settings.nonfinite == "raise":
+            walks.ranks.agree(None, {"number of batches": len(batches), "method": _described(settings)})
         gradients = [p.grad for p in parameters]
         if self.buffers is not None:
             self.buffers.begin(settings.meta_dtype)
         watches = self.buffers is None and settings.nonfinite == "raise"
         losses: list[Tensor] = []
+        self._losses = losses if walks.lockstep else []
         with self._other_buffers if watches else nullcontext():
             self._undoes = True
             try:
@@ -479,11 +526,43 @@ class FishLoop(MetaLoop):
                 self.last = replace(self.last or MetaStep(), losses=torch.stack(losses))
             except BaseException as error:
                 self._undo(error, gradients)
+                walks.tell(error)
                 raise
             finally:
-                self._undoes = False
+                self._undoes, self._losses = False, []
                 self.inner_state.forget()
         return self.last
+
+    def refuse(self, error: Exception) -> None:
+        """Let the other ranks know. See ``MetaLoop.refuse``."""
+        walks = self._walks
+        walks.begin(self.parameters(), follows_buffers=self.buffers is not None)
+        if walks.lockstep and self.method.nonfinite == "raise":
+            walks.ranks.agree(error)
+        else:
+            walks.tell(error)
+
+    def _check_meta_step(self, settings: Fish, batches: Sequence[Any]) -> None:
+        self._refuse_while_slow("meta_step()")
+        if self.is_open:
+            raise RuntimeError(
+                f"meta_step() in the middle of a manual inner loop ({self.inner_step} steps taken): "
+                "call interpolate() or rollback() first"
+            )
+        if settings.inner_steps is not None and len(batches) != settings.inner_steps:
+            raise ValueError(
+                f"batches holds {len(batches)} batches but Fish(inner_steps={settings.inner_steps}): pass as many "
+                "batches as inner steps, or leave inner_steps out"
+            )
+
+    def _check_losses(self) -> None:
+        """Raise if a loss of the meta-iteration in progress is not finite, where that was not seen at once."""
+        for index, value in enumerate(read(self._losses)):
+            try:
+                _refuse_loss(index, value)
+            except ValueError as error:
+                vars(error)["happened"] = index  # from there on the gradients of all ranks are NaN
+                raise
 
     def _differentiate(
         self, loss_fn: Callable[[Any], Tensor], batch: Any, index: int, losses: list[Tensor], scaler: Any
@@ -502,9 +581,10 @@ class FishLoop(MetaLoop):
             scaled.backward()
         if index == len(losses):  # not again
             losses.append(loss.detach())
-            # On an accelerator this waits: best while it is at work on the backward pass, not before.
-            if self.settings.nonfinite == "raise" and not math.isfinite(value := float(losses[-1])):
-                raise ValueError(f"the loss of {name_of(index)} is {value}: nothing was changed by this meta_step()")
+            # On an accelerator this waits: best while it is at work on the backward pass, not before. Where passes are
+            # collectives, a rank that stopped here would leave the others in the next one.
+            if self.settings.nonfinite == "raise" and not self._walks.lockstep:
+                _refuse_loss(index, float(losses[-1]))
         return loss
 
     def _undo(self, error: BaseException, gradients: list[Tensor | None]) -> None:
@@ -579,6 +659,19 @@ class FishLoop(MetaLoop):
                 self.alignment.load_state_dict(state["alignment"])
         self.inner_state.counters.update(state["counters"])
         self.inner_step, self.is_open, self.last = state["inner_step"], state["is_open"], None
+
+
+def _described(settings: Fish) -> str:
+    """Return the settings as text that is the same on every rank."""
+    told = copy.copy(settings)
+    if callable(told.inner_state):
+        vars(told)["inner_state"] = getattr(told.inner_state, "__qualname__", "a function")
+    return repr(told)
+
+
+def _refuse_loss(index: int, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"the loss of {name_of(index)} is {value}: nothing was changed by this meta_step()")
 
 
 def _evaluated_already(evaluate: Callable[[], Tensor], loss: Tensor, parameters: list[Tensor]) -> Callable[[], Tensor]:

@@ -69,7 +69,8 @@ class Ranks:
         other ranks, for an accelerator only if no group of them can talk through the host.
 
         Args:
-            error: What went wrong on this rank.
+            error: What went wrong on this rank. Where the error of one rank leads to others elsewhere, the number
+                ``error.happened`` says which came first.
             facts: What should be the same on all ranks, with the names that the message is to use.
             number: Any that the other ranks should know.
 
@@ -146,14 +147,14 @@ class Ranks:
         return host if host in getattr(group, "_device_types", ()) else self._device
 
     def _raise_together(self, error: BaseException | None) -> None:
-        told = None if error is None else (type(error).__name__, str(error))
-        everyone = self.gather((dist.get_rank(), told))
-        if error is not None:
+        rank = dist.get_rank()
+        mine = None if error is None else (getattr(error, "happened", 0), rank, type(error).__name__, str(error))
+        first, its_rank, kind, message = min(told for told in self.gather(mine) if told is not None)
+        if error is not None and mine is not None and mine[0] == first:
             raise error
-        rank, (kind, message) = next((rank, told) for rank, told in everyone if told is not None)
         kinds: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
         shown = message if kind in {"ValueError", "TypeError", "RuntimeError"} else f"{kind}: {message}"
-        raise kinds.get(kind, RuntimeError)(f"on rank {rank}: {shown}")
+        raise kinds.get(kind, RuntimeError)(f"on rank {its_rank}: {shown}") from error
 
     def _name_difference(self, facts: Mapping[str, object]) -> None:
         everyone = self.gather((dist.get_rank(), {name: str(value) for name, value in facts.items()}))

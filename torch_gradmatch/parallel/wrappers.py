@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["data_parallel_group", "find_wrappers", "is_distributed"]
+__all__ = ["buffers_around", "data_parallel_group", "find_wrappers", "is_distributed"]
 
 
 def is_distributed() -> bool:
@@ -57,6 +57,37 @@ def data_parallel_group(wrappers: Iterable[nn.Module]) -> ProcessGroup | None:
             group: ProcessGroup = wrapper.process_group
             return group
     return None
+
+
+def buffers_around(parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the floating-point buffers of the models that hold some parameters, found as in :func:`find_wrappers`.
+
+    Args:
+        parameters: The optimizer's.
+
+    Returns:
+        The buffers by name, with the class of the module that has each.
+    """
+    wanted = {id(p) for p in parameters}
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in module.children():
+            parents.setdefault(id(child), []).append(module)
+    waiting = [m for m in modules if not wanted.isdisjoint(map(id, m.parameters(recurse=False)))]
+    around = {id(m): m for m in waiting}
+    while waiting:
+        for parent in parents.get(id(waiting.pop()), ()):
+            if id(parent) not in around:
+                around[id(parent)] = parent
+                waiting.append(parent)
+    return {
+        f"{name} of {type(module).__name__}": buffer
+        for one in around.values()
+        for module in one.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }
 
 
 def _fsdp1() -> tuple[type[nn.Module], ...]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_gradmatch._foreach import by_kind
+from torch_gradmatch._foreach import by_kind, is_sharded, local_of
+from torch_gradmatch.parallel.shards import sharded_like
 
 __all__ = ["SlowCopies", "check_copies", "slow_dtype"]
 
@@ -79,13 +80,14 @@ class SlowCopies:
     changed the tensor since (loaded a checkpoint, did weight surgery) and that value is taken.
 
     Args:
-        fast: The tensors to copy, any shapes, strides, dtypes and devices.
+        fast: The tensors to copy, any shapes, strides, dtypes and devices; of a ``DTensor`` each rank copies its shard.
         slow: For each an older copy, or None. Its value and, where it fits, its memory are used again.
         meta_dtype: As in :func:`slow_dtype`.
 
     Attributes:
         fast: The tensors.
-        slow: The copies, up to date after :meth:`refresh`: each of the shape and device of its tensor.
+        slow: The copies, up to date after :meth:`refresh`: each of the shape and device of its tensor, and with the
+            placements of one that is sharded.
     """
 
     def __init__(
@@ -96,13 +98,15 @@ class SlowCopies:
         self._meta_dtype = meta_dtype
         self._kinds = _kinds(fast)
         plain = [(f, s) if s.dtype == f.dtype else (None, None) for f, s in zip(fast, self.slow, strict=True)]
-        self._plain = [lists for _, lists in by_kind([f for f, _ in plain], [s for _, s in plain])]
+        self._plain_pairs = ([f for f, _ in plain], [s for _, s in plain])
+        self._plain = [lists for _, lists in by_kind(*self._plain_pairs)]
+        self._is_sharded = any(map(is_sharded, fast))
         self._wide: list[_WideCopies] = []
         for indices in self._buckets():
             wide = _WideCopies([self.fast[i] for i in indices], [self.slow[i] for i in indices])
             self._wide.append(wide)
             for i, view in zip(indices, wide.slow, strict=True):
-                self.slow[i] = view
+                self.slow[i] = sharded_like(view, self.fast[i])
 
     def _buckets(self) -> list[list[int]]:
         """Return which wide copies to put side by side: of one kind, and not too many elements."""
@@ -111,7 +115,7 @@ class SlowCopies:
         for i, (f, s) in enumerate(zip(self.fast, self.slow, strict=True)):
             if s.dtype != f.dtype:
                 kind = (f.device, f.dtype, s.dtype)
-                elements[kind] = elements.get(kind, 0) + f.numel()
+                elements[kind] = elements.get(kind, 0) + local_of(f).numel()
                 buckets.setdefault((*kind, elements[kind] // BUCKET), []).append(i)
         return list(buckets.values())
 
@@ -137,7 +141,8 @@ class SlowCopies:
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the copies up to what the tensors hold now."""
-        for fast, slow in self._plain:
+        # fully_shard may give a parameter another local tensor, in its first forward pass for instance.
+        for fast, slow in [lists for _, lists in by_kind(*self._plain_pairs)] if self._is_sharded else self._plain:
             torch._foreach_copy_(slow, fast)
         for wide in self._wide:
             wide.refresh()
@@ -150,7 +155,7 @@ def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, tor
 @torch.no_grad()
 def _copy_like(fast: Tensor, slow: Tensor | None, dtype: torch.dtype) -> Tensor:
     if slow is None or slow.shape != fast.shape or slow.dtype != dtype or slow.device != fast.device:
-        return fast.detach().to(dtype, copy=True)
+        return sharded_like(local_of(fast).detach().to(dtype, copy=True), fast)
     return slow
 
 
@@ -162,6 +167,7 @@ class _WideCopies:
 
     def __init__(self, fast: Sequence[Tensor], slow: Sequence[Tensor]) -> None:
         self._fast = list(fast)
+        slow = [local_of(s) for s in slow]
         self._vector = torch.cat([_flat(s) for s in slow])
         begins = accumulate((s.numel() for s in slow), initial=0)
         self.slow = [
@@ -176,7 +182,7 @@ class _WideCopies:
 
     def _flat_of(self, index: int) -> Tensor:
         """Return a tensor's elements in the order of its copy's, as a view that is made once."""
-        fast, flat = self._fast[index], self._flat_fast[index]
+        fast, flat = local_of(self._fast[index]), self._flat_fast[index]
         if flat is not None and flat.data_ptr() == fast.data_ptr():
             return flat
         slow = self.slow[index]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_gradmatch._foreach import by_kind
+from torch_gradmatch._foreach import by_kind, local_of
 
 __all__ = ["find_nonfinite", "holds_nonfinite", "norms_of", "read"]
 
 
 def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the Euclidean norm of each tensor: finite only if every element is.
+    """Return the Euclidean norm of each tensor, of a ``DTensor`` that of this rank's shard: finite only if all are.
 
     It may also overflow; :func:`holds_nonfinite` tells. The maximum norm would not, but on a CPU takes twenty times as
     long (45 ms instead of 2.3 for 17 M elements on one thread).
@@ -63,7 +63,7 @@ def holds_nonfinite(tensor: Tensor, norm: float) -> bool:
     Returns:
         False also for a tensor whose norm has only overflowed.
     """
-    return not math.isfinite(norm) and not bool(torch.isfinite(tensor).all())
+    return not math.isfinite(norm) and not bool(torch.isfinite(local_of(tensor)).all())
 
 
 def find_nonfinite(tensors: Sequence[Tensor]) -> list[int]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_gradmatch._foreach import is_sharded, local_of
 from torch_gradmatch.slow._native import WHATEVER_TORCH_RAISES, give_up, native_status
 
 __all__ = ["interpolate_"]
@@ -40,7 +41,7 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
     Exact at ``weight`` 0 (the fast weights return to the slow ones) and 1 (the slow weights take the fast ones).
     Pairs that the native kernel does not take (gaps in memory, complex numbers, other dtypes or devices, tensor
     subclasses) go through ``torch._foreach_lerp_`` and ``torch._foreach_copy_``; ``native_status()`` says whether
-    there is a kernel at all. An error of the kernel is raised as it is.
+    there is a kernel at all. An error of the kernel is raised as it is. Of a ``DTensor`` every rank moves its shard.
 
     Fast tensors may share memory among themselves (weights tied by their storage): all slow ones are moved before
     any fast one is set. Under ``torch.compile`` there is no memory to look at, and nothing is refused for its sake.
@@ -72,6 +73,10 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
     if torch.compiler.is_compiling():
         _check_pairs(slow, fast)
         _interpolate_foreach(slow, fast, weight)
+        return
+    if not _PLAIN.issuperset(map(type, slow)) and any(map(is_sharded, slow)):
+        _check_shards(slow, fast)
+        interpolate_([local_of(s) for s in slow], [local_of(f) for f in fast], weight)
         return
     left: Sequence[int] = range(len(slow))
     if (
@@ -159,6 +164,16 @@ def _check_pairs(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
         if s.is_complex() and (s.is_conj() or f.is_conj()):
             raise ValueError(
                 f"slow[{index}] or fast[{index}] is a conjugated view, to which torch._foreach_* cannot write"
+            )
+
+
+def _check_shards(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
+    """Check that shards are the same parts of the same tensors."""
+    for index, (s, f) in enumerate(zip(slow, fast, strict=True)):
+        placed = [(t.shape, t.device_mesh, t.placements) if is_sharded(t) else t.shape for t in (s, f)]  # type: ignore[attr-defined]
+        if placed[0] != placed[1]:
+            raise ValueError(
+                f"slow[{index}] and fast[{index}] should be sharded alike (got {placed[0]} and {placed[1]})"
             )
 
 

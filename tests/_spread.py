@@ -1,0 +1,131 @@
+"""Small models and batches for tests on several ranks, where each rank has a part of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+Batch = tuple[Tensor, Tensor]
+WIDTH = 7  # which two or three ranks cannot divide: shards are uneven
+
+
+class TiedAutoencoder(nn.Module):
+    """The decoder's weight is the encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(WIDTH, WIDTH)
+        self.decoder = nn.Linear(WIDTH, WIDTH)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(torch.tanh(self.encoder(x)))
+
+
+class SmallTransformer(nn.Module):
+    """One layer of attention, without dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(1, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.0, batch_first=True, activation="gelu")
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(x.unsqueeze(-1)))).sum(-1)
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 5), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, WIDTH))
+
+
+def smooth() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, WIDTH))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "batch_norm": batch_norm,
+    "transformer": SmallTransformer,
+    "tied": TiedAutoencoder,
+    "smooth": smooth,
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The same on every rank."""
+    torch.manual_seed(5)
+    return MODELS[name]().to(dtype)
+
+
+def domain_batches(domains: int, seed: int, *, samples: int = 12, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    """One whole batch of each domain, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for domain in range(domains):
+        x = torch.randn(samples, WIDTH, generator=generator, dtype=torch.float64)
+        y = torch.sin(x * (1 + domain)) + 0.1 * torch.randn(samples, WIDTH, generator=generator, dtype=torch.float64)
+        batches.append((x.to(dtype), y.to(dtype)))
+    return batches
+
+
+def part(batch: Batch, rank: int, size: int) -> Batch:
+    """One rank's samples of a batch."""
+    return batch[0][rank::size], batch[1][rank::size]
+
+
+def mine(batches: list[Batch]) -> list[Batch]:
+    return [part(batch, dist.get_rank(), dist.get_world_size()) for batch in batches]
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def loss_over(model: nn.Module, batch: Batch, size: int) -> Tensor:
+    """The loss of a whole batch as the mean over the parts: batch norm sees one part at a time."""
+    return torch.stack([loss_of(model, part(batch, rank, size)) for rank in range(size)]).mean()
+
+
+def sharded(
+    model: nn.Module, mesh: DeviceMesh | None = None, *, reshard: bool = True, **policy: torch.dtype
+) -> FSDPModule:
+    """Shard the children and then the model, as one does."""
+    if mesh is None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    settings = {"mesh": mesh, "reshard_after_forward": reshard, "mp_policy": MixedPrecisionPolicy(**policy)}
+    for child in model.children():
+        if isinstance(child, nn.TransformerEncoderLayer) or (type(model) is nn.Sequential and list(child.parameters())):
+            fully_shard(child, **settings)
+    return fully_shard(model, **settings)
+
+
+def spread(scheme: str, model: nn.Module) -> nn.Module:
+    """Put a model on all ranks by one of the schemes whose gradients are means over the ranks."""
+    if scheme == "ddp":
+        return DistributedDataParallel(model)
+    if scheme == "hsdp":
+        return sharded(
+            model, init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copy", "shard"))
+        )
+    return sharded(model, reshard=scheme == "fsdp")
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): full(p) for name, p in model.named_parameters()}
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference of any number."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
