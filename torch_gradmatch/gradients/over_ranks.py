@@ -48,10 +48,12 @@ class Alone:
         reduces: Whether sums are reduced, so that they have to lie alike on all ranks.
         holds: Whether the gradients of the first pass have to be held for the second.
         in_step: Whether all ranks evaluate the same at the same time, so that none may evaluate a loss by itself.
+        names: Of the domains of all ranks, if the ranks have others and know them.
     """
 
     reduces = False
     holds = False
+    names: tuple[object, ...] | None = None
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -180,13 +182,24 @@ class Domains(Alone):
         group: Those that have domains.
         counts: How many each of these has.
         rank: This one's place among these.
+        names: Of all domains, in the order of the ranks, if they are known.
         in_step: As for :class:`Walks`.
     """
 
     reduces = True
 
-    def __init__(self, ranks: Ranks, group: ProcessGroup, counts: Sequence[int], rank: int, *, in_step: bool) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        group: ProcessGroup,
+        counts: Sequence[int],
+        rank: int,
+        *,
+        names: Sequence[object] | None,
+        in_step: bool,
+    ) -> None:
         super().__init__(ranks)
+        self.names = None if names is None else tuple(names)
         self.group = group
         self.in_step = in_step
         self.first = [0, *accumulate(counts)][rank]

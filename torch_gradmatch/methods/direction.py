@@ -6,20 +6,22 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import name_of
 from torch_gradmatch._random_state import RandomState, devices_of
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
+from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, add_note
 from torch_gradmatch.methods.first_call import first_call
 from torch_gradmatch.methods.scaling import LossScaling
+from torch_gradmatch.methods.together import SharedSettings, Together, mean_over
+from torch_gradmatch.parallel.shards import total_norm
 from torch_gradmatch.slow.saved_buffers import BufferSlots, ForwardBuffers, SavedBuffers
 
 __all__ = ["Direction", "DirectionStep", "unscaled_report"]
@@ -67,19 +69,27 @@ class DirectionStep(MetaLoop):
 
     Args:
         optimizer: The wrapped optimizer.
-        model: The model whose buffers to write, if any.
+        method: The settings, with the model whose buffers to write, if any.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
+    def __init__(self, optimizer: Optimizer, method: SharedSettings) -> None:
         super().__init__(optimizer)
-        self.model = model
+        self.model: nn.Module | None = method.model
+        self._together = Together(optimizer, method)
+        self._in_meta_step = False
         self._other_buffers = ForwardBuffers()  # of models that nobody told us of
         self._knows_loss_fn = False  # whether meta_step has called one before
         self._looked = 0  # how often it was asked whether a look is due
 
     @abstractmethod
     def evaluate(
-        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        batches: Sequence[Any],
+        over: Alone,
+        *,
+        check: bool = True,
+        scale: float = 1.0,
     ) -> Direction:
         """Work out the direction at the present parameters.
 
@@ -88,6 +98,7 @@ class DirectionStep(MetaLoop):
         Args:
             loss_fn: ``loss_fn(batch)`` returns a scalar.
             batches: One batch of each domain, at least one.
+            over: How ranks share the work. What one of them raises in here, the caller has raised on all.
             check: Whether to refuse what is not finite or diverges, if the method does so.
             scale: What ``loss_fn`` multiplies each loss by. The direction is to be multiplied by it, too, and the
                 report is not.
@@ -152,7 +163,7 @@ class DirectionStep(MetaLoop):
         Raises:
             ValueError: If a loss is not finite.
         """
-        wanted = [get_total_norm(gradient), *others]
+        wanted = [total_norm(gradient), *others]
         parts = [losses.double(), *(w.detach().to(losses.device).double().reshape(-1) for w in wanted)]
         values = torch.cat(parts).tolist()
         for index, loss in enumerate(values[: len(losses)]):
@@ -162,6 +173,8 @@ class DirectionStep(MetaLoop):
 
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take a plain step of the wrapped optimizer. See ``GradMatch.step``."""
+        if not self._in_meta_step:
+            self._together.forget()
         return self.wrapped_step(closure, scaling)
 
     def interpolate(self) -> None:
@@ -189,9 +202,12 @@ class DirectionStep(MetaLoop):
         if scaler is not None:
             scale = float(scaler.scale(torch.ones((), device=parameters[0].device)))
         stepping = False
+        self._in_meta_step = True
         with self._other_buffers if saved is None else nullcontext():
             try:
-                found = self.evaluate(self._scaled(loss_fn, scaler), batches, scale=scale)
+                buffers = [] if slots is None else [b for b in slots.tensors() if b is not None]
+                over = self._together.begin(parameters, buffers, len(batches), scale)
+                found = self._evaluate_together(self._scaled(loss_fn, scaler), batches, over, scale=scale)
                 self._assign(found.gradient)
                 if slots is not None and found.buffers is not None:
                     slots.assign(found.buffers)
@@ -199,7 +215,7 @@ class DirectionStep(MetaLoop):
                 if random_state is None:
                     step()
                 else:
-                    step(self._closure(found, loss_fn, batches, random_state))
+                    step(self._closure(found, loss_fn, batches, over, random_state))
                 if scaler is not None:
                     scaler.update()
             except BaseException as error:
@@ -217,8 +233,21 @@ class DirectionStep(MetaLoop):
                 else:
                     add_note(error, "meta_step() failed: everything is as before the call")
                 raise
-        self.last = found.report
-        return found.report
+            finally:
+                self._in_meta_step = False
+        self.last = found.report if over.names is None else replace(found.report, domains=over.names)
+        return self.last
+
+    def _evaluate_together(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], over: Alone, **settings: Any
+    ) -> Direction:
+        """Work out the direction and raise on all ranks what one of them raises."""
+        with over.ranks.together(), self._together.without_reduction():
+            return self.evaluate(loss_fn, batches, over, **settings)
+
+    def refuse(self, error: Exception) -> None:
+        """Let other ranks know. See ``MetaLoop.refuse``."""
+        self._together.ranks(self.parameters()).agree(error)
 
     def _scaled(self, loss_fn: Callable[[Any], Tensor], scaler: Any) -> Callable[[Any], Tensor]:
         """Let a loss function scale its losses, and look at its first call."""
@@ -237,6 +266,7 @@ class DirectionStep(MetaLoop):
         found: Direction,
         loss_fn: Callable[[Any], Tensor],
         batches: Sequence[Any],
+        over: Alone,
         random_state: RandomState,
     ) -> Callable[[], Tensor]:
         """Return a closure for an optimizer that evaluates more than once, always with the same random numbers.
@@ -252,10 +282,10 @@ class DirectionStep(MetaLoop):
             else:
                 after = RandomState.capture(devices_of(self.parameters(), batches))
                 random_state.restore()
-                now = self.evaluate(loss_fn, batches, check=False)
+                now = self._evaluate_together(loss_fn, batches, over, check=False)
                 after.restore()
             self._assign(now.gradient)
-            return now.objective
+            return mean_over(now.objective, over.ranks)  # by which all have to go on alike
 
         return closure
 
@@ -273,3 +303,4 @@ class DirectionStep(MetaLoop):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: ARG002
         """Forget what the last meta-iteration measured. See ``MetaLoop.load_state_dict``."""
         self.last = None
+        self._together.forget()

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
@@ -27,15 +29,27 @@ from torch_gradmatch._checks import (
     check_model,
     check_number,
     check_tracking,
+    naming,
     optional,
 )
-from torch_gradmatch.gradients.agreement import Agreement, check_agreement, cosine, inner_product, variance
+from torch_gradmatch.gradients.agreement import (
+    AGREEMENTS,
+    Agreement,
+    check_agreement,
+    cosine,
+    inner_product,
+    variance,
+)
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
-from torch_gradmatch.gradients.hvp import HVPS
+from torch_gradmatch.gradients.hvp import HVPS, check_hvp
+from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.gradients.repeats import check_repeats
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
+from torch_gradmatch.methods.together import shown_settings
+from torch_gradmatch.parallel.ranks import check_process_group
+from torch_gradmatch.parallel.shards import is_sharded, reshard
 
 __all__ = ["IDGM"]
 
@@ -71,9 +85,19 @@ class IDGM(Method):
         track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
             parameters. ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it:
             S times the parameters. ``agreement="cosine"`` measures it anyway.
+        process_group: The ranks that train together, ``torch.distributed.group.WORLD`` for all of them; None for one
+            process, or for a model of ``torch.distributed.fsdp.fully_shard``, whose ranks find each other and which
+            takes ``hvp="finite_difference"``. Parameters are then the same bits on all of them after every
+            ``meta_step``, and so are the model's buffers: means over the ranks, the largest of integers. What is raised
+            on one rank is raised on all.
+        parallel: ``"domains"``: every rank has batches of domains of its own, as many as it likes, and S counts all.
+            Two all-reduces of the size of the parameters, whatever S (one more where cosines are measured). The report
+            is of all domains, in the order of the ranks. The model is the plain module; ``agreement`` is one of the
+            three named ones. ``"data"``: every rank has its part of the batch of each domain, and each gradient is
+            averaged: S + 1 all-reduces, and memory for S gradients. The model may be in ``DistributedDataParallel``.
 
     Raises:
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is no module or ``process_group`` no process group.
         ValueError: If a setting is out of range; the message names it and shows the value.
 
     Example:
@@ -95,6 +119,8 @@ class IDGM(Method):
     keep_graphs: bool = False
     nonfinite: Literal["raise", "ignore"] = "raise"
     track_alignment: bool | Literal["pairs"] = False
+    process_group: ProcessGroup | None = None
+    parallel: Literal["domains", "data"] = "domains"
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
         "model": partial(check_model, "model"),
@@ -105,12 +131,45 @@ class IDGM(Method):
         "keep_graphs": partial(check_bool, "keep_graphs"),
         "track_alignment": check_tracking,
         "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
+        "process_group": check_process_group,
+        "parallel": partial(check_choice, "parallel", choices=("domains", "data")),
     }
 
+    if not TYPE_CHECKING:  # which would accept any name for the sake of this
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "hvp" and "model" in vars(self):
+                check_hvp(value, self.model.parameters())
+            super().__setattr__(name, value)
+
     def __repr__(self) -> str:
-        settings = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
-        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        return f"IDGM({type(self.model).__name__}, {shown})"
+        settings = shown_settings(self)
+        model = settings.pop("model")
+        return f"IDGM({model}, {', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+    def check_sharing(self) -> None:
+        """Raise if the ranks cannot share the work as the settings say.
+
+        Raises:
+            ValueError: If each has domains of its own and a setting needs the gradients of all.
+        """
+        if self.process_group is None or self.parallel == "data":
+            return
+        asked = None
+        if check_agreement(self.agreement) not in AGREEMENTS.values():
+            asked = "agreement as a function"
+        elif self.track_alignment == "pairs":
+            asked = "track_alignment='pairs'"
+        elif self.hvp_domains is not None:
+            raise ValueError(
+                f"hvp_domains={self.hvp_domains} draws from all domains, but with parallel='domains' each rank has its "
+                "own, and those of which none is drawn would wait. Pass hvp_domains=None, or parallel='data'"
+            )
+        if asked is not None:
+            raise ValueError(
+                f"{asked} needs the gradients of all domains in one place, and with parallel='domains' each rank holds "
+                "its own and their sum only: pass parallel='data'"
+            )
 
     def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> IDGMStep:  # noqa: ARG002
         """Make the loop that carries these settings out for one optimizer.
@@ -123,9 +182,13 @@ class IDGM(Method):
             The loop.
 
         Raises:
-            ValueError: If the optimizer has a parameter that the model does not hold.
+            ValueError: If the optimizer has a parameter that the model does not hold, or the model is of
+                ``fully_shard`` and ``hvp`` takes second derivatives, or ranks cannot share the work as the settings
+                say.
         """
+        self.check_sharing()
         loop = IDGMStep(self, optimizer)
+        check_hvp(self.hvp, loop.parameters())
         loop.names()
         return loop
 
@@ -139,7 +202,7 @@ class IDGMStep(DirectionStep):
     """
 
     def __init__(self, method: IDGM, optimizer: Optimizer) -> None:
-        super().__init__(optimizer, method.model)
+        super().__init__(optimizer, method)
         self.method = method
         self.first_loss: float | None = None  # its size, in the first meta-iteration
         self._sums = GradientAlignment(cosines=False)
@@ -153,8 +216,10 @@ class IDGMStep(DirectionStep):
         Raises:
             ValueError: If the model does not hold one.
         """
-        name_of = {id(p): name for name, p in self.method.model.named_parameters()}
         parameters = self.parameters()
+        if any(map(is_sharded, parameters)):
+            reshard(self.method.model)  # which an evaluation may have left with whole parameters
+        name_of = {id(p): name for name, p in self.method.model.named_parameters()}
         for position, p in enumerate(parameters):
             if id(p) not in name_of:
                 raise ValueError(
@@ -165,10 +230,17 @@ class IDGMStep(DirectionStep):
         return [name_of[id(p)] for p in parameters]
 
     def evaluate(
-        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        batches: Sequence[Any],
+        over: Alone,
+        *,
+        check: bool = True,
+        scale: float = 1.0,
     ) -> Direction:
         """Work out the gradient of the objective. See ``DirectionStep.evaluate``."""
         method = self.method
+        method.check_sharing()
         name_of = dict(zip(self.parameters(), self.names(), strict=True))
         params = {name_of[p]: p for p in self.trainable()}
         agreement, gamma, of_agreement = _scaled(method.agreement, method.gamma, scale)
@@ -186,13 +258,15 @@ class IDGMStep(DirectionStep):
             sums=self._sums,
             buffers=dict(method.model.named_buffers()),
             check=False,
+            over=over,
         )
         losses, phi = found.losses / scale, found.agreement / of_agreement
-        if check and method.nonfinite == "raise":
-            self._refuse_divergence(found, losses, phi, scale)
-        elif check and self.is_due() and found.losses_again:
-            again = {i: float(loss) / scale for i, loss in found.losses_again.items()}
-            check_repeats(losses.tolist(), again, found.tolerance)
+        with nullcontext() if over.names is None else naming(over.names):
+            if check and method.nonfinite == "raise":
+                self._refuse_divergence(found, losses, phi, scale)
+            elif check and self.is_due() and found.losses_again:
+                again = {i: float(loss) / scale for i, loss in found.losses_again.items()}
+                check_repeats(losses.tolist(), again, found.tolerance)
         return Direction(
             gradient=[found.gradient[n] if n in params and found.reached[n] else None for n in name_of.values()],
             objective=losses.mean() - method.gamma * phi.to(losses.device),

@@ -48,7 +48,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -64,14 +64,19 @@ from torch_gradmatch._checks import (
     name_of,
     optional,
 )
-from torch_gradmatch._foreach import by_kind
+from torch_gradmatch._foreach import by_kind, is_sharded, local_of
 from torch_gradmatch._random_state import RandomState, devices_of
 from torch_gradmatch.gradients.agreement import fish_gamma
 from torch_gradmatch.gradients.alignment import GradientAlignment
+from torch_gradmatch.gradients.flat import Vector
 from torch_gradmatch.gradients.hvp import first_order
+from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.gradients.repeats import check_repeats, precision
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
+from torch_gradmatch.methods.together import shown_settings
+from torch_gradmatch.parallel.ranks import check_process_group
+from torch_gradmatch.parallel.shards import sharded_like, total_norm
 from torch_gradmatch.slow.saved_buffers import BufferSlots, ForwardBuffers, SavedBuffers
 from torch_gradmatch.slow.weights import SlowWeights
 
@@ -104,12 +109,22 @@ class SmoothFish(Method):
             S times the parameters.
         symmetric: Walk to and fro, for the gradient of the exact objective by the inner product without second
             derivatives.
+        process_group: The ranks that train together, ``torch.distributed.group.WORLD`` for all of them; None for one
+            process, or for a model of ``torch.distributed.fsdp.fully_shard``, whose ranks find each other. Parameters
+            are then the same bits on all of them after every ``meta_step``, and so are the model's buffers: means over
+            the ranks, the largest of integers. What is raised on one rank is raised on all.
+        parallel: ``"walks"``: every rank walks by itself, through batches of its own in an order of its own, and the
+            mean of the directions goes to the wrapped optimizer: one all-reduce of the size of the parameters. Two
+            ranks that walk in opposite orders have the exact objective's direction in the mean. The model is the plain
+            module; losses and all else in the report are of this rank's walk. ``"data"``: every rank has its part of
+            the batch of each domain, and each gradient is averaged, as in ``DistributedDataParallel``, which the model
+            may be in.
 
     At gamma 1 (and not symmetric) no gradient is taken at :math:`\theta` but the first: what ``meta_step`` reports is
     then measured along the walk, as Fish does.
 
     Raises:
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is no module or ``process_group`` no process group.
         ValueError: If a setting is out of range; the message names it and shows the value.
 
     Example:
@@ -133,6 +148,8 @@ class SmoothFish(Method):
     nonfinite: Literal["raise", "ignore"] = "raise"
     track_alignment: bool | Literal["pairs"] = False
     symmetric: bool = False
+    process_group: ProcessGroup | None = None
+    parallel: Literal["walks", "data"] = "walks"
 
     checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
         "gamma": partial(check_number, "gamma", at_least=0),
@@ -141,14 +158,12 @@ class SmoothFish(Method):
         "track_alignment": check_tracking,
         "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
         "symmetric": partial(check_bool, "symmetric"),
+        "process_group": check_process_group,
+        "parallel": partial(check_choice, "parallel", choices=("walks", "data")),
     }
 
     def __repr__(self) -> str:
-        model = None if self.model is None else type(self.model).__name__
-        return (
-            f"SmoothFish(gamma={self.gamma!r}, inner_lr={self.inner_lr!r}, model={model!r}, "
-            f"nonfinite={self.nonfinite!r}, track_alignment={self.track_alignment!r}, symmetric={self.symmetric!r})"
-        )
+        return f"SmoothFish({', '.join(f'{name}={value!r}' for name, value in shown_settings(self).items())})"
 
     def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> SmoothFishStep:
         """Make the loop that carries these settings out for one optimizer.
@@ -173,13 +188,19 @@ class SmoothFishStep(DirectionStep):
     """
 
     def __init__(self, method: SmoothFish, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> None:
-        super().__init__(optimizer, method.model)
+        super().__init__(optimizer, method)
         self.method = method
         self.weights = SlowWeights(state)
         self._sums = GradientAlignment(cosines=bool(method.track_alignment))
 
     def evaluate(
-        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], *, check: bool = True, scale: float = 1.0
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        batches: Sequence[Any],
+        over: Alone,
+        *,
+        check: bool = True,
+        scale: float = 1.0,
     ) -> Direction:
         """Work out the direction. See ``DirectionStep.evaluate``."""
         domains, method = check_num_domains(len(batches)), self.method
@@ -189,7 +210,9 @@ class SmoothFishStep(DirectionStep):
         weight = method.gamma / fish if method.symmetric else method.gamma
         tracked = method.track_alignment
         sums = self._sums = self.running_sums(self._sums, cosines=bool(tracked), pairs=tracked == "pairs")
-        run = _Run(loss_fn, batches, self.trainable(), self.model, method.inner_lr / scale)
+        run = _Run(loss_fn, batches, self.trainable(), self.model, method.inner_lr / scale, over)
+        if over.reduces or run.sharded:
+            sums.reserve(run.parameters)
         again: Tensor | None = None
         try:
             if walks_only:
@@ -232,15 +255,21 @@ class SmoothFishStep(DirectionStep):
                         total.add(gradient, weight / (len(walks) * domains))
                     del gradient
                     self.weights.rollback()
-            direction = total.tensors(like=run.parameters)
             # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
             if again is not None and self._looked <= 4 and weight > 1 / 32:
-                self._check_resolution(direction, weight)
+                self._check_resolution(total.tensors(like=run.shards), run.parameters, weight)
+            over.finish_walks(total)
+            direction = [
+                None if d is None else sharded_like(d, p)
+                for d, p in zip(total.tensors(like=run.shards), run.parameters, strict=True)
+            ]
             measured = sums.result()
             sums.reset(release=True)
             losses = torch.stack([loss.to(run.losses[0].device, run.losses[0].dtype) for loss in run.losses])
+            losses, losses_again = over.losses(losses, {} if again is None else {0: again})
             if check:
-                self._check(run, losses, direction, again, weight, scale)
+                self._check(run, losses, direction, losses_again, weight, scale)
+            buffers = None if after is None else dict(over.buffers(after.values()))
         finally:
             self.weights.rollback()
             torch.clear_autocast_cache()
@@ -256,24 +285,26 @@ class SmoothFishStep(DirectionStep):
             gradient=[found.get(p) for p in self.parameters()],
             objective=report.losses.mean() - strength * report.inner_product.to(losses.device),
             report=report,
-            buffers=None if after is None else after.values(),
+            buffers=buffers,
         )
 
-    def _check_resolution(self, direction: Sequence[Tensor | None], weight: float) -> None:
+    def _check_resolution(self, direction: Vector, parameters: Sequence[Tensor], weight: float) -> None:
         """Warn if the walks' gradients differ from those at their start by no more than rounding does.
 
         Args:
-            direction: What was found.
+            direction: What this rank found.
+            parameters: Of which it holds all or a shard.
             weight: Of the difference in it.
         """
-        domains, found, lengths, differences = len(self._sums), [], [], []
+        domains, found, lengths, differences, like = len(self._sums), [], [], [], []
         for index, d in enumerate(direction):  # one at a time: a whole vector would be the most memory of all
             if d is not None:
                 mean = self._sums.total(index, like=d) / domains
                 found.append(d)
+                like.append(parameters[index])
                 lengths.append(torch.linalg.vector_norm(mean))
                 differences.append(torch.linalg.vector_norm(d - mean))
-        length, difference = float(get_total_norm(lengths)), float(get_total_norm(differences)) / weight
+        length, difference = float(total_norm(lengths, like)), float(total_norm(differences, like)) / weight
         if difference < min(32 * precision(found), 0.02) * length:
             warnings.warn(
                 f"SmoothFish matches nothing: along the walk the mean gradient changes by {difference / length:.1g} of "
@@ -286,26 +317,26 @@ class SmoothFishStep(DirectionStep):
         self,
         run: _Run,
         losses: Tensor,
-        direction: Sequence[Tensor | None],
-        again: Tensor | None,
+        direction: Vector,
+        again: Mapping[int, Tensor],
         weight: float,
         scale: float,
     ) -> None:
         """Raise if something is not finite, or if a loss evaluated again is another. Waits once for an accelerator."""
         method = self.method
         if method.nonfinite == "raise":
-            extra = [] if again is None else [again]
             try:
-                norm, *second = self.read_finite(losses, [g for g in direction if g is not None], *extra)[1]
+                found = self.read_finite(losses, [g for g in direction if g is not None], *again.values())
+                norm, *second = found[1]
             except ValueError as error:
                 index = int(torch.isfinite(losses).logical_not().nonzero()[0])
-                if method.gamma == 1 and not method.symmetric and bool(torch.isfinite(run.loss(index))):
+                if method.gamma == 1 and not method.symmetric and run.is_finite_at_start(index):
                     raise self._diverged(f"the loss of {name_of(index)} is {losses[index].item()} along it") from error
                 raise
             if not math.isfinite(norm) and scale == 1.0:  # else the scaler skips the step
                 raise self._diverged("the direction holds NaN or infinity")
         else:
-            second = [] if again is None else [float(again)]
+            second = [float(loss) for loss in again.values()]
         if second:
             # An error of the gradients counts in the direction with this weight.
             tolerance = math.sqrt(precision([*run.parameters, losses])) / max(1.0, weight)
@@ -327,6 +358,7 @@ class _Run:
         parameters: Those to differentiate by and to move.
         model: Whose buffers to keep, if any.
         step: Of the walk.
+        over: How ranks share them.
     """
 
     def __init__(
@@ -336,8 +368,12 @@ class _Run:
         parameters: list[Tensor],
         model: nn.Module | None,
         step: float,
+        over: Alone,
     ) -> None:
         self.parameters = parameters
+        self.shards = [local_of(p) for p in parameters]
+        self.sharded = any(map(is_sharded, parameters))
+        self._over = over
         self.losses: list[Tensor] = []
         self._loss_fn = loss_fn
         self._batches = batches
@@ -347,7 +383,7 @@ class _Run:
         self._buffers: dict[int, SavedBuffers] = {}  # before a domain's first evaluation
         self._random_after: RandomState | None = None
 
-    def first(self, index: int, *, keep_buffers: bool = False) -> list[Tensor | None]:
+    def first(self, index: int, *, keep_buffers: bool = False) -> Vector:
         """Evaluate a domain for the first time; the domains before it have been.
 
         Args:
@@ -364,7 +400,7 @@ class _Run:
         loss, gradient = self._differentiate(index)
         check_reached(gradient, index)
         self.losses.append(loss)
-        return gradient
+        return self._over.gradient(gradient, self.parameters)
 
     def finish(self) -> SavedBuffers | None:
         """Note how one evaluation of each domain leaves random numbers and buffers.
@@ -375,7 +411,7 @@ class _Run:
         self._random_after = RandomState.capture(devices_of(self.parameters, list(self._batches)))
         return None if self._slots is None else SavedBuffers(self._slots)
 
-    def again(self, index: int) -> list[Tensor | None]:
+    def again(self, index: int) -> Vector:
         """Evaluate a domain at the present parameters as the first time.
 
         Args:
@@ -385,7 +421,7 @@ class _Run:
             Its gradient.
         """
         self._set_back(index)
-        return self._differentiate(index)[1]
+        return self._over.gradient(self._differentiate(index)[1], self.parameters)
 
     def loss(self, index: int) -> Tensor:
         """Evaluate a domain's loss at the present parameters as the first time, without its gradient.
@@ -397,10 +433,23 @@ class _Run:
             The loss, detached.
         """
         self._set_back(index)
+        if self.sharded:  # only a backward pass lets fully_shard go on to other parameters
+            return self._differentiate(index)[0]
         return check_loss(self._loss_fn(self._batches[index]), index).detach()
 
+    def is_finite_at_start(self, index: int) -> bool:
+        """Return whether a loss that was not finite along the walk is so at its start.
+
+        Args:
+            index: Which.
+
+        Returns:
+            False also where this rank may not evaluate it by itself.
+        """
+        return not self._over.in_step and bool(torch.isfinite(self.loss(index)))
+
     @torch.no_grad()
-    def move(self, gradient: Sequence[Tensor | None]) -> None:
+    def move(self, gradient: Vector) -> None:
         """Take a step of SGD.
 
         Args:
