@@ -291,8 +291,8 @@ def test_a_state_of_version_1_continues_in_random_order(case):
     changes, state_dict, rest, following = VERSION_1[case]
     sampler = small_sampler(**changes, order="random")
     sampler.load_state_dict(state_dict)
-    added = {"order": "random", "exhausted": "stop", "batches_per_epoch": 0}
-    assert sampler.state_dict() == {**state_dict, "version": 3, **added}
+    added = {"order": "random", "exhausted": "stop", "batches_per_epoch": 0, "num_replicas": 1, "split": "batch"}
+    assert sampler.state_dict() == {**state_dict, "version": 4, **added}
     assert [list(sampler), list(sampler)] == [rest, following]
 
 

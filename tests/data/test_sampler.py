@@ -34,7 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Sampler
 
-from torch_gradmatch.data import _draw
+from torch_gradmatch.data import _draw, _split
 from torch_gradmatch.data import sampler as sampler_module
 from torch_gradmatch.data._draw import draw_groups
 from torch_gradmatch.data.meta_batches import meta_batches
@@ -290,7 +290,7 @@ def test_every_stream_of_random_numbers_has_one_use(monkeypatch, domains_per_ste
         streams.append(key)
         return random_stream(*key)
 
-    for module in (_draw, sampler_module):
+    for module in (_draw, _split, sampler_module):
         monkeypatch.setattr(module, "random_stream", recording)
     sampler = small_sampler(domains_per_step=domains_per_step)
     for _ in range(3):
@@ -719,9 +719,10 @@ def test_more_served_than_the_sampler_has(served):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        changing("version is 4, but this sampler's is 3", version=4),
-        changing("version is 2, but this sampler's is 3", version=2),  # a state of version 2 has no exhausted
-        changing("version is 1, but this sampler's is 3", version=1),  # a state of version 1 has no order
+        changing("version is 5, but this sampler's is 4", version=5),
+        changing("version is 3, but this sampler's is 4", version=3),  # a state of version 3 has no num_replicas
+        changing("version is 2, but this sampler's is 4", version=2),  # a state of version 2 has no exhausted
+        changing("version is 1, but this sampler's is 4", version=1),  # a state of version 1 has no order
         changing("order is 'random', but this sampler's is 'flipflop'", order="random"),
         changing("order is 'reverse', but this sampler's is 'flipflop': resume with the same", order="reverse"),
         changing("seed is 4, but this sampler's is 3", seed=4),

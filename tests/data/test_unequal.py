@@ -260,7 +260,7 @@ def test_the_plan_counts_what_was_served_before_any_position(case, data):
     domains = [labels[batch[0]] for batch in sampler]
     position = data.draw(st.integers(0, len(domains)))
     counts = Counter(domains[:position])
-    assert sampler._plan.served(epoch, position).tolist() == [counts[label] for label in sampler.labels]
+    assert sampler._plan.plan.served(epoch, position).tolist() == [counts[label] for label in sampler.labels]
 
 
 # States of version 2, written before there was a cycle (commit 43b7173)
@@ -310,7 +310,8 @@ def test_a_state_of_version_2_continues(case):
     state_dict = {"version": 2, **place, **SAVED, **changes}
     sampler = small_sampler(**changes)
     sampler.load_state_dict(state_dict)
-    assert sampler.state_dict() == {**state_dict, "version": 3, "exhausted": "stop", "batches_per_epoch": 0}
+    added = {"exhausted": "stop", "batches_per_epoch": 0, "num_replicas": 1, "split": "batch"}
+    assert sampler.state_dict() == {**state_dict, "version": 4, **added}
     assert [list(sampler), list(sampler)] == [rest, following]
 
 
@@ -372,10 +373,10 @@ def test_total_batches_is_the_sum_of_the_lengths_and_asking_changes_nothing(case
     iterator = iter(sampler)
     stop = data.draw(st.integers(0, len(served[epoch])))
     assert list(itertools.islice(iterator, stop)) == served[epoch][:stop]
-    before, kept = sampler.state_dict(), sampler._plan._kept
+    before, kept = sampler.state_dict(), sampler._plan.plan._kept
     assert sampler.total_batches(epochs) == sum(map(len, served[:epochs]))
     assert sampler.state_dict() == before
-    assert sampler._plan._kept is kept
+    assert sampler._plan.plan._kept is kept
     assert list(iterator) == served[epoch][stop:]
     assert list(sampler) == served[epoch + 1]
 
@@ -567,7 +568,7 @@ def test_a_draw_from_ten_thousand_domains_takes_little_longer_than_one_from_ten(
         labels = np.repeat(np.arange(num_domains), sizes)
         sampler = DomainBatchSampler(labels, 16, 5, weights, exhausted=exhausted)
         started = time.perf_counter()
-        drawn = sum(domains.size for domains in itertools.islice(sampler._plan.stretches(1, 0), 20))
+        drawn = sum(domains.size for domains in itertools.islice(sampler._plan.plan.stretches(1, 0), 20))
         seconds = (time.perf_counter() - started) / drawn
         record_property(f"seconds per draw from {num_domains}", seconds)
         sys.stdout.write(f"{weighting}, {exhausted}, {num_domains} domains: {seconds * 1e6:.2f} us per draw\n")

@@ -171,6 +171,28 @@ class Plan(ABC):
             counts += np.bincount(domains, minlength=counts.size)
         return counts
 
+    def pair_of(self, epoch: int, group: int) -> tuple[int, int, bool]:
+        """Find the pair in which a group is.
+
+        Args:
+            epoch: Its number.
+            group: The group's number in it.
+
+        Returns:
+            Epoch and number of the first group of the pair, and whether the group is the second. A group that has no
+            second is a pair by itself.
+        """
+        if not self.paired:
+            return epoch, group, False
+        groups = self._groups_of_every_epoch
+        second = (epoch * groups + group) % 2
+        return (epoch - 1, groups - 1, True) if second > group else (epoch, group - second, bool(second))
+
+    @property
+    @abstractmethod
+    def _groups_of_every_epoch(self) -> int:
+        """The groups of each epoch, where a pair may be in two of them; else 0."""
+
 
 @dataclass
 class StopPlan(Plan):
@@ -191,6 +213,10 @@ class StopPlan(Plan):
     def stretches(self, epoch: int, start: int, end: int | None = None) -> Iterator[IntArray]:
         """Yield one array."""
         yield self._domains(epoch)[start:end]
+
+    @property
+    def _groups_of_every_epoch(self) -> int:
+        return min(self.num_batches) if self._all_domains else 0
 
     @property
     def _constant_length(self) -> int:
@@ -247,6 +273,10 @@ class CyclePlan(Plan):
             domains = self._block(number)[offset : offset + last - position]
             yield domains
             position += domains.size
+
+    @property
+    def _groups_of_every_epoch(self) -> int:
+        return self.epoch_length // self.domains_per_step
 
     @property
     def _block_groups(self) -> int:

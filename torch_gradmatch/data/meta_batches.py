@@ -37,7 +37,7 @@ class MetaBatch(list[Batch]):
             self.domains = domains
 
 
-def meta_batches(loader: Iterable[Batch], domains_per_step: int) -> _MetaBatches[Batch]:
+def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -> _MetaBatches[Batch]:
     """Group the batches of a loader into lists of S, one for each ``GradMatch.meta_step``.
 
     An incomplete last list is left out; after a ``DomainBatchSampler`` or a ``DomainLoader`` there is none, and the
@@ -48,34 +48,50 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int) -> _MetaBatches
     Args:
         loader: Any iterable of batches; to have one domain each, a ``DataLoader`` with a ``DomainBatchSampler``, or a
             ``DomainLoader``.
-        domains_per_step: S.
+        domains_per_step: S; where the sampler has ``split="domains"``, S / R, its ``batches_per_group``. ``None`` takes
+            it from the loader's ``DomainBatchSampler``, or the ``DomainLoader``.
 
     Returns:
         An iterable of lists, each time over the loader anew, with a length if the loader has one.
 
     Raises:
-        ValueError: If S is no positive integer or not that of the loader or its ``DomainBatchSampler``, the loader
-            does not keep its sampler's order, or the sampler's domains are not those of the loader's data set.
+        ValueError: If S is no positive integer or not that of the loader or its ``DomainBatchSampler``, is not given
+            where the loader has neither, the loader does not keep its sampler's order, or the sampler's domains are not
+            those of the loader's data set.
 
     Example:
         >>> list(meta_batches(["a", "b", "c", "d", "e"], 2))
         [['a', 'b'], ['c', 'd']]
     """
-    domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
+    if domains_per_step is not None:
+        domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
     source = loader if isinstance(loader, DomainLoader) else getattr(loader, "batch_sampler", None)
     if not isinstance(source, DomainBatchSampler | DomainLoader):
+        if domains_per_step is None:
+            raise ValueError(
+                "domains_per_step should be an integer of at least 1 (got None) over a loader that is no DomainLoader "
+                f"and has no DomainBatchSampler (got {type(loader).__name__})"
+            )
         return _MetaBatches(loader, domains_per_step, None)
-    if source.domains_per_step != domains_per_step:
+    own = _batches_per_group(source)
+    if domains_per_step not in {None, own}:
         which = "DomainLoader" if source is loader else "loader's DomainBatchSampler"
+        if own != source.domains_per_step:
+            which += f", which deals out domains_per_step={source.domains_per_step} batches to the ranks"
         raise ValueError(
-            f"domains_per_step should be {source.domains_per_step}, as in the {which} (got {domains_per_step}): "
+            f"domains_per_step should be {own}, as in the {which} (got {domains_per_step}): "
             "otherwise a list could hold two batches of one domain"
         )
     if not getattr(loader, "in_order", True):
         raise ValueError("loader should keep its sampler's order (got in_order=False): lists would mix groups")
     if isinstance(source, DomainBatchSampler):
         _check_dataset(loader, source)
-    return _MetaBatches(loader, domains_per_step, source)
+    return _MetaBatches(loader, own, source)
+
+
+def _batches_per_group(source: DomainBatchSampler | DomainLoader[Any]) -> int:
+    """Return how many batches of a group this process has."""
+    return source.batches_per_group if isinstance(source, DomainBatchSampler) else source.domains_per_step
 
 
 def _check_dataset(loader: Any, sampler: DomainBatchSampler) -> None:

@@ -16,24 +16,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from torch_gradmatch._checks import check_bool, check_choice, check_int
-from torch_gradmatch.data._draw import plan_epochs, random_stream, warn_if_little_is_served
+from torch_gradmatch.data._draw import random_stream, warn_if_little_is_served
 from torch_gradmatch.data._labels import IntArray, ListLike, check_short, domain_weights, indices_by_domain, shown
+from torch_gradmatch.data._saved_place import STATE_VERSION, saved_place
+from torch_gradmatch.data._split import SPLITS, Split, plan_ranks
 
 __all__ = ["DomainBatchSampler"]
 
-STATE_VERSION = 3
-# What was added to the state in versions 2 and 3, with the value of everything saved before.
-ADDED_SETTINGS: dict[int, dict[str, int | str]] = {
-    2: {"order": "random"},
-    3: {"exhausted": "stop", "batches_per_epoch": 0},
-}
 Item = TypeVar("Item")
 
 
@@ -73,13 +69,29 @@ class DomainBatchSampler(Sampler[list[int]]):
     ``len(sampler)`` is exactly what the iterator in progress, or else the next one, yields in all. With
     ``exhausted="stop"`` it may differ between epochs, and after ``load_state_dict`` it is what is left of the epoch.
 
+    Each of R ranks of ``torch.distributed`` has a sampler of its own, with the same arguments but for ``rank``; nothing
+    is communicated. In every epoch all ranks have the same number of batches. ``split`` says what they share:
+
+    - ``"batch"``, for DDP, FSDP2 and methods with ``parallel="data"``: all serve the same domain at the same time, and
+      each the r-th of R equal consecutive parts of the batch. Together they serve what one process would.
+    - ``"walks"``, for methods whose ranks walk by themselves (``Fish`` with a ``process_group``, ``SmoothFish`` with
+      ``parallel="walks"``): in each group all have the same S domains, each rank in an order of its own, the ranks 2k
+      and 2k + 1 in opposite ones. R batches of a domain are dealt out at a time, so that an epoch has about n_d / R of
+      them for each rank; no sample is served by two. With an odd R, the last rank's order has no opposite.
+    - ``"domains"``, for ``IDGM`` with ``parallel="domains"``: the S batches of each group are dealt out, S / R
+      consecutive ones to each rank.
+
+    With ``"batch"`` and ``"walks"`` all ranks have equally many samples of a domain at a time. What a domain has last
+    is cut so that R divides it: fewer than R samples of a domain are not served in an epoch, others in each.
+
     Args:
         domains: One label, string or integer, per sample of the data set (list, tuple, array, tensor, Series of
             pandas or Polars); or a mapping from label to the indices of that domain's samples, which need not cover
             the data set.
-        batch_size: Samples in a batch; a domain's last batch may be smaller.
+        batch_size: Samples in a batch; a domain's last batch may be smaller. With ``split="batch"``, in the batch of
+            all ranks together, a multiple of R.
         domains_per_step: S; ``None`` for all domains, of which there should be two then. With 1, and also with one
-            domain, it serves ordinary training.
+            domain, it serves ordinary training. With ``split="domains"``, S of all ranks together, a multiple of R.
         weighting: The probabilities p_d with which a group's domains are drawn, one after the other among those not
             yet in it. ``"uniform"``: equal. ``"proportional"``: p_d ∝ the batches that the domain has left
             (``stratified`` in the authors' code), so that large and small domains last about equally long; in a cycle
@@ -96,12 +108,20 @@ class DomainBatchSampler(Sampler[list[int]]):
             an order of its own.
         exhausted: What happens when domains run out, ``"stop"`` or ``"cycle"``, see above. In a cycle all groups are
             in pairs, also where an epoch ends between the two.
-        batches_per_epoch: With ``exhausted="cycle"``, the length of every epoch instead: a multiple of S.
+        batches_per_epoch: With ``exhausted="cycle"``, the length of every epoch instead: a multiple of S. With
+            ``split="domains"``, of all ranks together.
+        num_replicas: R, the number of ranks. With 1, ``split`` makes no difference.
+        rank: This one's number, from 0 to R - 1.
+        split: ``"batch"``, ``"walks"`` or ``"domains"``, see above.
+
+    Attributes:
+        batches_per_group: How many batches of a group this rank has: S / R with ``split="domains"``, else S.
 
     Raises:
         ValueError: If an argument is out of range, a label is missing or neither string nor integer, all samples have
             the same one although S is not 1, a string and an integer read the same, an index is negative or given
-            twice, a flag is not a ``bool``, or a domain is empty (with ``drop_last``: has no full batch).
+            twice, a flag is not a ``bool``, or a domain is empty or has too few samples for one batch (with
+            ``drop_last``: a full one) on every rank.
         TypeError: If ``domains`` is neither a sequence nor a mapping.
 
     Warns:
@@ -120,6 +140,14 @@ class DomainBatchSampler(Sampler[list[int]]):
         >>> served = ["abc"[index % 3] for (index,) in sampler]
         >>> served[3:] == served[2::-1]
         True
+
+        Two ranks walk through the same domains in opposite orders:
+
+        >>> one, other = (
+        ...     DomainBatchSampler(hospitals, batch_size=2, num_replicas=2, rank=rank, split="walks") for rank in (0, 1)
+        ... )
+        >>> [hospitals[batch[0]] for batch in one] == [hospitals[batch[0]] for batch in other][::-1]
+        True
     """
 
     def __init__(
@@ -134,6 +162,9 @@ class DomainBatchSampler(Sampler[list[int]]):
         order: str = "flipflop",
         exhausted: str = "stop",
         batches_per_epoch: int | None = None,
+        num_replicas: int = 1,
+        rank: int = 0,
+        split: str = "batch",
     ) -> None:
         super().__init__()
         self.batch_size = check_short(check_int, "batch_size", batch_size, 1)
@@ -142,19 +173,15 @@ class DomainBatchSampler(Sampler[list[int]]):
         self.order = check_short(check_choice, "order", order, ("flipflop", "random"))
         self.exhausted = check_short(check_choice, "exhausted", exhausted, ("stop", "cycle"))
         overlapping = check_short(check_bool, "overlapping", overlapping)
+        self.num_replicas = check_short(check_int, "num_replicas", num_replicas, 1)
+        self.rank = check_short(check_int, "rank", rank, 0)
+        self.split = check_short(check_choice, "split", split, SPLITS)
+        divided = Split(self.split, self.num_replicas, self.rank, self.batch_size, self.drop_last)
 
         self._labels, self._indices = indices_by_domain(domains, overlapping)
         self._num_labels = None if isinstance(domains, Mapping) else sum(indices.size for indices in self._indices)
         sizes = [indices.size for indices in self._indices]
-        rounding = 0 if self.drop_last else self.batch_size - 1
-        self._num_batches = [(size + rounding) // self.batch_size for size in sizes]
-        if 0 in self._num_batches:
-            first = self._num_batches.index(0)
-            raise ValueError(
-                f"domain {shown(self._labels[first])} has {sizes[first]} samples, with drop_last=True not one batch of "
-                f"batch_size={shown(self.batch_size)} (so have {self._num_batches.count(0)} of {len(sizes)} domains): "
-                "lower batch_size, pass drop_last=False or leave such domains out"
-            )
+        divided.num_batches(sizes, self._labels)
         if len(sizes) == 1 and domains_per_step != 1:
             raise ValueError(
                 f"domains has one label, {shown(self._labels[0])}, for all {sizes[0]} samples, and there is no other "
@@ -171,8 +198,19 @@ class DomainBatchSampler(Sampler[list[int]]):
                 )
         self.weighting = dict(weighting) if isinstance(weighting, Mapping) else weighting
         weights, weights_id = domain_weights(weighting, self._labels, sizes)
-        drawing = (self._num_batches, self.domains_per_step, weights, self.seed, self.order == "flipflop")
-        self._plan = plan_epochs(*drawing, self.exhausted, batches_per_epoch)
+        self._plan_of = partial(
+            plan_ranks,
+            sizes=sizes,
+            labels=self._labels,
+            domains_per_step=self.domains_per_step,
+            weights=weights,
+            seed=self.seed,
+            paired=self.order == "flipflop",
+            exhausted=self.exhausted,
+            batches_per_epoch=batches_per_epoch,
+        )
+        self._plan = self._plan_of(divided)
+        self.batches_per_group = self._plan.batches_per_group
         self._settings: dict[str, int | str | bool] = {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -187,14 +225,16 @@ class DomainBatchSampler(Sampler[list[int]]):
             ).hexdigest(),
             "order": self.order,  # last but for what is newer, so that another mismatch is named first
             "exhausted": self.exhausted,
-            "batches_per_epoch": self._plan.length(0) if self.exhausted == "cycle" else 0,  # 0: they may differ
+            "batches_per_epoch": self._plan.plan.length(0) if self.exhausted == "cycle" else 0,  # 0: they may differ
+            "num_replicas": self.num_replicas,
+            "split": self.split,
         }
         # No other class touches these two: loaders call _track, _next_epoch, _epoch_length and _labels_at.
         self._next = (0, 0)  # epoch and position at which the next iterator starts
         self._progress: _Progress | None = None  # of the latest iterator, unless an epoch was chosen since
         if self.exhausted == "stop":
             num_samples = np.unique(np.concatenate(self._indices)).size if overlapping else sum(sizes)
-            warn_if_little_is_served(self._plan, sizes, self.batch_size, num_samples)
+            warn_if_little_is_served(self._plan.plan, sizes, divided.whole_batch, num_samples)
 
     @property
     def labels(self) -> tuple[str | int, ...]:
@@ -217,18 +257,15 @@ class DomainBatchSampler(Sampler[list[int]]):
         self._next = (epoch + 1, 0)
         progress = self._progress = _Progress(epoch, start)
         try:
-            served = self._plan.served(epoch, start).tolist()
-            shuffled: dict[int, IntArray] = {}
-            for domain in chain.from_iterable(map(np.ndarray.tolist, self._plan.stretches(epoch, start))):
-                past_round, batch_number = divmod(served[domain], self._num_batches[domain])
-                if domain not in shuffled:
+            shuffled: dict[int, tuple[int, IntArray]] = {}
+            for domain, number in self._plan.numbered(epoch, start):
+                past_round, batch_number = divmod(number, self._plan.plan.num_batches[domain])
+                if domain not in shuffled or shuffled[domain][0] != past_round:
                     # Each domain and round has its own generator, so a resumed epoch shuffles it the same way.
                     key = (epoch, 1 + domain, past_round) if past_round else (epoch, 1 + domain)
-                    shuffled[domain] = random_stream(self.seed, *key).permutation(self._indices[domain])
-                first = batch_number * self.batch_size
-                batch: list[int] = shuffled[domain][first : first + self.batch_size].tolist()
-                served[domain] += 1
-                if batch_number + 1 == self._num_batches[domain]:
+                    shuffled[domain] = past_round, random_stream(self.seed, *key).permutation(self._indices[domain])
+                batch: list[int] = self._plan.split.part(shuffled[domain][1], batch_number).tolist()
+                if batch_number + 1 == self._plan.plan.num_batches[domain]:
                     del shuffled[domain]
                 progress.yielded += 1
                 yield batch
@@ -263,8 +300,8 @@ class DomainBatchSampler(Sampler[list[int]]):
             epochs: Their number.
 
         Returns:
-            The sum of their lengths. A schedule that steps once for every group, not for every batch, takes this
-            divided by ``domains_per_step``.
+            The sum of their lengths on one rank, which is the same on all. A schedule that steps once for every group,
+            not for every batch, takes this divided by ``batches_per_group``.
 
         Raises:
             ValueError: If ``epochs`` is not an integer of at least 0.
@@ -278,13 +315,16 @@ class DomainBatchSampler(Sampler[list[int]]):
     def state_dict(self, served: int | None = None) -> dict[str, int | str | bool]:
         """Return the position, and the settings by which ``load_state_dict`` notices other data or arguments.
 
+        It is the same on every rank. With ``split="domains"`` the position is that of all ranks together.
+
         A ``DataLoader`` with workers takes batches ahead of the loop. Under ``meta_batches`` or ``ResumableLoader``
         the position is still what the loop received. In a plain loop over such a loader, pass ``served``; after its
         end there is no need.
 
         Args:
             served: Batches the loop has taken from its present iterator, also if that one resumed an epoch:
-                ``i + 1`` in ``for i, batch in enumerate(loader)``. By default all that the sampler has served.
+                ``i + 1`` in ``for i, batch in enumerate(loader)``. By default all that the sampler has served. In
+                any case on this rank.
 
         Returns:
             Numbers and strings; ``torch.load(weights_only=True)`` loads them.
@@ -303,45 +343,27 @@ class DomainBatchSampler(Sampler[list[int]]):
         # After an exhausted epoch, a loop that has taken nothing yet is the next epoch's.
         if progress is not None and served is not None and (served > 0 or not progress.exhausted):
             epoch, position = progress.epoch, progress.start + int(served)
+        position *= self._plan.split.shares
         return {"version": STATE_VERSION, "epoch": epoch, "position": position, **self._settings}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
 
+        It may be of any rank, and of another number of ranks if the rest of the epoch is the same on this one: always
+        between two epochs; with ``split="domains"`` between two groups; with ``split="batch"`` anywhere, if what each
+        domain has last is cut alike, as where ``batch_size`` divides all sizes.
+
         Args:
             state_dict: From ``state_dict`` of a sampler of the same domains and arguments. One from before there was
                 ``order`` (version 1) continues with ``order="random"``, one from before there was ``exhausted``
-                (version 2) with ``exhausted="stop"``.
+                (version 2) with ``exhausted="stop"``, one from before there was ``num_replicas`` (version 3) as one of
+                a single rank.
 
         Raises:
-            ValueError: If it is malformed or of another version, other domains or arguments; nothing changes then.
+            ValueError: If it is malformed or of another version, other domains or arguments, or the rest of the epoch
+                would be another on this number of ranks; nothing changes then.
         """
-        expected = {"version": STATE_VERSION, "epoch": 0, "position": 0, **self._settings}
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(f"the state dict should hold exactly {list(expected)} (got {shown(state_dict)})")
-        state_dict = _upgraded(state_dict)
-        if set(state_dict) != set(expected):
-            missing, unknown = (
-                [name for name in ones if name not in others]
-                for ones, others in ((expected, state_dict), (state_dict, expected))
-            )
-            raise ValueError(
-                f"the state dict should hold exactly {list(expected)} (it lacks {missing}, and has {shown(unknown)})"
-            )
-        for name, own in {"version": STATE_VERSION, **self._settings}.items():
-            if type(state_dict[name]) is not type(own) or state_dict[name] != own:
-                found, advice = shown(state_dict[name]), "resume with the same domains and arguments"
-                if (name, found) == ("order", "'random'"):
-                    advice = 'it was saved in random order, DomainBatchSampler(order="random") resumes it'
-                raise ValueError(f"the state dict's {name} is {found}, but this sampler's is {shown(own)}: {advice}")
-        epoch, position = (
-            check_short(check_int, f"the state dict's {name}", state_dict[name], 0) for name in ("epoch", "position")
-        )
-        if position > (length := self._epoch_length(epoch)):
-            raise ValueError(
-                f"the state dict's position is {shown(position)}, but epoch {shown(epoch)} has {shown(length)} batches"
-            )
-        self._next = (epoch, position)
+        self._next = saved_place(state_dict, self._settings, self._plan, self._plan_of)
         self._progress = None
 
     def _track(self, loader: Iterable[Item], group_size: int = 1) -> Iterator[Item]:
@@ -363,7 +385,8 @@ class DomainBatchSampler(Sampler[list[int]]):
         if self._next[1] % group_size:
             raise RuntimeError(
                 f"the sampler resumes at batch {self._next[1]}, in the middle of a group of {group_size}: take the "
-                f"state dict under meta_batches, or set its 'position' to a multiple of {group_size}"
+                "state dict under meta_batches, or set its 'position' to a multiple of "
+                f"{group_size * self._plan.split.shares}"
             )
         progress = None
         try:
@@ -398,8 +421,12 @@ class DomainBatchSampler(Sampler[list[int]]):
 
     def _labels_at(self, epoch: int, start: int, number: int) -> tuple[str | int, ...]:
         """Return the labels of the batches from ``start`` to ``start + number`` of an epoch, as far as it goes."""
-        stretches = self._plan.stretches(epoch, start, start + number)
-        return tuple(self._labels[domain] for domains in stretches for domain in domains.tolist())
+        return tuple(self._labels[domain] for domain in self._plan.domains(epoch, start, start + number))
+
+    def _is_end(self, state_dict: Mapping[str, Any]) -> bool:
+        """Return whether a state of this sampler is behind the last batch of its epoch."""
+        length: int = self._plan.plan.length(int(state_dict["epoch"]))
+        return bool(state_dict["position"] == length)
 
     def _check_dataset(self, num_samples: int) -> None:
         """Raise ``ValueError`` unless the domains are of a data set of ``num_samples``. For loaders, which know it."""
@@ -417,12 +444,3 @@ class DomainBatchSampler(Sampler[list[int]]):
                 f"domains[{shown(label)}] has the index {largest}, but the loader's data set has {num_samples} "
                 "samples: indices should count within that data set"
             )
-
-
-def _upgraded(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a state of an earlier version as it would be saved today."""
-    for version, added in ADDED_SETTINGS.items():
-        found = state_dict.get("version")
-        if type(found) is int and found == version - 1 and not any(name in state_dict for name in added):
-            state_dict = {**state_dict, "version": version, **added}
-    return state_dict

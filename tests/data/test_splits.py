@@ -1,0 +1,360 @@
+"""One sampler over several ranks: the laws of each split, and every error."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import pickle
+import random
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from _samplers import assert_distributed, loader_of, through_a_file
+from _splits import KINDS, grouped, ranks_of, spread, walk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torch_gradmatch import DomainBatchSampler, ResumableLoader, meta_batches
+from torch_gradmatch.data import _split
+from torch_gradmatch.data import sampler as sampler_module
+
+# From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
+# Domains are drawn of any sizes, so that an epoch may well serve little; test_unequal.py tests that warning.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded.*:DeprecationWarning", "ignore:an epoch serves:UserWarning"
+)
+
+LABELS = ["a"] * 16 + ["b"] * 8 + ["c"] * 8 + ["d"] * 24
+PLAIN = {"batch_size": 4, "domains_per_step": 4, "seed": 1}
+
+
+# One rank
+
+
+def drawn_sampler(seed, **more):
+    draws = random.Random(seed)
+    batch_size, drop_last = draws.randint(1, 5), draws.random() < 0.5
+    sizes = [draws.randint(batch_size if drop_last else 1, 30) for _ in range(draws.randint(2, 7))]
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    draws.shuffle(labels)
+    domains_per_step = draws.choice([None, draws.randint(1, len(sizes))])
+    weighting = draws.choice(["uniform", "proportional", 0.5])
+    order, exhausted = draws.choice(["flipflop", "random"]), draws.choice(["stop", "cycle"])
+    arguments = (batch_size, domains_per_step, weighting, seed, drop_last, False, order, exhausted)
+    return DomainBatchSampler(labels, *arguments, **more)
+
+
+@pytest.mark.parametrize("more", [{}, *({"split": kind} for kind in KINDS)], ids=str)
+def test_one_rank_serves_what_was_served_before_there_were_ranks(more):
+    """The hash is of the batches at commit 860abf5."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for seed in range(150):
+        sampler = drawn_sampler(seed, **more)
+        hashed.update(json.dumps([list(sampler) for _ in range(4)]).encode())
+    assert hashed.hexdigest() == "d63c86f898358e495b5133e4b1109ef0"
+
+
+# What holds for every split
+
+
+@given(case=spread())
+@settings(deadline=None)
+def test_every_rank_has_as_many_batches_and_as_large_ones_as_the_others_and_knows_it(case):
+    labels, arguments, _, kind = case
+    samplers = ranks_of(*case)
+    total = [samplers[0].total_batches(epochs) for epochs in range(4)]
+    for epoch in range(3):
+        length = total[epoch + 1] - total[epoch]
+        assert {len(sampler) for sampler in samplers} == {length}
+        served = [list(sampler) for sampler in samplers]
+        assert {len(batches) for batches in served} == {length}
+        size = arguments["domains_per_step"] if kind == "walks" else 1
+        if kind != "domains":
+            for groups in zip(*(grouped(batches, size) for batches in served), strict=True):
+                assert len({tuple(sorted((labels[batch[0]], len(batch)) for batch in group)) for group in groups}) == 1
+        assert all(type(index) is int for index in itertools.chain(*itertools.chain(*served)))
+    assert all([sampler.total_batches(epochs) for epochs in range(4)] == total for sampler in samplers)
+
+
+@given(case=spread())
+@settings(deadline=None)
+def test_no_sample_is_served_again_before_its_domain_has_run_out(case):
+    labels, arguments, num_replicas, kind = case
+    sizes = Counter(labels)
+    if kind == "domains":
+        parts, whole = 1, arguments["batch_size"]
+    else:
+        parts, whole = num_replicas, arguments["batch_size"] * (num_replicas if kind == "walks" else 1)
+    rests = {label: size % whole for label, size in sizes.items()}
+    of_round = {
+        label: size - (rests[label] if arguments["drop_last"] else rests[label] % parts)
+        for label, size in sizes.items()
+    }
+    samplers = ranks_of(*case)
+    for _ in range(2):
+        served = Counter(index for sampler in samplers for batch in sampler for index in batch)
+        for label, number in Counter(labels[index] for index in served.elements()).items():
+            rounds = -(-number // of_round[label])
+            assert max(times for index, times in served.items() if labels[index] == label) <= rounds
+            if arguments["exhausted"] == "stop":
+                assert rounds == 1
+
+
+@given(case=spread(), epoch=st.integers(0, 4))
+@settings(deadline=None, max_examples=50)
+def test_an_epoch_can_be_chosen(case, epoch):
+    for sampler, again in zip(ranks_of(*case), ranks_of(*case), strict=True):
+        served = [list(sampler) for _ in range(epoch + 1)][-1]
+        again.set_epoch(epoch)
+        assert list(again) == served
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_have_the_same_future(kind):
+    for sampler in ranks_of(LABELS, PLAIN, 2, kind):
+        next(iterator := iter(sampler))
+        for copied in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+            reference = copy.deepcopy(sampler)
+            assert [list(copied), list(copied)] == [list(reference), list(reference)]
+        next(iterator)
+
+
+def test_numpy_integers_are_accepted():
+    one = DomainBatchSampler(LABELS, 4, num_replicas=np.int64(2), rank=np.int32(1))
+    assert list(one) == list(DomainBatchSampler(LABELS, 4, num_replicas=2, rank=1))
+    through_a_file(one.state_dict())
+
+
+# Parts of batches
+
+
+@given(case=spread("batch", even=True))
+@settings(deadline=None)
+def test_the_ranks_parts_are_the_batches_of_one_process(case):
+    labels, arguments, _, _ = case
+    whole = DomainBatchSampler(labels, **arguments)
+    samplers = ranks_of(*case)
+    for _ in range(3):
+        served = [list(itertools.chain(*parts)) for parts in zip(*samplers, strict=True)]
+        assert served == list(whole)
+
+
+@given(case=spread("batch"))
+@settings(deadline=None)
+def test_parts_are_cut_from_a_batch_of_one_process_and_of_its_domain(case):
+    """Where no domain loses a whole batch, the batches are those of one process, short of fewer than R samples."""
+    labels, arguments, num_replicas, _ = case
+    size = arguments["batch_size"]
+    for count in Counter(labels).values():
+        if 0 < count % size < num_replicas and not arguments["drop_last"]:
+            return
+    whole = DomainBatchSampler(labels, **arguments)
+    for parts, batch in zip(zip(*ranks_of(*case), strict=True), whole, strict=True):
+        served = list(itertools.chain(*parts))
+        assert served == batch[: len(batch) - len(batch) % num_replicas]
+
+
+def test_fewer_samples_than_ranks_are_left_over():
+    samplers = ranks_of(["a"] * 9 + ["b"] * 11, {"batch_size": 8, "domains_per_step": 1}, 4, "batch")
+    for _ in range(2):
+        served = [list(sampler) for sampler in samplers]
+        assert [len(batches) for batches in served] == [2] * 4  # of 8 each: 1 and 3 samples are left over
+        assert {len(batch) for batches in served for batch in batches} == {2}
+
+
+# Walks
+
+
+@given(case=spread("walks"))
+@settings(deadline=None)
+def test_all_ranks_walk_through_the_same_domains_pairs_of_them_in_opposite_orders(case):
+    labels, arguments, _, _ = case
+    samplers = ranks_of(*case)
+    for _ in range(3):
+        served = [grouped(list(sampler), arguments["domains_per_step"]) for sampler in samplers]
+        for groups in zip(*served, strict=True):
+            walks = [walk(labels, group) for group in groups]
+            assert len({frozenset(order) for order in walks}) == 1
+            assert len(set(walks[0])) == arguments["domains_per_step"]
+            for one, other in zip(walks[::2], walks[1::2], strict=False):
+                assert one == other[::-1]
+            samples = [index for group in groups for batch in group for index in batch]
+            assert len(samples) == len(set(samples))
+
+
+@given(case=spread("walks", even=True))
+@settings(deadline=None)
+def test_rank_r_has_batches_r_and_so_on_of_one_process(case):
+    """With one domain per step and in the order of the domains, those of one process in its order of the domains."""
+    labels, arguments, num_replicas, _ = case
+    arguments |= {"domains_per_step": len(set(labels)), "exhausted": "stop"}
+    arguments.pop("batches_per_epoch", None)
+
+    def by_domain(sampler):
+        batches = {}
+        for batch in sampler:
+            batches.setdefault(labels[batch[0]], []).append(batch)
+        return batches
+
+    plain = by_domain(DomainBatchSampler(labels, **arguments))
+    for rank, sampler in enumerate(ranks_of(labels, arguments, num_replicas, "walks")):
+        for domain, batches in by_domain(sampler).items():
+            assert batches == plain[domain][rank::num_replicas][: len(batches)]
+
+
+@given(case=spread("walks"))
+@settings(deadline=None)
+def test_the_second_group_of_a_pair_is_the_reverse_of_the_first_on_every_rank(case):
+    labels, arguments, _, _ = case
+    arguments |= {"order": "flipflop"}
+    size, all_domains = arguments["domains_per_step"], arguments["domains_per_step"] == len(set(labels))
+    endless = arguments["exhausted"] == "cycle" or all_domains  # pairs go on across epochs
+    for sampler in ranks_of(*case):
+        epochs = [[walk(labels, group) for group in grouped(list(sampler), size)] for _ in range(4)]
+        for walks in [list(itertools.chain(*epochs))] if endless else epochs:
+            for first, second in zip(walks[::2], walks[1::2], strict=False):
+                if set(first) == set(second):
+                    assert second == first[::-1]
+                assert set(first) == set(second) or arguments["exhausted"] == "stop"
+
+
+@pytest.mark.parametrize("order", ["flipflop", "random"])
+def test_pairs_of_ranks_have_independent_orders_all_equally_likely(order):
+    arguments = {"batch_size": 1, "order": order, "exhausted": "cycle", "batches_per_epoch": 6}
+    samplers = ranks_of([0, 1, 2] * 6, arguments, 6, "walks")[::2]
+    outcomes = [
+        tuple(tuple(sampler._labels_at(epoch, 0, 3)) for sampler in samplers)
+        for epoch in range(4000)  # a first group, so not the reverse of another one's
+    ]
+    orders = list(itertools.permutations(range(3)))
+    assert_distributed(outcomes, {walks: Fraction(1, 6**3) for walks in itertools.product(orders, repeat=3)})
+
+
+def test_every_stream_of_random_numbers_has_one_use(monkeypatch):
+    streams = []
+    random_stream = _split.random_stream
+
+    def recording(*key):
+        streams.append(key)
+        return random_stream(*key)
+
+    monkeypatch.setattr(_split, "random_stream", recording)
+    monkeypatch.setattr(sampler_module, "random_stream", recording)
+    sampler = ranks_of(LABELS, PLAIN | {"order": "random", "batch_size": 1}, 4, "walks")[2]
+    for _ in range(3):
+        list(sampler)
+    assert len(streams) == len(set(streams)) == 3 * (2 + 4)  # orders of two groups, shuffles of four domains
+
+
+# Domains
+
+
+@given(case=spread("domains"))
+@settings(deadline=None)
+def test_the_batches_of_a_group_are_dealt_to_the_ranks(case):
+    labels, arguments, num_replicas, _ = case
+    whole = DomainBatchSampler(labels, **arguments)
+    samplers = ranks_of(*case)
+    size = arguments["domains_per_step"] // num_replicas
+    assert {sampler.batches_per_group for sampler in samplers} == {size}
+    assert {sampler.domains_per_step for sampler in samplers} == {size * num_replicas}
+    for _ in range(3):
+        served = [grouped(list(sampler), size) for sampler in samplers]
+        dealt = [list(itertools.chain(*groups)) for groups in zip(*served, strict=True)]
+        assert dealt == grouped(list(whole), size * num_replicas)
+
+
+# Lists that know their domains
+
+
+@pytest.mark.parametrize("resumable", [False, True], ids=["meta_batches", "ResumableLoader"])
+@given(case=spread(), stop=st.integers(0, 4))
+@settings(deadline=None, max_examples=50)
+def test_lists_know_the_domains_of_this_ranks_batches(resumable, case, stop):
+    labels, *_ = case
+    for sampler in ranks_of(*case):
+        reference = copy.deepcopy(sampler)
+        loop = meta_batches(loader_of(sampler))
+        loop = ResumableLoader(loop) if resumable else loop
+        assert len(loop) == len(sampler) // sampler.batches_per_group
+        for _ in range(2):
+            groups = list(loop)
+            assert [list(group) for group in groups] == grouped(list(reference), sampler.batches_per_group)
+            assert all(list(group.domains) == walk(labels, group) for group in groups)
+        state = sampler.state_dict()
+        list(itertools.islice(loop, stop))
+        sampler.load_state_dict(state)
+        for group in loop:
+            assert list(group.domains) == walk(labels, group)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_that_run_ahead(kind):
+    for rank, sampler in enumerate(ranks_of(LABELS, PLAIN | {"batch_size": 2}, 2, kind)):
+        reference = copy.deepcopy(sampler)
+        epochs = [grouped(list(reference), reference.batches_per_group) for _ in range(2)]
+        loop = ResumableLoader(meta_batches(loader_of(sampler, 2, prefetch_factor=50)))
+        first = next(iter(loop))
+        state = loop.state_dict()
+        assert state["position"] == 4  # of all ranks together
+        assert [first, *loop] == [epochs[0][0], *epochs[1]]
+        resumed = ranks_of(LABELS, PLAIN | {"batch_size": 2}, 2, kind)[rank]
+        resumed.load_state_dict(state)
+        for group, expected in zip(meta_batches(loader_of(resumed, 2)), epochs[0][1:], strict=True):
+            assert group == expected
+            assert list(group.domains) == walk(LABELS, group)
+
+
+def test_meta_batches_takes_the_number_from_the_sampler_or_checks_it():
+    sampler = ranks_of(LABELS, PLAIN, 2, "domains")[1]
+    assert {len(group) for group in meta_batches(loader_of(sampler))} == {2}
+    assert {len(group) for group in meta_batches(loader_of(sampler), 2)} == {2}
+    message = r"should be 2, as in the loader's .*deals out domains_per_step=4 batches to the ranks \(got 4\)"
+    with pytest.raises(ValueError, match=message):
+        meta_batches(loader_of(sampler), 4)
+    with pytest.raises(ValueError, match=r"domains_per_step should be an integer of at least 1 \(got None\).*got list"):
+        meta_batches([1, 2])
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_replicas": 0}, r"num_replicas should be an integer of at least 1 \(got 0\)"),
+        ({"num_replicas": 2.0}, r"num_replicas .* \(got 2.0\)"),
+        ({"num_replicas": None}, r"num_replicas .* \(got None\)"),
+        ({"rank": -1}, r"rank should be an integer of at least 0 \(got -1\)"),
+        ({"rank": True}, r"rank .* \(got True\)"),
+        ({"rank": 1}, r"rank should be less than num_replicas=1 \(got 1\): .*get_rank\(\)"),
+        ({"num_replicas": 2, "rank": 2}, r"rank should be less than num_replicas=2 \(got 2\)"),
+        ({"split": "samples"}, r"split should be one of 'batch', 'walks', 'domains' \(got 'samples'\)"),
+        ({"split": None}, r"split .* \(got None\)"),
+        (
+            {"num_replicas": 3},
+            r"batch_size=4 should be a multiple of num_replicas=3, as split='batch' .*batch_size=3 or 6 would do",
+        ),
+        (
+            {"num_replicas": 3, "split": "domains"},
+            r"domains_per_step=4 should be a multiple of num_replicas=3, as split='domains' .*=3 or 6 would do",
+        ),
+        (
+            {"batch_size": 16, "num_replicas": 16},
+            r"domain 'b' has 8 samples, fewer than num_replicas=16.*so have 2 of 4 domains.*use fewer ranks",
+        ),
+        ({"num_replicas": 9, "split": "walks"}, r"domain 'b' has 8 samples, fewer than num_replicas=9"),
+        (
+            {"num_replicas": 3, "split": "walks", "drop_last": True},
+            r"domain 'b' has 8 samples, with drop_last=True not one batch of batch_size=4 for each of num_replicas=3",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_arguments_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DomainBatchSampler(LABELS, **{**PLAIN, **changes})
