@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from torch_gradmatch._checks import check_int
 from torch_gradmatch.data._stream import check_saves
-from torch_gradmatch.data.meta_batches import _check_dataset, _MetaBatches
+from torch_gradmatch.data.meta_batches import _batches_per_group, _check_dataset, _MetaBatches
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import DomainLoader
 from torch_gradmatch.methods.fish import Fish
@@ -40,7 +42,7 @@ class ResumableLoader(Generic[Batch]):
     Raises:
         TypeError: If a domain's loader in a ``DomainLoader`` cannot save its place.
         ValueError: If the loader has no ``DomainBatchSampler``, or one for another data set, or does not keep its
-            order.
+            order, or gives every process batches of other domains, or a part of what is the process's own part already.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -55,7 +57,7 @@ class ResumableLoader(Generic[Batch]):
 
     def __init__(self, loader: Iterable[Batch]) -> None:
         self.loader = loader
-        self.sampler = _sampler_of(loader)
+        self.sampler, _ = _sampler_of(loader)
         self._under = loader.loader if isinstance(loader, _MetaBatches) else loader
         self._size = loader.domains_per_step if isinstance(loader, _MetaBatches) else 1
         if not getattr(self._under, "in_order", True):
@@ -91,7 +93,7 @@ class ResumableLoader(Generic[Batch]):
         if isinstance(self.sampler, DomainLoader):
             return self.sampler.state_dict()
         state: dict[str, Any] = self.sampler.state_dict()
-        if state["position"] == self.sampler._epoch_length(int(state["epoch"])):
+        if self.sampler._is_end(state):
             state |= {"epoch": int(state["epoch"]) + 1, "position": 0}
         return state
 
@@ -107,7 +109,15 @@ class ResumableLoader(Generic[Batch]):
 def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> None:
     """Raise unless a training loop over this loader matches the gradients of as many domains as the optimizer expects.
 
-    For frameworks, whose loop calls ``optimizer.step()`` out of sight: called once before training.
+    For frameworks, whose loop calls ``optimizer.step()`` out of sight: called once before training, on every rank, with
+    ``torch.distributed`` initialized where there are several. What several ranks serve together has to fit, too:
+
+    - ``DomainBatchSampler(split="walks")`` if each rank walks by itself: ``Fish`` with a ``process_group``, or
+      ``SmoothFish`` with one and ``parallel="walks"``;
+    - ``split="domains"`` for ``IDGM`` with a ``process_group`` and ``parallel="domains"``;
+    - ``split="batch"``, or a framework that splits every batch, with ``parallel="data"`` or without ``process_group``.
+
+    The loaders in a ``DomainLoader`` have to give each rank its part themselves; nobody can check that.
 
     Args:
         optimizer: A ``GradMatch``, or the object into which Lightning or Accelerate have wrapped it.
@@ -117,8 +127,8 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
     Raises:
         TypeError: If there is no ``GradMatch``.
         ValueError: If the numbers of domains differ, gradients of several domains would be added up in one inner
-            step, the method takes no inner steps, or the loader has no ``DomainBatchSampler``, or one for another data
-            set.
+            step, the method takes no inner steps, the loader has no ``DomainBatchSampler``, or one for another data
+            set, or the ranks' batches do not fit the method.
 
     Example:
         >>> import torch
@@ -138,14 +148,17 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         wrapped = wrapped.optimizer
     if not isinstance(wrapped, GradMatch):
         raise TypeError(f"optimizer should be a GradMatch, wrapped or not (got {type(optimizer).__name__})")
-    method, sampler = wrapped.method, _sampler_of(loader)
+    method = wrapped.method
+    sampler, num_parts = _sampler_of(loader)
     domains = sampler.domains_per_step
+    if isinstance(sampler, DomainBatchSampler):
+        _check_ranks(method, sampler, num_parts)
     streams = isinstance(sampler, DomainLoader)
     lists = isinstance(loader.loader if isinstance(loader, ResumableLoader) else loader, _MetaBatches)
     if not isinstance(method, Fish) and not lists:
         raise ValueError(
             f"{type(method).__name__} matches gradients in meta_step(loss_fn, batches) only, and step() is ordinary "
-            f"training: iterate over meta_batches(loader, {domains}) and call meta_step"
+            f"training: iterate over meta_batches(loader, {_batches_per_group(sampler)}) and call meta_step"
         )
     if isinstance(method, Fish) and method.inner_steps not in (None, domains):
         raise ValueError(
@@ -161,14 +174,85 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         )
 
 
-def _sampler_of(loader: Any) -> DomainBatchSampler | DomainLoader[Any]:
-    """Find the sampler, or the loader of streams, under the wrappers that a framework, or this package, puts around."""
-    found, shards = loader, 1
+def _check_ranks(method: Any, sampler: DomainBatchSampler, num_parts: int) -> None:
+    """Raise ``ValueError`` unless the ranks share a sampler's batches as a method needs it.
+
+    Args:
+        method: Of the ``GradMatch``.
+        sampler: Of the loader.
+        num_parts: Among how many processes a framework splits every batch.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    group = getattr(method, "process_group", None)
+    num_ranks = torch.distributed.get_world_size(group) if _is_initialized() else 0
+    name, parallel = type(method).__name__, getattr(method, "parallel", None)
+    of_group = "" if group is None else "process_group"
+    if group is None:
+        split, which = "batch", f"{name} without process_group"
+    elif parallel is None:
+        split, which = "walks" if isinstance(method, Fish) else sampler.split, f"{name} with process_group"
+    else:
+        split, which = "batch" if parallel == "data" else parallel, f"{name}(parallel={parallel!r}) with process_group"
+    advice = (
+        f"pass num_replicas=torch.distributed.get_world_size({of_group}), rank=torch.distributed.get_rank({of_group}) "
+        f"and split={split!r}"
+    )
+    found = f"the loader's DomainBatchSampler has num_replicas={sampler.num_replicas}"
+    if num_parts > 1:
+        if split != "batch":
+            raise ValueError(
+                f"{which} needs a DomainBatchSampler with split={split!r}, but the loader splits every batch among "
+                f"{num_parts} processes: leave the loader out of what the framework prepares, and {advice}"
+            )
+        return
+    if sampler.num_replicas == 1:
+        if num_ranks > 1:
+            raise ValueError(
+                f"{found}, but {which} runs on {num_ranks} ranks, all of which would serve the same batches: {advice}"
+            )
+        return
+    if sampler.split != split:
+        raise ValueError(
+            f"the loader's DomainBatchSampler has split={sampler.split!r}, but {which} needs split={split!r}: pass that"
+        )
+    # Without a group there may be more ranks: those of tensor parallelism serve the same batches.
+    if num_ranks % sampler.num_replicas or (group is not None and num_ranks != sampler.num_replicas):
+        raise ValueError(f"{found}, but {which} runs on {num_ranks} ranks: {advice}")
+    if num_ranks == sampler.num_replicas and sampler.rank != (rank := torch.distributed.get_rank(group)):
+        raise ValueError(
+            f"the loader's DomainBatchSampler has rank={sampler.rank}, but this is rank {rank} of {num_ranks}, and its "
+            f"part of the data would not be served: {advice}"
+        )
+
+
+def _is_initialized() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sampler_of(loader: Any) -> tuple[DomainBatchSampler | DomainLoader[Any], int]:
+    """Find what is under the wrappers that a framework, or this package, puts around.
+
+    Args:
+        loader: As in :func:`check_loader`.
+
+    Returns:
+        The sampler, or the loader of streams; and among how many processes a wrapper splits every batch.
+
+    Raises:
+        ValueError: If there is neither, processes would have batches of different domains, or parts of parts.
+    """
+    found, num_processes, splits_batches = loader, 1, True
     passed = []
     while not isinstance(found, DomainBatchSampler | DomainLoader):
-        if not getattr(found, "split_batches", True):  # Accelerate's BatchSamplerShard
-            shards = getattr(found, "num_processes", 1)
         passed.append(found)
+        if hasattr(
+            found, "split_batches"
+        ):  # Accelerate's BatchSamplerShard or, where one process reads for all, loader
+            state = found if hasattr(found, "num_processes") else getattr(found, "state", None)
+            num_processes = max(num_processes, getattr(state, "num_processes", 1))
+            splits_batches = splits_batches and found.split_batches
         for name in ("loader", "batch_sampler"):
             under = getattr(found, name, None)
             if under is not None:
@@ -179,13 +263,20 @@ def _sampler_of(loader: Any) -> DomainBatchSampler | DomainLoader[Any]:
                 "loader should be a DataLoader whose batch_sampler is a DomainBatchSampler, or a DomainLoader (got "
                 f"{type(loader).__name__} over {type(found).__name__})"
             )
-    if shards > 1:
+    if num_processes > 1 and isinstance(found, DomainBatchSampler) and found.num_replicas > 1:
         raise ValueError(
-            f"loader gives {shards} processes batches of {shards} different domains for the same step, and their "
-            "gradients would be averaged: split every batch instead (Accelerate: DataLoaderConfiguration("
+            f"loader gives {num_processes} processes parts of what the DomainBatchSampler with "
+            f"num_replicas={found.num_replicas} serves on one rank, which is a part already: leave the loader out of "
+            "what the framework prepares (Accelerate: accelerator.prepare(model, optimizer) without it, and "
+            "batch.to(accelerator.device); Lightning: Trainer(use_distributed_sampler=False))"
+        )
+    if num_processes > 1 and not splits_batches:
+        raise ValueError(
+            f"loader gives {num_processes} processes batches of {num_processes} different domains for the same step, "
+            "and their gradients would be averaged: split every batch instead (Accelerate: DataLoaderConfiguration("
             "split_batches=True), with drop_last=True in the DomainBatchSampler)"
         )
     if isinstance(found, DomainBatchSampler):
         for wrapper in passed:
             _check_dataset(wrapper, found)
-    return found
+    return found, num_processes
