@@ -501,3 +501,30 @@ def test_a_group_is_shown_and_checked():
     with pytest.raises(TypeError, match=r"process_group should be a torch\.distributed\.ProcessGroup"):
         Fish(process_group="gloo")
     assert "process_group" not in repr(Fish())
+
+
+def overflow_in_one_shard(tracked: bool) -> list[tuple[bool, float]]:
+    """Whether each inner step has moved anything, and the scale after it."""
+    model = spread("fsdp", build("smooth", torch.float32))
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = GradMatch(
+        torch.optim.SGD(model.parameters(), lr=0.1), Fish(0.5, inner_steps=4, track_alignment=tracked)
+    )
+    found = []
+    for number, batch in enumerate(mine(domain_batches(3, 0, dtype=torch.float32))):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batch)).backward()
+        if number == 1 and dist.get_rank() == 1:
+            next(model.parameters()).grad.to_local().fill_(torch.inf)
+        before = weights(model)
+        scaler.step(optimizer)
+        scaler.update()
+        found.append((distance(weights(model), before) > 0, scaler.get_scale()))
+    assert optimizer.inner_step == 3
+    return found
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_gradients_that_overflow_on_one_shard_are_skipped_on_all(tracked: bool):
+    expected = [(True, 2.0**16), (False, 2.0**15), (True, 2.0**15)]
+    assert on_ranks(2, overflow_in_one_shard, tracked) == [expected] * 2

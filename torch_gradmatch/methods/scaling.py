@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_gradmatch._foreach import local_of
+
 __all__ = ["LossScaling", "refuse_scaled"]
 
 
@@ -89,7 +91,7 @@ def _unscale(optimizer: Optimizer, scale: Tensor) -> None:
         if p.grad is not None:
             if p.grad.dtype is torch.float16:
                 raise ValueError("Attempting to unscale FP16 gradients: keep the parameters in torch.float32")
-            values = p.grad._values() if p.grad.is_sparse else p.grad
+            values = p.grad._values() if p.grad.is_sparse else local_of(p.grad)
             by_device.setdefault(values.device, []).append(values)
     for device, gradients in by_device.items():
         torch._foreach_mul_(gradients, scale.double().reciprocal().float().to(device).reshape(()))

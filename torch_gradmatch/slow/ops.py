@@ -74,14 +74,15 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
         _check_pairs(slow, fast)
         _interpolate_foreach(slow, fast, weight)
         return
-    if not _PLAIN.issuperset(map(type, slow)) and any(map(is_sharded, slow)):
+    slow_are_plain = _PLAIN.issuperset(map(type, slow))
+    if not slow_are_plain and any(map(is_sharded, slow)):
         _check_shards(slow, fast)
         interpolate_([local_of(s) for s in slow], [local_of(f) for f in fast], weight)
         return
     left: Sequence[int] = range(len(slow))
     if (
         (_CPU_KERNEL if slow[0].is_cpu else _CUDA_KERNEL)
-        and _PLAIN.issuperset(map(type, slow))
+        and slow_are_plain
         and _PLAIN.issuperset(map(type, fast))
     ):
         left = _interpolate_native(slow, fast, weight)
