@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -53,12 +54,12 @@ class Split:
         if self.kind == "batch":
             _check_divides("batch_size", self.batch_size, self.num_replicas, self.kind, "of every batch an equal part")
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """Into how many equal parts the W samples are cut."""
         return 1 if self.kind == "domains" else self.num_replicas
 
-    @property
+    @cached_property
     def whole_batch(self) -> int:
         """W."""
         return self.batch_size * (self.num_replicas if self.kind == "walks" else 1)
@@ -171,7 +172,7 @@ class RankPlan:
         group, offset = divmod(start, self.batches_per_group)
         served = self.plan.served(epoch, group * self.plan.domains_per_step).tolist()
         for domains, own in self._groups(epoch, group):
-            for domain in islice(own, offset, None):
+            for domain in islice(own, offset, None) if offset else own:
                 yield domain, served[domain]
             for domain in domains:
                 served[domain] += 1

@@ -98,7 +98,8 @@ class DomainBatchSampler(Sampler[list[int]]):
             p_d ∝ n_d. A number t from 0 to 1: p_d ∝ (its samples)^t, from uniform to by size. A mapping from every
             label to a positive number: p_d ∝ that.
         seed: Integer of at least 0.
-        drop_last: Leave out a domain's last batch if it is smaller than ``batch_size``.
+        drop_last: Leave out a domain's last batch if it is smaller than ``batch_size``. With ``split="walks"``, leave
+            out the last fewer than R · ``batch_size`` samples, which otherwise are one smaller batch on every rank.
         overlapping: A mapping may give a sample to several domains, as the identities that a comment mentions do.
             Each domain serves it; without this it is an error.
         order: ``"flipflop"`` serves groups in pairs, the second in the reverse order of the first; where one of the
@@ -257,15 +258,16 @@ class DomainBatchSampler(Sampler[list[int]]):
         self._next = (epoch + 1, 0)
         progress = self._progress = _Progress(epoch, start)
         try:
+            num_batches, part = self._plan.plan.num_batches, self._plan.split.part
             shuffled: dict[int, tuple[int, IntArray]] = {}
             for domain, number in self._plan.numbered(epoch, start):
-                past_round, batch_number = divmod(number, self._plan.plan.num_batches[domain])
+                past_round, batch_number = divmod(number, num_batches[domain])
                 if domain not in shuffled or shuffled[domain][0] != past_round:
                     # Each domain and round has its own generator, so a resumed epoch shuffles it the same way.
                     key = (epoch, 1 + domain, past_round) if past_round else (epoch, 1 + domain)
                     shuffled[domain] = past_round, random_stream(self.seed, *key).permutation(self._indices[domain])
-                batch: list[int] = self._plan.split.part(shuffled[domain][1], batch_number).tolist()
-                if batch_number + 1 == self._plan.plan.num_batches[domain]:
+                batch: list[int] = part(shuffled[domain][1], batch_number).tolist()
+                if batch_number + 1 == num_batches[domain]:
                     del shuffled[domain]
                 progress.yielded += 1
                 yield batch
