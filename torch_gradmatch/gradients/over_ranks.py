@@ -109,12 +109,16 @@ class Alone:
         """
         return losses
 
-    def finish_walks(self, direction: WeightedSum) -> None:
+    def finish_walks(self, direction: WeightedSum) -> bool:  # noqa: ARG002
         """Let a direction of first derivatives be that of all ranks, the same bits on each.
 
         Args:
             direction: What this rank has worked out.
+
+        Returns:
+            Whether it is another one now.
         """
+        return False
 
     def finish_products(self, direction: WeightedSum) -> None:
         """Let a direction with this rank's Hessian-vector products be that of all, the same bits on each.
@@ -163,11 +167,12 @@ class Walks(Alone):
         self.group = group
         self.in_step = in_step
 
-    def finish_walks(self, direction: WeightedSum) -> None:
+    def finish_walks(self, direction: WeightedSum) -> bool:
         """Average the direction. See :meth:`Alone.finish_walks`."""
         self.ranks.agree()
         direction.count_also(_union(direction.indices, direction.places, direction.vector[0].device, self.group))
         average_(direction.vector, self.group)
+        return True
 
     def buffers(self, buffers: Buffers) -> Buffers:
         """Average the buffers. See :meth:`Alone.buffers`."""

@@ -258,17 +258,15 @@ class SmoothFishStep(DirectionStep):
             # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
             if again is not None and self._looked <= 4 and weight > 1 / 32:
                 self._check_resolution(total.tensors(like=run.shards), run.parameters, weight)
-            over.finish_walks(total)
-            direction = [
-                None if d is None else sharded_like(d, p)
-                for d, p in zip(total.tensors(like=run.shards), run.parameters, strict=True)
-            ]
             measured = sums.result()
-            sums.reset(release=True)
             losses = torch.stack([loss.to(run.losses[0].device, run.losses[0].dtype) for loss in run.losses])
             losses, losses_again = over.losses(losses, {} if again is None else {0: again})
-            if check:
+            direction = total.tensors(like=run.shards)
+            if check:  # before it is reduced, so that the rank that is to blame says so
                 self._check(run, losses, direction, losses_again, weight, scale)
+            if over.finish_walks(total):
+                direction = total.tensors(like=run.shards)
+            sums.reset(release=True)
             buffers = None if after is None else dict(over.buffers(after.values()))
         finally:
             self.weights.rollback()
@@ -280,7 +278,8 @@ class SmoothFishStep(DirectionStep):
         # What the direction lowers, to first order and in the mean over orders: the mean loss less gamma GIP. Those
         # along a walk are themselves lower by twice as much.
         strength = -fish if walks_only else weight * fish
-        found = dict(zip(run.parameters, direction, strict=True))
+        pairs = zip(run.parameters, direction, strict=True)
+        found = {p: None if d is None else sharded_like(d, p) for p, d in pairs}
         return Direction(
             gradient=[found.get(p) for p in self.parameters()],
             objective=report.losses.mean() - strength * report.inner_product.to(losses.device),
@@ -326,8 +325,8 @@ class SmoothFishStep(DirectionStep):
         method = self.method
         if method.nonfinite == "raise":
             try:
-                found = self.read_finite(losses, [g for g in direction if g is not None], *again.values())
-                norm, *second = found[1]
+                found = [sharded_like(d, p) for d, p in zip(direction, run.parameters, strict=True) if d is not None]
+                norm, *second = self.read_finite(losses, found, *again.values())[1]
             except ValueError as error:
                 index = int(torch.isfinite(losses).logical_not().nonzero()[0])
                 if method.gamma == 1 and not method.symmetric and run.is_finite_at_start(index):
