@@ -28,7 +28,7 @@ class Writer:
         self.logged[name] = (value, step)
 
 
-def test_every_python_block_runs(tmp_path: Path, capsys):
+def test_every_python_block_runs(tmp_path: Path, capsys, monkeypatch):
     """In one namespace, with what a user has already: a model, a criterion, data of three hospitals."""
     torch.manual_seed(0)
     dataset = TensorDataset(torch.randn(288, 4), torch.randint(2, (288,)))
@@ -47,9 +47,15 @@ def test_every_python_block_runs(tmp_path: Path, capsys):
     }
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     code = blocks("python")
-    assert len(code) == 15
-    for number, block in enumerate(code):
-        exec(compile(block, f"README block {number}", "exec"), namespace)
+    assert len(code) == 16
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun does
+    try:
+        for number, block in enumerate(code):
+            exec(compile(block, f"README block {number}", "exec"), namespace)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     assert not any(torch.equal(a, b) for a, b in zip(before, namespace["model"].parameters(), strict=True))
     assert namespace["optimizer"].inner_step == 0
     logged = namespace["writer"].logged
