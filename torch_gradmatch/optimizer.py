@@ -289,7 +289,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
             raise
         with naming(domains):
             report = self._loop.meta_step(loss_fn, batches, step, scaler)
-        if domains is not None:
+        if domains is not None and report.domains is None:
             report = self._loop.last = replace(report, domains=domains)
         return report
 
