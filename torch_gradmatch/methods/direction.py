@@ -148,7 +148,7 @@ class DirectionStep(MetaLoop):
         return trainable
 
     def read_finite(
-        self, losses: Tensor, gradient: Sequence[Tensor], *others: Tensor
+        self, losses: Tensor, gradient: Sequence[Tensor], *others: Tensor, over: Alone
     ) -> tuple[list[float], list[float]]:
         """Read what tells whether an evaluation went well, waiting for an accelerator once.
 
@@ -156,6 +156,7 @@ class DirectionStep(MetaLoop):
             losses: Of the domains, shape (S,).
             gradient: The direction found.
             others: Anything else that is wanted.
+            over: How ranks share the evaluation.
 
         Returns:
             The losses; and the norm of the gradient and the other numbers, finite or not.
@@ -169,6 +170,8 @@ class DirectionStep(MetaLoop):
         for index, loss in enumerate(values[: len(losses)]):
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of {name_of(index)} is {loss}: nothing was changed")
+        if over.in_step:
+            over.ranks.agree()  # whose loss it was that made the gradients of all not finite
         return values[: len(losses)], values[len(losses) :]
 
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:

@@ -263,7 +263,7 @@ class IDGMStep(DirectionStep):
         losses, phi = found.losses / scale, found.agreement / of_agreement
         with nullcontext() if over.names is None else naming(over.names):
             if check and method.nonfinite == "raise":
-                self._refuse_divergence(found, losses, phi, scale)
+                self._refuse_divergence(found, losses, phi, scale, over)
             elif check and self.is_due() and found.losses_again:
                 again = {i: float(loss) / scale for i, loss in found.losses_again.items()}
                 check_repeats(losses.tolist(), again, found.tolerance)
@@ -274,12 +274,12 @@ class IDGMStep(DirectionStep):
             buffers=found.buffers,
         )
 
-    def _refuse_divergence(self, found: IDGMGradient, losses: Tensor, phi: Tensor, scale: float) -> None:
+    def _refuse_divergence(self, found: IDGMGradient, losses: Tensor, phi: Tensor, scale: float, over: Alone) -> None:
         method = self.method
         gradient = [g for g, reached in zip(found.gradient.values(), found.reached.values(), strict=True) if reached]
         again = [loss.to(losses.device) for loss in found.losses_again.values()]
         others = [phi, torch.stack(again)] if again else [phi]
-        first, (norm, agreement, *second) = self.read_finite(losses, gradient, *others)
+        first, (norm, agreement, *second) = self.read_finite(losses, gradient, *others, over=over)
         check_repeats(first, {i: v / scale for i, v in zip(found.losses_again, second, strict=True)}, found.tolerance)
         loss = sum(first) / len(first)
         if not (math.isfinite(norm) and math.isfinite(agreement)):

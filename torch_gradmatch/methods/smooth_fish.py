@@ -326,10 +326,11 @@ class SmoothFishStep(DirectionStep):
         if method.nonfinite == "raise":
             try:
                 found = [sharded_like(d, p) for d, p in zip(direction, run.parameters, strict=True) if d is not None]
-                norm, *second = self.read_finite(losses, found, *again.values())[1]
+                norm, *second = self.read_finite(losses, found, *again.values(), over=run.over)[1]
             except ValueError as error:
-                index = int(torch.isfinite(losses).logical_not().nonzero()[0])
-                if method.gamma == 1 and not method.symmetric and run.is_finite_at_start(index):
+                infinite = torch.isfinite(losses).logical_not().nonzero()
+                index = int(infinite[0]) if len(infinite) else None  # or it is another rank's
+                if index is not None and method.gamma == 1 and not method.symmetric and run.is_finite_at_start(index):
                     raise self._diverged(f"the loss of {name_of(index)} is {losses[index].item()} along it") from error
                 raise
             if not math.isfinite(norm) and scale == 1.0:  # else the scaler skips the step
@@ -372,7 +373,7 @@ class _Run:
         self.parameters = parameters
         self.shards = [local_of(p) for p in parameters]
         self.sharded = any(map(is_sharded, parameters))
-        self._over = over
+        self.over = over
         self.losses: list[Tensor] = []
         self._loss_fn = loss_fn
         self._batches = batches
@@ -399,7 +400,7 @@ class _Run:
         loss, gradient = self._differentiate(index)
         check_reached(gradient, index)
         self.losses.append(loss)
-        return self._over.gradient(gradient, self.parameters)
+        return self.over.gradient(gradient, self.parameters)
 
     def finish(self) -> SavedBuffers | None:
         """Note how one evaluation of each domain leaves random numbers and buffers.
@@ -420,7 +421,7 @@ class _Run:
             Its gradient.
         """
         self._set_back(index)
-        return self._over.gradient(self._differentiate(index)[1], self.parameters)
+        return self.over.gradient(self._differentiate(index)[1], self.parameters)
 
     def loss(self, index: int) -> Tensor:
         """Evaluate a domain's loss at the present parameters as the first time, without its gradient.
@@ -445,7 +446,7 @@ class _Run:
         Returns:
             False also where this rank may not evaluate it by itself.
         """
-        return not self._over.in_step and bool(torch.isfinite(self.loss(index)))
+        return not self.over.in_step and bool(torch.isfinite(self.loss(index)))
 
     @torch.no_grad()
     def move(self, gradient: Vector) -> None:
