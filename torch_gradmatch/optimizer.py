@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,13 +17,17 @@ from torch_gradmatch._checks import check_int, named_batches, naming
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
+from torch_gradmatch.slow.layout import is_standard, join, part, read_numbers, take_out
 from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
-from torch_gradmatch.wrapped.members import class_name, members, own_attributes, same_classes, shown_name
+from torch_gradmatch.wrapped.initialization import is_new
+from torch_gradmatch.wrapped.members import NUMBERS, class_name, members, own_attributes, same_classes, shown_name
+from torch_gradmatch.wrapped.merged import MergedState
 from torch_gradmatch.wrapped.several import as_one
 
 __all__ = ["GradMatch", "MetaStep"]
 
-FORMAT_VERSION = 3  # 1 had no "held_buffers", 2 no "optimizers" and no "slow_iterates"; they can be loaded, too
+# 1 had no "held_buffers", 2 no "optimizers" and no "slow_iterates", 3 the other layout always; they can be loaded, too.
+FORMAT_VERSION = 4
 IN_TWO_STEPS = ("first_step", "second_step")  # of SAM and those like it, which evaluate twice in one step
 
 MethodT = TypeVar("MethodT", bound=Method)
@@ -33,9 +38,10 @@ class GradMatch(Optimizer, Generic[MethodT]):
 
     A real ``torch.optim.Optimizer``: learning-rate schedulers, ``GradScaler``, hooks, closures, deepcopy and pickle
     work. Parameter groups and defaults *are* the wrapped optimizer's, at all times; nothing is ever written into its
-    ``state``. With :class:`~torch_gradmatch.Fish`, the model's parameters are the fast weights :math:`\tilde\theta`
-    during an inner loop and the slow weights :math:`\theta` between two. :class:`~torch_gradmatch.SmoothFish` and
-    :class:`~torch_gradmatch.IDGM` hand the wrapped optimizer a gradient of their own, one in each meta-iteration.
+    ``state``, and into its groups one entry for checkpoints, ``"gradmatch"``. With :class:`~torch_gradmatch.Fish`, the
+    model's parameters are the fast weights :math:`\tilde\theta` during an inner loop and the slow weights
+    :math:`\theta` between two. :class:`~torch_gradmatch.SmoothFish` and :class:`~torch_gradmatch.IDGM` hand the wrapped
+    optimizer a gradient of their own, one in each meta-iteration.
 
     Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 
@@ -101,7 +107,13 @@ class GradMatch(Optimizer, Generic[MethodT]):
         self._linked = False  # Optimizer.__init__ is about to register groups that are registered already
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._linked = True
-        self._loop = method.start(optimizer, self.state)
+        for member in members(optimizer).values():
+            take_out(member.param_groups, member.state)  # it has loaded a state dict of ours
+        self._own_state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        self._has_standard_layout = all(
+            type(one).state_dict is Optimizer.state_dict for one in getattr(optimizer, "optimizers", [optimizer])
+        )
+        self._loop = method.start(optimizer, self._own_state)
 
     # -------------------------------------------------------------------------------- shared with the wrapped optimizer
 
@@ -112,12 +124,34 @@ class GradMatch(Optimizer, Generic[MethodT]):
         Of several optimizers a new list of theirs: what is done to a group is done to it, but a group that is appended
         here is nobody's. ``optimizer.optimizer.optimizers[0].add_param_group(...)`` adds one.
         """
-        return self.optimizer.param_groups
+        groups = self.optimizer.param_groups
+        if self._has_standard_layout:
+            for group in groups:
+                group.setdefault(NUMBERS, "")  # torch.distributed.checkpoint restores only what groups have
+        return groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         if self._linked:
             self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's entry of each parameter with the method's tensors beside it, ``"slow"`` for one.
+
+        A view: it is read anew each time, and what is written goes to where it belongs. The wrapped optimizer's own
+        ``state`` never has ours.
+        """
+        return MergedState(self.optimizer, self._own_state, self._loop.entry, self._loop.is_own)
+
+    @state.setter
+    def state(self, state: Mapping[Any, Any]) -> None:
+        if self._linked:
+            entries = {
+                parameter: entry if not isinstance(entry, dict) else dict(entry) for parameter, entry in state.items()
+            }
+            self.state.clear()
+            self.state.update(entries)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -323,26 +357,42 @@ class GradMatch(Optimizer, Generic[MethodT]):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state dict with one more entry, ``"gradmatch"``.
+        """Return the wrapped optimizer's state dict with the method's tensors and numbers in it.
 
-        That entry holds the slow weights, the inner-step counter and the format version: plain tensors and numbers,
-        so ``torch.load(..., weights_only=True)`` reads it. As usual in torch, tensors are not copied. In the middle of
-        an inner loop the model's own state dict holds the fast weights; the two together resume bit for bit.
+        Tensors that belong to a parameter are in its entry beside the wrapped optimizer's, ``state[0]["slow"]``; slow
+        buffers in that of the first parameter; all numbers (inner-step counter, format version) as text in each group,
+        ``"gradmatch"``. ``torch.distributed.checkpoint`` saves and restores that, and
+        ``torch.load(..., weights_only=True)`` reads it. As usual in torch, tensors are not copied. In the middle of an
+        inner loop the model's own state dict holds the fast weights; the two together resume bit for bit.
+
+        The entries are the same ones at all times once there is something to save, since
+        ``torch.distributed.checkpoint`` restores only those that the optimizer which loads has, too: between two inner
+        loops a checkpoint holds a copy of the parameters that need not be there, and with ``track_alignment`` zeros.
+
+        If the wrapped optimizer's state dict has a layout of its own (one that holds another optimizer), all is in one
+        more entry of it, ``"gradmatch"``, which ``torch.distributed.checkpoint`` cannot save.
 
         Returns:
-            The state; a plain optimizer of the wrapped class can load it, too, and ignores the entry.
+            The state. A plain optimizer of the wrapped class can load it, too, and carries ours along unused.
         """
         return save_with_hooks(self, self._save)
 
     def _save(self) -> dict[str, Any]:
         state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
-        state_dict["gradmatch"] = {
+        own = {
             "version": FORMAT_VERSION,
             "method": type(self.method).__name__,
             "optimizers": [class_name(member) for member in members(self.optimizer).values()],
             "shapes": self._shapes(),
-            **self._loop.state_dict(),
         }
+        parameters = self._loop.parameters()
+        if is_standard(state_dict, len(parameters)):
+            self._has_standard_layout = True
+            whole = bool(self._own_state) or not is_new(self.optimizer)
+            joined = join(state_dict, {**own, **self._loop.state_dict(whole=whole)}, parameters)
+            if joined is not None:
+                return joined
+        state_dict["gradmatch"] = {**own, **self._loop.state_dict()}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,12 +411,16 @@ class GradMatch(Optimizer, Generic[MethodT]):
         load_with_hooks(self, state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        own = self._check_state_dict(state_dict)
-        self._load_wrapped({k: v for k, v in state_dict.items() if k != "gradmatch"})
+        wrapped, own = self._check_state_dict(state_dict)
+        self._load_wrapped(wrapped)
         self._loop.load_state_dict(own)
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the wrapped optimizer's part and ours, or raise if either cannot be loaded."""
         own = state_dict.get("gradmatch")
+        is_joined = own is None
+        if is_joined:
+            own = read_numbers(state_dict)
         if not isinstance(own, dict):
             raise ValueError(
                 "the state dict has no 'gradmatch' entry: it is a plain optimizer's. "
@@ -386,9 +440,9 @@ class GradMatch(Optimizer, Generic[MethodT]):
                 f"the state dict is of {_listed(theirs)} and this optimizer wraps {_listed(ours)}: build the same "
                 "optimizer to continue"
             )
-        if version < FORMAT_VERSION:
+        if version < 3:
             own = {"slow_iterates": None, "average_weights": [], **own}
-        if type(self.optimizer).state_dict is Optimizer.state_dict:
+        if is_joined or type(self.optimizer).state_dict is Optimizer.state_dict:
             self._check_groups(state_dict)
         saved = own.get("shapes")
         if not isinstance(saved, list) or len(saved) != len(self._shapes()):
@@ -396,8 +450,12 @@ class GradMatch(Optimizer, Generic[MethodT]):
         for position, (saved_shape, shape) in enumerate(zip(saved, self._shapes(), strict=True)):
             if saved_shape != shape:
                 raise ValueError(f"parameter {position} has shape {saved_shape} in the state dict and {shape} here")
+        if is_joined:
+            wrapped, own = part(state_dict, own, self._loop.parameters())
+        else:
+            wrapped = {k: v for k, v in state_dict.items() if k != "gradmatch"}
         self._loop.check_state_dict(own)
-        return own
+        return wrapped, own
 
     def _check_groups(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict.get("param_groups")
@@ -417,7 +475,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
                 )
 
     def _shapes(self) -> list[list[int]]:
-        return [list(p.shape) for group in self.param_groups for p in group["params"]]
+        return [list(p.shape) for group in self.optimizer.param_groups for p in group["params"]]
 
     def _load_wrapped(self, state_dict: dict[str, Any]) -> None:
         """Load the wrapped optimizer's part; put everything back if it refuses."""
@@ -436,7 +494,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
         return {
             "optimizer": self.optimizer,
             "method": self.method,
-            "state": self.state,
+            "_own_state": self._own_state,
+            "_has_standard_layout": self._has_standard_layout,
             "_linked": True,
             "_loop": self._loop,
             "_wrapped_attributes": [
@@ -447,13 +506,17 @@ class GradMatch(Optimizer, Generic[MethodT]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
+        if "state" in state:  # of a version in which that held what is ours
+            state |= {"_own_state": state.pop("state"), "_has_standard_layout": False}
         for member, attributes in state.pop("_wrapped_attributes", ()):
             for name, value in attributes.items():
                 vars(member).setdefault(name, value)
         super().__setstate__(state)
 
     def __repr__(self) -> str:
-        return f"GradMatch(\n{self.optimizer!r},\n{self.method!r}\n)"
+        lines = repr(self.optimizer).splitlines()
+        shown = "\n".join(line for line in lines if line.strip() != f"{NUMBERS}:")
+        return f"GradMatch(\n{shown},\n{self.method!r}\n)"
 
 
 def _listed(names: object) -> str:

@@ -13,7 +13,7 @@ pairs need all S gradients at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -333,17 +333,21 @@ class GradientAlignment:
     def __len__(self) -> int:
         return len(self._squares)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, only: Collection[int] | None = None) -> dict[str, Any]:
         """Return the running sums as plain tensors and numbers.
 
         A parameter of earlier groups without gradient in this one has zeros, of one element in memory: the order in
         which numbers are summed up depends on its place.
 
+        Args:
+            only: Leave out the sums of all other parameters.
+
         Returns:
             The state; copies of the sums.
         """
+        indices = [i for i in self._flat if only is None or i in only]
         sums, units = (
-            {i: self._flat.flat_piece(name, i) if i in self._reached else self._flat.zeros(i) for i in self._flat}
+            {i: self._flat.flat_piece(name, i) if i in self._reached else self._flat.zeros(i) for i in indices}
             if name in self._flat.vectors
             else {}
             for name in ("sums", "units")

@@ -278,12 +278,37 @@ class MetaLoop(ABC):
         """
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` needs, as plain tensors and numbers, parameters by position.
+
+        Args:
+            whole: Whether the state should have a tensor for all that it may have one for at other times.
 
         Returns:
             The state.
         """
+
+    def entry(self, parameter: Tensor) -> dict[str, Tensor]:  # noqa: ARG002  most have nothing
+        """Return what stands beside the wrapped optimizer's entries in ``GradMatch.state[parameter]``.
+
+        Args:
+            parameter: One of the optimizer's.
+
+        Returns:
+            Tensors by name, the same names as in a state dict.
+        """
+        return {}
+
+    def is_own(self, key: str) -> bool:  # noqa: ARG002
+        """Return whether an entry of ``GradMatch.state[parameter]`` is the method's by its name.
+
+        Args:
+            key: The name.
+
+        Returns:
+            False for those of the wrapped optimizer.
+        """
+        return False
 
     @abstractmethod
     def check_state_dict(self, state: dict[str, Any]) -> None:

@@ -296,7 +296,7 @@ class DirectionStep(MetaLoop):
         for parameter, g in zip(self.parameters(), gradient, strict=True):
             parameter.grad = g
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """Return nothing: nothing outlives a meta-iteration. See ``MetaLoop.state_dict``."""
         return {}
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -56,8 +56,11 @@ from torch_gradmatch.slow.buffers import SlowBuffers, check_buffers, no_buffers
 from torch_gradmatch.slow.finite import read
 from torch_gradmatch.slow.inner_state import InnerState
 from torch_gradmatch.slow.iterates import SlowIterates
+from torch_gradmatch.slow.layout import BUFFER, SLOW, alignment_entries, host_of, is_own
 from torch_gradmatch.slow.saved_buffers import ForwardBuffers, SavedBuffers
 from torch_gradmatch.slow.weights import SlowWeights
+from torch_gradmatch.wrapped.initialization import is_initialization
+from torch_gradmatch.wrapped.members import shown_name
 
 __all__ = ["Fish"]
 
@@ -266,6 +269,8 @@ class FishLoop(MetaLoop):
 
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take one inner step; the S-th also interpolates. See ``GradMatch.step``."""
+        if not self.weights.state and scaling is None and is_initialization(self.optimizer, closure):
+            return self._initialize()
         self._enter("step()")
         if self.alignment is not None:
             if scaling is not None:
@@ -273,6 +278,24 @@ class FishLoop(MetaLoop):
             if scaling is None or not scaling.overflowed():
                 closure = self._measuring(closure, self.alignment)
         return self._count(self.wrapped_step, closure, scaling)
+
+    def _initialize(self) -> None:
+        """Let ``torch.distributed.checkpoint`` make what it then loads into; that is no inner step."""
+        self._refuse_while_slow("step()")
+        if self.needs_closure:
+            raise RuntimeError(
+                f"{shown_name(self.optimizer)} needs a closure, so torch.distributed.checkpoint cannot make its state by a "
+                "step with zero gradients: take a first step before, or save optimizer.state_dict() by torch.save"
+            )
+        before = self.inner_state.before_step()
+        self.optimizer.step()
+        self.inner_state.after_step(before)
+        self._complete()
+
+    def _complete(self) -> None:
+        """Let everything have a copy that can be in an inner loop."""
+        self.weights.complete(self.parameters(), self.method.meta_dtype)
+        self.iterates.complete(self.parameters())
 
     def first_step(self, take: Callable[[], Any]) -> Any:
         """Keep the slow weights before the optimizer leaves them. See ``MetaLoop.first_step``."""
@@ -609,21 +632,56 @@ class FishLoop(MetaLoop):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """Return counter, slow weights, slow buffers and running sums. See ``MetaLoop.state_dict``."""
         self._refuse_while_slow("state_dict()")
         if self.buffers is not None:
             self.buffers.settle(self.method.meta_dtype, stepped=self.is_open)
-        needed = self.is_open or self.method.meta_dtype is not None
+        if whole:
+            self._complete()
+        needed = whole or self.is_open or self.method.meta_dtype is not None
         return {
             "inner_step": self.inner_step,
             "is_open": self.is_open,
             **self.weights.state_dict(self.parameters() if needed else []),
-            **self.iterates.state_dict(self.parameters()),
-            **(no_buffers() if self.buffers is None else self.buffers.state_dict()),
-            "alignment": None if self.alignment is None else self.alignment.state_dict(),
+            **self.iterates.state_dict(self.parameters(), whole=whole),
+            **(no_buffers() if self.buffers is None else self._buffers(whole)),
+            "alignment": None if self.alignment is None else self._alignment(whole),
             "counters": sorted(self.inner_state.counters),
         }
+
+    def _buffers(self, whole: bool) -> dict[str, Any]:
+        assert self.buffers is not None
+        return self.buffers.state_dict(whole=whole, meta_dtype=self.method.meta_dtype)
+
+    def _alignment(self, whole: bool, only: Collection[int] | None = None) -> dict[str, Any]:
+        """Return the running sums; whole, with room for the gradients of all domains."""
+        assert self.alignment is not None
+        state = self.alignment.state_dict(only)
+        if whole and "gradients" in state:
+            state["gradients"] += [{}] * ((self.settings.inner_steps or 0) - len(state["gradients"]))
+        return state
+
+    def entry(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return slow weights, slow iterates and running sums of one parameter. See ``MetaLoop.entry``."""
+        found: dict[str, Tensor] = dict(self.weights.state.get(parameter, {}))
+        if SLOW not in found:
+            return found
+        parameters = self.parameters()
+        index = next((i for i, p in enumerate(parameters) if p is parameter), None)
+        if self.alignment is not None and index is not None:
+            found |= alignment_entries(self._alignment(True, [index]), index, parameter)
+        if (
+            self.buffers is not None
+            and host_of(p for p in parameters if self.weights.copy_of(p) is not None) is parameter
+        ):
+            values = self._buffers(True)["slow_buffers"]
+            found |= {f"{BUFFER}{name}": value for name, value in values.items()}
+        return found
+
+    def is_own(self, key: str) -> bool:
+        """Return whether an entry is one of those. See ``MetaLoop.is_own``."""
+        return is_own(key) or key in self.iterates.places
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` naming the first entry that cannot be loaded. See ``MetaLoop.check_state_dict``."""

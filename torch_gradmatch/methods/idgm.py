@@ -313,7 +313,7 @@ class IDGMStep(DirectionStep):
             self.first_loss = abs(float(report.losses.mean()))
         return report
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """Return what the check against divergence compares with. See ``MetaLoop.state_dict``."""
         return {"first_loss": self.first_loss}
 

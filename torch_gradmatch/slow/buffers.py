@@ -385,17 +385,26 @@ class SlowBuffers:
         """
         return {n: b for n, b in zip(self.slots.names, self.slots.tensors(), strict=True) if b is not None}
 
-    def state_dict(self) -> dict[str, Any]:
+    @torch.no_grad()
+    def state_dict(self, *, whole: bool = False, meta_dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Return the slow values by name.
+
+        Args:
+            whole: Whether to return copies of the present values of all other buffers, too.
+            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`, for those.
 
         Returns:
             ``"slow_buffers"``, tensors that are not copied: those of an inner loop in progress, whose names are in
             ``"held_buffers"``, and all that have more digits than the buffers. ``"left_buffers"`` are the names of
             those that another optimizer has interpolated since the inner loop began.
         """
-        wide = {self.slots.names[i]: slow for i, slow in self._wide.items()}
+        known = {self.slots.names[i]: slow for i, slow in self._wide.items()} | self.slow_values()
+        if whole:
+            now = self.buffers()
+            missing = {name: b.to(slow_dtype(b, meta_dtype), copy=True) for name, b in now.items() if name not in known}
+            known = {name: missing[name] if name in missing else known[name] for name in {**now, **known}}
         return {
-            "slow_buffers": wide | self.slow_values(),
+            "slow_buffers": known,
             "held_buffers": list(self.slow_values()),
             "left_buffers": [self.slots.names[i] for i in sorted(self._left)],
         }

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch_gradmatch._foreach import by_kind, clone_all
 from torch_gradmatch._random_state import RandomState
 from torch_gradmatch.slow.finite import find_nonfinite
-from torch_gradmatch.wrapped.members import members, shown_name
+from torch_gradmatch.wrapped.members import NO_SETTINGS, members, shown_name
 from torch_gradmatch.wrapped.traits import STEPS, Traits
 from torch_gradmatch.wrapped.twin import build_again, constructor_arguments
 from torch_gradmatch.wrapped.values import copy_plain, same
@@ -49,7 +49,7 @@ class _Member:
 
     def counting(self, group: dict[str, Any], *, hyperparameters: bool = False) -> dict[str, Any]:
         """Copy the entries of a group that may turn out to be counters, with or without what is a hyperparameter."""
-        skipped = {"params", "param_names"} | (set() if hyperparameters else self.accepted)
+        skipped = NO_SETTINGS | (frozenset() if hyperparameters else self.accepted)
         return {k: copy.deepcopy(v) for k, v in group.items() if k not in skipped}
 
     def attributes(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class InnerState:
             for key, value in group.items():
                 if key in old and old[key] is value:
                     continue
-                if key != "params" and not (key in old and same(old[key], value)):
+                if key not in NO_SETTINGS and not (key in old and same(old[key], value)):
                     (self._written if key in accepted else self.counters).add(key)
 
     def reset(self) -> None:

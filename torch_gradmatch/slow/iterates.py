@@ -214,21 +214,39 @@ class SlowIterates:
         self._held = set()
         self._modes, self._weights = {}, []
 
-    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+    @torch.no_grad()
+    def complete(self, parameters: Sequence[Tensor]) -> None:
+        """Let every iterate have a copy, also where no inner loop holds one: its present value.
+
+        Args:
+            parameters: The optimizer's.
+        """
+        for p, key, value in self._iterates(parameters) if self.places else ():
+            if key not in self.state[p]:
+                self.state[p][key] = value.clone()
+
+    def state_dict(self, parameters: Sequence[Tensor], *, whole: bool = False) -> dict[str, Any]:
         """Return the copies that belong to an inner loop in progress.
 
         Args:
             parameters: The optimizer's, whose positions stand for them.
+            whole: Whether to return all other copies, too.
 
         Returns:
-            ``"slow_iterates"`` by position and key, not copied again, and ``"average_weights"``, numbers.
+            ``"slow_iterates"`` by position and key, not copied again; ``"held_iterates"``, by key the positions of
+            those that belong to the inner loop; and ``"average_weights"``, numbers.
         """
         found: dict[int, dict[str, Tensor]] = {}
+        held: dict[str, list[int]] = {}
         for i, p in enumerate(parameters):
-            keys = [key for key in self.places if (p, key) in self._held]
+            entry = self.state.get(p) or {}
+            keys = [key for key in self.places if (p, key) in self._held or (whole and key in entry)]
             if keys:
                 found[i] = {key: self.state[p][key] for key in keys}
-        return {"slow_iterates": found, "average_weights": list(self._weights)}
+            for key in keys:
+                if (p, key) in self._held:
+                    held.setdefault(key, []).append(i)
+        return {"slow_iterates": found, "held_iterates": held, "average_weights": list(self._weights)}
 
     def check_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` naming the first entry that cannot be loaded.
@@ -259,6 +277,12 @@ class SlowIterates:
                 raise ValueError(f"the state dict holds slow iterates {list(copies)!r:.80}, which do not exist here")
             for copy in copies.values():
                 check_copies("slow iterate of parameter", {i: copy}, dict(enumerate(parameters)))
+        held = state.get("held_iterates", {})  # before format 4 no others were saved
+        if not isinstance(held, dict) or not all(isinstance(positions, list) for positions in held.values()):
+            raise ValueError(f"the state dict's 'held_iterates' is malformed (got {held!r:.80})")
+        for key, positions in held.items():
+            copies = {i: of_p[key] for i, of_p in state["slow_iterates"].items() if key in of_p}
+            check_copies(f"{key} of parameter", copies, dict(enumerate(parameters)), *positions)
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Continue from a state that :meth:`check_state_dict` found good. Its tensors are copied.
@@ -273,7 +297,8 @@ class SlowIterates:
             p = parameters[i]
             for key, copy in copies.items():
                 self.state[p][key] = copy.detach().clone().to(p.device)
-                self._held.add((p, key))
+                if "held_iterates" not in state or i in state["held_iterates"].get(key, ()):
+                    self._held.add((p, key))
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch_gradmatch._checks import check_entry
 from torch_gradmatch._foreach import copy_all_
 from torch_gradmatch.slow.copies import SlowCopies, check_copies, slow_dtype
+from torch_gradmatch.slow.layout import SLOW
 
 __all__ = ["SlowWeights"]
-
-SLOW = "slow"
 
 
 class SlowWeights:
@@ -108,6 +107,18 @@ class SlowWeights:
         """Set the fast weights back to the slow ones and end the inner loop."""
         copy_all_(self.fast, self.slow)
         self.close()
+
+    @torch.no_grad()
+    def complete(self, parameters: list[Tensor], meta_dtype: torch.dtype | None) -> None:
+        """Let every parameter that can move have a copy, also where no inner loop holds one: its present value.
+
+        Args:
+            parameters: The optimizer's.
+            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
+        """
+        for p in parameters:
+            if p.requires_grad and self.copy_of(p) is None:
+                self.state[p][SLOW] = p.detach().to(slow_dtype(p, meta_dtype), copy=True)
 
     def state_dict(self, parameters: list[Tensor]) -> dict[str, Any]:
         """Return the slow weights by position.

@@ -6,8 +6,18 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["class_name", "members", "own_attributes", "same_classes", "shown_name"]
+__all__ = [
+    "NO_SETTINGS",
+    "NUMBERS",
+    "class_name",
+    "members",
+    "own_attributes",
+    "same_classes",
+    "shown_name",
+]
 
+NUMBERS = "gradmatch"  # in every group; what checkpoints hold of the method is saved there, else it is empty
+NO_SETTINGS = frozenset({"params", "param_names", NUMBERS})  # entries of groups
 _OWN = {"state", "param_groups", "defaults", "step"}  # what every optimizer has
 
 

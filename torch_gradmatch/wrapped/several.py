@@ -163,12 +163,26 @@ class SeveralOptimizers(Optimizer):
                 switch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return every optimizer's state dict.
+        """Return every optimizer's state dict in one.
 
         Returns:
-            A list of them, under ``"optimizers"``.
+            One like that of a single optimizer over all parameters. If one of them has another layout than
+            ``torch.optim.Optimizer``'s, a list of all under ``"optimizers"``.
         """
-        return save_with_hooks(self, lambda: {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+        return save_with_hooks(self, self._save)
+
+    def _save(self) -> dict[str, Any]:
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        if not all(map(_can_be_joined, states, self.optimizers)):
+            return {"optimizers": states}
+        joined: dict[str, Any] = {"state": {}, "param_groups": []}
+        first = 0
+        for state, optimizer in zip(states, self.optimizers, strict=True):
+            joined["state"] |= {first + index: entry for index, entry in state["state"].items()}
+            for group in state["param_groups"]:
+                joined["param_groups"].append({**group, "params": [first + index for index in group["params"]]})
+            first += _size(optimizer)
+        return joined
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load every optimizer's.
@@ -182,11 +196,25 @@ class SeveralOptimizers(Optimizer):
         load_with_hooks(self, state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        states = state_dict["optimizers"]
+        states = state_dict["optimizers"] if "optimizers" in state_dict else self._parted(state_dict)
         if len(states) != len(self.optimizers):
             raise ValueError(f"the state dict is of {len(states)} optimizers and there are {len(self.optimizers)} here")
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+    def _parted(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what each of them would have saved."""
+        groups = list(state_dict["param_groups"])
+        count = sum(len(optimizer.param_groups) for optimizer in self.optimizers)
+        if len(groups) != count:
+            raise ValueError(f"the state dict has {len(groups)} parameter groups and these optimizers {count}")
+        states = []
+        for optimizer in self.optimizers:
+            its_groups = [groups.pop(0) for _ in optimizer.param_groups]
+            its_parameters = {index for group in its_groups for index in group["params"]}
+            state = {index: entry for index, entry in state_dict["state"].items() if index in its_parameters}
+            states.append({"state": state, "param_groups": its_groups})
+        return states
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"state": self.state, "defaults": self.defaults, "optimizers": self.optimizers}
@@ -194,3 +222,15 @@ class SeveralOptimizers(Optimizer):
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.optimizers))
+
+
+def _size(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _can_be_joined(state_dict: dict[str, Any], optimizer: Optimizer) -> bool:
+    """Whether a state dict has the layout of ``torch.optim.Optimizer``'s and nothing else."""
+    if set(state_dict) != {"state", "param_groups"}:
+        return False
+    numbers = {index for group in state_dict["param_groups"] for index in group["params"]}
+    return numbers <= set(range(_size(optimizer))) and numbers.issuperset(state_dict["state"])

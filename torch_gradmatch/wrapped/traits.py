@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_gradmatch._random_state import RandomState
-from torch_gradmatch.wrapped.members import members
+from torch_gradmatch.wrapped.members import NO_SETTINGS, members
 from torch_gradmatch.wrapped.values import same
 from torch_gradmatch.wrapped.watched import WEIGHT, Place, Twin
 
@@ -125,7 +125,7 @@ def _kind_of(optimizer: Optimizer) -> Any:
         return None
     groups = []
     for group in optimizer.param_groups:
-        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        settings = {k: v for k, v in group.items() if k not in NO_SETTINGS}
         # Not the numbers, but which are zero: without momentum there is no state.
         switches = {k: bool(v) if isinstance(v, int | float) else repr(v) for k, v in settings.items()}
         kinds = {(p.device.type, p.dim(), p.numel() > 0) for p in group["params"]}

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_gradmatch.wrapped.members import members, own_attributes
+from torch_gradmatch.wrapped.members import NO_SETTINGS, members, own_attributes
 
 __all__ = ["build_again", "constructor_arguments", "copy_optimizer"]
 
@@ -135,7 +135,7 @@ def _groups(
         params = group["params"] if stand_ins is None else [stand_ins[p] for p in group["params"] if p in stand_ins]
         if not params and stand_ins is not None:
             continue
-        kept = {k: v for k, v in group.items() if k not in ("params", "param_names") and (names is None or k in names)}
+        kept = {k: v for k, v in group.items() if k not in NO_SETTINGS and (names is None or k in names)}
         groups.append({"params": list(params), **_undecayed(kept, decays)})
     return groups
 

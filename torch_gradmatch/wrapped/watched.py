@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_gradmatch.wrapped.members import members, own_attributes
+from torch_gradmatch.wrapped.members import NO_SETTINGS, members, own_attributes
 from torch_gradmatch.wrapped.twin import build_again, copy_optimizer
 from torch_gradmatch.wrapped.values import copy_plain, is_plain, same
 
@@ -167,7 +167,7 @@ class Twin:
 
     def keeps(self) -> bool:
         """Return whether anything is in the state or was added to the groups or changed there."""
-        fresh = {k: v for group in self.optimizer.param_groups for k, v in group.items() if k != "params"}
+        fresh = {k: v for group in self.optimizer.param_groups for k, v in group.items() if k not in NO_SETTINGS}
         known = getattr(self.optimizer, "defaults", {})
         counts = any(k not in known or not same(v, known[k]) for k, v in fresh.items() if is_plain(v))
         return counts or any(
