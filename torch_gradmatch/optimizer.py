@@ -19,7 +19,6 @@ from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.slow.layout import is_standard, join, part, read_numbers, take_out
 from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
-from torch_gradmatch.wrapped.initialization import is_new
 from torch_gradmatch.wrapped.members import NUMBERS, class_name, members, own_attributes, same_classes, shown_name
 from torch_gradmatch.wrapped.merged import MergedState
 from torch_gradmatch.wrapped.several import as_one
@@ -142,7 +141,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
         A view: it is read anew each time, and what is written goes to where it belongs. The wrapped optimizer's own
         ``state`` never has ours.
         """
-        return MergedState(self.optimizer, self._own_state, self._loop.entry, self._loop.is_own)
+        loop = self._loop
+        return MergedState(self.optimizer, self._own_state, loop.entry, loop.is_own, is_made=loop.has_stepped)
 
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
@@ -365,7 +365,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
         ``torch.load(..., weights_only=True)`` reads it. As usual in torch, tensors are not copied. In the middle of an
         inner loop the model's own state dict holds the fast weights; the two together resume bit for bit.
 
-        The entries are the same ones at all times once there is something to save, since
+        The entries are the same ones at all times, since
         ``torch.distributed.checkpoint`` restores only those that the optimizer which loads has, too: between two inner
         loops a checkpoint holds a copy of the parameters that need not be there, and with ``track_alignment`` zeros.
 
@@ -388,8 +388,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
         parameters = self._loop.parameters()
         if is_standard(state_dict, len(parameters)):
             self._has_standard_layout = True
-            whole = bool(self._own_state) or not is_new(self.optimizer)
-            joined = join(state_dict, {**own, **self._loop.state_dict(whole=whole)}, parameters)
+            joined = join(state_dict, {**own, **self._loop.state_dict(whole=True)}, parameters)
             if joined is not None:
                 return joined
         state_dict["gradmatch"] = {**own, **self._loop.state_dict()}

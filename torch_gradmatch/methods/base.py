@@ -138,12 +138,15 @@ class MetaLoop(ABC):
         optimizer: The wrapped optimizer.
         inner_step: Number of inner steps since the last meta-update.
         last: What the last meta-iteration measured.
+        has_stepped: Whether it is known that the wrapped optimizer has taken a step: then it has all state that it
+            will have.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.inner_step = 0
         self.last: MetaStep | None = None
+        self.has_stepped = False
         self._lists: list[tuple[list[Tensor], int]] = []  # the groups' own, and how long they were
         self._listed: list[Tensor] = []
         self._parameters: list[Tensor] = []

@@ -269,7 +269,7 @@ class FishLoop(MetaLoop):
 
     def step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None = None) -> Any:
         """Take one inner step; the S-th also interpolates. See ``GradMatch.step``."""
-        if not self.weights.state and scaling is None and is_initialization(self.optimizer, closure):
+        if not self.has_stepped and scaling is None and is_initialization(self.optimizer, closure):
             return self._initialize()
         self._enter("step()")
         if self.alignment is not None:
@@ -284,12 +284,13 @@ class FishLoop(MetaLoop):
         self._refuse_while_slow("step()")
         if self.needs_closure:
             raise RuntimeError(
-                f"{shown_name(self.optimizer)} needs a closure, so torch.distributed.checkpoint cannot make its state by a "
-                "step with zero gradients: take a first step before, or save optimizer.state_dict() by torch.save"
+                f"{shown_name(self.optimizer)} needs a closure, so torch.distributed.checkpoint cannot make its state "
+                "by a step without gradients: take a first step before, or save optimizer.state_dict() by torch.save"
             )
         before = self.inner_state.before_step()
         self.optimizer.step()
         self.inner_state.after_step(before)
+        self.has_stepped = True
         self._complete()
 
     def _complete(self) -> None:
@@ -337,6 +338,7 @@ class FishLoop(MetaLoop):
         """Take the wrapped optimizer's step, count it, and interpolate after the last."""
         before = self.inner_state.before_step()
         loss = take(*arguments)
+        self.has_stepped = True
         self.inner_state.after_step(before)
         if self.iterates.places:
             self.iterates.note_modes()
@@ -432,6 +434,7 @@ class FishLoop(MetaLoop):
         was_open, self.is_open, self.inner_step = self.is_open, False, 0
         if was_open and self.settings.inner_state != "reset" and self.inner_state.is_nonfinite():
             InnerState(self.optimizer, resets=True, keep_state=False).reset()
+            self.has_stepped = False
             warnings.warn(
                 "the inner optimizer's state held NaN or infinity, from which no later step could have recovered: "
                 "it was reset as if the optimizer were newly built",
@@ -626,6 +629,7 @@ class FishLoop(MetaLoop):
         kept = ""
         if self.inner_state.restore() or not was_open:
             restored.append("the wrapped optimizer's state")
+            self.has_stepped = False  # perhaps never
         else:
             kept = f"; the wrapped optimizer's state is that after {taken} inner steps"
         add_note(error, f"meta_step() failed: as before the call are {', '.join(restored)}{kept}")

@@ -8,12 +8,7 @@ from torch.optim import Optimizer
 
 from torch_gradmatch.wrapped.members import members
 
-__all__ = ["is_initialization", "is_new"]
-
-
-def is_new(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer has no state, nor any parameter a gradient: it was never trained."""
-    return not _has_state(optimizer) and all(p.grad is None for g in optimizer.param_groups for p in g["params"])
+__all__ = ["is_initialization"]
 
 
 def is_initialization(optimizer: Optimizer, closure: Any) -> bool:
@@ -30,14 +25,12 @@ def is_initialization(optimizer: Optimizer, closure: Any) -> bool:
         Whether it is.
     """
     groups = optimizer.param_groups
-    if closure is not None or _has_state(optimizer) or any(float(group.get("lr", 0.0)) != 0.0 for group in groups):
+    if closure is not None or any(member.state for member in members(optimizer).values()):
+        return False
+    if any(float(group.get("lr", 0.0)) != 0.0 for group in groups):
         return False
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     if not trained or any(p.grad is None or p.grad.is_sparse for p in trained):
         return False
     found = (p.grad.any() for p in trained)  # of a DTensor the answer is the same on every rank
     return not any(bool(a.full_tensor() if hasattr(a, "full_tensor") else a) for a in found)
-
-
-def _has_state(optimizer: Optimizer) -> bool:
-    return any(member.state for member in members(optimizer).values())

@@ -77,6 +77,7 @@ class MergedState(MutableMapping[Any, Any]):
         own: Our entries by parameter: the dictionary itself.
         entry_of: Returns for a parameter all that should be shown of ours.
         is_own: Says for a name whether such an entry is ours.
+        is_made: Whether the wrapped optimizer has all the state that it will have, if only ours is there.
     """
 
     def __init__(
@@ -85,11 +86,14 @@ class MergedState(MutableMapping[Any, Any]):
         own: MutableMapping[Any, dict[str, Any]],
         entry_of: Callable[[Any], Mapping[str, Any]],
         is_own: Callable[[str], bool],
+        *,
+        is_made: bool = True,
     ) -> None:
         self._optimizer = optimizer
         self._own = own
         self._entry_of = entry_of
         self._is_own = is_own
+        self._is_made = is_made
 
     def _owners(self) -> list[Optimizer]:
         if isinstance(self._optimizer, SeveralOptimizers):
@@ -152,7 +156,8 @@ class MergedState(MutableMapping[Any, Any]):
         return len(list(iter(self)))
 
     def __bool__(self) -> bool:
-        return any(owner.state for owner in self._owners()) or any(self._own.values())
+        # If not, torch.distributed.checkpoint lets the optimizer make the state into which it is to load.
+        return any(owner.state for owner in self._owners()) or (self._is_made and any(self._own.values()))
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Return the entry of a parameter, or the default if there is none."""
