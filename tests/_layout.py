@@ -16,3 +16,15 @@ def with_numbers(state_dict: dict[str, Any], numbers: dict[str, Any]) -> dict[st
     """The same state dict with other numbers."""
     groups = [{**group, "gradmatch": json.dumps(numbers)} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
+
+
+def in_format_3(optimizer: Any) -> dict[str, Any]:
+    """The state dict as it was before format 4: all that is not the wrapped optimizer's in one entry."""
+    numbers = numbers_of(optimizer.state_dict())
+    own = {"version": 3, **{key: numbers[key] for key in ("method", "optimizers", "shapes")}}
+    own |= optimizer._loop.state_dict()
+    own.pop("held_iterates", None)
+    several = getattr(optimizer.optimizer, "optimizers", None)
+    if several is None:
+        return {**optimizer.optimizer.state_dict(), "gradmatch": own}
+    return {"optimizers": [one.state_dict() for one in several], "gradmatch": own}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytorch_optimizer
 import torch
+from _layout import numbers_of, with_numbers
 from _models import FeatureNet, assert_identical, loss_of, make_batches
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
@@ -368,61 +369,82 @@ def test_copying_the_model_alone_does_not_copy_the_optimizer():
 
 
 def test_a_plain_optimizer_reads_the_state_and_ours_says_how_to_read_a_plain_one():
-    model = feature_net()
+    model = nn.Linear(2, 2)
     optimizer = GradMatch(Adam(model.parameters()), Fish(0.5, inner_steps=2))
-    train(model, optimizer, batches(3))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2)).sum().backward()
+        optimizer.step()
     plain = Adam(model.parameters())
     plain.load_state_dict(optimizer.state_dict())
-    assert_identical(plain.state_dict()["state"], optimizer.optimizer.state_dict()["state"])
+    kept = {i: {k: v for k, v in entry.items() if k != "slow"} for i, entry in plain.state_dict()["state"].items()}
+    assert_identical(kept, optimizer.optimizer.state_dict()["state"])
     with pytest.raises(ValueError, match=r"optimizer\.optimizer\.load_state_dict"):
-        optimizer.load_state_dict(plain.state_dict())
+        optimizer.load_state_dict(Adam(model.parameters()).state_dict())
+    with pytest.raises(ValueError, match=r"optimizer\.optimizer\.load_state_dict"):
+        optimizer.load_state_dict(optimizer.optimizer.state_dict())
+    wrapped_again = GradMatch(plain, Fish(0.5, inner_steps=2))
+    assert wrapped_again.inner_step == 0
+    assert_identical(plain.state_dict()["state"], optimizer.optimizer.state_dict()["state"])  # without ours
 
 
 def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """``("numbers", ...)`` is a path in what the groups' text says."""
     state = copy.deepcopy(state)
-    place = state
+    if path == ("numbers",):
+        for group in state["param_groups"]:
+            group["gradmatch"] = value
+        return state
+    numbers = numbers_of(state)
+    place: Any = {**state, "numbers": numbers}
     for key in path[:-1]:
         place = place[key]
+    if path[0] != "numbers" and len(path) == 1:
+        place = state
     if value is KeyError:
         del place[path[-1]]
     else:
         place[path[-1]] = value
-    return state
+    return with_numbers(state, numbers) if path[0] == "numbers" else state
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("gradmatch",), KeyError, "no 'gradmatch' entry"),
-        (("gradmatch",), [], "no 'gradmatch' entry"),
-        (("gradmatch", "version"), 4, "format version 4"),
-        (("gradmatch", "version"), "1", "version should be an integer"),
-        (("gradmatch", "method"), "IDGM", "method 'IDGM'"),
-        (("gradmatch", "shapes"), KeyError, "'shapes' is missing"),
-        (("gradmatch", "shapes", 1), [7], r"parameter 1 has shape \[7\] in the state dict and \[0, 3\] here"),
-        (("gradmatch", "inner_step"), KeyError, "'inner_step' is missing"),
-        (("gradmatch", "inner_step"), -1, "inner_step should be an integer of at least 0"),
-        (("gradmatch", "inner_step"), 9, "saved after 9 inner steps but inner_steps=4"),
-        (("gradmatch", "is_open"), False, "not open"),
-        (("gradmatch", "slow_weights"), [], "'slow_weights' is missing or malformed"),
-        (("gradmatch", "slow_weights", 0), KeyError, "lacks the slow weights of parameter 0"),
-        (("gradmatch", "slow_weights", 0), 3.0, "should be a tensor"),
-        (("gradmatch", "slow_weights", 0), torch.zeros(2), r"parameter 0 has shape \(2,\)"),
-        (("gradmatch", "slow_weights", 77), torch.zeros(2), "parameter 77, which does not exist"),
-        (("gradmatch", "slow_buffers", "norm.running_mean"), torch.zeros(1), r"norm\.running_mean' has shape"),
-        (("gradmatch", "held_buffers"), 7, "'held_buffers' is missing or malformed"),
-        (("gradmatch", "held_buffers", 0), "other", "lacks the slow copy of buffer 'other'"),
-        (("gradmatch", "left_buffers"), ["other"], "lacks the slow copy of buffer 'other'"),
-        (("gradmatch", "slow_buffers", "other"), torch.zeros(1), "'other', which does not exist"),
-        (("gradmatch", "held"), None, "'held' is missing or malformed"),
-        (("gradmatch", "held", 0), 50, "lacks the slow weights of parameter 50"),
-        (("gradmatch", "alignment"), 3, "'alignment' is missing or malformed"),
-        (("gradmatch", "alignment"), {}, "alignment's 'sums' is missing or malformed"),
-        (("gradmatch", "alignment", "squares"), 1, "alignment's 'squares' is missing or malformed"),
-        (("gradmatch", "alignment", "unit_sums", 2), torch.zeros(1), "alignment's 'unit_sums' does not fit"),
-        (("gradmatch", "counters"), KeyError, "'counters' is missing or malformed"),
+        (("numbers",), "", "no 'gradmatch' entry"),
+        (("numbers",), None, "no 'gradmatch' entry"),
+        (("numbers",), "{", "'gradmatch' in the state dict's groups is malformed"),
+        (("numbers",), 7, "'gradmatch' in the state dict's groups is malformed"),
+        (("numbers",), "[1]", "'gradmatch' in the state dict's groups is malformed"),
+        (("numbers", "places"), KeyError, "'gradmatch' in the state dict's groups is malformed"),
+        (("numbers", "places", "slow"), [[0]], "'gradmatch' in the state dict's groups is malformed"),
+        (("numbers", "places", "slow"), [[0, 78]], "holds 'slow' of parameter .*, which does not exist here"),
+        (("numbers", "version"), 5, "format version 5"),
+        (("numbers", "version"), "1", "version should be an integer"),
+        (("numbers", "method"), "IDGM", "method 'IDGM'"),
+        (("numbers", "shapes"), KeyError, "'shapes' is missing"),
+        (("numbers", "shapes", 1), [7], r"parameter 1 has shape \[7\] in the state dict and \[0, 3\] here"),
+        (("numbers", "inner_step"), KeyError, "'inner_step' is missing"),
+        (("numbers", "inner_step"), -1, "inner_step should be an integer of at least 0"),
+        (("numbers", "inner_step"), 9, "saved after 9 inner steps but inner_steps=4"),
+        (("numbers", "is_open"), False, "not open"),
+        (("state", 0, "slow"), KeyError, "lacks the slow weights of parameter 0"),
+        (("state", 0, "slow"), 3.0, "should be a tensor"),
+        (("state", 0, "slow"), torch.zeros(2), r"parameter 0 has shape \(2,\)"),
+        (("state", 0, "slow_buffer:norm.running_mean"), torch.zeros(1), r"norm\.running_mean' has shape"),
+        (("numbers", "held_buffers"), 7, "'held_buffers' is missing or malformed"),
+        (("numbers", "held_buffers", 0), "other", "lacks the slow copy of buffer 'other'"),
+        (("numbers", "left_buffers"), ["other"], "lacks the slow copy of buffer 'other'"),
+        (("numbers", "held"), None, "'held' is missing or malformed"),
+        (("numbers", "held", 0), [50, 51], "lacks the slow weights of parameter 50"),
+        (("numbers", "held_iterates"), [], "'held_iterates' is malformed"),
+        (("numbers", "alignment"), 3, "'gradmatch' in the state dict's groups is malformed"),
+        (("numbers", "alignment"), {}, "'gradmatch' in the state dict's groups is malformed"),
+        (("state", 2, "alignment_units"), torch.zeros(1), "alignment's 'unit_sums' does not fit"),
+        (("state", 2, "alignment_sums"), KeyError, "lacks 'alignment_sums' of parameter 2"),
+        (("numbers", "counters"), KeyError, "'counters' is missing or malformed"),
         (("param_groups",), KeyError, "'param_groups' is missing"),
-        (("param_groups",), [{}], "'param_groups' is missing or malformed"),
+        (("param_groups",), [{"gradmatch": ""}], "no 'gradmatch' entry"),
         (("param_groups",), [], "0 parameter groups and this optimizer 1"),
         (("param_groups", 0, "params"), [0], "group 0 has 1 parameters in the state dict and"),
         (("state",), None, "'state' is missing"),
@@ -474,10 +496,10 @@ def test_a_state_dict_of_another_class_is_refused_always(name: str, other: str):
     if name == other:
         optimizer.load_state_dict(saved.state_dict())
         return
-    before = copy.deepcopy({k: v for k, v in optimizer.state_dict().items() if k != "gradmatch"})
+    before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"is of .* and this optimizer wraps .*: build the same"):
         optimizer.load_state_dict(saved.state_dict())
-    assert_identical({k: v for k, v in optimizer.state_dict().items() if k != "gradmatch"}, before)
+    assert_identical(optimizer.state_dict(), before)
 
 
 def test_a_class_of_the_script_is_the_same_when_the_script_is_imported():
@@ -518,7 +540,7 @@ def test_loading_copies_the_slow_weights():
     optimizer.step()
     state = optimizer.state_dict()
     optimizer.load_state_dict(state)
-    state["gradmatch"]["slow_weights"][0].fill_(5.0)
+    state["state"][0]["slow"].fill_(5.0)
     optimizer.rollback()
     assert parameter.item() == 0.0
 
@@ -744,7 +766,7 @@ def test_slow_weights_kept_for_their_digits_do_not_open_an_inner_loop_when_loade
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = through_file(optimizer.state_dict())
-    assert state["gradmatch"]["slow_weights"][0].dtype == torch.float32
+    assert state["state"][0]["slow"].dtype == torch.float32
     optimizer.load_state_dict(state)
     with torch.no_grad():
         parameter.fill_(3.0)

@@ -142,7 +142,9 @@ class GradMatch(Optimizer, Generic[MethodT]):
         ``state`` never has ours.
         """
         loop = self._loop
-        return MergedState(self.optimizer, self._own_state, loop.entry, loop.is_own, is_made=loop.has_stepped)
+        return MergedState(
+            self.optimizer, self._own_state, loop.entry, loop.is_own, loop.is_kept, is_made=loop.has_stepped
+        )
 
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
@@ -373,7 +375,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
         more entry of it, ``"gradmatch"``, which ``torch.distributed.checkpoint`` cannot save.
 
         Returns:
-            The state. A plain optimizer of the wrapped class can load it, too, and carries ours along unused.
+            The state. For a plain optimizer of the wrapped class save ``optimizer.optimizer.state_dict()``; many load
+            this one, too, and carry ours along unused.
         """
         return save_with_hooks(self, self._save)
 
@@ -420,6 +423,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
         is_joined = own is None
         if is_joined:
             own = read_numbers(state_dict)
+            if own is None and not state_dict.get("param_groups") and "state" in state_dict:
+                self._check_groups(state_dict)
         if not isinstance(own, dict):
             raise ValueError(
                 "the state dict has no 'gradmatch' entry: it is a plain optimizer's. "

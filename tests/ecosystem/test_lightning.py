@@ -304,7 +304,7 @@ def test_a_validation_that_fails_leaves_the_fast_weights(tmp_path, monkeypatch):
 def test_the_wrapped_optimizer_reaches_everything(tmp_path):
     model, trainer = fit(tmp_path, 6, every=1000)
     wrapped, ours = model.optimizers(), trainer.optimizers[0]
-    slow = copy.deepcopy(ours.state_dict()["gradmatch"]["slow_weights"])
+    slow = copy.deepcopy({i: entry["slow"] for i, entry in ours.state_dict()["state"].items()})
     assert wrapped is not ours
     assert isinstance(wrapped, GradMatch)
     assert wrapped.inner_step == ours.inner_step == 2
@@ -317,7 +317,7 @@ def test_the_wrapped_optimizer_reaches_everything(tmp_path):
 
 def test_the_wrapped_optimizer_interpolates(tmp_path):
     model, trainer = fit(tmp_path, 6, every=1000)
-    slow = copy.deepcopy(trainer.optimizers[0].state_dict()["gradmatch"]["slow_weights"])
+    slow = copy.deepcopy({i: e["slow"] for i, e in trainer.optimizers[0].state_dict()["state"].items()})
     fast = [parameter.detach().clone() for parameter in model.parameters()]
     model.optimizers().interpolate()
     assert trainer.optimizers[0].inner_step == 0

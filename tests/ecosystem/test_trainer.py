@@ -79,7 +79,7 @@ def test_it_is_the_plain_loop(tmp_path, bf16):
         scheduler.step()
     assert optimizer.inner_step == 3
     assert_same(found["model"], {f"network.{name}": value for name, value in model.state_dict().items()})
-    assert found["optimizer"]["gradmatch"]["slow_buffers"]
+    assert any(key.startswith("slow_buffer:") for key in found["optimizer"]["state"][0])
     assert_same(without_prefix(found["optimizer"], "network."), optimizer.state_dict())
 
 

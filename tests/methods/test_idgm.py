@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _layout import numbers_of, with_numbers
 from _models import FeatureNet, assert_identical, assert_same_model, loss_of, make_batches
 from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm
 from test_fish import expected_fish_direction, quartic_losses
@@ -328,9 +329,9 @@ def test_malformed_state_dicts_are_refused():
     optimizer = GradMatch(torch.optim.Adam(model.parameters()), IDGM(model, 0.2))
     state = optimizer.state_dict()
     for bad in ("1.0", 1, ()):
-        state["gradmatch"]["first_loss"] = bad
+        spoilt = with_numbers(state, {**numbers_of(state), "first_loss": bad})
         with pytest.raises(ValueError, match="'first_loss' is missing or malformed"):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(spoilt)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

@@ -92,9 +92,7 @@ CASES: dict[str, Build] = {
     ),
     "Adagrad": lambda m: GradMatch(torch.optim.Adagrad(trained(m), lr=0.1), fish(m)),
     "several": lambda m: GradMatch(sgd_and_adamw(m), fish(m)),
-    "several-reset-tracked": lambda m: GradMatch(
-        sgd_and_adamw(m), fish(m, inner_state="reset", track_alignment=True)
-    ),
+    "several-reset-tracked": lambda m: GradMatch(sgd_and_adamw(m), fish(m, inner_state="reset", track_alignment=True)),
     "SmoothFish": lambda m: GradMatch(Adam(m.parameters(), lr=0.05), SmoothFish(1.0, 0.1, m)),
     "SmoothFish-SGD": lambda m: GradMatch(SGD(m.parameters(), lr=0.05), SmoothFish(1.0, 0.1, m)),
     "IDGM": lambda m: GradMatch(Adam(m.parameters(), lr=0.05), IDGM(m, 0.1)),
@@ -237,7 +235,7 @@ def test_rank_0_may_tell_the_others(case: str):
         assert_identical(found, expected)
 
 
-# ------------------------------------------------------------------------------------------------- the step that is none
+# ------------------------------------------------------------------------------------------------ the step that is none
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("SmoothFish", "SmoothFish-SGD", "IDGM")])
@@ -288,7 +286,7 @@ def test_a_warm_up_from_zero_counts():
 def test_an_optimizer_that_needs_a_closure_says_so():
     model = network()
     optimizer = GradMatch(torch.optim.LBFGS(model.parameters()), fish(model))
-    with pytest.raises(RuntimeError, match="LBFGS needs a closure, so torch.distributed.checkpoint cannot"):
+    with pytest.raises(RuntimeError, match="LBFGS needs a closure, so torch"):
         get_optimizer_state_dict(model, optimizer)
     assert optimizer.inner_step == 0
 
@@ -368,9 +366,7 @@ def test_the_entries_are_always_the_same_ones():
         seen = []
         for batch in make_batches(DOMAINS + 1):
             seen.append({i: set(entry) for i, entry in optimizer.state_dict()["state"].items()})
-            assert {
-                i: set(optimizer.state[p]) for i, p in enumerate(model.parameters()) if p.requires_grad
-            } == seen[-1]
+            assert {i: set(optimizer.state[p]) for i, p in enumerate(model.parameters()) if p.requires_grad} == seen[-1]
             train(case, model, optimizer, [batch])
         assert all(entries == seen[0] for entries in seen), case
         assert numbers_of(optimizer.state_dict())["inner_step"] == 1

@@ -650,7 +650,7 @@ def test_wide_slow_buffers_are_saved_between_inner_loops():
     model, optimizer = build()
     train(model, optimizer, range(3))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    assert saved[1]["gradmatch"]["slow_buffers"]["1.running_mean"].dtype == torch.float32
+    assert saved[1]["state"][0]["slow_buffer:1.running_mean"].dtype == torch.float32
     train(model, optimizer, range(3, 6))
     resumed_model, resumed = build()
     resumed_model.load_state_dict(saved[0])
@@ -668,10 +668,10 @@ def test_surgery_on_a_wide_slow_buffer_is_honoured_where_it_happened():
         moved = statistics(model)["1.running_mean"].float()
         optimizer.step()
         if meta_iteration == 1:
-            slow = optimizer.state_dict()["gradmatch"]["slow_buffers"]["1.running_mean"].clone()
+            slow = optimizer.state_dict()["state"][0]["slow_buffer:1.running_mean"].clone()
             assert not torch.equal(slow, slow.bfloat16().float())
             model[1].running_mean[1] = slow[1] = 3.0
-    now = optimizer.state_dict()["gradmatch"]["slow_buffers"]["1.running_mean"]
+    now = optimizer.state_dict()["state"][0]["slow_buffer:1.running_mean"]
     torch.testing.assert_close(now, interpolated(slow, moved), rtol=1e-6, atol=0.0)
 
 

@@ -313,6 +313,17 @@ class MetaLoop(ABC):
         """
         return False
 
+    def is_kept(self, key: str) -> bool:  # noqa: ARG002
+        """Return whether such an entry is kept in the state that :meth:`Method.start` was given.
+
+        Args:
+            key: The name.
+
+        Returns:
+            False for one that is made of what is kept elsewhere.
+        """
+        return False
+
     @abstractmethod
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise if a state cannot be loaded; change nothing.

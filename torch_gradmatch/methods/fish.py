@@ -685,7 +685,11 @@ class FishLoop(MetaLoop):
 
     def is_own(self, key: str) -> bool:
         """Return whether an entry is one of those. See ``MetaLoop.is_own``."""
-        return is_own(key) or key in self.iterates.places
+        return is_own(key) or self.is_kept(key)
+
+    def is_kept(self, key: str) -> bool:
+        """Return whether an entry is slow weights or slow iterates. See ``MetaLoop.is_kept``."""
+        return key == SLOW or key in self.iterates.places
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` naming the first entry that cannot be loaded. See ``MetaLoop.check_state_dict``."""

@@ -353,4 +353,6 @@ def _positions(ranges: Any) -> Any:
         return {key: _positions(value) for key, value in ranges.items()}
     if not isinstance(ranges, list):
         return ranges
+    if not all(isinstance(run, list) and len(run) == 2 and all(type(i) is int for i in run) for run in ranges):
+        raise TypeError(f"no positions: {ranges!r:.60}")
     return [i for first, end in ranges for i in range(first, end)]

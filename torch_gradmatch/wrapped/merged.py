@@ -77,6 +77,7 @@ class MergedState(MutableMapping[Any, Any]):
         own: Our entries by parameter: the dictionary itself.
         entry_of: Returns for a parameter all that should be shown of ours.
         is_own: Says for a name whether such an entry is ours.
+        is_kept: Says whether it is kept in ``own``; others are made of what a method keeps elsewhere, and cannot be set.
         is_made: Whether the wrapped optimizer has all the state that it will have, if only ours is there.
     """
 
@@ -86,6 +87,7 @@ class MergedState(MutableMapping[Any, Any]):
         own: MutableMapping[Any, dict[str, Any]],
         entry_of: Callable[[Any], Mapping[str, Any]],
         is_own: Callable[[str], bool],
+        is_kept: Callable[[str], bool],
         *,
         is_made: bool = True,
     ) -> None:
@@ -93,6 +95,7 @@ class MergedState(MutableMapping[Any, Any]):
         self._own = own
         self._entry_of = entry_of
         self._is_own = is_own
+        self._is_kept = is_kept
         self._is_made = is_made
 
     def _owners(self) -> list[Optimizer]:
@@ -119,8 +122,7 @@ class MergedState(MutableMapping[Any, Any]):
             if key in entry or not self._is_own(key):
                 wrapped: MutableMapping[str, Any] = state.setdefault(parameter, entry)
                 return wrapped
-            kept = self._own[parameter]
-            return kept if key in kept else None  # others are made of what a method keeps elsewhere
+            return self._own[parameter] if self._is_kept(key) else None
 
         return MergedEntry({**entry, **{k: v for k, v in ours.items() if k not in entry}}, place)
 
@@ -129,12 +131,11 @@ class MergedState(MutableMapping[Any, Any]):
         if not isinstance(values, Mapping):
             state[parameter] = values
             return
-        kept = self._own.get(parameter, {})
         before = state.get(parameter)
         wrapped = before.keys() if isinstance(before, dict) else ()
         theirs = {k: v for k, v in values.items() if k in wrapped or not self._is_own(k)}
-        ours = {k: v for k, v in values.items() if k in kept and k not in theirs}
-        if kept or ours:
+        ours = {k: v for k, v in values.items() if k not in theirs and self._is_kept(k)}
+        if ours or parameter in self._own:
             self._own[parameter] = ours
         if theirs or before is not None:
             state[parameter] = theirs
