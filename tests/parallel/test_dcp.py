@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from _layout import numbers_of
 from _models import assert_identical
 from _ranks import on_ranks
+from _spread import full, sharded
 from _wrapped import ITERATES
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -232,6 +233,72 @@ def broadcast_from_rank_0(case: str, steps: int) -> tuple[Any, Any]:
 @pytest.mark.parametrize("case", ["tracked", "SGD", "several"])
 def test_rank_0_may_tell_the_others(case: str):
     for expected, found in on_ranks(2, broadcast_from_rank_0, case, DOMAINS + 3):
+        assert_identical(found, expected)
+
+
+def of_shards(case: str) -> tuple[nn.Module, GradMatch[Any]]:
+    model = sharded(model_of(case))
+    return model, CASES[case](model)
+
+
+def whole(model: nn.Module, optimizer: GradMatch[Any]) -> Any:
+    """The same on any number of ranks."""
+    state = optimizer.state_dict()
+    entries = {i: {k: full(v) for k, v in entry.items()} for i, entry in state["state"].items()}
+    return {k: full(v) for k, v in model.state_dict().items()}, entries, state["param_groups"], optimizer.inner_step
+
+
+def shard_and_save(case: str, options: dict[str, Any], steps: int, folder: Path) -> Any:
+    model, optimizer = of_shards(case)
+    train(case, model, optimizer, make_batches(steps))
+    save(model, optimizer, StateDictOptions(**options), folder)
+    return whole(model, optimizer)
+
+
+def load_shards_and_train(case: str, options: dict[str, Any], steps: int, more: int, folder: Path) -> Any:
+    model, optimizer = of_shards(case)
+    load(model, optimizer, StateDictOptions(**options), folder)
+    loaded = whole(model, optimizer)
+    train(case, model, optimizer, make_batches(steps + more)[steps:])
+    return loaded, whole(model, optimizer)
+
+
+@pytest.mark.parametrize("options", ["nested", "flat", "full"])
+@pytest.mark.parametrize("case", ["tracked", "pairs", "bf16", "several"])
+def test_shards_load_on_another_number_of_ranks(case: str, options: str, tmp_path: Path):
+    """``fully_shard``: what is saved by 2 ranks goes to 4, to 1, and to a model that is not sharded."""
+    steps, more = DOMAINS + 2, 3
+    saved = on_ranks(2, shard_and_save, case, OPTIONS[options], steps, tmp_path)[0]
+    expected = on_ranks(2, load_shards_and_train, case, OPTIONS[options], steps, more, tmp_path)[0][1]
+    for ranks in (1, 4):
+        for loaded, trained in on_ranks(ranks, load_shards_and_train, case, OPTIONS[options], steps, more, tmp_path):
+            assert_identical(loaded, saved)
+            if case == "several":  # bf16 is rounded by the number of ranks, and so are inner products
+                assert_identical(trained, expected)
+    model, optimizer = ddp_alone(case)
+    load(model, optimizer, StateDictOptions(**OPTIONS[options]), tmp_path)
+    assert_identical(whole(model, optimizer), saved)
+
+
+def tell_shards_from_rank_0(case: str, steps: int) -> tuple[Any, Any]:
+    model, optimizer = of_shards(case)
+    train(case, model, optimizer, make_batches(steps))
+    of_model, state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    other, resumed = of_shards(case)
+    set_state_dict(
+        other,
+        resumed,
+        model_state_dict=of_model if dist.get_rank() == 0 else {},
+        optim_state_dict=state if dist.get_rank() == 0 else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    resumed.load_state_dict(copy.deepcopy(state))  # whole tensors by themselves
+    return whole(model, optimizer), whole(other, resumed)
+
+
+@pytest.mark.parametrize("case", ["tracked", "several"])
+def test_whole_tensors_are_shared_out(case: str):
+    for expected, found in on_ranks(2, tell_shards_from_rank_0, case, DOMAINS + 3):
         assert_identical(found, expected)
 
 

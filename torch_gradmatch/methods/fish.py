@@ -408,6 +408,7 @@ class FishLoop(MetaLoop):
         self._close()
         if walks.group is not None and settings.inner_state == "reset":
             self.inner_state.reset()  # so that all ranks are the same now and not only when the next loop begins
+            self.has_stepped = False
 
     def _check_end(self, iterates: list[tuple[Tensor, Tensor]], moving: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Raise if the inner loop cannot be closed."""
@@ -708,7 +709,7 @@ class FishLoop(MetaLoop):
         self.iterates.check_state_dict(state, parameters)
         check_buffers(state, {} if self.buffers is None else self.buffers.buffers())
         if self.method.track_alignment and state["alignment"] is not None:
-            sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+            sizes = [local_of(p).numel() * (2 if p.is_complex() else 1) for p in parameters]
             pairs = self.method.track_alignment == "pairs"
             GradientAlignment(pairs=pairs).check_state_dict(state["alignment"], sizes)
 

@@ -95,8 +95,9 @@ def alignment_entries(alignment: Mapping[str, Any], index: int, parameter: Tenso
     for number, gradients in enumerate(alignment.get("gradients", ())):
         gradient = gradients.get(index)
         if gradient is None:
-            gradient = torch.zeros_like(parameter.detach(), memory_format=torch.contiguous_format)
-        entries[f"{GRADIENT}{number}"] = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+            gradient = torch.zeros_like(local_of(parameter.detach()), memory_format=torch.contiguous_format)
+        dense = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+        entries[f"{GRADIENT}{number}"] = sharded_like(dense, parameter)
     return entries
 
 
@@ -117,7 +118,7 @@ def join(state_dict: Mapping[str, Any], own: Mapping[str, Any], parameters: Sequ
         entries.setdefault(i, {}).update(copies)
     alignment = numbers.get("alignment")
     if alignment is not None:
-        for i in sorted({*entries, *alignment["sums"]}):
+        for i in sorted({*entries, *alignment["reached"]}):
             entries.setdefault(i, {}).update(alignment_entries(alignment, i, parameters[i]))
         numbers["alignment"] = _numbers_of(alignment)
     buffers = numbers.pop("slow_buffers", {})
@@ -284,10 +285,16 @@ def _alignment_of(
     }
     alignment["reached"] = _positions(numbers["reached"])
     for key, name in (("sums", SUMS), ("unit_sums", UNITS)):
-        alignment[key] = {i: _flat(found[name][i]) for i in _positions(numbers[key])}
+        alignment[key] = {}
+        for i in _positions(numbers[key]):
+            of_name = found.get(name, {})
+            if i not in of_name and i in alignment["reached"]:
+                raise ValueError(f"the state dict lacks {name!r} of parameter {i}")
+            # Frozen parameters have a place, too, where ranks are to have the same ones.
+            alignment[key][i] = _flat(of_name[i] if i in of_name else _shaped(None, parameters[i]))
     if "gradients" in numbers:
         alignment["gradients"] = [
-            {i: found[f"{GRADIENT}{number}"][i] for i in _positions(ranges)}
+            {i: local_of(found[f"{GRADIENT}{number}"][i]) for i in _positions(ranges)}
             for number, ranges in enumerate(numbers["gradients"][: len(alignment["squares"])])
         ]
     return alignment
@@ -298,7 +305,8 @@ def _shaped(flat: Tensor | None, parameter: Tensor) -> Tensor:
     """Return a vector of pairs of reals in a parameter's shape, complex if that is; zeros if there is none."""
     if flat is None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return torch.zeros_like(parameter.detach(), dtype=dtype, memory_format=torch.contiguous_format)
+        zeros = torch.zeros_like(local_of(parameter.detach()), dtype=dtype, memory_format=torch.contiguous_format)
+        return sharded_like(zeros, parameter)
     local = local_of(parameter.detach())
     if parameter.is_complex():
         return sharded_like(torch.view_as_complex(flat.contiguous().view(*local.shape, 2)), parameter)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from torch_gradmatch._checks import check_entry
-from torch_gradmatch._foreach import copy_all_
+from torch_gradmatch._foreach import copy_all_, local_of
+from torch_gradmatch.parallel.shards import sharded_like
 from torch_gradmatch.slow.copies import SlowCopies, check_copies, slow_dtype
 from torch_gradmatch.slow.layout import SLOW
 
@@ -118,7 +119,8 @@ class SlowWeights:
         """
         for p in parameters:
             if p.requires_grad and self.copy_of(p) is None:
-                self.state[p][SLOW] = p.detach().to(slow_dtype(p, meta_dtype), copy=True)
+                copy = local_of(p).detach().to(slow_dtype(p, meta_dtype), copy=True)
+                self.state[p][SLOW] = sharded_like(copy, p)
 
     def state_dict(self, parameters: list[Tensor]) -> dict[str, Any]:
         """Return the slow weights by position.

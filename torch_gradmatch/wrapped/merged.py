@@ -77,7 +77,7 @@ class MergedState(MutableMapping[Any, Any]):
         own: Our entries by parameter: the dictionary itself.
         entry_of: Returns for a parameter all that should be shown of ours.
         is_own: Says for a name whether such an entry is ours.
-        is_kept: Says whether it is kept in ``own``; others are made of what a method keeps elsewhere, and cannot be set.
+        is_kept: Says whether it is kept in ``own``; others are made of what a method keeps elsewhere and not set here.
         is_made: Whether the wrapped optimizer has all the state that it will have, if only ours is there.
     """
 
