@@ -280,28 +280,6 @@ def test_shards_load_on_another_number_of_ranks(case: str, options: str, tmp_pat
     assert_identical(whole(model, optimizer), saved)
 
 
-def tell_shards_from_rank_0(case: str, steps: int) -> tuple[Any, Any]:
-    model, optimizer = of_shards(case)
-    train(case, model, optimizer, make_batches(steps))
-    of_model, state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
-    other, resumed = of_shards(case)
-    set_state_dict(
-        other,
-        resumed,
-        model_state_dict=of_model if dist.get_rank() == 0 else {},
-        optim_state_dict=state if dist.get_rank() == 0 else {},
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-    )
-    resumed.load_state_dict(copy.deepcopy(state))  # whole tensors by themselves
-    return whole(model, optimizer), whole(other, resumed)
-
-
-@pytest.mark.parametrize("case", ["tracked", "several"])
-def test_whole_tensors_are_shared_out(case: str):
-    for expected, found in on_ranks(2, tell_shards_from_rank_0, case, DOMAINS + 3):
-        assert_identical(found, expected)
-
-
 # ------------------------------------------------------------------------------------------------ the step that is none
 
 

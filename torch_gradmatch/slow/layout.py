@@ -331,7 +331,8 @@ def _fitted(value: Any, parameter: Tensor) -> Any:
         return value if same else sharded.redistribute(like.device_mesh, like.placements)
     from torch.distributed.tensor import distribute_tensor  # to import it takes seconds
 
-    return distribute_tensor(value.detach().to(like.device), like.device_mesh, like.placements)
+    # Every rank has the whole and takes its shard: whether others have to is not known here.
+    return distribute_tensor(value.detach().to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 # ------------------------------------------------------------------------------------------------------------ positions
