@@ -179,7 +179,7 @@ def test_whatever_the_options(case: str, options: str, tmp_path: Path):
 def ddp(case: str) -> tuple[nn.Module, GradMatch[Any]]:
     model = model_of(case)
     optimizer = CASES[case](model)
-    return DistributedDataParallel(model, broadcast_buffers=False), optimizer
+    return DistributedDataParallel(model), optimizer
 
 
 def train_and_save(case: str, options: dict[str, Any], steps: int, folder: Path) -> Any:
