@@ -2,6 +2,7 @@
 
     python -m benchmarks                                all of it, into benchmarks/report (make bench)
     python -m benchmarks cost --networks MLP --domains 2 15 --rounds 5
+    python -m benchmarks scale                          several processes: scale.md, scale.json and its pictures alone
     python -m benchmarks --again benchmarks/report      tables and pictures from the figures measured before
 
 Ways that a peer package is needed for are left out where it is not installed.
@@ -16,14 +17,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, fidelity, outcome, report, ways
+from benchmarks import cost, fidelity, outcome, report, scale, ways
 from benchmarks._models import NETWORKS
+from benchmarks.scale.report import write as write_scale
 
 PARTS = ("cost", "memory", "fidelity", "outcome")
+SCALE = "scale"  # has files of its own, and wants the machine for itself
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +36,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="part", help=f"which parts: {', '.join(PARTS)}; all if none is named")
+    parts = f"which parts: {', '.join(PARTS)}, all these if none is named; or {SCALE}, minutes with all cores to itself"
+    add("parts", nargs="*", metavar="part", help=parts)
     add("--out", type=Path, default=Path("benchmarks/report"), help="folder for the report")
     add("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
     add("--domains", nargs="+", type=int, default=[2, 5, 15, 32], metavar="S", help="numbers of domains")
@@ -41,11 +45,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=fidelity.REPEATS, help="draws of network and data for the fidelity")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the runs on CdSprites")
     add("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="at a time, each on one thread")
+    add("--quick", action="store_true", help=f"{SCALE}: as little as shows that it works")
     add("--again", type=Path, metavar="FOLDER", help="measure nothing: write the report of the figures in this folder")
     options = parser.parse_args(arguments)
-    unknown = [part for part in options.parts if part not in PARTS]
+    unknown = [part for part in options.parts if part not in (*PARTS, SCALE)]
     if unknown:
-        parser.error(f"argument part: should be some of {', '.join(PARTS)} (got {unknown[0]!r})")
+        parser.error(f"argument part: should be some of {', '.join((*PARTS, SCALE))} (got {unknown[0]!r})")
+    options.scale = SCALE in options.parts
     options.parts = [part for part in PARTS if part in options.parts or not options.parts]
     options.networks = [network for network in NETWORKS if network in options.networks]
     options.domains = sorted(set(options.domains))
@@ -54,8 +60,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("rounds", "repeats", "processes"):
         if getattr(options, name) < 1:
             parser.error(f"argument --{name}: should be at least 1 (got {getattr(options, name)})")
-    if options.again is not None and not (options.again / "report.json").is_file():
-        parser.error(f"argument --again: {options.again} holds no report.json")
+    for wanted, name in ((options.parts, "report.json"), (options.scale, "scale.json")):
+        if options.again is not None and wanted and not (options.again / name).is_file():
+            parser.error(f"argument --again: {options.again} holds no {name}")
     return options
 
 
@@ -65,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print("curvlinops is not installed: its row is left out (make bench installs it)", file=sys.stderr)
     results: dict[str, Any] = {
         "environment": report.environment(),
-        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "again")},
+        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "again", "quick", "scale")},
         "sizes": report.sizes(options.networks),
         "seconds": {},
     }
@@ -102,6 +109,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def measure_scale(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what several processes cost; ``--seeds`` are those of its runs on CdSprites."""
+    settings = scale.QUICK if options.quick else replace(scale.Settings(), seeds=tuple(options.seeds))
+    return {"environment": report.environment(), **scale.measure(settings)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
@@ -109,14 +122,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"python -m benchmarks: error: argument --out: {error}", file=sys.stderr)
         return 2
-    path = options.out / "report.json"
-    if options.again is None:
-        path.write_text(json.dumps(measure(options), indent=1) + "\n")
-    elif options.again.resolve() != options.out.resolve():
-        shutil.copyfile(options.again / "report.json", path)
-    report.write(json.loads(path.read_text()), options.out)
-    print(f"wrote {options.out / 'index.md'}")
+    if options.parts:
+        publish(options, "report.json", lambda: measure(options), report.write, "index.md")
+    if options.scale:
+        publish(options, "scale.json", lambda: measure_scale(options), write_scale, "scale.md")
     return 0
+
+
+def publish(
+    options: argparse.Namespace,
+    name: str,
+    measuring: Callable[[], dict[str, Any]],
+    write: Callable[[dict[str, Any], Path], None],
+    text: str,
+) -> None:
+    """Measure, or copy what was measured before, and write the report of it."""
+    path = options.out / name
+    if options.again is None:
+        path.write_text(json.dumps(measuring(), indent=1) + "\n")
+    elif options.again.resolve() != options.out.resolve():
+        shutil.copyfile(options.again / name, path)
+    write(json.loads(path.read_text()), options.out)
+    print(f"wrote {options.out / text}")
 
 
 if __name__ == "__main__":

@@ -126,11 +126,12 @@ def test_outcomes_of_a_small_run(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "should be some of cost, memory, fidelity, outcome (got 'speed')"),
+        (["speed"], "should be some of cost, memory, fidelity, outcome, scale (got 'speed')"),
         (["--domains", "1", "5"], "--domains: should be at least 2 (got 1)"),
         (["--rounds", "0"], "--rounds: should be at least 1 (got 0)"),
         (["--networks", "VGG"], "invalid choice: 'VGG'"),
         (["--again", "nowhere"], "nowhere holds no report.json"),
+        (["scale", "--again", "nowhere"], "nowhere holds no scale.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

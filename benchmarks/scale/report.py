@@ -1,0 +1,266 @@
+"""``scale.md``: tables and pictures of what several processes cost, from the figures in ``scale.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.report import table
+from benchmarks.scale import plots
+from benchmarks.scale.outcome import EVERY, REACHED
+from benchmarks.scale.times import DDP, SPREAD, WALKS
+
+SHOWN_RANKS = (8, 64, 1024)
+MICRO = 1e6
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Write ``scale.md`` and its pictures."""
+    where = results["environment"]
+    took = " + ".join(f"{seconds:.0f} s ({part})" for part, seconds in results["seconds"].items())
+    parts = [
+        "# Several processes",
+        (
+            f"`python -m benchmarks scale`, {where['date']}: torch {where['torch']}, gloo, {where['cpu']}, "
+            f"{where['cpus']} CPUs, processes of one thread each. Took {took}. How each figure is taken is said in "
+            "the files of `benchmarks/scale`; all of them are in `scale.json`."
+        ),
+        *_counts(results),
+        *_wall(results),
+        *_directions(results),
+        *_outcomes(results),
+        *_predictions(results),
+    ]
+    (folder / "scale.md").write_text("\n\n".join(parts) + "\n")
+    plots.counts(folder / "scale_counts.png", results["counts"])
+    plots.wall(folder / "scale_wall.png", results["times"], results["predicted_here"])
+    plots.directions(folder / "scale_direction.png", results["directions"])
+    plots.outcomes(folder / "scale_cdsprites.png", results["outcomes"])
+    plots.predictions(folder / "scale_predicted.png", results["predicted"], results["times"])
+
+
+def _counts(results: Mapping[str, Any]) -> list[str]:
+    counts = results["counts"]
+    domains = results["settings"]["domains"]
+    heads = ["way", "promised", *(f"sent, S={s}" for s in domains), *(f"collectives, S={s}" for s in domains)]
+    heads += [f"MB, S={max(domains)}", f"messages, S={max(domains)}", "bytes"]
+    rows = [heads]
+    for way in dict.fromkeys(r["way"] for r in counts):
+        of = {r["domains"]: r for r in counts if r["way"] == way}
+        last = of[max(domains)]
+        rows.append(
+            [
+                way,
+                last["formula"],
+                *(f"{of[s]['all_reduces']:.4g}" for s in domains),
+                *(f"{of[s]['collectives']:g}" for s in domains),
+                f"{last['payload'] / 1e6:.2f}",
+                f"{last['messages']:g}",
+                f"{last['message_bytes']:.0f}",
+            ]
+        )
+    first = counts[0]
+    less = sorted({r["way"] for r in counts if r["all_reduces"] < 0.99 * r["promised"]})
+    more = sorted({r["way"] for r in counts if r["all_reduces"] > 1.01 * r["promised"]})
+    said = [f"Less than promised: {', '.join(less)}." if less else "", f"More: {', '.join(more)}." if more else ""]
+    return [
+        "## Bytes and collectives",
+        "![Bytes sent by number of domains](scale_counts.png)",
+        (
+            f"Counted on {first['ranks']} ranks, an MLP of P = {first['parameters']:,} parameters without buffers "
+            f"(a model's buffers are averaged, too: their bytes come on top), Adam, for one meta-iteration after the "
+            f"first. `sent` is in all-reduces of 4 P bytes: each byte all-reduced is sent 2 (R-1)/R times by a ring, "
+            f"each byte gathered or scattered half as often. MB are those of the vectors reduced or gathered. Messages "
+            f"are the small ones by which ranks agree, of {first['ranks']} ranks' bytes together. With "
+            f"`domains` S is each rank's own. {' '.join(s for s in said if s)}"
+        ).strip(),
+        table(rows),
+    ]
+
+
+def _wall(results: Mapping[str, Any]) -> list[str]:
+    times, predicted = results["times"], results["predicted_here"]
+    sizes = sorted({r["ranks"] for r in times})
+    heads = ["network", "way", *(f"R={r}, ms" for r in sizes), *(f"R={r}, predicted / measured" for r in sizes[1:])]
+    rows = [heads]
+    for network, way in dict.fromkeys((r["network"], r["way"]) for r in times):
+        of = {r["ranks"]: r for r in times if (r["network"], r["way"]) == (network, way)}
+        ratio = {r["ranks"]: r["over_measured"] for r in predicted if (r["network"], r["way"]) == (network, way)}
+        shown = []
+        for r in sizes:
+            low, middle, high = (1e3 * v for v in plots.spread(of[r]["seconds"]))
+            shown.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
+        rows.append([network, way, *shown, *(f"{ratio[r]:.2f}" if r in ratio else "-" for r in sizes[1:])])
+    fits = [["R", "latency for each doubling, us", "bandwidth, GB/s", "fit / measured, least", "greatest"]]
+    fits += [
+        [
+            str(f["ranks"]),
+            f"{f['latency'] * MICRO:.0f}",
+            f"{f['bandwidth'] / 1e9:.2f}",
+            f"{f['least_ratio']:.2f}",
+            f"{f['greatest_ratio']:.2f}",
+        ]
+        for f in results["fits"]
+    ]
+    cpus, domains = results["environment"]["cpus"], times[0]["domains"]
+    crowded = [str(r) for r in sizes if r > (cpus or 1)]
+    networks = ", ".join(
+        f"{n} {size / 1e6:.2f} M" for n, size in dict.fromkeys((r["network"], r["parameters"]) for r in times)
+    )
+    return [
+        "## Wall time here",
+        "![Time of a meta-iteration by number of processes](scale_wall.png)",
+        (
+            f"Medians with quartiles of {results['settings']['rounds']} rounds, the slowest rank's time; parameters: "
+            f"{networks}. Each rank has {domains} batches in a meta-iteration, whatever R. `alone` sends nothing: all "
+            f"processes compute at the same time. "
+            + (
+                f"**This machine has {cpus} CPUs: with R = {', '.join(crowded)} processes share them, and what is "
+                "measured there is no scaling.** "
+                if crowded
+                else ""
+            )
+            + "Predicted: the time of `alone` with as many processes, and the collectives counted, by gloo's latency "
+            "and bandwidth below; copying into one vector and back, and the interpolation, are not in it, nor what DDP "
+            "hides behind its backward pass."
+        ),
+        table(rows),
+        (
+            "Gloo's all-reduce of "
+            f"{min(r['bytes'] for r in results['all_reduces']):,} to "
+            f"{max(r['bytes'] for r in results['all_reduces']):,} bytes: seconds = latency log2(R) + 2 (R-1)/R bytes / "
+            "bandwidth, by least relative squares for each R."
+        ),
+        table(fits),
+    ]
+
+
+def _directions(results: Mapping[str, Any]) -> list[str]:
+    found = results["directions"]
+    walks = sorted({r["walks"] for r in found})
+    rate = next(r["rate"] for r in found if r["orders"] == "random")
+    rows = [["orders", "", *(f"R={r}" for r in walks)]]
+    for kind, quantity in product(("random", "pairs"), ("cosine", "error")):
+        shown = []
+        for r in walks:
+            some = [row for row in found if (row["orders"], row["walks"]) == (kind, r)]
+            shown.append(f"{plots.middle_of(some, quantity):.4f}" if some else "-")
+        rows.append([kind, quantity, *shown])
+    pair = [row for row in found if row["orders"] == "one pair"]
+    rates = sorted({row["rate"] for row in pair})
+    by_rate = [["a pair", *(f"alpha {r:g}" for r in rates)]]
+    by_rate.append(
+        ["error", *(f"{plots.middle_of([row for row in pair if row['rate'] == r], 'error'):.4f}" for r in rates)]
+    )
+    slopes = results["exponents"]
+    return [
+        "## Direction",
+        "![Cosine and error of the mean of R walks](scale_direction.png)",
+        (
+            f"Fish by SGD, GELU, float64, alpha = {rate:g}, {results['settings']['draws']} draws of network and data; "
+            "part beyond ERM against the exact one times `fish_gamma`, cosines by median and errors by root mean "
+            "square over draws. The walks are made one after the other and averaged; two ranks in opposite orders were "
+            f"found {results['two_ranks_error']:.0e} from it. Fitted exponents: "
+            f"{slopes['random orders, by R']:.2f} in R for random orders (theory: -1/2), "
+            f"{slopes['a pair, by alpha']:.2f} in alpha for a pair (theory: 1; pairs leave nothing that more walks "
+            "could average away but terms of this order)."
+        ),
+        table(rows),
+        table(by_rate),
+    ]
+
+
+def _outcomes(results: Mapping[str, Any]) -> list[str]:
+    runs = results["outcomes"]
+    walks = sorted({r["walks"] for r in runs})
+    rows = [
+        ["seed", *(f"{w} walk{'s' if w > 1 else ''}" for w in walks), *(f"accuracy at the end, {w}" for w in walks)]
+    ]
+    for seed in dict.fromkeys(r["seed"] for r in runs):
+        of = {r["walks"]: r for r in runs if r["seed"] == seed}
+        reached = ["-" if of[w]["reached"] is None else str(of[w]["reached"]) for w in walks]
+        rows.append([str(seed), *reached, *(f"{of[w]['accuracy'][-1]:.3f}" for w in walks)])
+    means = []
+    for w in walks:
+        some = [r["reached"] for r in runs if r["walks"] == w]
+        means.append("-" if None in some else f"{mean(some):.0f}")
+    ends = [f"{mean(r['accuracy'][-1] for r in runs if r['walks'] == w):.3f}" for w in walks]
+    rows.append(["mean", *means, *ends])
+    settings = results["settings"]["outcome"]
+    return [
+        "## CdSprites: one walk and two",
+        "![Accuracy on unseen colours by meta-iteration](scale_cdsprites.png)",
+        (
+            f"Meta-iterations of Fish until the accuracy on unseen colours was seen to be {REACHED:g}, looked at every "
+            f"{EVERY} of {settings['iterations']}: {settings['domains']} domains, batches of {settings['batch_size']} "
+            f"on each rank, {settings['size']} pixels, SGD {settings['inner_lr']:g}, meta_lr {settings['meta_lr']:g}; "
+            "two walks change nothing else and see twice the samples."
+        ),
+        table(rows),
+    ]
+
+
+def _predictions(results: Mapping[str, Any]) -> list[str]:
+    predicted = results["predicted"]
+    found = predicted["rows"]
+    shown = [r for r in SHOWN_RANKS if any(row["ranks"] == r for row in found)]
+    heads = ["workload", "network", "way", *(f"R={r:,}, s" for r in shown), *(f"R={r:,}, DDP / it" for r in shown)]
+    rows = [heads]
+    for workload, fabric in dict.fromkeys((r["workload"], r["fabric"]) for r in found):
+        of = {
+            (r["way"], r["overlap"], r["ranks"]): r["seconds"]
+            for r in found
+            if (r["workload"], r["fabric"]) == (workload, fabric)
+        }
+        for way, overlap, label in (
+            (DDP, 0.0, f"{DDP}"),
+            (DDP, 1.0, f"{DDP}, hidden"),
+            (WALKS, 0.0, WALKS),
+            (SPREAD, 0.0, SPREAD),
+        ):
+            seconds = [of[way, overlap, r] for r in shown]
+            ratios = [
+                f"{of[DDP, 1.0, r] / s:.2f} to {of[DDP, 0.0, r] / s:.2f}" for r, s in zip(shown, seconds, strict=True)
+            ]
+            rows.append(
+                [
+                    workload,
+                    fabric,
+                    label,
+                    *(f"{s:.4g}" for s in seconds),
+                    *(ratios if way != DDP else ["-"] * len(shown)),
+                ]
+            )
+    lines = [
+        f"- {name}: {w['seconds'] * 1e3:.1f} ms for a gradient of {w['samples']:,} samples, "
+        f"P = {w['parameters'] / 1e6:,.1f} M; {w['flop'] / 1e9:.1f} GFLOP a sample, {w['peak'] / 1e12:.0f} TFLOP/s, "
+        f"of which {w['utilization']:g}; {w['source']}."
+        for name, w in predicted["workloads"].items()
+    ]
+    lines += [
+        f"- {name}: {n['within'] / 1e9:g} GB/s up to {n['node']} GPUs, {n['across'] / 1e9:g} GB/s beyond, "
+        f"{n['latency'] * MICRO:g} us for each doubling; {n['source']}."
+        for name, n in predicted["fabrics"].items()
+    ]
+    messages = ", ".join(f"{way} {number:g}" for way, number in predicted["messages"].items())
+    return [
+        "## Predicted, to 1,024 GPUs",
+        "![Predicted time by number of GPUs](scale_predicted.png)",
+        (
+            f"Not measured. t = computing + collectives x latency x log2(R) + 2 (R-1)/R bytes / bandwidth, for "
+            f"{predicted['domains']} batches on each rank. **Measured here**: how many collectives and bytes "
+            f"(control messages: {messages}), an exact meta-iteration over one of Fish "
+            f"({predicted['exact_over_fish']:.2f}, of the {predicted['exact_of']} in one process), and in the panels "
+            "of gloo the computing of one process, latency and bandwidth of two; their markers are what was measured. "
+            "**Assumed**: the figures below. DDP in buckets of "
+            f"{predicted['ddp_bucket'] / 2**20:.0f} MiB; its band is from nothing to all hidden that fits behind the "
+            f"backward pass, {predicted['backward']:.2f} of the computing. By domains every rank has domains of its "
+            "own; it computes more than Fish, and what it finds is exact: its time is not that of the same result. "
+            "Where a network is so fast that DDP hides all it sends, walks have nothing to win."
+        ),
+        "\n".join(lines),
+        table(rows),
+    ]
