@@ -16,6 +16,7 @@ from _ranks import on_ranks
 from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm
 from _spread import Batch, build, domain_batches, loss_of, loss_over, mine, part
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
@@ -447,6 +448,9 @@ def refusals() -> dict[str, str]:
         optimizer = GradMatch(sgd, method)
         attempt(f"ddp {name}", lambda optimizer=optimizer: optimizer.meta_step(lambda b: loss_of(ddp, b), batches))
     assert same(before, plain.state_dict())
+    inside = FullyShardedDataParallel(build("smooth"), device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = GradMatch(torch.optim.SGD(inside.parameters(), lr=0.1), SmoothFish(1.0, 0.1))
+    attempt("fsdp1", lambda: optimizer.meta_step(lambda b: loss_of(inside, b), batches))
     return found
 
 
@@ -459,8 +463,21 @@ def test_what_cannot_be_shared_is_refused():
         assert "parallel should be one of" in found["one domain"]
         for name in ("IDGM", "SmoothFish"):
             assert f"{name}(..., process_group=torch.distributed.group.WORLD, parallel='data')" in found[f"ddp {name}"]
+        assert "use torch.distributed.fsdp.fully_shard" in found["fsdp1"]
         for name in ("domains", "walks", "alone"):
             assert "pass and call the plain module" in found[f"ddp {name}"]
+
+
+def names() -> Any:
+    model = build("smooth")
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 0.1, **world()))
+    rank = dist.get_rank()
+    named = {f"{rank}{number}": batch for number, batch in enumerate(domain_batches(1 + rank, rank))}
+    return optimizer.meta_step(lambda batch: loss_of(model, batch), named).domains
+
+
+def test_a_report_names_the_domains_of_all_ranks():
+    assert on_ranks(2, names) == [("00", "10", "11")] * 2
 
 
 def copies() -> bool:

@@ -139,9 +139,9 @@ def test_two_ranks_that_walk_in_opposite_orders_follow_the_exact_direction():
 # ------------------------------------------------------------------------------------- many iterations, and collectives
 
 
-def count_and_train(parallel: str, gamma: float, optimizer_class: Any, models: bool) -> Any:
+def count_and_train(parallel: str, gamma: float, optimizer_class: Any) -> Any:
     model = wide()
-    method = SmoothFish(gamma, LR, model=model if models else None, **world(parallel=parallel))
+    method = SmoothFish(gamma, LR, model=model, **world(parallel=parallel))
     settings = (
         {"max_iter": 5, "line_search_fn": "strong_wolfe"} if optimizer_class is torch.optim.LBFGS else {"lr": 1e-2}
     )
@@ -150,8 +150,7 @@ def count_and_train(parallel: str, gamma: float, optimizer_class: Any, models: b
         batches = own(seed, dist.get_rank()) if parallel == "walks" else mine(domain_batches(3, seed))
         with Counting() as counted:
             optimizer.meta_step(partial(loss_of, model), batches)
-    parameters = [p.detach().clone() for p in model.parameters()]
-    return counted.large(model), len(counted.bytes), state_of(model, optimizer) if models else parameters
+    return counted.large(model), len(counted.bytes), copy.deepcopy([model.state_dict(), gradients_of(model)])
 
 
 @pytest.mark.parametrize(
@@ -159,14 +158,14 @@ def count_and_train(parallel: str, gamma: float, optimizer_class: Any, models: b
     [("walks", 1.0, 1, 4), ("walks", 2.0, 1, 4), ("data", 1.0, 3, 6), ("data", 2.0, 5, 8)],
 )
 def test_all_reduces_are_few_and_ranks_stay_the_same(parallel: str, gamma: float, large: int, number: int):
-    everywhere = on_ranks(3, count_and_train, parallel, gamma, torch.optim.Adam, True)
+    everywhere = on_ranks(3, count_and_train, parallel, gamma, torch.optim.Adam)
     assert all(same(everywhere[0], other) for other in everywhere)
     assert everywhere[0][0] == [1.0] * large
     assert everywhere[0][1] == number  # flags or losses, and buffers of two kinds
 
 
 def test_a_line_search_goes_the_same_way_everywhere():
-    everywhere = on_ranks(3, count_and_train, "walks", 1.0, torch.optim.LBFGS, False)
+    everywhere = on_ranks(3, count_and_train, "walks", 1.0, torch.optim.LBFGS)
     assert all(same(everywhere[0][2], other[2]) for other in everywhere)
 
 
@@ -269,6 +268,20 @@ def warm_up() -> tuple[str, str] | None:
 def test_ranks_that_drifted_apart_are_told():
     for error in on_ranks(2, warm_up):
         assert "number 0 of the optimizer" in error[1]
+
+
+def without_the_model() -> tuple[str, str] | None:
+    model = build("batch_norm")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, LR, **world()))
+    error = fails(optimizer, partial(loss_of, model), own(0, dist.get_rank()))
+    assert same(before, model.state_dict())
+    return error
+
+
+def test_buffers_that_nobody_averages_are_refused():
+    for error in on_ranks(2, without_the_model):
+        assert "pass the model, SmoothFish(..., model=model)" in error[1]
 
 
 def test_one_process_is_a_group_of_one():

@@ -77,6 +77,7 @@ class DirectionStep(MetaLoop):
         self.model: nn.Module | None = method.model
         self._together = Together(optimizer, method)
         self._in_meta_step = False
+        self._knows_buffers = False  # whether it was seen that ranks move none that nobody averages
         self._other_buffers = ForwardBuffers()  # of models that nobody told us of
         self._knows_loss_fn = False  # whether meta_step has called one before
         self._looked = 0  # how often it was asked whether a look is due
@@ -246,7 +247,20 @@ class DirectionStep(MetaLoop):
     ) -> Direction:
         """Work out the direction and raise on all ranks what one of them raises."""
         with over.ranks.together(), self._together.without_reduction():
-            return self.evaluate(loss_fn, batches, over, **settings)
+            found = self.evaluate(loss_fn, batches, over, **settings)
+            if over.reduces and self.model is None and not self._knows_buffers:
+                self._refuse_moved_buffers()
+                self._knows_buffers = True
+            return found
+
+    def _refuse_moved_buffers(self) -> None:
+        for buffer, before in self._other_buffers._saved:
+            if not torch.equal(buffer, before):
+                raise ValueError(
+                    f"the evaluations of the ranks have moved a buffer of shape {tuple(buffer.shape)}, as BatchNorm's "
+                    "statistics, each in its own way: pass the model, SmoothFish(..., model=model), whose buffers are "
+                    "averaged"
+                )
 
     def refuse(self, error: Exception) -> None:
         """Let other ranks know. See ``MetaLoop.refuse``."""
