@@ -480,6 +480,16 @@ def test_a_report_names_the_domains_of_all_ranks():
     assert on_ranks(2, names) == [("00", "10", "11")] * 2
 
 
+def nothing_on_one_rank() -> tuple[str, str] | None:
+    model = build("smooth")
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 0.1, **world()))
+    return fails(optimizer, lambda batch: loss_of(model, batch), domain_batches(2, 0) if dist.get_rank() else [])
+
+
+def test_a_rank_without_domains_is_told_to_all():
+    assert all("batches is empty" in error[1] for error in on_ranks(2, nothing_on_one_rank))
+
+
 def copies() -> bool:
     model = build("smooth")
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 0.1, **world()))
