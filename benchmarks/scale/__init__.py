@@ -64,6 +64,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         found["seconds"][part] = time.perf_counter() - start
         start = time.perf_counter()
 
+    found["settings"] |= {"every": outcome.EVERY, "reached": outcome.REACHED}
     found["times"], found["all_reduces"], found["fits"] = [], [], []
     with ExitStack() as stack:
         pools = {size: stack.enter_context(Ranks(size)) for size in settings.ranks}  # those not at work wait

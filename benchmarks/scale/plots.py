@@ -150,7 +150,7 @@ def band(ax: Axes, rows: Rows, against: str, quantity: str, label: str, look: Ma
     ax.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=look["color"], alpha=0.18, linewidth=0)
 
 
-def outcomes(path: Path, runs: Rows) -> None:
+def outcomes(path: Path, runs: Rows, wanted: float) -> None:
     figure, ((ax,),) = grid(1, 1, "CdSprites-15: Fish by one walk and by the mean of two", 4.0)
     figure.set_size_inches(7.5, 5.2)
     for walks, look in ((1, {"color": ORANGE, "linestyle": "--"}), (2, {"color": BLUE})):
@@ -161,7 +161,7 @@ def outcomes(path: Path, runs: Rows) -> None:
         ax.plot(
             some[0]["iteration"], np.mean([r["accuracy"] for r in some], axis=0), linewidth=2.4, label=label, **look
         )
-    ax.axhline(0.95, color="0.4", linewidth=1, linestyle=":")
+    ax.axhline(wanted, color="0.4", linewidth=1, linestyle=":")
     ax.set_ylim(0.45, 1.02)
     ax.set_xlabel("meta-iterations (thick: mean over seeds)")
     ax.set_ylabel("accuracy on unseen colours")
