@@ -204,3 +204,39 @@ def test_a_shard_for_one_process_is_none():
     loader = make_loader(wrap=lambda sampler: Shard(sampler, False, 1), num_replicas=2, rank=1)
     with on_rank(1, 2):
         check_loader(make_optimizer(METHODS["Fish"][1]), loader)
+
+
+@pytest.mark.parametrize("prepared", [sharded, dispatched])
+def test_batches_that_are_split_have_to_be_full(prepared, monkeypatch):
+    """Accelerate leaves smaller ones out, and groups come apart."""
+    monkeypatch.setitem(globals(), "DOMAINS", ["a"] * 8 + ["b"] * 10 + ["c"] * 7 + ["d"] * 7)
+    with on_rank(0, 2):
+        optimizer = make_optimizer(METHODS["Fish"][1])
+        for check in (lambda loader: check_loader(optimizer, loader), ResumableLoader):
+            with pytest.raises(ValueError, match=r"last batch of 3 of 4 domains is smaller.*Pass drop_last=True"):
+                check(prepared(True))
+            check(prepared(True, drop_last=True))
+        check_loader(optimizer, make_loader(num_replicas=2, rank=0))
+
+
+@pytest.mark.parametrize("prepared", [sharded, dispatched])
+def test_lists_over_a_framework_have_to_be_groups(prepared):
+    with on_rank(0, 2):
+        optimizer = make_optimizer(METHODS["IDGM, data"][1])
+        check_loader(optimizer, meta_batches(prepared(True), 4))
+        for check in (lambda loader: check_loader(optimizer, loader), ResumableLoader):
+            with pytest.raises(ValueError, match="a list could hold two batches of one domain"):
+                check(meta_batches(prepared(True), 3))
+
+
+def test_lists_over_shards_know_their_domains_and_their_place():
+    with on_rank(0, 2):
+        loader = ResumableLoader(meta_batches(sharded(True), 4))
+        own = make_loader(lists=True)
+        domains, places = [], []
+        for batches in loader:
+            domains.append(batches.domains)
+            places.append(loader.state_dict()["position"])
+        assert domains == [batches.domains for batches in own]
+        assert places == [4, 0]
+        assert len(loader) == 2

@@ -19,6 +19,11 @@ __all__ = ["ResumableLoader", "check_loader"]
 
 Batch = TypeVar("Batch")
 
+_IN_TRAINER = (
+    "Trainer of transformers: accelerate.data_loader.prepare_data_loader(loader, num_processes=1, process_index=0) "
+    "for accelerator.prepare(loader)"
+)
+
 
 class ResumableLoader(Generic[Batch]):
     """A loader that says how far training is in the epoch, and goes on from there.
@@ -42,7 +47,8 @@ class ResumableLoader(Generic[Batch]):
     Raises:
         TypeError: If a domain's loader in a ``DomainLoader`` cannot save its place.
         ValueError: If the loader has no ``DomainBatchSampler``, or one for another data set, or does not keep its
-            order, or gives every process batches of other domains, or a part of what is the process's own part already.
+            order, or gives every process batches of other domains, or a part of what is the process's own part already
+            or of batches that are not all of the same size, or its lists are not the sampler's groups.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -56,8 +62,10 @@ class ResumableLoader(Generic[Batch]):
     """
 
     def __init__(self, loader: Iterable[Batch]) -> None:
-        self.loader = loader
         self.sampler, _ = _sampler_of(loader)
+        if isinstance(loader, _MetaBatches) and loader.source is None:  # it did not look as deep
+            loader = _MetaBatches(loader.loader, loader.domains_per_step, self.sampler)
+        self.loader = loader
         self._under = loader.loader if isinstance(loader, _MetaBatches) else loader
         self._size = loader.domains_per_step if isinstance(loader, _MetaBatches) else 1
         if not getattr(self._under, "in_order", True):
@@ -116,6 +124,7 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
       ``SmoothFish`` with one and ``parallel="walks"``;
     - ``split="domains"`` for ``IDGM`` with a ``process_group`` and ``parallel="domains"``;
     - ``split="batch"``, or a framework that splits every batch, with ``parallel="data"`` or without ``process_group``.
+      Accelerate's ``split_batches`` leaves out batches that are smaller than ``batch_size``: so none may be.
 
     The loaders in a ``DomainLoader`` have to give each rank its part themselves; nobody can check that.
 
@@ -241,7 +250,8 @@ def _sampler_of(loader: Any) -> tuple[DomainBatchSampler | DomainLoader[Any], in
         The sampler, or the loader of streams; and among how many processes a wrapper splits every batch.
 
     Raises:
-        ValueError: If there is neither, processes would have batches of different domains, or parts of parts.
+        ValueError: If there is neither, processes would have batches of different domains, or parts of parts or of
+            batches that cannot be split, or lists would not hold one batch of each domain.
     """
     found, num_processes, splits_batches = loader, 1, True
     passed = []
@@ -267,15 +277,33 @@ def _sampler_of(loader: Any) -> tuple[DomainBatchSampler | DomainLoader[Any], in
         raise ValueError(
             f"loader gives {num_processes} processes parts of what the DomainBatchSampler with "
             f"num_replicas={found.num_replicas} serves on one rank, which is a part already: leave the loader out of "
-            "what the framework prepares (Accelerate: accelerator.prepare(model, optimizer) without it, and "
-            "batch.to(accelerator.device); Lightning: Trainer(use_distributed_sampler=False))"
+            "what the framework prepares (Accelerate: accelerator.prepare(model, optimizer) without it, "
+            "batch.to(accelerator.device), and DataLoaderConfiguration(split_batches=True) all the same, or schedulers "
+            f"step once for each process; {_IN_TRAINER}; Lightning: Trainer(use_distributed_sampler=False))"
         )
     if num_processes > 1 and not splits_batches:
         raise ValueError(
             f"loader gives {num_processes} processes batches of {num_processes} different domains for the same step, "
             "and their gradients would be averaged: split every batch instead (Accelerate: DataLoaderConfiguration("
-            "split_batches=True), with drop_last=True in the DomainBatchSampler)"
+            "split_batches=True), with drop_last=True in the DomainBatchSampler; "
+            f"{_IN_TRAINER} over a DomainBatchSampler with num_replicas, rank and split='batch')"
         )
+    if num_processes > 1 and isinstance(found, DomainBatchSampler) and not found.drop_last:
+        short = sum(size % found.batch_size > 0 for size in found._plan.sizes)
+        if short:
+            raise ValueError(
+                f"loader splits batches of batch_size={found.batch_size} among {num_processes} processes, but the last "
+                f"batch of {short} of {len(found.labels)} domains is smaller: Accelerate would leave it out, and the "
+                "groups of domains would come apart, or fill it up with samples of other domains. Pass drop_last=True "
+                "to the DomainBatchSampler"
+            )
+    for wrapper in passed:
+        own = _batches_per_group(found)
+        if isinstance(wrapper, _MetaBatches) and wrapper.domains_per_step != own:
+            raise ValueError(
+                f"loader makes lists of {wrapper.domains_per_step} batches over a {type(found).__name__} that serves "
+                f"groups of {own}: pass meta_batches(loader, {own}), or a list could hold two batches of one domain"
+            )
     if isinstance(found, DomainBatchSampler):
         for wrapper in passed:
             _check_dataset(wrapper, found)
