@@ -27,7 +27,7 @@ def without_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 def assert_same(one: Any, other: Any, path: str = "state") -> None:
     assert type(one) is type(other), path
     if isinstance(one, dict):
-        assert list(one) == list(other), path
+        assert one.keys() == other.keys(), path
         for key in one:
             assert_same(one[key], other[key], f"{path}.{key}")
     elif isinstance(one, list | tuple):
