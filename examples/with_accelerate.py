@@ -5,8 +5,13 @@ batch ahead, so :class:`ResumableLoader` counts what the loop received, and is r
 
 - Keep the ``GradMatch`` itself: the optimizer that ``prepare`` returns has no ``meta_step``, ``slow_weights``,
   ``rollback``, ``inner_step`` or ``last_meta_step``. Both step the same object.
-- ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it, and processes
-  that draw different domains for one step.
+- ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it.
+- It runs under ``accelerate launch`` and torchrun as it is, by DDP or FSDP2: ``split_batches`` gives each process a
+  part of every batch; ``BATCH_SIZE`` is that of all together. Without it they would draw different domains for one
+  step. ``drop_last`` is for the smaller batches that domains may have last, which Accelerate would not split.
+  ``check_loader`` asks for both.
+- A sampler that splits by itself (``num_replicas``, ``rank``) needs no ``drop_last``; leave its loader out of
+  ``prepare``, and keep ``split_batches``, without which Accelerate steps the schedule once for every process.
 - In the middle of an inner loop the model holds the fast weights. Evaluate it, and save it as a model, in a ``with
   gradmatch.slow_weights()`` block; ``save_state``, to resume from, belongs outside.
 - A step that fp16's GradScaler skips moves nothing and counts as an inner step. The schedule counts it, too.
@@ -19,8 +24,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -42,12 +49,16 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
     """
     log_with = None if options.log is None else "tensorboard"
     accelerator = Accelerator(
-        mixed_precision=options.precision, cpu=options.cpu, log_with=log_with, project_dir=options.log
+        mixed_precision=options.precision,
+        cpu=options.cpu,
+        log_with=log_with,
+        project_dir=options.log,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     accelerator.init_trackers(method)
     data, domains, held_out = make_data()
     model = make_model(0)
-    sampler = DomainBatchSampler(domains, BATCH_SIZE, seed=0)
+    sampler = DomainBatchSampler(domains, BATCH_SIZE, seed=0, drop_last=True)
     loader = DataLoader(data, batch_sampler=sampler, num_workers=options.workers, generator=torch.Generator())
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=FISH_LR if method == "Fish" else ERM_LR)
@@ -55,7 +66,8 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
         fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model, track_alignment=True)
         optimizer = gradmatch = GradMatch(optimizer, fish)
     elif method == "exact":
-        exact = IDGM(model, gamma=1.0, agreement="variance", track_alignment=True)
+        together = {"process_group": dist.group.WORLD, "parallel": "data"} if accelerator.num_processes > 1 else {}
+        exact = IDGM(model, gamma=1.0, agreement="variance", track_alignment=True, **together)
         optimizer = gradmatch = GradMatch(optimizer, exact)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -72,7 +84,8 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
 
     seen = []
     for epoch in range(int(loader.state_dict()["epoch"]), options.epochs):
-        for batch in (bar := tqdm(loader, desc=f"{method} epoch {epoch}", leave=False, disable=None)):
+        hidden = None if accelerator.is_main_process else True  # None: unless there is a terminal
+        for batch in (bar := tqdm(loader, desc=f"{method} epoch {epoch}", leave=False, disable=hidden)):
             if method == "exact":
                 loss = gradmatch.meta_step(loss_fn, batch).losses.mean()  # a list, one batch of each domain
             else:
@@ -90,16 +103,24 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
                 bar.set_postfix({name: measured[name] for name in ("loss", "cosine") if name in measured})
             if taken % options.eval_every == 0:
                 with gradmatch.slow_weights() if method != "ERM" else nullcontext():
-                    bar.write(f"{method:5} {taken:5} steps, accuracy {accuracy(model, held_out):.3f}")
+                    found = accuracy(model, held_out)
+                if accelerator.is_main_process:
+                    bar.write(f"{method:5} {taken:5} steps, accuracy {found:.3f}")
             if taken % options.save_every == 0:
                 accelerator.save_state(str(directory))
             if taken == options.stop_at:
-                accelerator.end_training()
+                finish(accelerator)
                 return model, seen
     if method != "ERM":
         gradmatch.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
-    accelerator.end_training()
+    finish(accelerator)
     return model, seen
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Close the logs. ``end_training`` would have the processes part, too, and the next method is still to come."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -134,7 +155,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for method in ("ERM", "Fish", *(("exact",) if options.exact else ())):
         model, _ = train(method, options, options.directory / method)
         found[method] = accuracy(model, make_data()[2])
-        print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
+        PartialState().print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
+    PartialState().destroy_process_group()
     return found
 
 

@@ -16,7 +16,9 @@ place of a :class:`ResumableLoader` in its checkpoints, so that training resumes
 - Lightning does not store random states: with dropout, add them in ``on_save_checkpoint``.
 - Lightning takes the length of the first epoch for that of all. Where they differ (``domains_per_step`` below the
   number of domains) longer ones are cut off, after a whole group.
-- One device: Lightning would have every process train on the same batches.
+- It runs under torchrun as it is: each process's sampler serves its part of every batch, and ``BATCH_SIZE`` is that of
+  all processes together. Lightning leaves a ResumableLoader alone; a plain DataLoader, over which it would lay a
+  sampler of its own, needs ``Trainer(use_distributed_sampler=False)``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import os
 import sys
 import warnings
 from contextlib import ExitStack
@@ -31,6 +34,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -83,7 +87,8 @@ class Classifier(lightning.LightningModule):
         Returns:
             The loader.
         """
-        sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed)
+        ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank, "split": "batch"}
+        sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed, **ranks)
         loader = DataLoader(self.data, batch_sampler=sampler)
         return ResumableLoader(loader if self.automatic_optimization else meta_batches(loader, DOMAINS))
 
@@ -106,7 +111,9 @@ class Classifier(lightning.LightningModule):
             fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=self, track_alignment=True)
             optimizer = GradMatch(optimizer, fish)
         elif self.hparams.method == "exact":
-            optimizer = GradMatch(optimizer, IDGM(self, gamma=1.0, agreement="variance", track_alignment=True))
+            together = {"process_group": dist.group.WORLD, "parallel": "data"} if self.trainer.world_size > 1 else {}
+            exact = IDGM(self, gamma=1.0, agreement="variance", track_alignment=True, **together)
+            optimizer = GradMatch(optimizer, exact)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -160,7 +167,7 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: Any, _index: int) -> None:
         """Log the loss on the held-out domain."""
-        self.log("held_out_loss", self.loss(batch))
+        self.log("held_out_loss", self.loss(batch), sync_dist=True)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Log what the last meta-iteration measured: agreement, and the losses if it was a ``meta_step``."""
@@ -196,6 +203,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    here, everywhere = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))  # by torchrun
     found = {}
     for method in ("ERM", "Fish", *(("exact",) if options.exact else ())):
         classifier = Classifier(method)
@@ -208,7 +216,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
                 ModelCheckpoint(f"{options.directory}/{method}", every_n_train_steps=50, save_last=True),
             ],
             accelerator="auto",
-            devices=1,
+            devices=here,
+            num_nodes=everywhere // here,
+            strategy="ddp" if everywhere > 1 else "auto",
+            use_distributed_sampler=False,
             logger=TensorBoardLogger(options.log, "", method, default_hp_metric=False) if options.log else False,
             log_every_n_steps=LOG_EVERY,
             enable_progress_bar=sys.stdout.isatty(),
@@ -216,7 +227,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         )
         trainer.fit(classifier, ckpt_path="last" if options.resume else None)
         found[method] = accuracy(classifier.model, classifier.held_out)
-        print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
+        if trainer.is_global_zero:
+            print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
     return found
 
 

@@ -14,8 +14,11 @@ of an inner loop are fine for that.
 - The Trainer takes the length of the first epoch for that of all. They differ only with ``domains_per_step`` below the
   number of domains: then a resume in a later epoch may not find its place.
 - With several GPUs in one process the Trainer uses DataParallel, where BatchNorm follows the first one's part of the
-  batch: set ``CUDA_VISIBLE_DEVICES=0``. Under torchrun the processes would draw different domains for one step;
-  ``check_loader`` on the prepared loader refuses that.
+  batch: set ``CUDA_VISIBLE_DEVICES=0``, or start one process for each.
+- It runs under torchrun as it is: each process's sampler serves its part of every batch, and ``prepare_data_loader(...,
+  num_processes=1)`` leaves it at that, where ``accelerator.prepare`` would give every process batches of other domains
+  for one step, which ``check_loader`` refuses. (Accelerate's ``split_batches`` would not do: the number of the epoch,
+  by which the Trainer resumes, does not reach the sampler under it.)
 - The exact objective needs ``meta_step`` and so a loop of one's own: see ``with_accelerate.py``.
 """
 
@@ -28,6 +31,7 @@ from typing import Any
 
 import torch
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
@@ -52,11 +56,14 @@ class DomainTrainer(Trainer):
         """Serve the domains in turn.
 
         Returns:
-            The loader, prepared as the Trainer does.
+            The loader, prepared as the Trainer does, but not split again.
         """
-        sampler = DomainBatchSampler(self.train_dataset.domains, self.args.per_device_train_batch_size)
+        size = self.accelerator.num_processes
+        batch_size = size * self.args.per_device_train_batch_size
+        ranks = {"num_replicas": size, "rank": self.accelerator.process_index, "split": "batch"}
+        sampler = DomainBatchSampler(self.train_dataset.domains, batch_size, **ranks)
         loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the slow weights.
@@ -132,6 +139,7 @@ def make_trainer(method: str, directory: str, **arguments: Any) -> Any:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     settings = {
         "per_device_train_batch_size": BATCH_SIZE,
+        "ddp_find_unused_parameters": False,
         "max_grad_norm": 0.5,
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
@@ -178,13 +186,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             save_total_limit=1,
             bf16=options.bf16,
         )
-        if options.log is not None:
+        if options.log is not None and trainer.is_world_process_zero():
             trainer.add_callback(TensorBoardCallback(SummaryWriter(f"{options.log}/{method}")))
         trainer.train(resume_from_checkpoint=options.resume)
         if method == "Fish":
             trainer.gradmatch.rollback()  # to the slow weights, if training stopped in the middle of an inner loop
         found[method] = accuracy(trainer.model.network, trainer.eval_dataset.data)
-        print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
+        trainer.accelerator.print(f"{method:5} accuracy on the held-out domain {found[method]:.3f}", flush=True)
     return found
 
 
