@@ -528,3 +528,27 @@ def overflow_in_one_shard(tracked: bool) -> list[tuple[bool, float]]:
 def test_gradients_that_overflow_on_one_shard_are_skipped_on_all(tracked: bool):
     expected = [(True, 2.0**16), (False, 2.0**15), (True, 2.0**15)]
     assert on_ranks(2, overflow_in_one_shard, tracked) == [expected] * 2
+
+
+def save_in_mid_walk() -> tuple[str, bool]:
+    model = build("smooth")
+    optimizer = GradMatch(
+        OPTIMIZERS["adam"](model.parameters()), Fish(0.3, inner_steps=2, process_group=dist.group.WORLD)
+    )
+    message = ""
+    for batch in domain_batches(2, dist.get_rank()):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        if optimizer.inner_step:
+            try:
+                optimizer.state_dict()
+            except RuntimeError as error:
+                message = str(error)
+    return message, bool(optimizer.state_dict())
+
+
+def test_a_walk_half_done_is_not_saved_as_if_it_were_that_of_all_ranks():
+    for message, between in on_ranks(2, save_in_mid_walk):
+        assert message.startswith("state_dict() in the middle of a walk (1 steps taken)")
+        assert between

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from torch.utils.data import Sampler
 
 __all__ = ["IntArray", "ListLike", "check_short", "domain_weights", "indices_by_domain", "shown"]
 
@@ -133,6 +134,11 @@ def _indices_from_labels(domains: Any) -> tuple[list[str | int], list[IntArray]]
     to_list = getattr(domains, "tolist", None) or getattr(domains, "to_list", None)
     if isinstance(domains, type | str | bytes) or not (isinstance(domains, Sequence) or callable(to_list)):
         advice = ": pass a list of what it yields" if isinstance(domains, Iterator) else ""
+        if isinstance(domains, Sampler):
+            advice = (
+                ": a framework has built the sampler again around one of its own. Let it be: Lightning's "
+                "Trainer(use_distributed_sampler=False), and num_replicas=, rank= and split= here"
+            )
         raise TypeError(
             f"domains should be a sequence of labels or a mapping from label to indices (got {shown(domains)}){advice}"
         )

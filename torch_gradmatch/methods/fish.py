@@ -640,6 +640,12 @@ class FishLoop(MetaLoop):
     def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """Return counter, slow weights, slow buffers and running sums. See ``MetaLoop.state_dict``."""
         self._refuse_while_slow("state_dict()")
+        if self._walks.group is not None and self.inner_step:
+            raise RuntimeError(
+                f"state_dict() in the middle of a walk ({self.inner_step} steps taken): each rank is at a point of its "
+                "own, and a checkpoint would hold one of them. Save between two inner loops (optimizer.inner_step == 0), "
+                "or call rollback() first"
+            )
         if self.buffers is not None:
             self.buffers.settle(self.method.meta_dtype, stepped=self.is_open)
         if whole:

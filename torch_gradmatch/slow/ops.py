@@ -80,11 +80,7 @@ def interpolate_(slow: Sequence[Tensor], fast: Sequence[Tensor], weight: float) 
         interpolate_([local_of(s) for s in slow], [local_of(f) for f in fast], weight)
         return
     left: Sequence[int] = range(len(slow))
-    if (
-        (_CPU_KERNEL if slow[0].is_cpu else _CUDA_KERNEL)
-        and slow_are_plain
-        and _PLAIN.issuperset(map(type, fast))
-    ):
+    if (_CPU_KERNEL if slow[0].is_cpu else _CUDA_KERNEL) and slow_are_plain and _PLAIN.issuperset(map(type, fast)):
         left = _interpolate_native(slow, fast, weight)
     if len(left) == len(slow):
         _interpolate_looking_closer(slow, fast, weight)
