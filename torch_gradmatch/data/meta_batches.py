@@ -65,7 +65,7 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
     """
     if domains_per_step is not None:
         domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
-    source = loader if isinstance(loader, DomainLoader) else getattr(loader, "batch_sampler", None)
+    source: Any = loader if isinstance(loader, DomainLoader) else getattr(loader, "batch_sampler", None)
     while not isinstance(source, DomainBatchSampler | DomainLoader) and hasattr(source, "batch_sampler"):
         source = source.batch_sampler  # under the shards that a framework makes of it
     if not isinstance(source, DomainBatchSampler | DomainLoader):

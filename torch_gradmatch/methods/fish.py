@@ -643,7 +643,7 @@ class FishLoop(MetaLoop):
         if self._walks.group is not None and self.inner_step:
             raise RuntimeError(
                 f"state_dict() in the middle of a walk ({self.inner_step} steps taken): each rank is at a point of its "
-                "own, and a checkpoint would hold one of them. Save between two inner loops (optimizer.inner_step == 0), "
+                "own, and a checkpoint would hold one of them. Save between two inner loops (inner_step is 0), "
                 "or call rollback() first"
             )
         if self.buffers is not None:
