@@ -53,7 +53,9 @@ class _Pool:
     """Some processes that wait for functions to call."""
 
     def __init__(self, size: int) -> None:
-        context, port = mp.get_context("spawn"), _free_port()
+        # From a process that has imported torch once for all of them.
+        context, port = mp.get_context("forkserver"), _free_port()
+        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch_gradmatch"])
         self.processes, self.pipes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -49,8 +49,7 @@ def one_step(name: str, batches: list[Batch], gamma: float, **settings: Any) -> 
 
 def steps(parallel: str) -> dict[Any, Any]:
     found = {}
-    networks = NETWORKS if dist.get_world_size() == 2 else NETWORKS[:1]
-    for name, (kind, (gamma, symmetric)) in itertools.product(networks, SETTINGS.items()):
+    for name, (kind, (gamma, symmetric)) in itertools.product(NETWORKS, SETTINGS.items()):
         batches = own(1, dist.get_rank()) if parallel == "walks" else mine(domain_batches(3, 1))
         found[name, kind] = one_step(name, batches, gamma, symmetric=symmetric, parallel=parallel)
     return found

@@ -289,7 +289,7 @@ def _sampler_of(loader: Any) -> tuple[DomainBatchSampler | DomainLoader[Any], in
             f"{_IN_TRAINER} over a DomainBatchSampler with num_replicas, rank and split='batch')"
         )
     if num_processes > 1 and isinstance(found, DomainBatchSampler) and not found.drop_last:
-        short = sum(size % found.batch_size > 0 for size in found._plan.sizes)
+        short = found._smaller_batches()
         if short:
             raise ValueError(
                 f"loader splits batches of batch_size={found.batch_size} among {num_processes} processes, but the last "

@@ -406,6 +406,10 @@ class DomainBatchSampler(Sampler[list[int]]):
             if progress is not None:
                 progress.over = True
 
+    def _smaller_batches(self) -> int:
+        """Return how many domains have a last batch of fewer samples than the others."""
+        return 0 if self.drop_last else sum(size % self.batch_size > 0 for size in self._plan.sizes)
+
     @property
     def _next_epoch(self) -> int:
         """Number of the epoch that the next iterator serves or, after ``load_state_dict``, resumes."""
