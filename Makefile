@@ -18,12 +18,13 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
 	$(abspath $(BIN))/python
 
-.PHONY: help install demo test test-fallback test-sanitize test-cuda test-lowest test-ecosystem lint check-abi check-csrc \
+.PHONY: help install demo test test-large test-fallback test-sanitize test-cuda test-lowest test-ecosystem lint check-abi check-csrc \
 	wheel bench bench-micro bench-interpolate format clean
 
 help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
 	@echo "make test              the whole test suite"
+	@echo "make test-large        the example on several processes, killed ten times and resumed on another number (2 minutes)"
 	@echo "make test-fallback     the tests of what interpolates with the native extension switched off"
 	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
 	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
@@ -56,7 +57,11 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/cdsprites.py --out out --seed $(SEED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses=auto
+	$(BIN)/python -m pytest --numprocesses=auto -m "not large"
+
+# Minutes more: an example on several processes that is killed again and again, and resumed.
+test-large: $(INSTALLED)
+	$(BIN)/python -m pytest -m "large and not cuda"
 
 # What stands on the interpolation; gradients, data and compare do not.
 test-fallback: $(INSTALLED)
