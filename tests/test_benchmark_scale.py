@@ -20,6 +20,8 @@ from benchmarks import scale
 from benchmarks.scale import direction, model, outcome, times
 from benchmarks.scale.count import CountingMode, Traffic
 
+pytestmark = pytest.mark.large
+
 ROOT = Path(__file__).parents[1]
 
 
