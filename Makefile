@@ -24,7 +24,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
 	@echo "make test              the whole test suite"
-	@echo "make test-large        examples killed ten times and resumed, on another number of processes, too; the benchmark of scale"
+	@echo "make test-large        the example on several processes, killed ten times and resumed on another number; the benchmark of scale"
 	@echo "make test-fallback     the tests of what interpolates with the native extension switched off"
 	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
 	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
@@ -59,7 +59,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=auto -m "not large"
 
-# Minutes more: examples that are killed again and again, and resumed.
+# Minutes more: the example on several processes, killed again and again, and resumed.
 test-large: $(INSTALLED)
 	$(BIN)/python -m pytest -m "large and not cuda"
 

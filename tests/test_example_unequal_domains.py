@@ -126,7 +126,6 @@ def _one_thread_in_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.large
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard, when it is imported
 def test_killed_ten_times_it_ends_bit_for_bit_where_it_would_have(tmp_path: Path):
     """Three epochs of 20 groups, in which the middle domain goes round after 16 and the small one each time."""
