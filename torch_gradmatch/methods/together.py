@@ -24,7 +24,7 @@ from torch_gradmatch.parallel.shards import groups_of
 from torch_gradmatch.parallel.wrappers import find_wrappers, is_distributed
 from torch_gradmatch.wrapped.members import class_name, members
 
-__all__ = ["SharedSettings", "Together", "mean_over", "shown_settings"]
+__all__ = ["SharedSettings", "Together", "facts_of", "mean_over", "shown_settings"]
 
 
 class SharedSettings(Protocol):
@@ -153,12 +153,9 @@ class Together:
     def _facts(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], scale: float) -> dict[str, object]:
         """Return what should be the same on all ranks, with the words of a message."""
         settings = {name: getattr(value, "__qualname__", value) for name, value in shown_settings(self._method).items()}
-        groups = self._optimizer.param_groups
         return {
             "method": f"{type(self._method).__name__} {settings}",
-            "optimizer": [class_name(member) for member in members(self._optimizer).values()],
-            "learning rates": [group["lr"] for group in groups if isinstance(group.get("lr"), float | int)],
-            "shapes of parameters": [(tuple(p.shape), p.requires_grad) for p in parameters],
+            **facts_of(self._optimizer, parameters),
             "shapes of buffers": [(tuple(b.shape), str(b.dtype)) for b in buffers],
             "scale of the losses": scale,
         }
@@ -220,6 +217,24 @@ class Together:
     @property
     def _name(self) -> str:
         return type(self._method).__name__
+
+
+def facts_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[str, object]:
+    """Return what should be the same of an optimizer on all ranks, with the words of a message.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        parameters: Its parameters.
+
+    Returns:
+        The facts by name.
+    """
+    groups = optimizer.param_groups
+    return {
+        "optimizer": [class_name(member) for member in members(optimizer).values()],
+        "learning rates": [group["lr"] for group in groups if isinstance(group.get("lr"), float | int)],
+        "shapes of parameters": [(tuple(p.shape), p.requires_grad) for p in parameters],
+    }
 
 
 def mean_over(value: Tensor, ranks: Ranks) -> Tensor:

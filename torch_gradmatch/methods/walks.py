@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from torch_gradmatch._foreach import by_kind, copy_all_, local_of
+from torch_gradmatch.methods.together import facts_of
 from torch_gradmatch.parallel.agreement import check_same_parameters
 from torch_gradmatch.parallel.around import ranks_around
 from torch_gradmatch.parallel.ranks import Ranks
@@ -29,7 +30,7 @@ from torch_gradmatch.parallel.reduction import average_, max_
 from torch_gradmatch.parallel.shards import sharded_like
 from torch_gradmatch.parallel.wrappers import buffers_around
 from torch_gradmatch.slow import ops
-from torch_gradmatch.wrapped.members import class_name, members, shown_name
+from torch_gradmatch.wrapped.members import members, shown_name
 
 __all__ = ["CarriedState", "Walks", "average_buffers", "mean_of_walks"]
 
@@ -117,13 +118,8 @@ class Walks:
             self.ranks.agree(error)
 
     def _facts(self) -> dict[str, object]:
-        groups = self._optimizer.param_groups
-        return {
-            "optimizer": [class_name(member) for member in members(self._optimizer).values()],
-            "learning rates": [group["lr"] for group in groups if isinstance(group.get("lr"), float | int)],
-            "shapes of parameters": [tuple(p.shape) for p in self._parameters or ()],
-            "state to carry": None if self._carried is None else self._carried.layout,
-        }
+        carried = None if self._carried is None else self._carried.layout
+        return {**facts_of(self._optimizer, self._parameters or ()), "state to carry": carried}
 
     def check_buffers(self) -> None:
         """Raise if an inner loop has moved buffers of which nobody knows the slow values.
