@@ -82,5 +82,7 @@ def test_every_command_and_file_it_names_exists():
     headings = {
         re.sub(r"[^a-z ]", "", line.lower()).strip().replace(" ", "-") for line in text.splitlines() if line[:1] == "#"
     }
+    ignored = [line.strip("/") for line in (README.parent / ".gitignore").read_text().split()]
     for name in re.findall(r"!?\[[^]]*\]\((?!http)([^)]+)\)", text):
+        assert not any(name.startswith(f"{folder}/") for folder in ignored), f"{name} is in no clone"
         assert name.removeprefix("#") in headings if name[0] == "#" else (README.parent / name).exists(), name
