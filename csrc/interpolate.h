@@ -266,6 +266,12 @@ inline std::vector<Group> make_groups(
   return groups;
 }
 
+inline std::vector<int64_t> every_index(size_t size) {
+  std::vector<int64_t> indices(size);
+  std::iota(indices.begin(), indices.end(), 0);
+  return indices;
+}
+
 // The pairs that the kernel takes, and the indices of those that it leaves to torch._foreach_*.
 struct Shares {
   std::vector<Group> groups;
@@ -297,8 +303,7 @@ inline Shares share_out(
   }
   if (!clear) {
     shares.groups.clear();
-    shares.left.resize(slow.size());
-    std::iota(shares.left.begin(), shares.left.end(), 0);
+    shares.left = every_index(slow.size());
   }
   return shares;
 }

@@ -1,132 +1,19 @@
-// torch_gradmatch::interpolate_ on an NVIDIA GPU: one pass over memory, up to 128 tensors in a launch.
-//
-// The table of tensors travels as a kernel argument, so nothing is copied to the device beforehand, nothing is waited
-// for, and a CUDA graph captures the launch with it. A block works on one chunk of one tensor; which one it finds by
-// bisection in the table. Chunks begin at multiples of the vector width, so an aligned tensor is read and written 16
-// bytes at a time but for its tail; a misaligned one goes element by element.
+// torch_gradmatch::interpolate_ on an NVIDIA GPU: one pass over memory, up to 128 tensors in a launch; kernel.h has the
+// kernel. This is a library of its own, which torch_gradmatch loads only where torch has CUDA; its run time is linked
+// into it, so that it loads whatever CUDA torch was built with.
 #include "../interpolate.h"
+#include "kernel.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <mutex>
+#include <unordered_map>
+
 namespace torch_gradmatch {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kVectorsPerThread = 4;
-constexpr int kTableSize = 128;  // 128 x 26 bytes stay below the 4 KiB that every GPU takes as arguments
-
-struct Table {
-  int64_t slow[kTableSize];
-  int64_t fast[kTableSize];
-  uint32_t numel_low[kTableSize];   // numel = high << 32 | low
-  uint16_t numel_high[kTableSize];
-  uint32_t first_block[kTableSize];
-  int32_t size;
-};
-static_assert(sizeof(Table) <= 4096 - 3 * 16, "the table has to fit into the kernel's arguments");
-
-template <typename Slow, typename Fast>
-struct Vector {
-  static constexpr int kSmaller = sizeof(Slow) < sizeof(Fast) ? sizeof(Slow) : sizeof(Fast);
-  static constexpr int kWidth = 16 / kSmaller;  // elements; both sides are whole 16-byte words
-  static constexpr int64_t kChunk = static_cast<int64_t>(kThreads) * kVectorsPerThread * kWidth;
-};
-
-template <typename T, int N>
-struct alignas(16) Words {
-  T element[N];
-};
-
-__device__ __forceinline__ float to_math(float v) { return v; }
-__device__ __forceinline__ double to_math(double v) { return v; }
-__device__ __forceinline__ float to_math(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_math(__half v) { return __half2float(v); }
-
-template <typename T>
-__device__ __forceinline__ T from_math(float v) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(v);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(v);
-  } else {
-    return v;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ T from_math(double v) {
-  return v;
-}
-
-// The formula whose smaller factor multiplies the difference; at weight 0 and 1 a copy.
-template <typename Slow, typename Fast, typename Math>
-__device__ __forceinline__ void interpolate_element(Slow& slow, Fast& fast, Math weight, Math rest) {
-  const Math s = to_math(slow);
-  const Math f = to_math(fast);
-  Math moved;
-  if (weight == Math(0)) {
-    moved = s;
-  } else if (rest == Math(0)) {
-    moved = f;
-  } else {
-    moved = weight < Math(0.5) ? s + weight * (f - s) : f - (f - s) * rest;
-  }
-  slow = from_math<Slow>(moved);
-  fast = from_math<Fast>(to_math(slow));
-}
-
-template <typename Slow, typename Fast, typename Math>
-__global__ void __launch_bounds__(kThreads) interpolate_kernel(const Table table, Math weight, Math rest) {
-  using V = Vector<Slow, Fast>;
-  int low = 0;
-  int high = table.size - 1;
-  while (low < high) {  // the last tensor whose first block is not after this one
-    const int middle = (low + high + 1) / 2;
-    if (table.first_block[middle] <= blockIdx.x) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  Slow* slow = reinterpret_cast<Slow*>(table.slow[low]);
-  Fast* fast = reinterpret_cast<Fast*>(table.fast[low]);
-  const int64_t numel = static_cast<int64_t>(table.numel_high[low]) << 32 | table.numel_low[low];
-  const int64_t begin = static_cast<int64_t>(blockIdx.x - table.first_block[low]) * V::kChunk;
-  const int64_t end = begin + V::kChunk < numel ? begin + V::kChunk : numel;
-
-  const bool aligned = ((table.slow[low] | table.fast[low]) & 15) == 0;
-  if (aligned && end - begin == V::kChunk) {
-    using SlowWords = Words<Slow, V::kWidth>;
-    using FastWords = Words<Fast, V::kWidth>;
-    SlowWords* slow_words = reinterpret_cast<SlowWords*>(slow + begin) + threadIdx.x;
-    FastWords* fast_words = reinterpret_cast<FastWords*>(fast + begin) + threadIdx.x;
-    SlowWords s[kVectorsPerThread];
-    FastWords f[kVectorsPerThread];
-#pragma unroll
-    for (int i = 0; i < kVectorsPerThread; ++i) {  // all loads before the first use: enough bytes in flight
-      s[i] = slow_words[i * kThreads];
-      f[i] = fast_words[i * kThreads];
-    }
-#pragma unroll
-    for (int i = 0; i < kVectorsPerThread; ++i) {
-#pragma unroll
-      for (int j = 0; j < V::kWidth; ++j) {
-        interpolate_element(s[i].element[j], f[i].element[j], weight, rest);
-      }
-      slow_words[i * kThreads] = s[i];
-      fast_words[i * kThreads] = f[i];
-    }
-    return;
-  }
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    interpolate_element(slow[i], fast[i], weight, rest);
-  }
-}
 
 template <typename T>
 struct OnDevice {
@@ -146,35 +33,31 @@ void launch(const Group& group, double weight, cudaStream_t stream) {
   using Slow = typename OnDevice<typename Pair::Slow>::type;
   using Fast = typename OnDevice<typename Pair::Fast>::type;
   using Math = typename Pair::Math;
-  constexpr int64_t kChunk = Vector<Slow, Fast>::kChunk;
-  constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-  Table table;
-  table.size = 0;
-  int64_t blocks = 0;
-  const auto flush = [&] {
-    if (table.size > 0) {
-      interpolate_kernel<Slow, Fast, Math><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-          table, static_cast<Math>(weight), static_cast<Math>(1.0 - weight));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-    table.size = 0;
-    blocks = 0;
-  };
-  for (const Span& span : group.spans) {
-    const int64_t needed = (span.numel + kChunk - 1) / kChunk;
-    STD_TORCH_CHECK(needed <= kMaxBlocks, "interpolate_: a tensor of ", span.numel, " elements is too large");
-    if (table.size == kTableSize || blocks + needed > kMaxBlocks) {
-      flush();
-    }
-    table.slow[table.size] = reinterpret_cast<int64_t>(span.slow);
-    table.fast[table.size] = reinterpret_cast<int64_t>(span.fast);
-    table.numel_low[table.size] = static_cast<uint32_t>(span.numel);
-    table.numel_high[table.size] = static_cast<uint16_t>(span.numel >> 32);
-    table.first_block[table.size] = static_cast<uint32_t>(blocks);
-    ++table.size;
-    blocks += needed;
+  const Span* refused = cuda::for_each_launch<Slow, Fast>(group.spans, [&](const cuda::Table& table, unsigned blocks) {
+    cuda::interpolate_kernel<Slow, Fast, Math><<<blocks, cuda::kThreads, 0, stream>>>(
+        table, static_cast<Math>(weight), static_cast<Math>(1.0 - weight));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  STD_TORCH_CHECK(
+      refused == nullptr, "interpolate_: a tensor of ", refused == nullptr ? 0 : refused->numel, " elements is too large");
+}
+
+// Why the kernel does not run on a device; nullptr if it does. Asks for the kernel's machine code, which is what a
+// launch would miss: a GPU older than all for which it was compiled, or a driver that cannot compile it anew.
+const char* obstacle_on(int32_t device) {
+  static std::mutex mutex;
+  static std::unordered_map<int32_t, cudaError_t> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(device);
+  if (found == known.end()) {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    const auto kernel = cuda::interpolate_kernel<float, float, float>;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    cudaGetLastError();  // so that nobody else is told of it
+    found = known.emplace(device, error).first;
   }
-  flush();
+  return found->second == cudaSuccess ? nullptr : cudaGetErrorString(found->second);
 }
 
 void run_groups(const std::vector<Group>& groups, double weight) {
@@ -189,11 +72,22 @@ void run_groups(const std::vector<Group>& groups, double weight) {
 }
 
 void interpolate_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  run_groups(make_groups(slow, fast, weight, /*on_cuda=*/true), weight);
+  const std::vector<Group> groups = make_groups(slow, fast, weight, /*on_cuda=*/true);
+  for (const Group& group : groups) {
+    const char* why = obstacle_on(group.device);
+    STD_TORCH_CHECK(
+        why == nullptr, "interpolate_: the kernel does not run on cuda:", group.device, ": ", why == nullptr ? "" : why);
+  }
+  run_groups(groups, weight);
 }
 
 std::vector<int64_t> interpolate_taken_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  const Shares shares = share_out(slow, fast, weight, /*on_cuda=*/true);
+  Shares shares = share_out(slow, fast, weight, /*on_cuda=*/true);
+  for (const Group& group : shares.groups) {
+    if (obstacle_on(group.device) != nullptr) {
+      return every_index(slow.size());
+    }
+  }
   run_groups(shares.groups, weight);
   return shares.left;
 }
@@ -206,3 +100,18 @@ STABLE_TORCH_LIBRARY_IMPL(torch_gradmatch, CUDA, m) {
 }
 
 }  // namespace torch_gradmatch
+
+// What native_status() asks. The first two initialize no CUDA; versions are 1000 major + 10 minor, the driver's 0 where
+// there is none.
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED int torch_gradmatch_cuda_runtime_version() { return CUDART_VERSION; }
+
+EXPORTED int torch_gradmatch_cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+EXPORTED const char* torch_gradmatch_cuda_obstacle(int device) {
+  return torch_gradmatch::obstacle_on(device);
+}
