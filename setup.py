@@ -1,22 +1,35 @@
 """Builds the native extension, where it can be built. The metadata stand in pyproject.toml.
 
     TORCH_GRADMATCH_NATIVE=off|auto|require   auto: build it if torch and a compiler are there, else go on without
-    TORCH_GRADMATCH_CUDA=0|1|auto             auto: with CUDA if torch has CUDA and nvcc is found
+    TORCH_GRADMATCH_CUDA=0|1|auto             auto: its CUDA library too where nvcc is found, whatever torch that is
+    TORCH_CUDA_ARCH_LIST="8.0;9.0"            the architectures of the CUDA library, instead of ARCHITECTURES below
     TORCH_GRADMATCH_SANITIZE=1                with ASan and UBSan, for ``make test-sanitize``
 
-The extension is one shared library on LibTorch's stable ABI for torch 2.10 and later. It uses nothing of Python.
+The extension is two shared libraries on LibTorch's stable ABI for torch 2.10 and later, which use nothing of Python:
+``_C`` has the operators and their CPU kernel, ``_C_cuda`` only adds the CUDA kernel. What became of them is kept in
+``torch_gradmatch/_build.json``, so that ``native_status()`` can say it.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-TORCH_2_10 = "0x020a000000000000"  # the oldest torch whose stable ABI the extension asks for
-CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0+PTX"
+PACKAGE = "torch_gradmatch"
+CPU, CUDA = f"{PACKAGE}._C", f"{PACKAGE}._C_cuda"
+# The oldest torch whose stable ABI the extension asks for; a header of torch beside it is an error.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0"  # those of them that nvcc knows; later ones take the PTX
 
 
 def setting(name: str, choices: tuple[str, ...]) -> str:
@@ -27,86 +40,186 @@ def setting(name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+NATIVE = setting("TORCH_GRADMATCH_NATIVE", ("off", "require", "auto"))
+ASKED_FOR_CUDA = setting("TORCH_GRADMATCH_CUDA", ("0", "1", "auto"))
+
+# Why each library was not built, "" if it was; and which of them were lost though nobody had switched them off.
+REASONS: dict[str, Any] = {"cpu": "", "cuda": "", "lost": []}
+
+
 def say(message: str) -> None:
     """Tell whoever builds; pip shows it with -v."""
-    sys.stderr.write(f"torch_gradmatch: {message}\n")
+    sys.stderr.write(f"{PACKAGE}: {message}\n")
 
 
-def give_up(native: str, reason: str) -> None:
-    """Go on without the extension, or end if it is required."""
-    if native == "require":
-        sys.exit(f"torch_gradmatch: TORCH_GRADMATCH_NATIVE=require, but {reason}")
-    say(f"{reason}; installing without the native extension: everything works, the interpolation is slower")
+def lose(which: str, reason: str) -> None:
+    """Go on without a library, and keep the reason; end if it is required."""
+    required = NATIVE == "require" if which == "cpu" else ASKED_FOR_CUDA == "1"
+    if required:
+        switch = "TORCH_GRADMATCH_NATIVE=require" if which == "cpu" else "TORCH_GRADMATCH_CUDA=1"
+        sys.exit(f"{PACKAGE}: {switch}, but {reason}")
+    without = (
+        "the native extension: everything works, the interpolation is slower" if which == "cpu" else "its CUDA part"
+    )
+    say(f"{reason}; installing without {without}")
+    REASONS[which] = reason
+    REASONS["lost"].append(which)
 
 
-def with_cuda(asked: str, torch: Any, cuda_home: str | None) -> bool:
-    """Decide whether to compile for CUDA, and say why not if it was asked for."""
-    has_cuda = torch.version.cuda is not None
-    if asked == "1" and not has_cuda:
-        sys.exit("torch_gradmatch: TORCH_GRADMATCH_CUDA=1, but the installed torch is built without CUDA")
-    if asked == "1" and cuda_home is None:
-        sys.exit("torch_gradmatch: TORCH_GRADMATCH_CUDA=1, but nvcc is not found: set CUDA_HOME")
-    return asked != "0" and has_cuda and cuda_home is not None
+def keep_reasons(folder: Path) -> None:
+    """Write what became of the libraries beside the package's own files."""
+    if (folder / "__init__.py").exists():
+        (folder / "_build.json").write_text(json.dumps(REASONS, indent=1) + "\n")
+
+
+class BuildPython(build_py):
+    """Copies the package, and says what became of the libraries where none is built."""
+
+    def run(self) -> None:
+        """Carry it out."""
+        super().run()
+        keep_reasons(Path(PACKAGE) if self.editable_mode else Path(self.build_lib) / PACKAGE)
+
+
+# ------------------------------------------------------------------------------------------------- the CUDA library
+
+
+def find_nvcc() -> str | None:
+    """Look where torch's own extensions do, though torch does so only if it has CUDA itself."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and os.access(Path(home) / "bin" / "nvcc", os.X_OK):
+            return str(Path(home) / "bin" / "nvcc")
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return shutil.which("nvcc") or (str(usual) if os.access(usual, os.X_OK) else None)
+
+
+def code_flags(nvcc: str) -> list[str]:
+    """Machine code for each architecture, and PTX of the first and the last, so that every later GPU has a kernel."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    found = re.findall(r"(\d+)\.(\d+[a-z]?)(?:\+PTX)?", asked or ARCHITECTURES)
+    if not found:
+        sys.exit(f"{PACKAGE}: TORCH_CUDA_ARCH_LIST should be like '8.0;9.0' (got {asked!r})")
+    names = sorted({major + minor for major, minor in found}, key=lambda name: int(re.sub(r"\D", "", name)))
+    if asked is None:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        names = [name for name in names if f"compute_{name}" in known]
+    flags = []
+    for name in names:
+        code = f"[sm_{name},compute_{name}]" if name in {names[0], names[-1]} else f"sm_{name}"
+        flags += ["-gencode", f"arch=compute_{name},code={code}"]
+    return flags
+
+
+def compile_cuda(nvcc: str, library: Path, torch_include: list[str], torch_lib: Path) -> None:
+    """Compile and link the CUDA library, against any torch.
+
+    Its run time is linked into it. Of torch's CUDA library it needs one function, so it has to name that library; an
+    empty one of this name will do, and is there also where torch has no CUDA.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        stub = Path(folder) / "libtorch_cuda.so"
+        empty = ["-x", "c++", os.devnull, "-shared", f"-Wl,-soname,{stub.name}", "-o", str(stub)]
+        subprocess.run([compiler, *empty], check=True)
+        command = [nvcc, "-ccbin", compiler, "-std=c++17", "-O3", "--threads", "0", *DEFINES, "-DUSE_CUDA"]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", *code_flags(nvcc)]
+        for include in torch_include:
+            command += ["-isystem", include]
+        command += ["-shared", "-cudart", "static", "csrc/cuda/interpolate.cu", "-o", str(library)]
+        command += [f"-L{torch_lib}", "-ltorch_cpu", f"-L{folder}", "-Xlinker", "--no-as-needed", "-ltorch_cuda"]
+        subprocess.run(command, check=True)
+
+
+# ---------------------------------------------------------------------------------------------------- both of them
 
 
 def native_arguments() -> dict[str, Any]:
     """Return what ``setup`` needs to build the extension; nothing if it is not to be built."""
-    native = setting("TORCH_GRADMATCH_NATIVE", ("off", "require", "auto"))
-    asked_for_cuda = setting("TORCH_GRADMATCH_CUDA", ("0", "1", "auto"))
-    if native == "off":
+    if NATIVE == "off":
+        REASONS["cpu"] = REASONS["cuda"] = "it was installed with TORCH_GRADMATCH_NATIVE=off"
         return {}
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        give_up(
-            native, "torch is not installed where this is built: install torch, then pip install --no-build-isolation"
-        )
+        remedy = "install torch, then pip install --no-build-isolation"
+        lose("cpu", f"torch is not installed where this is built: {remedy}")
+        REASONS["cuda"] = REASONS["cpu"]
         return {}
 
-    cuda = with_cuda(asked_for_cuda, torch, cpp_extension.CUDA_HOME)
-    sources = ["csrc/ops.cpp", "csrc/cpu/interpolate.cpp"]
-    define = f"-DTORCH_TARGET_VERSION={TORCH_2_10}"
-    sanitize = (
-        ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
-        if "TORCH_GRADMATCH_SANITIZE" in os.environ
-        else []
-    )
-    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", define, *sanitize]}
-    if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        sources.append("csrc/cuda/interpolate.cu")
-        flags["nvcc"] = ["-O3", "-DUSE_CUDA", define]
-    make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    extension = make_extension(
-        "torch_gradmatch._C",
-        sources,
+    torch_folder = Path(torch.__path__[0])
+    instrument = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
+    sanitize = instrument if "TORCH_GRADMATCH_SANITIZE" in os.environ else []
+    cpu = cpp_extension.CppExtension(
+        CPU,
+        ["csrc/ops.cpp", "csrc/cpu/interpolate.cpp"],
         depends=["csrc/interpolate.h"],
-        extra_compile_args=flags,
+        extra_compile_args={"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", *DEFINES, *sanitize]},
         extra_link_args=sanitize,
+        py_limited_api=True,
+    )
+    cuda = cpp_extension.CppExtension(
+        CUDA,
+        ["csrc/cuda/interpolate.cu"],
+        depends=["csrc/interpolate.h", "csrc/cuda/kernel.h"],
         py_limited_api=True,
     )
 
     class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
-        """Builds the extension; without a working compiler the package is installed all the same."""
+        """Builds the libraries; one that does not compile takes nothing else with it."""
 
         def build_extensions(self) -> None:
-            try:
+            built = []
+            for extension, which in ((cpu, "cpu"), (cuda, "cuda")):
+                self.extensions = [extension]
+                try:
+                    if self.build_one(which):
+                        built.append(extension)
+                except Exception as error:  # noqa: BLE001  whatever a compiler or its absence may raise
+                    what = "the extension" if which == "cpu" else "its CUDA library"
+                    lose(which, f"{what} did not compile ({error})")
+            self.extensions = built
+
+        def build_one(self, which: str) -> bool:
+            """Build a library, or keep the reason why there is none to be built."""
+            if which == "cpu":
                 super().build_extensions()
-            except Exception as error:  # noqa: BLE001  whatever a compiler or its absence may raise
-                give_up(native, f"the extension did not compile ({error})")
-                self.extensions.clear()
+                return True
+            if REASONS["cpu"]:
+                REASONS["cuda"] = f"without the CPU's library there is none for CUDA: {REASONS['cpu']}"
+            elif ASKED_FOR_CUDA == "0":
+                REASONS["cuda"] = "it was installed with TORCH_GRADMATCH_CUDA=0"
+            elif not sys.platform.startswith("linux"):
+                REASONS["cuda"] = f"it is built on Linux only, and this was {sys.platform}"
+            elif (nvcc := find_nvcc()) is None:
+                REASONS["cuda"] = "nvcc was not found when it was installed: set CUDA_HOME, or take a wheel that has it"
+            else:
+                say(f"building the CUDA library by {nvcc}")
+                library = Path(self.get_ext_fullpath(CUDA))
+                compile_cuda(nvcc, library, cpp_extension.include_paths(), torch_folder / "lib")
+                return True
+            if ASKED_FOR_CUDA == "1":
+                sys.exit(f"{PACKAGE}: TORCH_GRADMATCH_CUDA=1, but {REASONS['cuda']}")
+            return False
+
+        def run(self) -> None:
+            super().run()
+            for folder in {Path(self.build_lib) / PACKAGE, *([Path(PACKAGE)] if self.inplace else [])}:
+                keep_reasons(folder)
 
         def get_export_symbols(self, _extension: Any) -> list[str]:
-            """It is no Python module: it exports no init function."""
+            """They are no Python modules: they export no init function."""
             return []
 
-    say(f"building the native extension {'with' if cuda else 'without'} CUDA, against torch {torch.__version__}")
+    say(f"building the native extension against torch {torch.__version__}")
     return {
-        "ext_modules": [extension],
+        "ext_modules": [cpu, cuda],
         "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-setup(**native_arguments())
+arguments = native_arguments()
+arguments.setdefault("cmdclass", {})["build_py"] = BuildPython
+setup(**arguments)

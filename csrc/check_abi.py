@@ -1,7 +1,8 @@
-"""Prove that the extension uses nothing of torch but its stable ABI: ``python csrc/check_abi.py LIBRARY``.
+"""Prove that the extension uses nothing of torch but its stable ABI: ``python csrc/check_abi.py LIBRARY...``.
 
-Every undefined symbol of the library is read with ``nm``. Those of torch have to begin with ``aoti_torch_`` or
-``torch_`` (C functions that later versions keep); a mangled C++ name of torch's namespaces is an error.
+Every undefined symbol of the libraries is read with ``nm``. Those of torch have to begin with ``aoti_torch_`` or
+``torch_`` (C functions that later versions keep); a mangled C++ name of torch's namespaces is an error. So is a symbol
+of CUDA: its run time is linked into the library that uses it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 
 STABLE = re.compile(r"(aoti_)?torch_\w+")
 TORCH_NAMESPACES = re.compile(r"\b(at|c10|caffe2|torch)::")
+CUDA = re.compile(r"(cuda|cu)[A-Z]\w*|__cuda\w+")
 
 
 def undefined_symbols(library: str) -> list[str]:
@@ -28,27 +30,31 @@ def judge(symbols: list[str]) -> tuple[list[str], list[str]]:
     """Sort symbols.
 
     Returns:
-        Those of torch's stable ABI and those of torch that are not stable.
+        Those of torch's stable ABI, and those of torch or CUDA that no other version need have.
     """
     stable = [name for name in symbols if STABLE.fullmatch(name)]
     names = "\n".join(symbols)
     readable = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
-    return stable, [line for line in readable.splitlines() if TORCH_NAMESPACES.search(line)]
+    unstable = [line for line in readable.splitlines() if TORCH_NAMESPACES.search(line) or CUDA.fullmatch(line)]
+    return stable, unstable
 
 
 def main() -> int:
-    """Judge the library named on the command line.
+    """Judge the libraries named on the command line.
 
     Returns:
         The exit status.
     """
-    stable, unstable = judge(undefined_symbols(sys.argv[1]))
-    for name in unstable:
-        print(f"not of the stable ABI: {name}")
-    if not stable:
-        print("no symbol of torch at all: is this the extension?")
-    print(f"{len(stable)} symbols of torch's stable ABI, {len(unstable)} others of torch")
-    return 1 if unstable or not stable else 0
+    good = len(sys.argv) > 1
+    for library in sys.argv[1:]:
+        stable, unstable = judge(undefined_symbols(library))
+        for name in unstable:
+            print(f"{library}: not of the stable ABI: {name}")
+        if not stable:
+            print(f"{library}: no symbol of torch at all: is this the extension?")
+        print(f"{library}: {len(stable)} symbols of torch's stable ABI, {len(unstable)} others of torch or CUDA")
+        good = good and bool(stable) and not unstable
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

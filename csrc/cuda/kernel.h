@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       }
       return;
     }
-    for (int v = thread; v < vectors; v += kThreads) {
+#pragma unroll 1
+    for (int v = thread; v < vectors; v += kThreads) {  // the last block of a tensor
       SlowVector s = slow_vectors[v];
       FastVector f = fast_vectors[v];
       interpolate_vector(s, f, formula);
@@ -162,7 +163,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     }
     done = vectors * kWidth;
   }
-  for (int i = done + thread; i < n; i += kThreads) {
+#pragma unroll 4
+  for (int i = done + thread; i < n; i += kThreads) {  // what is left of it, or all that is misaligned
     interpolate_element(slow[i], fast[i], formula);
   }
 }

@@ -1,15 +1,20 @@
 """Finds and loads the native extension, and remembers why not.
 
-The extension is a shared library that registers ``torch.ops.torch_gradmatch.interpolate_``; ``csrc/ops.cpp`` has its
-schema. Nothing here initializes CUDA.
+The extension is two shared libraries. ``_C`` registers ``torch.ops.torch_gradmatch.interpolate_`` and its CPU kernel;
+``csrc/ops.cpp`` has the schema. ``_C_cuda`` adds the CUDA kernel and is loaded only where torch has CUDA; whatever
+becomes of it, the first goes on. Nothing here initializes CUDA.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +23,8 @@ __all__ = ["NativeStatus", "native_status"]
 SWITCH = "TORCH_GRADMATCH_NATIVE"
 # Where a function is gone, takes other arguments, or refuses.
 WHATEVER_TORCH_RAISES = (AttributeError, TypeError, ValueError, RuntimeError)
+_PACKAGE = Path(__file__).parents[1]
+_REMEDY = "with torch and a C++ compiler at hand, pip install --no-build-isolation builds it"
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class NativeStatus:
 
     Attributes:
         cpu: Whether tensors on a CPU go through the native kernel.
-        cuda: Whether tensors on an NVIDIA GPU go through the native kernel.
+        cuda: Whether tensors on an NVIDIA GPU go through the native kernel. Where several GPUs are in use and it does
+            not run on all of them, it is true if it runs on any, and ``reason`` names the others.
         reason: Why, in words.
     """
 
@@ -40,34 +48,105 @@ class NativeStatus:
         return f"{path}: {self.reason}"
 
 
+def _library(stem: str) -> Path | None:
+    found = (path for path in sorted(_PACKAGE.glob(f"{stem}.*")) if path.suffix in {".so", ".pyd", ".dylib"})
+    return next(found, None)
+
+
+def _kept_from_the_build() -> dict[str, Any]:
+    """Why setup.py built no library; nothing where it has not run, as in a checkout that was only put on the path."""
+    try:
+        return dict(json.loads((_PACKAGE / "_build.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _lost(reason: str) -> NativeStatus:
+    """Say once, at import, that something is missing which was meant to be there."""
+    warnings.warn(f"torch_gradmatch goes on without its native kernel: {reason}", RuntimeWarning, stacklevel=2)
+    return NativeStatus(False, False, reason)
+
+
+def _lost_cuda(reason: str) -> tuple[bool, str]:
+    warnings.warn(f"torch_gradmatch goes on without its CUDA kernel: {reason}", RuntimeWarning, stacklevel=2)
+    return False, reason
+
+
 def _load() -> NativeStatus:
     if os.environ.get(SWITCH) == "off":
         return NativeStatus(False, False, f"switched off by {SWITCH}=off")
-    found = sorted(Path(__file__).parents[1].glob("_C.*"))
-    libraries = [path for path in found if path.suffix in (".so", ".pyd", ".dylib")]
-    if not libraries:
-        remedy = "with torch and a C++ compiler at hand, pip install --no-build-isolation builds it"
-        return NativeStatus(False, False, f"the extension was not built; {remedy}")
+    library = _library("_C")
+    if library is None:
+        kept = _kept_from_the_build()
+        because = f" ({kept['cpu']})" if kept.get("cpu") else ""
+        reason = f"the extension was not built{because}; {_REMEDY}"
+        return _lost(reason) if "cpu" in kept.get("lost", ()) else NativeStatus(False, False, reason)
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        reason = f"the extension does not load with torch {torch.__version__}: {error}"
-        warnings.warn(f"torch_gradmatch goes on without its native kernel: {reason}", RuntimeWarning, stacklevel=2)
-        return NativeStatus(False, False, reason)
-    name, operators = libraries[0].name, torch.ops.torch_gradmatch
+        return _lost(f"the extension does not load with torch {torch.__version__}: {error.__cause__ or error}")
+    operators = torch.ops.torch_gradmatch
     if not all(hasattr(operators, operator) for operator in ("interpolate_", "interpolate_taken_")):
-        reason = f"{name} was built from another version of torch_gradmatch: build it anew"
-        warnings.warn(f"torch_gradmatch goes on without its native kernel: {reason}", RuntimeWarning, stacklevel=2)
-        return NativeStatus(False, False, reason)
+        return _lost(f"{library.name} was built from another version of torch_gradmatch: build it anew")
     # An operator can be asked whether it leaves an empty pair. On a GPU that would initialize CUDA.
     empty = torch.empty(0, device="cpu")
     cpu = operators.interpolate_taken_([empty], [empty], 0.0) == []
-    try:  # private, and torch has nothing public that asks: whatever becomes of it, the import goes on
-        cuda = bool(torch._C._dispatch_has_kernel_for_dispatch_key("torch_gradmatch::interpolate_", "CUDA"))
-    except WHATEVER_TORCH_RAISES as error:
-        unknown = f"torch {torch.__version__} does not tell whether it has a CUDA kernel, so that is not used"
-        return NativeStatus(cpu, False, f"{name} loaded; {unknown} ({type(error).__name__}: {error})")
-    return NativeStatus(cpu, cuda, f"{name} loaded")
+    if torch.version.cuda is None:
+        return NativeStatus(cpu, False, f"{library.name} loaded")
+    cuda, about = _load_cuda()
+    return NativeStatus(cpu, cuda, f"{library.name} loaded; {about}")
+
+
+# ------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def _load_cuda() -> tuple[bool, str]:
+    """Load the second library and ask it, but no GPU, what it is good for."""
+    library = _library("_C_cuda")
+    if library is None:
+        kept = _kept_from_the_build()
+        about = f"there is no CUDA kernel: {kept.get('cuda') or 'its library was not built'}"
+        return _lost_cuda(about) if "cuda" in kept.get("lost", ()) else (False, about)
+    try:
+        torch.ops.load_library(str(library))
+        asked = ctypes.CDLL(str(library))
+        runtime: int = asked.torch_gradmatch_cuda_runtime_version()
+        driver: int = asked.torch_gradmatch_cuda_driver_version()
+        obstacle = asked.torch_gradmatch_cuda_obstacle
+    except (OSError, RuntimeError) as error:
+        return _lost_cuda(f"{library.name} does not load with torch {torch.__version__}: {error.__cause__ or error}")
+    except AttributeError as error:
+        return _lost_cuda(f"{library.name} was built from another version of torch_gradmatch, build it anew: {error}")
+    obstacle.restype = ctypes.c_char_p
+    global _OBSTACLE
+    _OBSTACLE = obstacle
+    loaded = f"{library.name} loaded, with the run time of CUDA {_version(runtime)}"
+    if not driver:
+        return True, f"{loaded}; there is no NVIDIA driver here"
+    if driver // 1000 < runtime // 1000:  # within one major version a driver serves newer run times
+        about = f"the driver knows CUDA {_version(driver)} at most: update it, or build with nvcc of that version"
+        return False, f"{library.name} is not used: it has the run time of CUDA {_version(runtime)} and {about}"
+    return True, f"{loaded}; the driver knows CUDA {_version(driver)}"
+
+
+_OBSTACLE: Any = None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@functools.cache
+def cuda_obstacle(index: int) -> str:
+    """Ask why the CUDA kernel does not run on a GPU that torch uses already.
+
+    Returns:
+        Why, in the words of CUDA: no machine code for this architecture, say. Empty if it runs.
+    """
+    if _OBSTACLE is None:
+        return "there is no CUDA kernel"
+    why = _OBSTACLE(index)
+    return "" if why is None else why.decode()
 
 
 _STATUS = _load()
@@ -83,10 +162,17 @@ def native_status() -> NativeStatus:
     """Say which path the interpolation takes and why.
 
     Returns:
-        The status, settled when the package was imported. ``str()`` of it is a sentence.
+        The status. It is settled when the package is imported, but for GPUs: whether the kernel runs on one is known
+        once torch uses CUDA, which asking does not begin. ``str()`` of it is a sentence.
 
     Example:
         >>> native_status().reason != ""
         True
     """
-    return _STATUS
+    if not (_STATUS.cuda and torch.cuda.is_initialized()):
+        return _STATUS
+    obstacles = {f"cuda:{index}": cuda_obstacle(index) for index in range(torch.cuda.device_count())}
+    refused = [f"{device} takes torch._foreach ({why})" for device, why in obstacles.items() if why]
+    if not refused:
+        return _STATUS
+    return replace(_STATUS, cuda=len(refused) < len(obstacles), reason="; ".join([_STATUS.reason, *refused]))

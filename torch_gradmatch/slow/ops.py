@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_gradmatch._foreach import is_sharded, local_of
-from torch_gradmatch.slow._native import WHATEVER_TORCH_RAISES, give_up, native_status
+from torch_gradmatch.slow._native import WHATEVER_TORCH_RAISES, cuda_obstacle, give_up, native_status
 
 __all__ = ["interpolate_"]
 
@@ -176,7 +176,10 @@ def _check_shards(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
 
 def _kernel_takes(slow: Tensor, fast: Tensor) -> bool:
     """Whether the kernel takes a pair of tensors, given that they have the same shape and device."""
-    if not ((_CPU_KERNEL and slow.is_cpu) or (_CUDA_KERNEL and slow.is_cuda)):
+    runs_there = (_CPU_KERNEL and slow.is_cpu) or (
+        _CUDA_KERNEL and slow.is_cuda and not cuda_obstacle(slow.device.index)
+    )
+    if not runs_there:
         return False
     if type(slow) not in _PLAIN or type(fast) not in _PLAIN:
         return False
