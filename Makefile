@@ -1,6 +1,6 @@
 # Every target works on a fresh clone with Python >= 3.10, make and a C++ compiler, and installs what it needs once.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
@@ -10,9 +10,12 @@ WHEELS ?= dist
 SEED ?= 0
 CHECKED := torch_gradmatch tests examples benchmarks csrc setup.py
 
+# Where there is a compiler, a kernel that is lost is a failure.
+NATIVE ?= $(or $(TORCH_GRADMATCH_NATIVE),$(if $(shell command -v $(CXX)),require,off))
+NO_COMPILER := echo "no C++ compiler is found ($(CXX)): there is no native extension to check"
 NVCC ?= $(shell command -v nvcc)
 TORCH_INCLUDE = $(shell $(BIN)/python -c "import torch; print(torch.__path__[0] + '/include')")
-DEFINES := -DTORCH_TARGET_VERSION=0x020a000000000000
+DEFINES := -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY
 
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
@@ -23,7 +26,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 
 help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
-	@echo "make test              the whole test suite"
+	@echo "make test              the whole test suite; PYTHON=python3.13 in an environment of its own"
 	@echo "make test-large        the example on several processes, killed ten times and resumed on another number; the benchmark of scale"
 	@echo "make test-fallback     the tests of what interpolates with the native extension switched off"
 	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
@@ -32,8 +35,8 @@ help:
 	@echo "make test-ecosystem    the wheel on the newest torch with WILDS, DomainBed, Lightning, Accelerate, Trainer, every optimizer (large)"
 	@echo "make lint              ruff format check, ruff, mypy strict on the package"
 	@echo "make format            apply ruff's formatting and safe fixes"
-	@echo "make check-csrc        compile csrc/ with all warnings as errors, the .cu too where nvcc is found"
-	@echo "make check-abi         prove that the extension uses nothing of torch but its stable ABI"
+	@echo "make check-csrc        compile csrc/ with all warnings as errors; where nvcc is found the .cu too, and read its machine code"
+	@echo "make check-abi         prove that the extension uses nothing of torch but its stable ABI, and nothing of CUDA"
 	@echo "make wheel             one wheel for torch 2.10 and later, in dist/"
 	@echo "make bench             Fish against exact: cost, fidelity, outcome; writes benchmarks/report/index.md"
 	@echo "make bench-micro       pytest-benchmark's suite; writes out/micro.json"
@@ -45,7 +48,8 @@ install: $(INSTALLED)
 $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.c*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	rm -f torch_gradmatch/_C*.so torch_gradmatch/_build.json
+	TORCH_GRADMATCH_NATIVE=$(NATIVE) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 # Without what they depend on: one of them asks for torchvision, which would replace the torch that is here.
@@ -70,6 +74,9 @@ test-fallback: $(INSTALLED)
 
 # The sanitizers' run-time libraries have to be loaded before Python; leaks are Python's own affair.
 test-sanitize: $(INSTALLED)
+ifeq ($(NATIVE),off)
+	@$(NO_COMPILER)
+else
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r torch_gradmatch setup.py pyproject.toml csrc build/sanitize
 	cp README.md LICENSE build/sanitize
 	cd build/sanitize && TORCH_GRADMATCH_NATIVE=require TORCH_GRADMATCH_CUDA=0 TORCH_GRADMATCH_SANITIZE=1 \
@@ -77,23 +84,36 @@ test-sanitize: $(INSTALLED)
 	nm -D build/sanitize/torch_gradmatch/_C.abi3.so | grep -q __asan_report
 	cd build/sanitize && $(SANITIZED) -c "import torch_gradmatch as t; assert 'sanitize' in t.__file__ and t.native_status().cpu"
 	cd build/sanitize && $(SANITIZED) -m pytest -c ../../pyproject.toml ../../tests/slow/test_ops.py -k "not compile and not 31_bytes"
+endif
 
 test-cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -m cuda
-	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m "cuda and not large"
-
-check-csrc: $(INSTALLED)
-	mkdir -p build
-	for file in csrc/ops.cpp csrc/cpu/interpolate.cpp; do \
-		$(CXX) -std=c++17 -O3 -fPIC -Wall -Wextra -Werror $(DEFINES) -isystem $(TORCH_INCLUDE) -c $$file -o /dev/null || exit 1; \
+	for tool in memcheck racecheck initcheck synccheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -m "cuda and not large" || exit 1; \
 	done
-	if [ -n "$(NVCC)" ]; then $(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-Wall,-Werror $(DEFINES) -DUSE_CUDA \
-		-isystem $(TORCH_INCLUDE) -gencode arch=compute_75,code=sm_75 -gencode arch=compute_80,code=sm_80 \
-		-gencode arch=compute_90,code=[sm_90,compute_90] -c csrc/cuda/interpolate.cu -o build/interpolate.cu.o; \
+
+# What setup.py compiles for all architectures is compiled here for one of them, with all warnings as errors.
+check-csrc: $(INSTALLED)
+ifeq ($(NATIVE),off)
+	@$(NO_COMPILER)
+else
+	for file in csrc/ops.cpp csrc/cpu/interpolate.cpp $(wildcard csrc/cuda/on_host.cpp); do \
+		$(CXX) -std=c++17 -O3 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas $(DEFINES) -isystem $(TORCH_INCLUDE) \
+			-c $$file -o /dev/null || exit 1; \
+	done
+	if [ -n "$(NVCC)" ]; then mkdir -p build && $(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-Wall,-Werror \
+		$(DEFINES) -DUSE_CUDA -isystem $(TORCH_INCLUDE) -arch=sm_80 -c csrc/cuda/interpolate.cu -o build/interpolate.cu.o && \
+		$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm && \
+		$(BIN)/python csrc/check_machine_code.py torch_gradmatch/_C_cuda.abi3.so; \
 	else echo "nvcc is not found: csrc/cuda/interpolate.cu was not compiled"; fi
+endif
 
 check-abi: $(INSTALLED)
-	$(BIN)/python csrc/check_abi.py torch_gradmatch/_C.abi3.so
+ifeq ($(NATIVE),off)
+	@$(NO_COMPILER)
+else
+	$(BIN)/python csrc/check_abi.py torch_gradmatch/_C*.abi3.so
+endif
 
 wheel: $(INSTALLED)
 	TORCH_GRADMATCH_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEELS) .
