@@ -14,6 +14,8 @@ CHECKED := torch_gradmatch tests examples benchmarks csrc setup.py
 NATIVE ?= $(or $(TORCH_GRADMATCH_NATIVE),$(if $(shell command -v $(CXX)),require,off))
 NO_COMPILER := echo "no C++ compiler is found ($(CXX)): there is no native extension to check"
 NVCC ?= $(shell command -v nvcc)
+# For development; a wheel has all that setup.py names. A later GPU takes the PTX of the last.
+CUDA_ARCHITECTURES ?= $(or $(TORCH_CUDA_ARCH_LIST),8.0;9.0)
 TORCH_INCLUDE = $(shell $(BIN)/python -c "import torch; print(torch.__path__[0] + '/include')")
 DEFINES := -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY
 
@@ -49,7 +51,9 @@ $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.h c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	rm -f torch_gradmatch/_C*.so torch_gradmatch/_build.json
-	TORCH_GRADMATCH_NATIVE=$(NATIVE) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	TORCH_GRADMATCH_NATIVE=$(NATIVE) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+		NVCC_APPEND_FLAGS="-Werror all-warnings -Xcompiler -Werror" \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 # Without what they depend on: one of them asks for torchvision, which would replace the torch that is here.
@@ -92,7 +96,7 @@ test-cuda: $(INSTALLED)
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -m "cuda and not large" || exit 1; \
 	done
 
-# What setup.py compiles for all architectures is compiled here for one of them, with all warnings as errors.
+# The CUDA library was compiled when the environment was made, with all warnings as errors.
 check-csrc: $(INSTALLED)
 ifeq ($(NATIVE),off)
 	@$(NO_COMPILER)
@@ -101,8 +105,7 @@ else
 		$(CXX) -std=c++17 -O3 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas $(DEFINES) -isystem $(TORCH_INCLUDE) \
 			-c $$file -o /dev/null || exit 1; \
 	done
-	if [ -n "$(NVCC)" ]; then mkdir -p build && $(NVCC) -std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-Wall,-Werror \
-		$(DEFINES) -DUSE_CUDA -isystem $(TORCH_INCLUDE) -arch=sm_80 -c csrc/cuda/interpolate.cu -o build/interpolate.cu.o && \
+	if [ -n "$(NVCC)" ]; then cat torch_gradmatch/_build.json && test -e torch_gradmatch/_C_cuda.abi3.so && \
 		$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm && \
 		$(BIN)/python csrc/check_machine_code.py torch_gradmatch/_C_cuda.abi3.so; \
 	else echo "nvcc is not found: csrc/cuda/interpolate.cu was not compiled"; fi
