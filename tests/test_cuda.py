@@ -41,7 +41,7 @@ def launches(run) -> int:
 @pytest.mark.parametrize("pair", KERNEL_PAIRS, ids=str)
 def test_is_the_formula(pair: tuple[torch.dtype, torch.dtype], weight: float, layout: str):
     """Sizes around the width of a vector and of a block's chunk, with tails and empty tensors."""
-    sizes = [0, 1, 3, 7, 8, 4095, 4096, 4097, 8191, 8192, 8193, 100_003]
+    sizes = [0, 1, 3, 7, 8, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 100_003]
     slow, fast = (on_gpu(sizes, dtype, seed, layout) for seed, dtype in enumerate(pair))
     before = [(s.cpu(), f.cpu()) for s, f in zip(slow, fast, strict=True)]
     interpolate_(slow, fast, weight)
