@@ -172,6 +172,7 @@ def test_an_unknown_setting_is_named(sources: Path, name: str):
     assert "'yes'" in done.stderr
 
 
+@needs_compiler
 def test_cuda_without_nvcc_is_refused_if_it_is_asked_for_and_its_reason_kept_else(sources: Path):
     hidden = {"PATH": without("nvcc"), "CUDA_HOME": "", "CUDA_PATH": ""}
     nowhere = "import os, pathlib; real = os.access; "
