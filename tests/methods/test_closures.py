@@ -202,3 +202,25 @@ def test_a_scaler_is_refused_for_sam_as_for_lbfgs():
     optimizer = GradMatch(BUILDS["SAM"](model.parameters()), Fish(0.5))
     with pytest.raises(RuntimeError, match="SAM needs a closure, which a GradScaler does not support"):
         optimizer.meta_step(lambda d: loss_of(model, d), DOMAINS, torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("build", [lambda p: SGD(p, lr=0.1), BUILDS["LBFGS"]], ids=["SGD", "LBFGS"])
+@pytest.mark.parametrize("forward", [True, False], ids=["by a forward pass", "by hand"])
+def test_buffers_moved_before_the_first_closure_are_the_users(build: Callable[[Any], Optimizer], forward: bool):
+    """The forward pass that begins the inner loop is in the closure: none was seen when the step is called."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    optimizer = GradMatch(build(model.parameters()), Fish(0.5, inner_steps=2, model=model))
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    closure = closure_of(optimizer, lambda: model(x).square().mean())
+    for _ in range(2):
+        optimizer.step(closure)
+    if forward:
+        with torch.no_grad():
+            model(x + 3)
+    else:
+        model[0].running_mean.add_(3)
+    mean = model[0].running_mean.clone()
+    optimizer.step(closure)
+    assert not torch.equal(model[0].running_mean, mean)
+    optimizer.rollback()
+    torch.testing.assert_close(model[0].running_mean, mean, rtol=0, atol=0)

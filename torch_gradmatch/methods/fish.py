@@ -271,6 +271,8 @@ class FishLoop(MetaLoop):
         """Take one inner step; the S-th also interpolates. See ``GradMatch.step``."""
         if not self.has_stepped and scaling is None and is_initialization(self.optimizer, closure):
             return self._initialize()
+        if closure is not None and self.buffers is not None and (self.traits.asks_first or not self.needs_closure):
+            self.buffers.follow()  # the first forward pass is still to come, in the closure
         self._enter("step()")
         if self.alignment is not None:
             if scaling is not None:
