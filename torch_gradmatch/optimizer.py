@@ -17,7 +17,7 @@ from torch_gradmatch._checks import check_int, named_batches, naming
 from torch_gradmatch.methods.base import MetaStep, Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
-from torch_gradmatch.slow.layout import is_standard, join, part, read_numbers, take_out
+from torch_gradmatch.slow.layout import check_tensors, is_standard, join, part, read_numbers, take_out
 from torch_gradmatch.wrapped.hooks import load_with_hooks, save_with_hooks
 from torch_gradmatch.wrapped.members import NUMBERS, class_name, members, own_attributes, same_classes, shown_name
 from torch_gradmatch.wrapped.merged import MergedState
@@ -413,7 +413,10 @@ class GradMatch(Optimizer, Generic[MethodT]):
         load_with_hooks(self, state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        wrapped, own = self._check_state_dict(state_dict)
+        try:
+            wrapped, own = self._check_state_dict(state_dict)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"the state dict is malformed: {error!r:.200}") from error
         self._load_wrapped(wrapped)
         self._loop.load_state_dict(own)
 
@@ -458,6 +461,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
             wrapped, own = part(state_dict, own, self._loop.parameters())
         else:
             wrapped = {k: v for k, v in state_dict.items() if k != "gradmatch"}
+        check_tensors(own, self._loop.parameters())
         self._loop.check_state_dict(own)
         return wrapped, own
 

@@ -706,6 +706,8 @@ class FishLoop(MetaLoop):
         self._refuse_another_model()
         for key, kind in (("inner_step", int), ("is_open", bool), ("alignment", dict | None), ("counters", list)):
             check_entry(state, key, kind)
+        if not all(isinstance(name, str) for name in state["counters"]):
+            raise ValueError(f"the state dict's 'counters' should be names (got {state['counters']!r:.80})")
         inner_step = check_int("the state dict's inner_step", state["inner_step"], at_least=0)
         inner_steps = self.method.inner_steps
         if inner_steps is not None and inner_step > inner_steps:

@@ -29,6 +29,7 @@ __all__ = [
     "BUFFER",
     "SLOW",
     "alignment_entries",
+    "check_tensors",
     "host_of",
     "is_own",
     "is_standard",
@@ -207,16 +208,18 @@ def _part(
     position = {name: i for i, name in enumerate(_names(state_dict["param_groups"]))}
     if len(position) != len(parameters):
         raise ValueError(f"the state dict is of {len(position)} parameters and this optimizer has {len(parameters)}")
-    state = {position.get(name, name): dict(entry) for name, entry in state_dict["state"].items()}
+    count = len(parameters)
+    state = {position.get(name, name): _entry(name, entry) for name, entry in state_dict["state"].items()}
     own |= {"slow_weights": {}, "slow_iterates": {}, "slow_buffers": {}}
     found: dict[str, dict[int, Any]] = {}
     for key, ranges in own.pop("places").items():
-        for i in _positions(ranges):
-            if i not in range(len(parameters)):
+        for i in _positions(ranges, count):
+            if i not in range(count):
                 raise ValueError(f"the state dict holds {key!r} of parameter {i}, which does not exist here")
             entry = state.get(i, {})
             if key in entry:
                 value = entry.pop(key)
+                _check_plain(key, i, value, parameters[i])
                 found.setdefault(key, {})[i] = value if key.startswith(BUFFER) else _fitted(value, parameters[i])
             elif parameters[i].requires_grad:  # of others torch.distributed.checkpoint keeps nothing
                 what = "the slow weights" if key == SLOW else repr(key)
@@ -234,7 +237,7 @@ def _part(
                 own["slow_iterates"].setdefault(i, {})[key] = value
     for key in ("held", "held_iterates"):
         if key in own:
-            own[key] = _positions(own[key])
+            own[key] = _positions(own[key], count)
     if own.get("alignment") is not None:
         own["alignment"] = _alignment_of(own["alignment"], found, parameters)
     groups = [{k: v for k, v in group.items() if k != NUMBERS} for group in state_dict["param_groups"]]
@@ -242,6 +245,46 @@ def _part(
         group["params"] = [position[name] for name in group["params"]]
     kept = {key: entry for key, entry in state.items() if entry}
     return {**state_dict, "state": kept, "param_groups": groups}, own
+
+
+def check_tensors(own: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+    """Raise if a tensor among ours is not one that can be copied from: sparse, or without values.
+
+    Args:
+        own: What a loop's ``state_dict`` returned, or something else.
+        parameters: Those to load it for, each once.
+    """
+    alignment = own.get("alignment")
+    sources = {
+        "slow_weights": own,
+        "slow_iterates": own,
+        "slow_buffers": own,
+        "sums": alignment,
+        "unit_sums": alignment,
+    }
+    for key, source in sources.items():
+        entries = source.get(key) if isinstance(source, Mapping) else None
+        for i, value in entries.items() if isinstance(entries, Mapping) else ():
+            is_known = key != "slow_buffers" and isinstance(i, int) and i in range(len(parameters))
+            for one in value.values() if isinstance(value, Mapping) else (value,):
+                _check_plain(key, i, one, parameters[i] if is_known else None)
+
+
+def _check_plain(key: str, i: Any, value: Any, parameter: Tensor | None) -> None:
+    if not isinstance(value, Tensor):
+        return  # which will be refused
+    where = f"the state dict's {key!r} of {i!r:.80}"
+    if value.layout is not torch.strided or (value.is_meta and not (parameter is not None and parameter.is_meta)):
+        raise ValueError(f"{where} should be a dense tensor with values (got {value.layout} on {value.device})")
+    if value.is_complex() and parameter is not None and not parameter.is_complex():
+        raise ValueError(f"{where} should be real as that is (got {value.dtype})")
+
+
+def _entry(name: Any, entry: Any) -> dict[str, Any]:
+    """Return a copy of what the state dict holds of one parameter."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"the state dict's state of parameter {name!r:.80} should be a dictionary (got {entry!r:.80})")
+    return dict(entry)
 
 
 def take_out(groups: Iterable[dict[str, Any]], state: Mapping[Any, Any]) -> None:
@@ -274,19 +317,29 @@ def _numbers_of(alignment: Mapping[str, Any]) -> dict[str, Any]:
     return numbers
 
 
+def _scalar(key: str, pair: Any, device: torch.device) -> Tensor:
+    """Read a scalar from its value and the name of its dtype."""
+    value, dtype = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) and hasattr(torch, dtype) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(kind, torch.dtype):
+        raise ValueError(f"the state dict's alignment's {key!r} is malformed (got {pair!r:.80})")
+    try:
+        return torch.tensor(value, dtype=kind, device=device)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"the state dict's alignment's {key!r} is malformed (got {pair!r:.80})") from error
+
+
 def _alignment_of(
     numbers: Mapping[str, Any], found: Mapping[str, Mapping[int, Any]], parameters: Sequence[Tensor]
 ) -> dict[str, Any]:
-    places = _positions(numbers["sums"])
+    count = len(parameters)
+    places = [i for i in _positions(numbers["sums"], count) if i in range(count)]
     device = parameters[places[0]].device if places else torch.device("cpu")
-    alignment: dict[str, Any] = {
-        key: [torch.tensor(value, dtype=getattr(torch, dtype), device=device) for value, dtype in numbers[key]]
-        for key in _SCALARS
-    }
-    alignment["reached"] = _positions(numbers["reached"])
+    alignment: dict[str, Any] = {key: [_scalar(key, pair, device) for pair in numbers[key]] for key in _SCALARS}
+    alignment["reached"] = _positions(numbers["reached"], count)
     for key, name in (("sums", SUMS), ("unit_sums", UNITS)):
         alignment[key] = {}
-        for i in _positions(numbers[key]):
+        for i in _positions(numbers[key], count):
             of_name = found.get(name, {})
             if i not in of_name and i in alignment["reached"]:
                 raise ValueError(f"the state dict lacks {name!r} of parameter {i}")
@@ -294,7 +347,7 @@ def _alignment_of(
             alignment[key][i] = _flat(of_name[i] if i in of_name else _shaped(None, parameters[i]))
     if "gradients" in numbers:
         alignment["gradients"] = [
-            {i: local_of(found[f"{GRADIENT}{number}"][i]) for i in _positions(ranges)}
+            {i: local_of(found[f"{GRADIENT}{number}"][i]) for i in _positions(ranges, count)}
             for number, ranges in enumerate(numbers["gradients"][: len(alignment["squares"])])
         ]
     return alignment
@@ -356,12 +409,14 @@ def _ranges(positions: Any) -> Any:
     return found
 
 
-def _positions(ranges: Any) -> Any:
+def _positions(ranges: Any, count: int) -> Any:
     """Read what :func:`_ranges` wrote; what is something else stays so, to be refused by whoever checks it."""
+    # Of a run's positions that do not exist, below 0 and from count on, the first stands for all: of 10^12, too.
     if isinstance(ranges, dict):
-        return {key: _positions(value) for key, value in ranges.items()}
+        return {key: _positions(value, count) for key, value in ranges.items()}
     if not isinstance(ranges, list):
         return ranges
     if not all(isinstance(run, list) and len(run) == 2 and all(type(i) is int for i in run) for run in ranges):
         raise TypeError(f"no positions: {ranges!r:.60}")
-    return [i for first, end in ranges for i in range(first, end)]
+    known = [(first, min(end, first + 1 if first < 0 else max(first, count) + 1)) for first, end in ranges]
+    return [i for first, end in known for i in range(first, end)]
