@@ -125,6 +125,11 @@ def join() -> tuple[int, int]:
     return rank, size
 
 
+def workers(number: int) -> dict[str, Any]:
+    """Workers that end when the training is killed: those of a fork server would not notice."""
+    return {"num_workers": number, "multiprocessing_context": "fork"} if number else {}
+
+
 def digest(state: Any) -> str:
     """A number that says whether two states are the same bit for bit."""
     found = hashlib.blake2b(digest_size=12)
@@ -184,18 +189,18 @@ class Run:
             for domain in range(DOMAINS):
                 part = TensorDataset(*(t[domain::DOMAINS] for t in self.data.tensors))
                 own = torch.Generator().manual_seed(self.seed + domain)
-                workers = {"num_workers": domain % 2, "generator": own}
-                parts[domain] = StatefulDataLoader(part, batch_size=8, shuffle=True, **workers)
+                settings = {"generator": own, **workers(domain % 2)}
+                parts[domain] = StatefulDataLoader(part, batch_size=8, shuffle=True, **settings)
             streams = DomainLoader(parts, seed=self.seed)
             return streams, streams
         domains = [i % DOMAINS for i in range(120)]
         ranks = {} if variant.split is None else {"num_replicas": self.size, "rank": self.rank, "split": variant.split}
         sampler = DomainBatchSampler(domains, 5, seed=self.seed, exhausted="cycle", **ranks)
-        workers = 2 if variant.loader == "workers" else 0
-        loader: Any = DataLoader(self.data, batch_sampler=sampler, generator=fixed, num_workers=workers)
+        settings = workers(2 if variant.loader == "workers" else 0)
+        loader: Any = DataLoader(self.data, batch_sampler=sampler, generator=fixed, **settings)
         if not variant.loop:
             loader = groups_of(loader, sampler.batches_per_group)
-        if workers:
+        if variant.loader == "workers":
             loader = ResumableLoader(loader)
             return loader, loader
         return loader, sampler
