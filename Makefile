@@ -23,15 +23,16 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
 	$(abspath $(BIN))/python
 
-.PHONY: help install demo test test-large test-fallback test-sanitize test-cuda test-lowest test-ecosystem lint check-abi check-csrc \
+.PHONY: help install demo test test-large soak test-fallback test-sanitize test-cuda test-lowest test-ecosystem lint check-abi check-csrc \
 	wheel dist try-environment try-wheel try-sdist release bench bench-micro bench-interpolate format clean
 
 help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
 	@echo "make test              the whole test suite; PYTHON=python3.13 in an environment of its own"
 	@echo "make test-large        the example on several processes, killed ten times and resumed on another number; the benchmark of scale"
+	@echo "make soak              an hour of random sequences, kills, damaged checkpoints and memory; writes out/soak/soak.md"
 	@echo "make test-fallback     the tests of what interpolates with the native extension switched off"
-	@echo "make test-sanitize     the operator's tests under ASan and UBSan"
+	@echo "make test-sanitize     the operator's tests, and the CUDA kernel's on a CPU, under ASan and UBSan"
 	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
 	@echo "make test-lowest       the suite on the lowest supported torch (large download)"
 	@echo "make test-ecosystem    the wheel on the newest torch with WILDS, DomainBed, Lightning, Accelerate, Trainer, every optimizer (large)"
@@ -75,6 +76,10 @@ test: $(INSTALLED)
 test-large: $(INSTALLED)
 	$(BIN)/python -m pytest -m "large and not cuda"
 
+# An hour on 2 cores. Each case that fails says how to run it alone.
+soak: $(INSTALLED)
+	MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=.:tests $(BIN)/python -m soak
+
 # What stands on the interpolation; gradients, data and compare do not.
 test-fallback: $(INSTALLED)
 	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest --numprocesses=auto tests/slow tests/methods tests/test_optimizer.py \
@@ -91,7 +96,8 @@ else
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	nm -D build/sanitize/torch_gradmatch/_C.abi3.so | grep -q __asan_report
 	cd build/sanitize && $(SANITIZED) -c "import torch_gradmatch as t; assert 'sanitize' in t.__file__ and t.native_status().cpu"
-	cd build/sanitize && $(SANITIZED) -m pytest -c ../../pyproject.toml ../../tests/slow/test_ops.py -k "not compile and not 31_bytes"
+	cd build/sanitize && TORCH_GRADMATCH_SANITIZE=1 $(SANITIZED) -m pytest -c ../../pyproject.toml ../../tests/slow/test_ops.py \
+		../../tests/slow/test_kernel_on_host.py -k "not compile and not 31_bytes"
 endif
 
 test-cuda: $(INSTALLED)
