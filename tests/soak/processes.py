@@ -19,8 +19,8 @@ import torch
 # Small allocations are given back to the system, so that what is in use can be measured; no thread waits for another.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 MOST_MEMORY = 8 << 30
-PRELOADED = ["torch", "torch.utils.data", "torch_gradmatch", "torchdata.stateful_dataloader", "hypothesis.stateful"]
-PRELOADED += ["pytorch_optimizer", "torch.distributed.tensor"]
+PRELOADED = ["torch.distributed.tensor", "torchdata.stateful_dataloader", "pytorch_optimizer"]
+PRELOADED += [f"soak.{part}" for part in ("damage", "stateful", "kills", "flat")]  # or each process imports them
 
 
 @contextmanager
