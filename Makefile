@@ -149,7 +149,7 @@ dist: $(INSTALLED)
 	@git diff --quiet HEAD || echo "$(WHEELS)/ holds the last commit: what is changed since is not in it"
 
 TORCH ?= dev
-TRIED = .venv-release-$(TORCH)
+TRIED = .venv-release-$(TORCH)$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 DEVELOPMENT_TORCH = $(shell grep '^torch==' requirements-dev.txt)
 TRIED_TORCH = $(if $(filter dev,$(TORCH)),$(DEVELOPMENT_TORCH),$(if $(filter newest,$(TORCH)),--upgrade torch,torch==$(TORCH)))
 # Without pip's cache, which keeps what it has built of an sdist, with a kernel or without one.
