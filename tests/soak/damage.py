@@ -113,6 +113,15 @@ class Training:
     def outcome(self) -> Any:
         return self.everything()
 
+    def see_the_same_as(self, other: Training) -> None:
+        """Train on what another will train on."""
+        self.generator.set_state(other.generator.get_state())
+        self.steps = other.steps
+
+    def result(self) -> Any:
+        """What training is for."""
+        return self.model.state_dict()
+
     def wrapped_state(self) -> list[Any]:
         """Of each wrapped optimizer."""
         wrapped = self.optimizer.optimizer
@@ -192,6 +201,12 @@ class Place:
     def outcome(self) -> Any:
         return self.taken, self.save()
 
+    def see_the_same_as(self, other: Place) -> None:
+        pass
+
+    def result(self) -> Any:
+        return self.outcome()
+
 
 def plain(item: Any) -> Any:
     if isinstance(item, Tensor):
@@ -208,16 +223,13 @@ def sampled(wrap: Callable[[Any], Any], **settings: Any) -> tuple[Any, Any]:
 
 def streamed(**settings: Any) -> tuple[Any, Any]:
     from torchdata.stateful_dataloader import StatefulDataLoader
+    from torchdata.stateful_dataloader.sampler import RandomSampler
 
-    loaders = {
-        label: StatefulDataLoader(
-            range(100 * place, 100 * place + size),
-            batch_size=2,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(place),
-        )
-        for place, (label, size) in enumerate(zip("abc", (5, 9, 4), strict=True))
-    }
+    loaders = {}
+    for place, (label, size) in enumerate(zip("abc", (5, 9, 4), strict=True)):
+        numbers = range(100 * place, 100 * place + size)
+        own = RandomSampler(numbers, generator=torch.Generator().manual_seed(place))
+        loaders[label] = StatefulDataLoader(numbers, batch_size=2, sampler=own)
     loader = DomainLoader(loaders, seed=3, **settings)
     return loader, loader
 
@@ -531,14 +543,14 @@ def judge(live: Any, damaged: Any, undamaged: Any, save: Callable[[Any], Any], r
     if isinstance(live, Training):
         changed = difference(live.model.state_dict(), before[1])
         assert changed is None, f"loading the optimizer's state has changed the model: {changed}"
-    live = live.again()
-    for one, state in ((live, damaged), (reference, undamaged)):
+    live, fresh = live.again(), make(live.kind, live.seed)
+    for one, state in ((live, damaged), (fresh, damaged), (reference, undamaged)):
         one.load_all(copy.deepcopy(state), rest)
-    found = decoded(save(live))
-    same = difference(found, decoded(save(reference)))
-    told = difference(found, decoded(damaged), exact=False)
+    same = difference(decoded(save(live)), decoded(save(reference)))
+    told = difference(decoded(save(fresh)), decoded(damaged), exact=False)
     assert same is None or told is None, f"loaded, but neither as undamaged ({same}) nor as it says ({told})"
     wrapped = copy.deepcopy(live.wrapped_state())
+    fresh.see_the_same_as(live)
     try:
         live.advance(6)
     except Exception as error:
@@ -546,6 +558,10 @@ def judge(live: Any, damaged: Any, undamaged: Any, save: Callable[[Any], Any], r
             return "taken by the wrapped optimizer, which then cannot step"
         if is_finite(damaged) or not any(word in str(error) for word in ("diverge", "NaN", "not finite", "nan", "inf")):
             raise
+        return "these values, which are not finite"
+    fresh.advance(6)
+    changed = difference(live.result(), fresh.result())
+    assert changed is None, f"loaded, but with what there was before it trains otherwise: {changed}"
     return "the same" if same is None else "these values"
 
 

@@ -64,7 +64,8 @@ class Alone:
         self.train, self.settings, self.folder = train, settings, Path(settings["folder"])
 
     def start(self) -> None:
-        (self.folder / "began-0-0").unlink(missing_ok=True)
+        for name in ("began-0-0", "checkpoint.unfinished"):
+            (self.folder / name).unlink(missing_ok=True)
         self.process = start(in_process, self.train, self.settings)
 
     def wait_to_begin(self) -> bool:
@@ -80,6 +81,11 @@ class Alone:
         if self.process.exitcode != 0:
             raise AssertionError((self.folder / "error").read_text())
         return True
+
+    def stop(self) -> None:
+        """End it, if it is not over."""
+        if self.process.is_alive():
+            self.process.kill()
 
     def kill(self, draw: random.Random) -> bool:
         """Kill it; return whether it was still at work."""
@@ -125,7 +131,13 @@ class OfRanks:
             raise AssertionError((self.folder / "errors").read_text()[-6000:])
         return True
 
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()  # and it ends the ranks
+            self.process.wait()
+
     def kill(self, draw: random.Random) -> bool:
+        (self.folder / "checkpoint.unfinished").unlink(missing_ok=True)
         pid = int(draw.choice(self.told()).read_text())
         try:
             if b"soak.train" not in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -175,31 +187,32 @@ def run(case: str, seed: int, folder: Path, train: Train = training.train, steps
         its = {**settings, "folder": str(folder / where)}
         return Alone(train, its) if variant.split is None else OfRanks(its)
 
-    whole = begin("whole")
-    whole.start()
-    wait_for(whole.is_over)
-    seconds = float((whole.folder / "seconds").read_text())
+    whole = broken = begin("whole")
     landed = runs = in_writing = in_walk = 0
     resumed_at: list[int] = []
-    while landed < kills:
-        runs += 1
-        broken = begin(f"broken-{runs}")
-        over = False
-        while not over:
+    try:
+        whole.start()
+        wait_for(whole.is_over)
+        seconds = float((whole.folder / "seconds").read_text())
+        while landed < kills:
+            runs += 1
+            broken = begin(f"broken-{runs}")
             broken.start()
-            if broken.wait_to_begin() and landed < kills:
+            while landed < kills and broken.wait_to_begin():
                 time.sleep(draw.uniform(0.0, 2 * seconds / (kills - landed + 1)))
-                if not broken.is_over() and broken.kill(draw):
-                    landed += 1
-                    in_writing += (broken.folder / "checkpoint.unfinished").exists()
-                    saved = broken.folder / "checkpoint.pt"
-                    state = torch.load(saved, weights_only=True) if saved.exists() else None
-                    resumed_at.append(state["step"] if state else 0)
-                    in_walk += bool(state and numbers_of(state["optimizer"]).get("inner_step", 0))
-                    continue
+                if broken.is_over() or not broken.kill(draw):
+                    break
+                landed += 1
+                in_writing += (broken.folder / "checkpoint.unfinished").exists()
+                saved = broken.folder / "checkpoint.pt"
+                state = torch.load(saved, weights_only=True) if saved.exists() else None
+                resumed_at.append(state["step"] if state else 0)
+                in_walk += bool(state and numbers_of(state["optimizer"]).get("inner_step", 0))
+                broken.start()
             wait_for(broken.is_over)
-            over = True
-        compare(broken.folder, whole.folder)
+            compare(broken.folder, whole.folder)
+    finally:
+        broken.stop()
     shutil.rmtree(folder)  # stays if something is wrong
     return {
         "kills": landed,

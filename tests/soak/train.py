@@ -184,13 +184,14 @@ class Run:
         variant, fixed = self.variant, torch.Generator()
         if variant.loader == "streams":
             from torchdata.stateful_dataloader import StatefulDataLoader
+            from torchdata.stateful_dataloader.sampler import RandomSampler
 
             parts = {}
             for domain in range(DOMAINS):
                 part = TensorDataset(*(t[domain::DOMAINS] for t in self.data.tensors))
-                own = torch.Generator().manual_seed(self.seed + domain)
-                settings = {"generator": own, **workers(domain % 2)}
-                parts[domain] = StatefulDataLoader(part, batch_size=8, shuffle=True, **settings)
+                # With the loader's own generator torchdata (0.11) does not resume without workers.
+                own = RandomSampler(part, generator=torch.Generator().manual_seed(self.seed + domain))
+                parts[domain] = StatefulDataLoader(part, batch_size=8, sampler=own, **workers(domain % 2))
             streams = DomainLoader(parts, seed=self.seed)
             return streams, streams
         domains = [i % DOMAINS for i in range(120)]
