@@ -444,6 +444,9 @@ def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
         (("state", 2, "alignment_sums"), KeyError, "lacks 'alignment_sums' of parameter 2"),
         (("numbers", "counters"), KeyError, "'counters' is missing or malformed"),
         # Found by the soak's damaged checkpoints.
+        (("numbers", "held_buffers"), KeyError, "'held_buffers' is missing"),
+        (("numbers", "left_buffers"), KeyError, "'left_buffers' is missing"),
+        (("numbers", "held_iterates"), KeyError, "'held_iterates' is missing"),
         (("numbers", "counters"), [{}], "'counters' should be names"),
         (("numbers", "held_buffers"), [["norm"]], "the state dict is malformed"),
         (("numbers", "places", "slow"), [[0, 10**12]], "holds 'slow' of parameter .*, which does not exist here"),
@@ -451,6 +454,8 @@ def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
         (("numbers", "alignment", "squares", 0), [0.0, "float64", 7], "alignment's 'squares' is malformed"),
         (("numbers", "alignment", "squares", 0), [10**400, "float64"], "alignment's 'squares' is malformed"),
         (("numbers", "alignment", "squares", 0), [0.0, "zeros"], "alignment's 'squares' is malformed"),
+        (("param_groups",), torch.ones(2), "'param_groups' is missing"),
+        (("param_groups", 0, "gradmatch"), torch.ones(2), "'gradmatch' in the state dict's groups is malformed"),
         (("state", 1), [torch.zeros(1)], "state of parameter 1 should be a dictionary"),
         (("state", 0, "slow"), torch.ones(2, 3).to_sparse(), "'slow' of 0 should be a dense tensor with values"),
         (("state", 0, "slow"), torch.ones(2, 3, device="meta"), "'slow' of 0 should be a dense tensor with values"),

@@ -426,7 +426,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
         is_joined = own is None
         if is_joined:
             own = read_numbers(state_dict)
-            if own is None and not state_dict.get("param_groups") and "state" in state_dict:
+            groups = state_dict.get("param_groups")
+            if own is None and not (isinstance(groups, list) and groups) and "state" in state_dict:
                 self._check_groups(state_dict)
         if not isinstance(own, dict):
             raise ValueError(

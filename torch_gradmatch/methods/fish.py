@@ -706,6 +706,9 @@ class FishLoop(MetaLoop):
         self._refuse_another_model()
         for key, kind in (("inner_step", int), ("is_open", bool), ("alignment", dict | None), ("counters", list)):
             check_entry(state, key, kind)
+        for key, since in (("held_buffers", 2), ("left_buffers", 4), ("held_iterates", 4)):
+            if state.get("version", 0) >= since and key not in state:  # else what earlier versions meant would be read
+                raise ValueError(f"the state dict's {key!r} is missing or malformed (got None)")
         if not all(isinstance(name, str) for name in state["counters"]):
             raise ValueError(f"the state dict's 'counters' should be names (got {state['counters']!r:.80})")
         inner_step = check_int("the state dict's inner_step", state["inner_step"], at_least=0)

@@ -168,7 +168,7 @@ def read_numbers(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     groups = state_dict.get("param_groups")
     for group in groups if isinstance(groups, list) else ():
         text = group.get(NUMBERS) if isinstance(group, dict) else None
-        if not text:
+        if text is None or (isinstance(text, str) and not text):
             continue
         try:
             numbers = json.loads(text)
