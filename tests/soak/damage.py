@@ -18,6 +18,7 @@ import json
 import math
 import operator
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,8 @@ class Training:
         kind: Which method and optimizer.
         seed: Of weights and data.
     """
+
+    wrapped = "the wrapped optimizer, which cannot step with it by itself either"
 
     def __init__(self, kind: str, seed: int) -> None:
         method, optimizer, dtype = TRAININGS[kind]
@@ -127,7 +130,7 @@ class Training:
         wrapped = self.optimizer.optimizer
         return [one.state_dict() for one in getattr(wrapped, "optimizers", [wrapped])]
 
-    def wrapped_refuses(self, states: list[Any]) -> bool:
+    def wrapped_refuses(self, states: list[Any], error: BaseException) -> bool:
         """Whether the wrapped optimizer, by itself, has the same trouble: it loads what it then cannot step with."""
         model = FeatureNet(torch.Generator().manual_seed(self.seed), dtype=self.dtype)
         built = TRAININGS[self.kind][1](list(model.parameters()))
@@ -158,6 +161,8 @@ class Place:
         seed: Decides where it is.
     """
 
+    wrapped = "torchdata's loader, which cannot begin there by itself either"
+
     def __init__(self, kind: str, seed: int) -> None:
         self.kind, self.seed, self.advanced = kind, seed, 0
         self.holder, self.loader = PLACES[kind]()
@@ -181,8 +186,9 @@ class Place:
     def wrapped_state(self) -> list[Any]:
         return []
 
-    def wrapped_refuses(self, states: list[Any]) -> bool:
-        return False
+    def wrapped_refuses(self, states: list[Any], error: BaseException) -> bool:
+        """Whether it is a domain's loader of torchdata that cannot begin where its own state says."""
+        return traceback.extract_tb(error.__traceback__)[-1].filename.find("torchdata") >= 0
 
     def save(self) -> Any:
         return copy.deepcopy(self.holder.state_dict())
@@ -478,6 +484,8 @@ def decoded(state: Any) -> Any:
         return {**state, "gradmatch": {k: v for k, v in state["gradmatch"].items() if k != "counters"}}
     if not isinstance(state, dict) or not isinstance(state.get("param_groups"), list):
         return state
+    if isinstance(state.get("state"), dict):  # an empty entry is none
+        state = {**state, "state": {key: entry for key, entry in state["state"].items() if entry != {}}}
     numbers = [g.get("gradmatch") for g in state["param_groups"] if isinstance(g, dict) and g.get("gradmatch")]
     if not numbers or not isinstance(numbers[0], str):
         return state
@@ -514,8 +522,8 @@ def judge(live: Any, damaged: Any, undamaged: Any, save: Callable[[Any], Any], r
         rest: What was saved beside it, undamaged: the model's state.
 
     Returns:
-        ``"refused"``, ``"the same"``, ``"these values"``, or that the wrapped optimizer by itself takes what it then
-        cannot train with.
+        ``"refused"``, ``"the same"``, ``"these values"``, or that the wrapped optimizer, or torchdata's loader, takes
+        what it cannot go on with by itself either.
     """
     twin, reference = live.again(), live.again()
     assert difference(twin.everything(), live.everything()) is None, "another came elsewhere"
@@ -554,8 +562,8 @@ def judge(live: Any, damaged: Any, undamaged: Any, save: Callable[[Any], Any], r
     try:
         live.advance(6)
     except Exception as error:
-        if live.wrapped_refuses(wrapped):
-            return "taken by the wrapped optimizer, which then cannot step"
+        if live.wrapped_refuses(wrapped, error):
+            return f"taken by {live.wrapped}"
         if is_finite(damaged) or not any(word in str(error) for word in ("diverge", "NaN", "not finite", "nan", "inf")):
             raise
         return "these values, which are not finite"

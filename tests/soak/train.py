@@ -130,6 +130,13 @@ def workers(number: int) -> dict[str, Any]:
     return {"num_workers": number, "multiprocessing_context": "fork"} if number else {}
 
 
+def comparable(state: Any) -> Any:
+    """A state but for what torchdata seeds its workers with, who draw nothing: it is another in each process."""
+    if isinstance(state, dict):
+        return {key: comparable(value) for key, value in state.items() if key != "_base_seed"}
+    return [comparable(value) for value in state] if isinstance(state, list | tuple) else state
+
+
 def digest(state: Any) -> str:
     """A number that says whether two states are the same bit for bit."""
     found = hashlib.blake2b(digest_size=12)
@@ -189,9 +196,11 @@ class Run:
             parts = {}
             for domain in range(DOMAINS):
                 part = TensorDataset(*(t[domain::DOMAINS] for t in self.data.tensors))
-                # With the loader's own generator torchdata (0.11) does not resume without workers.
+                # With the loader's own generator torchdata (0.11) does not resume without workers; and with none the
+                # loader draws from dropout's.
                 own = RandomSampler(part, generator=torch.Generator().manual_seed(self.seed + domain))
-                parts[domain] = StatefulDataLoader(part, batch_size=8, sampler=own, **workers(domain % 2))
+                settings = {"sampler": own, "generator": torch.Generator(), **workers(domain % 2)}
+                parts[domain] = StatefulDataLoader(part, batch_size=8, **settings)
             streams = DomainLoader(parts, seed=self.seed)
             return streams, streams
         domains = [i % DOMAINS for i in range(120)]
@@ -237,7 +246,7 @@ class Run:
         torch.save(state, unfinished)
         os.replace(unfinished, self.checkpoint)
         with (self.folder / "log").open("a") as log:
-            log.write(f"{self.step} {digest(state)}\n")
+            log.write(f"{self.step} {digest(comparable(state))}\n")
 
     def loss_fn(self, batch: list[Tensor]) -> Tensor:
         x, y = batch
