@@ -52,16 +52,16 @@ def say(message: str) -> None:
     sys.stderr.write(f"{PACKAGE}: {message}\n")
 
 
-def lose(which: str, reason: str) -> None:
+def lose(which: str, reason: str, remedy: str = "") -> None:
     """Go on without a library, and keep the reason; end if it is required."""
     required = NATIVE == "require" if which == "cpu" else ASKED_FOR_CUDA == "1"
     if required:
         switch = "TORCH_GRADMATCH_NATIVE=require" if which == "cpu" else "TORCH_GRADMATCH_CUDA=1"
-        sys.exit(f"{PACKAGE}: {switch}, but {reason}")
+        sys.exit(f"{PACKAGE}: {switch}, but {reason}{remedy}")
     without = (
         "the native extension: everything works, the interpolation is slower" if which == "cpu" else "its CUDA part"
     )
-    say(f"{reason}; installing without {without}")
+    say(f"{reason}{remedy}; installing without {without}")
     REASONS[which] = reason
     REASONS["lost"].append(which)
 
@@ -143,8 +143,11 @@ def native_arguments() -> dict[str, Any]:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        remedy = "install torch, then pip install --no-build-isolation"
-        lose("cpu", f"torch is not installed where this is built: {remedy}")
+        lose(
+            "cpu",
+            "torch is not installed where this is built",
+            ": install torch, then pip install --no-build-isolation",
+        )
         REASONS["cuda"] = REASONS["cpu"]
         return {}
 

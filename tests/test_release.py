@@ -67,7 +67,7 @@ def test_what_is_built_from_it_in_isolation_says_at_import_what_to_do(sdist: Pat
     (warning,) = (line for line in done.stderr.splitlines() if "RuntimeWarning" in line)
     assert "goes on without its native kernel" in warning
     assert "torch is not installed where this is built" in warning
-    assert "install torch, then pip install --no-build-isolation" in warning
+    assert "pip install --no-build-isolation --no-cache-dir" in warning
 
 
 def test_the_version_is_written_once_and_the_metadata_and_the_citation_have_it(sdist: Path):

@@ -24,7 +24,9 @@ SWITCH = "TORCH_GRADMATCH_NATIVE"
 # Where a function is gone, takes other arguments, or refuses.
 WHATEVER_TORCH_RAISES = (AttributeError, TypeError, ValueError, RuntimeError)
 _PACKAGE = Path(__file__).parents[1]
-_REMEDY = "with torch and a C++ compiler at hand, pip install --no-build-isolation builds it"
+# Without pip's cache, which may have what it built in isolation, where there is no torch.
+_FLAGS = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
+_REMEDY = f"with torch and a C++ compiler at hand, pip install {_FLAGS} builds it"
 
 
 @dataclass(frozen=True)
