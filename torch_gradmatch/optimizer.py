@@ -482,6 +482,11 @@ class GradMatch(Optimizer, Generic[MethodT]):
                     f"group {index} has {len(theirs['params'])} parameters in the state dict "
                     f"and {len(ours['params'])} in this optimizer"
                 )
+            if not all(isinstance(name, int | str) for name in theirs["params"]):
+                raise ValueError(f"group {index} of the state dict should have its parameters by number or by name")
+            strange = [key for key in theirs if not isinstance(key, str)]
+            if strange:
+                raise ValueError(f"group {index} of the state dict has an entry {strange[0]!r:.80}, which is no name")
 
     def _shapes(self) -> list[list[int]]:
         return [list(p.shape) for group in self.optimizer.param_groups for p in group["params"]]

@@ -419,4 +419,7 @@ def _positions(ranges: Any, count: int) -> Any:
     if not all(isinstance(run, list) and len(run) == 2 and all(type(i) is int for i in run) for run in ranges):
         raise TypeError(f"no positions: {ranges!r:.60}")
     known = [(first, min(end, first + 1 if first < 0 else max(first, count) + 1)) for first, end in ranges]
-    return [i for first, end in known for i in range(first, end)]
+    positions = [i for first, end in known for i in range(first, end)]
+    if not all(first < end for first, end in ranges) or len(set(positions)) < len(positions):
+        raise TypeError(f"no positions, each once: {ranges!r:.60}")
+    return positions

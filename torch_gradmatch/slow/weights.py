@@ -141,14 +141,19 @@ class SlowWeights:
 
     @staticmethod
     def check_state_dict(state: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Raise ``ValueError`` naming the first entry that cannot be loaded.
+        """Check all that :meth:`load_state_dict` will read.
 
         Args:
             state: What :meth:`state_dict` once returned.
             parameters: Those to load it for.
+
+        Raises:
+            ValueError: If it cannot be loaded; the message names the first entry.
         """
         check_entry(state, "slow_weights", dict)
         check_entry(state, "held", list)
+        if len(set(state["held"])) < len(state["held"]):
+            raise ValueError(f"the state dict's 'held' should have each parameter once (got {state['held']!r:.80})")
         originals = dict(enumerate(parameters))
         check_copies("slow weights of parameter", state["slow_weights"], originals, *state["held"])
 
