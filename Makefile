@@ -80,10 +80,12 @@ test-large: $(INSTALLED)
 soak: $(INSTALLED)
 	MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=.:tests $(BIN)/python -m soak
 
-# What stands on the interpolation; gradients, data and compare do not.
+# What stands on the interpolation; gradients, the directions made of them, data and compare do not.
 test-fallback: $(INSTALLED)
-	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest --numprocesses=auto tests/slow tests/methods tests/test_optimizer.py \
-		tests/test_precision.py torch_gradmatch/slow torch_gradmatch/methods
+	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest --numprocesses=auto -m "not large" tests/slow tests/methods \
+		tests/test_optimizer.py tests/test_precision.py torch_gradmatch/slow torch_gradmatch/methods \
+		$(foreach file,slow/test_native slow/test_kernel_on_host methods/test_direction methods/test_direction_stateful \
+			methods/test_idgm methods/test_smooth_fish methods/test_own_operations,--ignore=tests/$(file).py)
 
 # The sanitizers' run-time libraries have to be loaded before Python; leaks are Python's own affair.
 test-sanitize: $(INSTALLED)

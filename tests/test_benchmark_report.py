@@ -29,6 +29,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.large
 def test_times_and_directions(measured: Path):
     rows = json.loads((measured / "report.json").read_text())["times"]
     assert {(row["domains"], row["way"]) for row in rows} == {(s, way) for s in (2, 5) for way in ways.names()}
@@ -45,6 +46,7 @@ def test_times_and_directions(measured: Path):
     assert evaluations["SmoothFish, symmetric"] == 13
 
 
+@pytest.mark.large
 def test_memory_grows_with_kept_graphs_alone(measured: Path):
     rows = json.loads((measured / "report.json").read_text())["memory"]
     if any(row["bytes"] is None for row in rows):
@@ -55,6 +57,7 @@ def test_memory_grows_with_kept_graphs_alone(measured: Path):
     assert peak["ERM", 5] < peak["create_graph", 5] / 2
 
 
+@pytest.mark.large
 def test_the_report_has_tables_and_pictures(measured: Path, tmp_path: Path):
     text = (measured / "index.md").read_text()
     assert "## Cost: time" in text
@@ -66,6 +69,7 @@ def test_the_report_has_tables_and_pictures(measured: Path, tmp_path: Path):
     assert (tmp_path / "again" / "index.md").read_text() == text
 
 
+@pytest.mark.large
 def test_two_reports_are_compared(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     results = json.loads((measured / "report.json").read_text())
     assert same_order.main([str(measured), str(measured)]) == 0

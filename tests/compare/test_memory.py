@@ -126,6 +126,7 @@ def test_erm_is_timed_within_8_p(bench: Bench):
     assert bench.peak(lambda: bench.time({})) <= 5.1
 
 
+@pytest.mark.large
 def test_methods_together_take_what_the_greatest_takes(bench: Bench):
     methods = {name: method for name, method in bench.methods.items() if name != "IDGM, keep_graphs"}
     each = [bench.peak(lambda m=method: bench.time({"it": m})) for method in methods.values()]

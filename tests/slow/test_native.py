@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from check_abi import judge, undefined_symbols
 from check_machine_code import Kernel
 
 import torch_gradmatch
+from torch_gradmatch import NativeStatus, native_status
+from torch_gradmatch.slow import _native
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = next(iter(Path(torch_gradmatch.__file__).parent.glob("_C.*.so")), None)
@@ -225,90 +228,96 @@ def test_architectures_are_those_asked_for(sources: Path):
 # ------------------------------------------------------------------------------------------------------------ CUDA
 
 
-def cuda_library(package: Path, runtime: int, driver: int, more: str = "") -> None:
+def cuda_library(folder: Path, runtime: int, driver: int, more: str = "") -> Path:
     """What answers as the CUDA library does, on a machine that has no CUDA."""
-    for library in Path(torch_gradmatch.__file__).parent.glob("_C.*.so"):
-        shutil.copy(library, package / "torch_gradmatch")
     source = f"""
     int torch_gradmatch_cuda_runtime_version() {{ return {runtime}; }}
     int torch_gradmatch_cuda_driver_version() {{ return {driver}; }}
     {more}"""
-    (package / "fake.c").write_text(source)
-    library = package / "torch_gradmatch" / "_C_cuda.abi3.so"
-    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", str(library), str(package / "fake.c")]
+    (folder / "fake.c").write_text(source)
+    library = folder / "_C_cuda.abi3.so"
+    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", str(library), str(folder / "fake.c")]
     subprocess.run(command, check=True)
+    return library
 
 
 OBSTACLE = """const char* torch_gradmatch_cuda_obstacle(int device) { return device ? "no machine code for it" : 0; }"""
-AS_IF = "import torch; torch.version.cuda = '13.0'; "
-STATUS = WORKS + "import torch_gradmatch as t; print(t.native_status())"
 
 
-@needs_library
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the package's for what loads the CUDA library; no status of it is kept."""
+    monkeypatch.setattr(_native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(_native, "_OBSTACLE", None)
+    monkeypatch.setattr(_native, "cuda_obstacle", functools.cache(_native.cuda_obstacle.__wrapped__))
+    return tmp_path
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    ("runtime", "driver", "start", "says"),
+    ("runtime", "driver", "used", "says"),
     [
-        (13000, 0, "native (CPU and CUDA): ", "the run time of CUDA 13.0; there is no NVIDIA driver here"),
-        (13000, 12080, "native (CPU): ", "the driver knows CUDA 12.8 at most: update it, or build with nvcc"),
-        (13020, 13000, "native (CPU and CUDA): ", "the run time of CUDA 13.2; the driver knows CUDA 13.0"),
-        (12080, 13000, "native (CPU and CUDA): ", "the run time of CUDA 12.8; the driver knows CUDA 13.0"),
+        (13000, 0, True, "the run time of CUDA 13.0; there is no NVIDIA driver here"),
+        (13000, 12080, False, "the driver knows CUDA 12.8 at most: update it, or build with nvcc"),
+        (13020, 13000, True, "the run time of CUDA 13.2; the driver knows CUDA 13.0"),
+        (12080, 13000, True, "the run time of CUDA 12.8; the driver knows CUDA 13.0"),
     ],
 )
-def test_a_driver_is_asked_before_it_is_needed(package: Path, runtime: int, driver: int, start: str, says: str):
-    cuda_library(package, runtime, driver, OBSTACLE)
-    done = python(AS_IF + STATUS, "-W", "error", cwd=package)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(start)
-    assert says in done.stdout
+def test_a_driver_is_asked_before_it_is_needed(alone: Path, runtime: int, driver: int, used: bool, says: str):
+    cuda_library(alone, runtime, driver, OBSTACLE)
+    cuda, about = _native._load_cuda()
+    assert cuda is used
+    assert says in about
+
+
+@needs_compiler
+@pytest.mark.parametrize(("devices", "cuda"), [([""], True), (["", "too old"], True), (["too old", "too old"], False)])
+def test_a_gpu_without_machine_code_is_named_once_torch_uses_cuda(
+    alone: Path, monkeypatch: pytest.MonkeyPatch, devices: list[str], cuda: bool
+):
+    cases = " ".join(f'if (device == {i} && {int(bool(why))}) return "{why}";' for i, why in enumerate(devices))
+    more = f"const char* torch_gradmatch_cuda_obstacle(int device) {{ {cases} return 0; }}"
+    cuda_library(alone, 13000, 13000, more)
+    monkeypatch.setattr(_native, "_STATUS", NativeStatus(True, *_native._load_cuda()))
+    before = native_status()
+    assert before.cuda
+    assert "cuda:" not in before.reason
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    after = native_status()
+    assert after.cuda is cuda
+    for index, why in enumerate(devices):
+        assert (f"cuda:{index} takes torch._foreach (too old)" in after.reason) is bool(why)
+        assert _native.cuda_obstacle(index) == why
+
+
+@needs_compiler
+def test_a_cuda_library_that_fails_is_warned_of_and_one_that_is_not_there_is_not(alone: Path):
+    assert _native._load_cuda() == (False, "there is no CUDA kernel: its library was not built")
+    kept = {"cpu": "", "cuda": "nvcc was on holiday", "lost": []}
+    (alone / "_build.json").write_text(json.dumps(kept))
+    assert _native._load_cuda() == (False, "there is no CUDA kernel: nvcc was on holiday")
+    (alone / "_build.json").write_text(json.dumps(kept | {"lost": ["cuda"]}))
+    with pytest.warns(RuntimeWarning, match="goes on without its CUDA kernel: .* nvcc was on holiday"):
+        assert not _native._load_cuda()[0]
+    cuda_library(alone, 13000, 13000)
+    with pytest.warns(RuntimeWarning, match=r"_C_cuda\.abi3\.so was built from another version"):
+        assert not _native._load_cuda()[0]
 
 
 @needs_library
-@needs_compiler
-def test_a_gpu_without_machine_code_is_named_once_torch_uses_cuda(package: Path):
-    cuda_library(package, 13000, 13000, OBSTACLE)
-    used = "torch.cuda.is_initialized = lambda: True; torch.cuda.device_count = lambda: {}; "
-    code = AS_IF + STATUS + "; from torch_gradmatch.slow._native import cuda_obstacle; "
-    for devices, start, named in (1, "native (CPU and CUDA): ", False), (2, "native (CPU and CUDA): ", True):
-        done = python(code + used.format(devices) + "print(t.native_status())", "-W", "error", cwd=package)
-        assert done.returncode == 0, done.stderr
-        before, after = done.stdout.splitlines()
-        assert before.startswith(start)
-        assert after.startswith(start)
-        assert "cuda:1" not in before
-        assert ("cuda:1 takes torch._foreach (no machine code for it)" in after) is named
-    only = OBSTACLE.replace("device ?", "1 ?")
-    cuda_library(package, 13000, 13000, only)
-    done = python(code + used.format(1) + "print(t.native_status()); print(cuda_obstacle(0))", cwd=package)
-    assert done.stdout.splitlines()[1].startswith("native (CPU): ")
-    assert done.stdout.splitlines()[2] == "no machine code for it"
-
-
-@needs_library
-@needs_compiler
-def test_a_cuda_library_that_fails_leaves_the_cpu_kernel(package: Path):
-    cuda_library(package, 13000, 13000)
-    done = python(AS_IF + STATUS, cwd=package)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("native (CPU): _C.abi3.so loaded; _C_cuda.abi3.so was built from another version")
-    assert done.stderr.count("RuntimeWarning: torch_gradmatch goes on without its CUDA kernel") == 1
+def test_what_becomes_of_the_cuda_library_does_not_touch_the_cpu_kernel(package: Path):
+    assert LIBRARY is not None
+    shutil.copy(LIBRARY, package / "torch_gradmatch")
     (package / "torch_gradmatch" / "_C_cuda.abi3.so").write_bytes(b"no library")
-    done = python(AS_IF + STATUS, cwd=package)
+    status = WORKS + "import torch_gradmatch as t; print(t.native_status())"
+    done = python("import torch; torch.version.cuda = None; " + status, "-W", "error", cwd=package)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "native (CPU): _C.abi3.so loaded"  # where torch has no CUDA it is not looked at
+    done = python("import torch; torch.version.cuda = '13.0'; " + status, cwd=package)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("native (CPU): _C.abi3.so loaded; _C_cuda.abi3.so does not load with torch")
-    (package / "torch_gradmatch" / "_C_cuda.abi3.so").unlink()
-    done = python(AS_IF + STATUS, "-W", "error", cwd=package)
-    assert done.stdout.startswith("native (CPU): _C.abi3.so loaded; there is no CUDA kernel: its library was not built")
-
-
-@needs_library
-@needs_compiler
-def test_where_torch_has_no_cuda_its_library_is_not_touched(package: Path):
-    cuda_library(package, 13000, 13000)
-    (package / "torch_gradmatch" / "_C_cuda.abi3.so").write_bytes(b"no library")
-    done = python("import torch; torch.version.cuda = None; " + STATUS, "-W", "error", cwd=package)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "native (CPU): _C.abi3.so loaded"
+    assert done.stderr.count("RuntimeWarning: torch_gradmatch goes on without its CUDA kernel") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- ABI

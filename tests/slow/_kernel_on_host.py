@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_gradmatch import native_status
 from torch_gradmatch.slow.ops import interpolate_
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [c for c in map(shutil.which, ("c++", "g++", "clang++")) if c][:1]
 SANITIZED = "TORCH_GRADMATCH_SANITIZE" in os.environ
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g"]
