@@ -152,7 +152,7 @@ def native_arguments() -> dict[str, Any]:
         return {}
 
     torch_folder = Path(torch.__path__[0])
-    instrument = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+    instrument = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O2"]
     sanitize = instrument if "TORCH_GRADMATCH_SANITIZE" in os.environ else []
     cpu = cpp_extension.CppExtension(
         CPU,

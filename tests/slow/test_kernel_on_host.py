@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler: set CXX")
 @pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     library = tmp_path_factory.mktemp("kernel") / "kernel.so"
-    return Kernel(compile_kernel(library, *LIBRARY, *(["-O1", *SANITIZE] if SANITIZED else ["-O2"])))
+    return Kernel(compile_kernel(library, *LIBRARY, "-O2", *(SANITIZE if SANITIZED else [])))
 
 
 def sizes_around(chunk: int) -> list[int]:
