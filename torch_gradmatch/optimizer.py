@@ -496,6 +496,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
         before = [(vars(member), dict(vars(member))) for member in members(self.optimizer).values()]
         try:
             self.optimizer.load_state_dict(state_dict)
+            _check_entries(self.optimizer)
         except Exception as error:
             for attributes, kept in before:  # loading makes new dictionaries for state and groups
                 attributes.clear()
@@ -531,6 +532,14 @@ class GradMatch(Optimizer, Generic[MethodT]):
         lines = repr(self.optimizer).splitlines()
         shown = "\n".join(line for line in lines if line.strip() != f"{NUMBERS}:")
         return f"GradMatch(\n{shown},\n{self.method!r}\n)"
+
+
+def _check_entries(optimizer: Optimizer) -> None:
+    """Raise if an optimizer has loaded plain data for what it keeps of a parameter, which torch does not see."""
+    for member in members(optimizer).values():
+        for key, entry in member.state.items():
+            if isinstance(key, Tensor) and isinstance(entry, str | int | float | list | None):
+                raise ValueError(f"the state of a parameter should be a dictionary (got {entry!r:.80})")
 
 
 def _listed(names: object) -> str:

@@ -332,6 +332,7 @@ def test_slow_iterates_of_another_optimizer_are_refused():
         ),
         (lambda s: s.update(average_weights=["much"]), "'average_weights' is malformed"),
         (lambda s: s["slow_iterates"].update({9: {"slow_z": torch.zeros(2)}}), "slow iterate of parameter 9"),
+        (lambda s: s.update(held_iterates={"slow_z": [0, 0, 2]}), "has a position of 'slow_z' twice"),
     ):
         spoilt = copy.deepcopy(state)
         spoil(spoilt["gradmatch"])

@@ -551,6 +551,18 @@ def test_a_state_dict_of_others_is_refused_and_changes_nothing(build: Any, chang
     assert_identical(everything(model, optimizer), everything(reference, beside))
 
 
+def test_text_for_what_is_kept_of_a_parameter_is_refused_though_torch_loads_it():
+    model = make_model()
+    optimizer = GradMatch([SGD(matrices(model), lr=0.1), SGD(rest(model), lr=0.1, momentum=0.9)], fish())
+    train(optimizer, model, make_batches(4))
+    state = in_format_3(optimizer)
+    state["optimizers"][1]["state"][0] = "text"
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match="the state of a parameter should be a dictionary"):
+        optimizer.load_state_dict(state)
+    assert_identical(everything(model, optimizer), before)
+
+
 @pytest.mark.parametrize(
     "through", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )

@@ -281,6 +281,10 @@ class SlowIterates:
         if not isinstance(held, dict) or not all(isinstance(positions, list) for positions in held.values()):
             raise ValueError(f"the state dict's 'held_iterates' is malformed (got {held!r:.80})")
         for key, positions in held.items():
+            if len(set(positions)) < len(positions):
+                raise ValueError(
+                    f"the state dict's 'held_iterates' has a position of {key!r} twice (got {positions!r:.80})"
+                )
             copies = {i: of_p[key] for i, of_p in state["slow_iterates"].items() if key in of_p}
             check_copies(f"{key} of parameter", copies, dict(enumerate(parameters)), *positions)
 
