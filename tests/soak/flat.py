@@ -34,7 +34,7 @@ SETTINGS: dict[str, Build] = {
     "fish-model-track": lambda m: GradMatch(sgd(m), Fish(0.5, model=m, track_alignment=True)),
     "fish-wide-pairs": lambda m: GradMatch(sgd(m), Fish(0.5, meta_dtype=torch.float64, track_alignment="pairs")),
     "smooth-fish": lambda m: GradMatch(sgd(m), SmoothFish(0.5, 0.01, m)),
-    "smooth-fish-symmetric": lambda m: GradMatch(sgd(m), SmoothFish(0.5, 0.01, m, symmetric=True)),
+    "smooth-fish-symmetric": lambda m: GradMatch(sgd(m), SmoothFish(0.01, 0.01, m, symmetric=True)),
     "idgm-inner_product-reverse": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "inner_product")),
     "idgm-variance-forward": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "variance", "forward")),
     "idgm-cosine-finite_difference": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "cosine", "finite_difference")),
