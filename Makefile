@@ -29,7 +29,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
 	@echo "make test              the whole test suite; PYTHON=python3.13 in an environment of its own"
-	@echo "make test-large        the example on several processes, killed ten times and resumed on another number; the benchmark of scale"
+	@echo "make test-large        what takes minutes: examples killed ten times, also on several processes; the benchmarks' reports"
 	@echo "make soak              an hour of random sequences, kills, damaged checkpoints and memory; writes out/soak/soak.md"
 	@echo "make test-fallback     the tests of what interpolates with the native extension switched off"
 	@echo "make test-sanitize     the operator's tests, and the CUDA kernel's on a CPU, under ASan and UBSan"
@@ -72,7 +72,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=auto -m "not large"
 
-# Minutes more: the example on several processes, killed again and again, and resumed.
+# Minutes more: examples killed again and again and resumed, and reports of the benchmarks.
 test-large: $(INSTALLED)
 	$(BIN)/python -m pytest -m "large and not cuda"
 
