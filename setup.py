@@ -96,11 +96,12 @@ def find_nvcc() -> str | None:
 def code_flags(nvcc: str) -> list[str]:
     """Machine code for each architecture, and PTX of the first and the last, so that every later GPU has a kernel."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    found = re.findall(r"(\d+)\.(\d+[a-z]?)(?:\+PTX)?", asked or ARCHITECTURES)
-    if not found:
+    tokens = re.split(r"[;\s]+", (asked or ARCHITECTURES).strip("; "))
+    found = [re.fullmatch(r"(\d+)\.(\d+[a-z]?)(?:\+PTX)?", token) for token in tokens]
+    if not all(found):
         sys.exit(f"{PACKAGE}: TORCH_CUDA_ARCH_LIST should be like '8.0;9.0' (got {asked!r})")
-    names = sorted({major + minor for major, minor in found}, key=lambda name: int(re.sub(r"\D", "", name)))
-    if asked is None:
+    names = sorted({match[1] + match[2] for match in found if match}, key=lambda name: int(re.sub(r"\D", "", name)))
+    if not asked:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         names = [name for name in names if f"compute_{name}" in known]
     flags = []
@@ -138,6 +139,8 @@ def native_arguments() -> dict[str, Any]:
     """Return what ``setup`` needs to build the extension; nothing if it is not to be built."""
     if NATIVE == "off":
         REASONS["cpu"] = REASONS["cuda"] = "it was installed with TORCH_GRADMATCH_NATIVE=off"
+        if ASKED_FOR_CUDA == "1":
+            sys.exit(f"{PACKAGE}: TORCH_GRADMATCH_CUDA=1 asks for what TORCH_GRADMATCH_NATIVE=off leaves out")
         return {}
     try:
         import torch
@@ -149,6 +152,8 @@ def native_arguments() -> dict[str, Any]:
             ": install torch, then pip install --no-build-isolation",
         )
         REASONS["cuda"] = REASONS["cpu"]
+        if ASKED_FOR_CUDA == "1":
+            sys.exit(f"{PACKAGE}: TORCH_GRADMATCH_CUDA=1, but {REASONS['cuda']}")
         return {}
 
     torch_folder = Path(torch.__path__[0])

@@ -167,6 +167,20 @@ def test_without_torch_one_line_says_what_to_do(sources: Path, native: str, succ
     assert "install torch, then pip install --no-build-isolation" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("code", "environment", "says"),
+    [
+        ("import sys; sys.modules['torch'] = None; ", {}, "TORCH_GRADMATCH_CUDA=1, but torch is not installed"),
+        ("", {"TORCH_GRADMATCH_NATIVE": "off"}, "asks for what TORCH_GRADMATCH_NATIVE=off leaves out"),
+    ],
+    ids=["without torch", "off"],
+)
+def test_cuda_is_refused_where_nothing_can_be_built(sources: Path, code: str, environment: dict[str, str], says: str):
+    done = setup(sources, code, TORCH_GRADMATCH_CUDA="1", **environment)
+    assert done.returncode != 0
+    assert says in done.stderr
+
+
 @pytest.mark.parametrize("name", ["TORCH_GRADMATCH_NATIVE", "TORCH_GRADMATCH_CUDA"])
 def test_an_unknown_setting_is_named(sources: Path, name: str):
     done = setup(sources, **{name: "yes"})
@@ -213,7 +227,7 @@ def test_architectures_are_those_asked_for(sources: Path):
     code = "import os, runpy, setuptools; setuptools.setup = lambda **arguments: None; "
     code += f"flags = lambda: print(*runpy.run_path('setup.py')['code_flags']({str(nvcc)!r})[1::2]); flags(); "
     code += "os.environ['TORCH_CUDA_ARCH_LIST'] = '8.6+PTX;9.0a 12.0'; flags(); "
-    code += "os.environ['TORCH_CUDA_ARCH_LIST'] = 'Hopper'; flags()"
+    code += "os.environ['TORCH_CUDA_ARCH_LIST'] = '8.0;Hopper'; flags()"
     done = python(code, cwd=sources, TORCH_GRADMATCH_NATIVE="off")
     known, asked = done.stdout.splitlines()
     assert known == "arch=compute_80,code=[sm_80,compute_80] arch=compute_90,code=[sm_90,compute_90]"
@@ -222,7 +236,7 @@ def test_architectures_are_those_asked_for(sources: Path):
     assert middle == "arch=compute_90a,code=sm_90a"
     assert last == "arch=compute_120,code=[sm_120,compute_120]"
     assert done.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST should be like '8.0;9.0' (got 'Hopper')" in done.stderr
+    assert "TORCH_CUDA_ARCH_LIST should be like '8.0;9.0' (got '8.0;Hopper')" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ CUDA
