@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 USE_THREADS = {"test_ops", "test_native"}  # the kernel works on several
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_in_children() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if "OMP_NUM_THREADS" not in os.environ:
+            patch.setenv("OMP_NUM_THREADS", "1")  # in this process torch has read it
+        yield
 
 
 @pytest.fixture(autouse=True)
