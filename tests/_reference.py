@@ -151,6 +151,19 @@ def pairwise_cosines(gradients: list[Tensor]) -> Tensor:
     return torch.stack([torch.stack([one @ other for other in units]) for one in units])
 
 
+def with_rest(gradients: list[Tensor]) -> Tensor:
+    """The cosine of each gradient with the sum of the others; 0 if one of the two is zero."""
+    rests = [sum(gradients[:i] + gradients[i + 1 :], torch.zeros_like(g)) for i, g in enumerate(gradients)]
+    cosines = [torch.cosine_similarity(g, r, dim=0, eps=0) for g, r in zip(gradients, rests, strict=True)]
+    return torch.stack(cosines).nan_to_num()
+
+
+def with_those_before(gradients: list[Tensor]) -> Tensor:
+    """The cosine of each gradient with the sum of those before; NaN for the first, 0 if one of the two is zero."""
+    found = [with_rest([sum(gradients[:i]), g])[1] for i, g in enumerate(gradients) if i]
+    return torch.stack([gradients[0].new_tensor(torch.nan), *found])
+
+
 def agreement_of(name: str, gradients: list[Tensor]) -> Tensor:
     """The three agreements as they are written, on flat gradients."""
     if name == "inner_product":

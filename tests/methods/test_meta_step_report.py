@@ -12,7 +12,7 @@ import pytest
 import torch
 from _models import FeatureNet, assert_identical, loss_of, make_batches
 from _operations import waits
-from _reference import mean_pairwise_cosine, pairwise_cosines
+from _reference import mean_pairwise_cosine, pairwise_cosines, with_rest, with_those_before
 from _second_order import METHODS
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -128,10 +128,8 @@ def test_names_are_those_of_the_call_in_progress_only():
 # ----------------------------------------------------------------------------------------------------------- pairs
 
 
-@pytest.mark.parametrize("method", TRACKING)
-def test_cosines_of_pairs_are_those_of_the_gradients_taken(method: str):
+def gradients_taken(model: nn.Module, given: list[Any], method: str) -> list[Tensor]:
     """At theta, or along the walk by SGD with the same step: Fish and SmoothFish at gamma 1."""
-    model, given = net(), batches()
     along = method in ("Fish", "SmoothFish-walk")
     plain, gradients = copy.deepcopy(model), []
     for batch in given:
@@ -143,11 +141,44 @@ def test_cosines_of_pairs_are_those_of_the_gradients_taken(method: str):
             for p, g in zip(parameters, found, strict=True):
                 if g is not None and along:
                     p.sub_(g, alpha=0.1)
+    return gradients
+
+
+@pytest.mark.parametrize("method", TRACKING)
+def test_cosines_of_pairs_are_those_of_the_gradients_taken(method: str):
+    model, given = net(), batches()
+    gradients = gradients_taken(model, given, method)
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), TRACKING[method](model))
     report = optimizer.meta_step(partial(loss_of, model), dict(zip(NAMES, given, strict=True)))
     torch.testing.assert_close(report.cosines, pairwise_cosines(gradients), rtol=0, atol=1e-12)
     torch.testing.assert_close(report.cosine, mean_pairwise_cosine(gradients), rtol=0, atol=1e-12)
+    torch.testing.assert_close(report.agreement_with_rest, with_rest(gradients), rtol=0, atol=1e-9)
     assert report.domains == NAMES
+
+
+@pytest.mark.parametrize("method", [*TRACKING, "SmoothFish-symmetric", "IDGM-forward", "IDGM-finite_difference"])
+def test_agreement_with_the_rest_is_exact_for_idgm_and_else_with_those_before(method: str):
+    model, given = net(), batches()
+    gradients = gradients_taken(model, given, method)
+    tracking = (TRACKING | METHODS)[method](model)
+    tracking.track_alignment = True
+    report = GradMatch(SGD(model.parameters(), lr=0.1), tracking).meta_step(partial(loss_of, model), given)
+    expected = with_rest(gradients) if method.startswith("IDGM") else with_those_before(gradients)
+    torch.testing.assert_close(report.agreement_with_rest, expected, rtol=0, atol=1e-9, equal_nan=True)
+
+
+def test_of_domains_whose_gradient_does_not_come_again_it_is_nan():
+    for settings, measured in (({"hvp_domains": 1}, 1), ({"gamma": 0.0}, 0), ({"agreement": "cosine"}, 3)):
+        model = net()
+        tracked = {"gamma": 0.3, "track_alignment": True} | settings
+        optimizer = GradMatch(SGD(model.parameters(), lr=0.1), IDGM(model, **tracked))
+        report = optimizer.meta_step(partial(loss_of, model), batches())
+        assert int(report.agreement_with_rest.isfinite().sum()) == measured
+    model = net()
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), IDGM(model, 0.3, "cosine"))
+    report = optimizer.meta_step(partial(loss_of, model), batches())
+    assert report.cosine is not None  # it is the objective
+    assert report.agreement_with_rest is None
 
 
 def test_pairs_are_measured_in_a_manual_loop_over_a_checkpoint():
@@ -207,6 +238,7 @@ def test_scalars_are_the_means_and_the_domains_by_name():
         "train/grad_norm/2": pytest.approx(2**0.5),
         "train/inner_product": 7.0,
         "train/cosine": pytest.approx(7 / 50**0.5),
+        "train/agreement_with_rest/2": pytest.approx(7 / 50**0.5),  # before the first there is none
     }
     assert all(type(value) is float for value in found.values())
 

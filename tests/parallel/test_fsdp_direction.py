@@ -32,7 +32,8 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 def direction(model: nn.Module, method: Any, batches: list[Batch]) -> Any:
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
     report = optimizer.meta_step(partial(loss_of, model), batches)
-    return gradients_of(model), {name: value for name, value in vars(report).items() if value is not None}
+    found = vars(report) | {"agreement_with_rest": report.agreement_with_rest}
+    return gradients_of(model), {name: value for name, value in found.items() if value is not None}
 
 
 def networks(scheme: str) -> tuple[str, ...]:
@@ -93,7 +94,7 @@ def test_idgm_by_finite_differences_is_that_of_one_process(scheme: str, size: in
         one = optimizer.meta_step(lambda batch: loss_over(model, batch, size), domain_batches(3, 1))  # noqa: B023
         for key, g in gradients_of(model).items():
             torch.testing.assert_close(found[key], g, rtol=1e-7, atol=1e-9)
-        for measured in ("inner_product", "cosine", "grad_norms"):
+        for measured in ("inner_product", "cosine", "grad_norms", "agreement_with_rest"):
             torch.testing.assert_close(report[measured], getattr(one, measured))
 
 

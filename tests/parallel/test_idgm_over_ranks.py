@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
-from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm
+from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm, with_rest
 from _spread import Batch, build, domain_batches, loss_of, loss_over, mine, part
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -78,7 +78,8 @@ def one_step(name: str, batches: list[Batch], **settings: Any) -> Any:
     model = build(name)
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, GAMMA, **world(**settings)))
     report = optimizer.meta_step(lambda batch: loss_of(model, batch), batches)
-    found = vars(report) | {"gradients": gradients_of(model), "buffers": buffers_of(model)}
+    found = vars(report) | {"agreement_with_rest": report.agreement_with_rest}
+    found |= {"gradients": gradients_of(model), "buffers": buffers_of(model)}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -121,6 +122,7 @@ def check(found: dict[str, Any], name: str, losses: list[Callable[[nn.Module], T
     torch.testing.assert_close(found["inner_product"], mean_pairwise_inner_product(vectors), **close)
     torch.testing.assert_close(found["cosine"], mean_pairwise_cosine(vectors), **close)
     torch.testing.assert_close(found["grad_norms"], torch.stack([v.norm() for v in vectors]), **close)
+    torch.testing.assert_close(found["agreement_with_rest"], with_rest(vectors), **close)
 
 
 def expected_buffers(name: str, shares: list[list[Batch]]) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch_gradmatch.methods.base import MetaStep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["OKABE_ITO", "plot_alignment"]
+__all__ = ["OKABE_ITO", "plot_agreement_by_domain", "plot_alignment"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -42,9 +45,59 @@ def plot_alignment(
     for (name, (positions, values)), colour in zip(curves.items(), colours, strict=False):
         if len(positions) != len(values):
             raise ValueError(f"curve {name!r} has {len(positions)} positions and {len(values)} values")
-        windows = [values[max(0, i - smoothing) : i + smoothing + 1] for i in range(len(values))]
         axes.plot(positions, values, color=colour, linewidth=1.0, alpha=0.4)
-        axes.plot(positions, [sum(w) / len(w) for w in windows], color=colour, linewidth=2.2, label=name)
+        axes.plot(positions, _smoothed(values, smoothing), color=colour, linewidth=2.2, label=name)
     axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
     axes.set_ylabel(quantity)
     axes.legend()
+
+
+def plot_agreement_by_domain(steps: Mapping[float, MetaStep], axes: Axes, *, smoothing: int = 10) -> list[Any]:
+    """Draw over training which domains pull against the others: the cosine of each one's gradient with theirs.
+
+    Args:
+        steps: Position in training -> what a meta-iteration reported, with ``agreement_with_rest`` and the domains'
+            names. A domain need not be in every one.
+        axes: Matplotlib axes to draw on.
+        smoothing: How many of a domain's measurements before and after one count in the line.
+
+    Returns:
+        The domains' names in the order of the legend: that of their means, the one that agrees least last.
+
+    Raises:
+        ValueError: If a report lacks either, or nothing was measured.
+    """
+    curves: dict[Any, tuple[list[float], list[float]]] = {}
+    for position, step in steps.items():
+        if step.agreement_with_rest is None or step.domains is None:
+            what = "agreement_with_rest: pass the method track_alignment=True"
+            if step.agreement_with_rest is not None:
+                what = "the domains' names: pass meta_step() a mapping, or lists by meta_batches() from a sampler"
+            raise ValueError(f"the report at {position} lacks {what}")
+        for name, value in zip(step.domains, step.agreement_with_rest.tolist(), strict=True):
+            if not math.isnan(value):
+                positions, values = curves.setdefault(name, ([], []))
+                positions.append(position)
+                values.append(value)
+    if not curves:
+        raise ValueError("steps hold no measurement: with those before it, the first domain has none")
+    order = sorted(curves, key=lambda name: -sum(curves[name][1]) / len(curves[name][1]))
+    for rank, name in enumerate(order):
+        colour = OKABE_ITO[rank] if len(order) <= len(OKABE_ITO) else _between(rank / (len(order) - 1))
+        axes.plot(curves[name][0], _smoothed(curves[name][1], smoothing), color=colour, linewidth=1.8, label=str(name))
+    axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
+    axes.set_ylabel("cosine with the others' gradients")
+    axes.legend(fontsize="small", ncols=1 + len(order) // 9)
+    return order
+
+
+def _smoothed(values: Sequence[float], smoothing: int) -> list[float]:
+    windows = [values[max(0, i - smoothing) : i + smoothing + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _between(fraction: float) -> tuple[float, float, float]:
+    """Return a colour between blue and vermilion, where there are too many domains for colours of their own."""
+    blue, vermilion = (0.0, 0.45, 0.70), (0.84, 0.37, 0.0)
+    red, green, other = (a + fraction * (b - a) for a, b in zip(blue, vermilion, strict=True))
+    return red, green, other

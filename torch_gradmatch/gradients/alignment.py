@@ -23,9 +23,10 @@ from torch.distributed import ProcessGroup
 
 from torch_gradmatch._checks import check_bool, check_loss, named_batches, naming
 from torch_gradmatch._foreach import clone_all
-from torch_gradmatch.gradients.dots import dots, products_with_other_ranks
+from torch_gradmatch.gradients.dots import dots, products_with_other_ranks, products_with_rest
 from torch_gradmatch.gradients.flat import FlatVectors, Vector, WeightedSum, as_like
 from torch_gradmatch.gradients.pairs import cosines_of_pairs, plot_matrix
+from torch_gradmatch.gradients.rest import WithRest, cosine_of
 from torch_gradmatch.parallel.reduction import sum_, sums_of_numbers
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ __all__ = ["Alignment", "GradientAlignment", "gradient_alignment"]
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(WithRest):
     """How well the gradients of S domains agree. Tensors on the first gradient's device: reading them waits for it.
 
     Attributes:
@@ -53,6 +54,7 @@ class Alignment:
     grad_norms: Tensor
     cosines: Tensor | None = None
     domains: tuple[Any, ...] | None = None
+    _with_rest: tuple[Tensor, ...] | None = None
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the cosines of all pairs as a picture, with the domains' names.
@@ -171,11 +173,14 @@ class GradientAlignment:
             raise RuntimeError("no gradient was measured: call add() first")
         domains = len(self._squares)
         pairs = domains * (domains - 1) / 2 if domains > 1 else float("nan")
+        squares, products = torch.stack(self._squares), torch.stack(self._products)
+        is_running = self.cosines and len(products) == domains  # those of other ranks are one product
         return Alignment(
-            inner_product=torch.stack(self._products).sum() / pairs,
+            inner_product=products.sum() / pairs,
             cosine=torch.stack(self._cosines).sum() / pairs if self.cosines else None,
-            grad_norms=torch.stack(self._squares).sqrt(),
+            grad_norms=squares.sqrt(),
             cosines=self._cosines_of_pairs() if self.pairs else None,
+            _with_rest=(squares, products) if is_running else None,
         )
 
     def _cosines_of_pairs(self) -> Tensor:
@@ -234,6 +239,21 @@ class GradientAlignment:
             Shape ().
         """
         return self._squares[self._first + domain].sqrt()
+
+    @torch.no_grad()
+    def with_rest(self, domain: int, gradient: Vector) -> Tensor:
+        """Return the cosine of one domain's gradient with the sum of all others', once all of them are in.
+
+        Args:
+            domain: Which one, from 0, in the order of :meth:`add` on this rank.
+            gradient: That domain's gradient, once more: nothing but sums is kept of it.
+
+        Returns:
+            Shape (); 0 if the gradient or the sum is zero.
+        """
+        self._flat.load(gradient)
+        product, rest = products_with_rest(self._flat.scratch, self._flat.vectors["sums"], self._flat.spreads)
+        return cosine_of(product, [self._squares[self._first + domain], rest])
 
     def total(self, index: int, like: Tensor, *, unit: bool = False) -> Tensor:
         """Return the sum over domains of one parameter's gradient, to be read: it may be the running sum itself.

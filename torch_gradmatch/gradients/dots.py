@@ -14,14 +14,14 @@ in which nothing cancels that does not cancel in the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from torch_gradmatch.parallel.shards import Spread, sum_over_shards
 
-__all__ = ["dot", "dots", "products_with_other_ranks"]
+__all__ = ["dot", "dots", "products_with_other_ranks", "products_with_rest"]
 
 CHUNK = 1 << 18  # elements multiplied in one call on the CPU, where the error of a product grows with its length
 LARGE_CHUNK = 1 << 24  # elsewhere, where work in a chunk takes as much memory beside the vectors
@@ -85,15 +85,44 @@ def products_with_other_ranks(
 
     def products(positions: Sequence[int]) -> list[Tensor]:
         across, between = [], []
-        for k in positions:
-            length = CHUNK if own[k].device.type == "cpu" else LARGE_CHUNK
-            for x, y in zip(own[k].split(length), total[k].split(length), strict=True):
-                across.append(torch.dot(x, y - x))
-                distance = (x / number).sub_(y, alpha=1 / domains)
-                between.append(torch.dot(distance, distance) * number)
+        for x, y in _in_chunks(own, total, positions):
+            across.append(torch.dot(x, y - x))
+            distance = (x / number).sub_(y, alpha=1 / domains)
+            between.append(torch.dot(distance, distance) * number)
         return [_total(across), _total(between)]
 
     return _over_shards(products, spreads)
+
+
+def products_with_rest(own: Parts, total: Parts, spreads: Sequence[Spread]) -> list[Tensor]:
+    r"""Return what the cosine of a vector with the rest of a sum is made of, by one pass over both.
+
+    The rest is subtracted element by element: what it loses is what the sum has lost of it by rounding.
+
+    Args:
+        own: :math:`G_i`.
+        total: :math:`\Sigma`, the sum that it is in.
+        spreads: Of each part.
+
+    Returns:
+        :math:`G_i \cdot (\Sigma - G_i)` and :math:`|\Sigma - G_i|^2`.
+    """
+
+    def products(positions: Sequence[int]) -> list[Tensor]:
+        across, squares = [], []
+        for x, y in _in_chunks(own, total, positions):
+            rest = y - x
+            across.append(torch.dot(x, rest))
+            squares.append(torch.dot(rest, rest))
+        return [_total(across), _total(squares)]
+
+    return _over_shards(products, spreads)
+
+
+def _in_chunks(own: Parts, total: Parts, positions: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    for k in positions:
+        length = CHUNK if own[k].device.type == "cpu" else LARGE_CHUNK
+        yield from zip(own[k].split(length), total[k].split(length), strict=True)
 
 
 def _over_shards(products: Callable[[Sequence[int]], list[Tensor]], spreads: Sequence[Spread]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -338,7 +339,8 @@ def idgm_grad(
             the gradient), instead of evaluating it again: less time, memory that grows with S.
         buffers: The first domain's, for a loss function that takes them.
         generator: Draws the domains for ``hvp_domains``; torch's own if None.
-        cosines: Whether to measure the mean cosine, too, whatever phi is.
+        cosines: Whether to measure the mean cosine, too, whatever phi is, and each gradient's with the sum of the
+            others: exact for the domains of the second pass, at one pass more over each gradient; NaN for the rest.
         sums: Running sums to use, so that their layout is made once for many calls. They are reset and afterwards
             released. None for new ones; else they are with cosines where these are needed.
         check: Whether to refuse a loss that is not the same in both passes; waits for an accelerator once. Without it
@@ -397,10 +399,14 @@ def idgm_grad(
             losses, buffers_after = passes.first(phi, sums, chosen, keep_graphs=keep_graphs)
             losses = over.merge(phi, sums, losses)
             value, measured = phi.value(), sums.result()
+            compares, with_rest = cosines and not sums.pairs, dict[int, Tensor]()
             direction = sums.mean(over.mean_weight if chosen else 1.0)
             if chosen:
-                passes.second(phi, chosen, direction, -gamma * domains / number)
+                with_rest = passes.second(phi, sums, chosen, direction, -gamma * domains / number, compares=compares)
                 over.finish_products(direction)
+            if not sums.pairs:
+                by_domain = (over.by_domain(with_rest, losses),) if compares else None
+                measured = replace(measured, _with_rest=by_domain)
             gradient = direction.tensors([local_of(leaf) for leaf in leaves])
     finally:
         sums.reset(release=True)
@@ -498,10 +504,22 @@ class _TwoPasses:
                 domain.release()
         return torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses]), buffers
 
-    def second(self, phi: RunningAgreement, chosen: Sequence[int], direction: WeightedSum, scale: float) -> None:
-        r"""Add ``scale`` times :math:`\sum_i H_i v_i` over the chosen domains to the direction."""
-        if not chosen:
-            return
+    def second(
+        self,
+        phi: RunningAgreement,
+        sums: GradientAlignment,
+        chosen: Sequence[int],
+        direction: WeightedSum,
+        scale: float,
+        *,
+        compares: bool,
+    ) -> dict[int, Tensor]:
+        r"""Add ``scale`` times :math:`\sum_i H_i v_i` over the chosen domains, at least one, to the direction.
+
+        Returns:
+            If it ``compares``, the cosine of each one's gradient with the sum of the others', by domain.
+        """
+        with_rest: dict[int, Tensor] = {}
         random_state = RandomState.capture(self._devices)
         chains = len(chosen) == len(self._domains)
         waiting = [i for i in chosen if i not in self._kept]
@@ -514,6 +532,8 @@ class _TwoPasses:
                 self.losses_again[i] = self._domains[i](self._leaves).detach()
         if self._kept:
             with record_function("GradMatch.hessian_vector_product"):
+                if compares:
+                    with_rest = {i: sums.with_rest(i, gradient) for i, (_, gradient) in self._kept.items()}
                 cotangents = [phi.cotangent(i, gradient) for i, (_, gradient) in self._kept.items()]
                 linearizations = [linearization for linearization, _ in self._kept.values()]
                 self._kept.clear()
@@ -527,8 +547,12 @@ class _TwoPasses:
                 linearization = linearize(self._hvp, domain, self._leaves)
                 self.losses_again[i], gradient = linearization.gradient()
                 buffers = domain.buffers_after
-                products = linearization.product(phi.cotangent(i, self._held.pop(i, gradient)))
+                reduced = self._held.pop(i, gradient)
+                if compares:
+                    with_rest[i] = sums.with_rest(i, reduced)
+                products = linearization.product(phi.cotangent(i, reduced))
             domain.release()
             direction.add(products, scale)
-            del linearization, gradient, products  # before the next graph grows
+            del linearization, gradient, reduced, products  # before the next graph grows
         random_state.restore()
+        return with_rest

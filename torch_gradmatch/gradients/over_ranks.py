@@ -127,6 +127,19 @@ class Alone:
             direction: What this rank has worked out.
         """
 
+    def by_domain(self, found: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        """Return what was found of each domain, of whichever rank it is.
+
+        Args:
+            found: By number of this rank's domain, each of shape ().
+            like: The losses of all domains.
+
+        Returns:
+            Shape (S,); NaN where nothing was found.
+        """
+        missing = next(iter(found.values()), like).new_full((), torch.nan)
+        return torch.stack([found.get(i, missing) for i in range(len(like))])
+
     def losses(self, losses: Tensor, again: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the losses of all domains, and what was found when some were evaluated again.
 
@@ -229,6 +242,15 @@ class Domains(Alone):
         """Sum the products up. See :meth:`Alone.finish_products`."""
         self.ranks.agree()
         sum_(direction.vector, self.group)
+
+    def by_domain(self, found: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        """Put them together: of all domains, or of none on any rank. See :meth:`Alone.by_domain`."""
+        if not found:
+            return super().by_domain(found, like)
+        values = torch.stack([found[i] for i in range(self._counts[self._rank])])
+        placed = values.new_zeros(sum(self._counts))
+        placed[self.first : self.first + len(values)] = values
+        return sums_of_numbers([placed], self.group)[0].to(values.dtype)
 
     def buffers(self, buffers: Buffers) -> Buffers:
         """Average the buffers. See :meth:`Alone.buffers`."""

@@ -7,6 +7,7 @@ A new method is one new file: a :class:`Method` with the settings, whose :meth:`
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,15 +20,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from torch_gradmatch.gradients.alignment import Alignment
+from torch_gradmatch.gradients.rest import WithRest
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.slow.finite import read
 from torch_gradmatch.wrapped.traits import Traits, traits_of
 
-__all__ = ["MetaLoop", "MetaStep", "Method", "add_note"]
+__all__ = ["MetaLoop", "MetaStep", "Method", "add_note", "report_of"]
 
 
 @dataclass(frozen=True)
-class MetaStep:
+class MetaStep(WithRest):
     """What one meta-iteration over S domains measured. Tensors: nothing waits for an accelerator until it is read.
 
     Attributes:
@@ -46,6 +49,7 @@ class MetaStep:
     grad_norms: Tensor | None = None
     cosines: Tensor | None = None
     domains: tuple[Any, ...] | None = None
+    _with_rest: tuple[Tensor, ...] | None = None
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
         """Return what was measured as names and numbers, which any logger takes.
@@ -57,8 +61,9 @@ class MetaStep:
 
         Returns:
             Means over the domains, ``loss`` and ``grad_norm``, and the mean over pairs ``inner_product`` and
-            ``cosine``, as far as they were measured. If the domains' names are known also ``loss/NAME`` and
-            ``grad_norm/NAME`` of each: without names a position stands for another domain each time.
+            ``cosine``, as far as they were measured. If the domains' names are known also ``loss/NAME``,
+            ``grad_norm/NAME`` and ``agreement_with_rest/NAME`` of each, the last where it is a number: without names a
+            position stands for another domain each time.
 
         Example:
             >>> import torch
@@ -74,7 +79,34 @@ class MetaStep:
         for name, mean in (("inner_product", self.inner_product), ("cosine", self.cosine)):
             if mean is not None:
                 found[name] = mean
-        return {f"{prefix}{name}": value for name, value in zip(found, read(list(found.values())), strict=True)}
+        if self.domains is not None and (with_rest := self.agreement_with_rest) is not None:
+            for domain, value in zip(self.domains, with_rest, strict=False):
+                found[f"agreement_with_rest/{domain}"] = value
+        numbers = zip(found, read(list(found.values())), strict=True)
+        return {
+            f"{prefix}{name}": value
+            for name, value in numbers
+            if not (name.startswith("agreement_with_rest/") and math.isnan(value))
+        }
+
+
+def report_of(losses: Tensor | None, measured: Alignment, scale: float = 1.0) -> MetaStep:
+    """Report what was measured, on losses that may have been multiplied by a number.
+
+    Args:
+        losses: Shape (S,), if they are known.
+        measured: How well their gradients agree.
+        scale: The number.
+
+    Returns:
+        The report of the losses themselves.
+    """
+    inner_product, grad_norms = measured.inner_product, measured.grad_norms
+    if scale != 1.0:
+        inner_product, grad_norms = inner_product / scale**2, grad_norms / scale
+        losses = None if losses is None else losses / scale
+    with_rest = measured._with_rest
+    return MetaStep(losses, inner_product, measured.cosine, grad_norms, measured.cosines, _with_rest=with_rest)
 
 
 class Method(ABC):

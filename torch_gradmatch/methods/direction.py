@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from torch_gradmatch._checks import name_of
 from torch_gradmatch._random_state import RandomState, devices_of
-from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
+from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.methods.base import MetaLoop, MetaStep, add_note
 from torch_gradmatch.methods.first_call import first_call
@@ -24,7 +24,7 @@ from torch_gradmatch.methods.together import SharedSettings, Together, mean_over
 from torch_gradmatch.parallel.shards import total_norm
 from torch_gradmatch.slow.saved_buffers import BufferSlots, ForwardBuffers, SavedBuffers
 
-__all__ = ["Direction", "DirectionStep", "unscaled_report"]
+__all__ = ["Direction", "DirectionStep"]
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,6 @@ class Direction:
     objective: Tensor
     report: MetaStep
     buffers: dict[str, Tensor] | None
-
-
-def unscaled_report(losses: Tensor, measured: Alignment, scale: float) -> MetaStep:
-    """Report what was measured on losses that were multiplied by a number.
-
-    Args:
-        losses: Shape (S,).
-        measured: How well their gradients agree.
-        scale: The number.
-
-    Returns:
-        The report of the losses themselves.
-    """
-    inner_product, grad_norms = measured.inner_product, measured.grad_norms
-    if scale != 1.0:
-        losses, inner_product, grad_norms = losses / scale, inner_product / scale**2, grad_norms / scale
-    return MetaStep(losses, inner_product, measured.cosine, grad_norms, measured.cosines)
 
 
 class DirectionStep(MetaLoop):

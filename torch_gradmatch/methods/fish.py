@@ -44,7 +44,7 @@ from torch_gradmatch._checks import (
 )
 from torch_gradmatch._foreach import clone_all, copy_all_, is_sharded, local_of
 from torch_gradmatch.gradients.alignment import GradientAlignment
-from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, add_note
+from torch_gradmatch.methods.base import MetaLoop, MetaStep, Method, add_note, report_of
 from torch_gradmatch.methods.divergence import refuse_nonfinite
 from torch_gradmatch.methods.first_call import first_call
 from torch_gradmatch.methods.scaling import LossScaling
@@ -88,7 +88,8 @@ class Fish(Method):
         meta_dtype: Keep slow weights in this dtype where it is wider than the parameter's: with bf16 or fp16
             parameters a small ``meta_lr`` moves nothing otherwise.
         track_alignment: Measure how well the inner gradients agree: ``GradMatch.last_meta_step`` and the result of
-            ``meta_step`` then hold inner product, cosine and norms. Costs three vectors of the size of the parameters.
+            ``meta_step`` then hold inner product, cosine and norms, and the cosine of each domain's gradient with the
+            sum of those before it. Costs three vectors of the size of the parameters.
             ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it: S times the
             parameters. Each gradient is taken where the steps before it have led.
         nonfinite: ``"raise"`` refuses to interpolate towards parameters or buffers that hold NaN or infinity, so the
@@ -470,9 +471,7 @@ class FishLoop(MetaLoop):
         if self.alignment is not None:
             if len(self.alignment) == self.inner_step:
                 measured = self.alignment.result()
-                self.last = MetaStep(
-                    None, measured.inner_product, measured.cosine, measured.grad_norms, measured.cosines
-                )
+                self.last = report_of(None, measured)
             self.alignment.reset()
         self.inner_step = 0
         self.is_open = False

@@ -45,8 +45,8 @@ from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, 
 from torch_gradmatch.gradients.hvp import HVPS, check_hvp
 from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.gradients.repeats import check_repeats
-from torch_gradmatch.methods.base import MetaStep, Method
-from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
+from torch_gradmatch.methods.base import MetaStep, Method, report_of
+from torch_gradmatch.methods.direction import Direction, DirectionStep
 from torch_gradmatch.methods.together import shown_settings
 from torch_gradmatch.parallel.ranks import check_process_group
 from torch_gradmatch.parallel.shards import is_sharded, reshard
@@ -82,9 +82,10 @@ class IDGM(Method):
             anything is changed (waits for an accelerator once in a meta-iteration); ``"ignore"`` does not look.
             Either way a loss that is not the same in both passes is refused; by ``"ignore"`` it is looked for in
             meta-iterations number 1, 2, 4, 8 and so on.
-        track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
-            parameters. ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it:
-            S times the parameters. ``agreement="cosine"`` measures it anyway.
+        track_alignment: Measure the mean cosine of the gradients, too, and of each with the sum of the others, where
+            its Hessian-vector product is taken; costs one more vector of the size of the parameters, and one pass over
+            each gradient. ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for
+            it: S times the parameters. ``agreement="cosine"`` measures the mean anyway.
         process_group: The ranks that train together, ``torch.distributed.group.WORLD`` for all of them; None for one
             process, or for a model of ``torch.distributed.fsdp.fully_shard``, whose ranks find each other and which
             takes ``hvp="finite_difference"``. Parameters are then the same bits on all of them after every
@@ -255,6 +256,7 @@ class IDGMStep(DirectionStep):
             hvp=method.hvp,
             hvp_domains=method.hvp_domains,
             keep_graphs=method.keep_graphs,
+            cosines=bool(method.track_alignment),
             sums=self._sums,
             buffers=dict(method.model.named_buffers()),
             check=False,
@@ -270,7 +272,7 @@ class IDGMStep(DirectionStep):
         return Direction(
             gradient=[found.gradient[n] if n in params and found.reached[n] else None for n in name_of.values()],
             objective=losses.mean() - method.gamma * phi.to(losses.device),
-            report=unscaled_report(found.losses, found.alignment, scale),
+            report=report_of(found.losses, found.alignment, scale),
             buffers=found.buffers,
         )
 

@@ -66,8 +66,8 @@ from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.flat import Vector
 from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.gradients.repeats import check_repeats, precision
-from torch_gradmatch.methods.base import Method
-from torch_gradmatch.methods.direction import Direction, DirectionStep, unscaled_report
+from torch_gradmatch.methods.base import Method, report_of
+from torch_gradmatch.methods.direction import Direction, DirectionStep
 from torch_gradmatch.methods.evaluations import Evaluations
 from torch_gradmatch.methods.together import shown_settings
 from torch_gradmatch.parallel.ranks import check_process_group
@@ -99,9 +99,9 @@ class SmoothFish(Method):
             meta-iteration; without it with every gradient.
         nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity before anything is changed (waits for
             an accelerator once in a meta-iteration); ``"ignore"`` does not look.
-        track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
-            parameters. ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it:
-            S times the parameters.
+        track_alignment: Measure the mean cosine of the gradients, too, and of each with the sum of those before it;
+            costs one more vector of the size of the parameters. ``"pairs"`` measures the cosine of each pair of
+            domains, too, and copies every gradient for it: S times the parameters.
         symmetric: Walk to and fro, for the gradient of the exact objective by the inner product without second
             derivatives.
         process_group: The ranks that train together, ``torch.distributed.group.WORLD`` for all of them; None for one
@@ -267,7 +267,7 @@ class SmoothFishStep(DirectionStep):
             self.weights.rollback()
             torch.clear_autocast_cache()
             run.close()
-        report = unscaled_report(losses, measured, scale)
+        report = report_of(losses, measured, scale)
         assert report.losses is not None
         assert report.inner_product is not None
         # What the direction lowers, to first order and in the mean over orders: the mean loss less gamma GIP. Those
