@@ -142,7 +142,8 @@ def test_so_does_the_form_with_meta_step(tmp_path: Path):
     kills = [("between Muon and AdamW", 25), ("while writing a checkpoint", 3)]
     check_kills(tmp_path, arguments, steps=40, kills=kills)
     scalars = logged(tmp_path / "broken")
-    per_domain = {f"train/{name}/{domain}" for name in ("loss", "grad_norm") for domain in ("small", "medium", "large")}
+    names = ("loss", "grad_norm", "agreement_with_rest")
+    per_domain = {f"train/{name}/{domain}" for name in names for domain in ("small", "medium", "large")}
     assert set(scalars) == {"train/loss", "train/grad_norm", "train/inner_product", "train/cosine"} | per_domain
 
 

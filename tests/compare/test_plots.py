@@ -31,6 +31,11 @@ def test_plot_draws_every_curve_thin_and_its_running_mean_thick():
     plt.close("all")
 
 
+def along(cosines: torch.Tensor) -> torch.Tensor:
+    """What vectors of length 1 have to report that have these cosines with the rest."""
+    return torch.stack([cosines, torch.ones_like(cosines), torch.ones_like(cosines)], dim=1)
+
+
 def test_the_agreement_of_each_domain_is_drawn_by_name_the_lowest_last():
     w = torch.nn.Parameter(torch.zeros(2))
     optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(track_alignment=True))
@@ -45,12 +50,12 @@ def test_the_agreement_of_each_domain_is_drawn_by_name_the_lowest_last():
     assert drawn == {"north": [10, 20], "west": [0, 10], "south": [0]}  # NaN where it was the first
     by_name = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert by_name["south"] == pytest.approx([-1.95 / (1.01 * 4.25) ** 0.5])  # (-1, .1) with (2, .5)
-    many = MetaStep(domains=tuple(range(12)), _with_rest=(torch.linspace(1, -1, 12),))
+    many = MetaStep(domains=tuple(range(12)), _with_rest=(along(torch.linspace(1, -1, 12)),))
     assert plot_agreement_by_domain({0: many, 1: many}, plt.subplots()[1]) == list(range(12))
     with pytest.raises(ValueError, match=r"the report at 3 lacks agreement_with_rest: pass the method track_alignment"):
         plot_agreement_by_domain({3: MetaStep(domains=("a",))}, axes)
     with pytest.raises(ValueError, match=r"the report at 3 lacks the domains' names"):
-        plot_agreement_by_domain({3: MetaStep(_with_rest=(torch.ones(1),))}, axes)
+        plot_agreement_by_domain({3: MetaStep(_with_rest=(along(torch.ones(1)),))}, axes)
     with pytest.raises(ValueError, match="steps hold no measurement"):
         plot_agreement_by_domain({}, axes)
     plt.close("all")

@@ -127,4 +127,5 @@ def test_one_direction(name: str):
         making_ones = count(lambda m=model: [torch.ones_like(p) for p in m.parameters()])
         found.append(count(step) - count(partial(derivatives, model, data)) - of_step + Counter() - making_ones)
     assert found[0] == found[1]
-    assert 0 < found[0].total() <= 48 * DOMAINS, found[0]  # with torch 2.13 at most 133
+    most = 48 + 7 * (name == "IDGM, tracked")  # the agreement of each domain with the rest
+    assert 0 < found[0].total() <= most * DOMAINS, found[0]  # with torch 2.13 at most 133, and 153

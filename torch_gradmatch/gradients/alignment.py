@@ -26,7 +26,7 @@ from torch_gradmatch._foreach import clone_all
 from torch_gradmatch.gradients.dots import dots, products_with_other_ranks, products_with_rest
 from torch_gradmatch.gradients.flat import FlatVectors, Vector, WeightedSum, as_like
 from torch_gradmatch.gradients.pairs import cosines_of_pairs, plot_matrix
-from torch_gradmatch.gradients.rest import WithRest, cosine_of
+from torch_gradmatch.gradients.rest import WithRest
 from torch_gradmatch.parallel.reduction import sum_, sums_of_numbers
 
 if TYPE_CHECKING:
@@ -242,18 +242,18 @@ class GradientAlignment:
 
     @torch.no_grad()
     def with_rest(self, domain: int, gradient: Vector) -> Tensor:
-        """Return the cosine of one domain's gradient with the sum of all others', once all of them are in.
+        """Return what the cosine of one domain's gradient with the sum of all others' is made of, once all are in.
 
         Args:
             domain: Which one, from 0, in the order of :meth:`add` on this rank.
             gradient: That domain's gradient, once more: nothing but sums is kept of it.
 
         Returns:
-            Shape (); 0 if the gradient or the sum is zero.
+            Their product and the squares of their lengths, shape (3,).
         """
         self._flat.load(gradient)
         product, rest = products_with_rest(self._flat.scratch, self._flat.vectors["sums"], self._flat.spreads)
-        return cosine_of(product, [self._squares[self._first + domain], rest])
+        return torch.stack([product, self._squares[self._first + domain], rest])
 
     def total(self, index: int, like: Tensor, *, unit: bool = False) -> Tensor:
         """Return the sum over domains of one parameter's gradient, to be read: it may be the running sum itself.

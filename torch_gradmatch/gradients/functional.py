@@ -517,7 +517,7 @@ class _TwoPasses:
         r"""Add ``scale`` times :math:`\sum_i H_i v_i` over the chosen domains, at least one, to the direction.
 
         Returns:
-            If it ``compares``, the cosine of each one's gradient with the sum of the others', by domain.
+            If it ``compares``, what the cosine of each one's gradient with the sum of the others' is made of.
         """
         with_rest: dict[int, Tensor] = {}
         random_state = RandomState.capture(self._devices)

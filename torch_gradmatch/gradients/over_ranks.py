@@ -131,13 +131,13 @@ class Alone:
         """Return what was found of each domain, of whichever rank it is.
 
         Args:
-            found: By number of this rank's domain, each of shape ().
+            found: By number of this rank's domain, each of shape (3,).
             like: The losses of all domains.
 
         Returns:
-            Shape (S,); NaN where nothing was found.
+            Shape (S, 3); NaN where nothing was found.
         """
-        missing = next(iter(found.values()), like).new_full((), torch.nan)
+        missing = next(iter(found.values()), like).new_full((3,), torch.nan)
         return torch.stack([found.get(i, missing) for i in range(len(like))])
 
     def losses(self, losses: Tensor, again: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -248,7 +248,7 @@ class Domains(Alone):
         if not found:
             return super().by_domain(found, like)
         values = torch.stack([found[i] for i in range(self._counts[self._rank])])
-        placed = values.new_zeros(sum(self._counts))
+        placed = values.new_zeros(sum(self._counts), 3)
         placed[self.first : self.first + len(values)] = values
         return sums_of_numbers([placed], self.group)[0].to(values.dtype)
 

@@ -34,7 +34,7 @@ class WithRest:
 
     grad_norms: Tensor | None
     cosines: Tensor | None
-    _with_rest: tuple[Tensor, ...] | None  # the cosines; or squared lengths and products with those before
+    _with_rest: tuple[Tensor, ...] | None  # squares and products with those before; or what with_rest() has found
 
     @property
     def agreement_with_rest(self) -> Tensor | None:
@@ -49,7 +49,10 @@ class WithRest:
             return with_others(self.cosines, self.grad_norms)
         if self._with_rest is None:
             return None
-        return self._with_rest[0] if len(self._with_rest) == 1 else with_those_before(*self._with_rest)
+        if len(self._with_rest) == 2:
+            return with_those_before(*self._with_rest)
+        product, *squares = self._with_rest[0].unbind(dim=1)
+        return cosine_of(product, squares)
 
 
 def cosine_of(product: Tensor, squares: Sequence[Tensor]) -> Tensor:
@@ -60,10 +63,10 @@ def cosine_of(product: Tensor, squares: Sequence[Tensor]) -> Tensor:
         squares: The two squared lengths, of the same shape.
 
     Returns:
-        Of that shape, in [-1, 1]; 0 where a length is 0.
+        Of that shape, in [-1, 1]; 0 where a length is 0, NaN where one is NaN.
     """
     for squared in squares:
-        product = torch.where(squared > 0, product * torch.where(squared > 0, squared, 1.0).rsqrt(), 0.0)
+        product = torch.where(squared == 0, 0.0, product * torch.where(squared == 0, 1.0, squared).rsqrt())
     return product.clamp(-1.0, 1.0)
 
 

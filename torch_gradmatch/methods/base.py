@@ -106,6 +106,8 @@ def report_of(losses: Tensor | None, measured: Alignment, scale: float = 1.0) ->
         inner_product, grad_norms = inner_product / scale**2, grad_norms / scale
         losses = None if losses is None else losses / scale
     with_rest = measured._with_rest
+    if scale != 1.0 and with_rest is not None:
+        with_rest = tuple(numbers / scale**2 for numbers in with_rest)
     return MetaStep(losses, inner_product, measured.cosine, grad_norms, measured.cosines, _with_rest=with_rest)
 
 
