@@ -20,7 +20,8 @@ ROOMS = [  # DESIGN section 4: a file imports from rooms that stand before its o
     {"slow", "gradients"},
     {"methods"},
     {"optimizer"},
-    {"data", "compare"},
+    {"data"},
+    {"compare"},
     {"__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

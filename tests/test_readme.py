@@ -47,7 +47,7 @@ def test_every_python_block_runs(tmp_path: Path, capsys, monkeypatch):
     }
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     code = blocks("python")
-    assert len(code) == 16
+    assert len(code) == 17
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)  # as torchrun does
     try:

@@ -5,6 +5,9 @@ Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104
 
 import sys
 
+from torch_gradmatch.compare.evidence import Evidence
+from torch_gradmatch.compare.leave_one_out import leave_one_domain_out
+from torch_gradmatch.compare.recipes import Recipe
 from torch_gradmatch.compare.report import Comparison, compare
 from torch_gradmatch.data.loaders import ResumableLoader, check_loader
 from torch_gradmatch.data.meta_batches import meta_batches
@@ -24,10 +27,12 @@ __all__ = [
     "Comparison",
     "DomainBatchSampler",
     "DomainLoader",
+    "Evidence",
     "Fish",
     "GradMatch",
     "MetaStep",
     "NativeStatus",
+    "Recipe",
     "ResumableLoader",
     "SmoothFish",
     "__version__",
@@ -37,6 +42,7 @@ __all__ = [
     "compare",
     "fish_gamma",
     "functional",
+    "leave_one_domain_out",
     "meta_batches",
     "native_status",
     "ops",
