@@ -375,6 +375,10 @@ def test_any_dataset_and_any_labels_give_what_tensors_give():
     domains = torch.tensor([DOMAINS.index(d) for d in data()[1]])
     words = leave_one_domain_out(net, Words(), domains, loss_fn, metric, ["Fish"], collate_fn=collate, **SMALL)
     assert len(words.rows[0].by_domain["2"]) == len(expected["west"])
+    some = {label: [i for i, d in enumerate(data()[1]) if d == label][:12] for label in DOMAINS}
+    fewer = leave_one_domain_out(net, data()[0], some, loss_fn, metric, ["Fish"], **SMALL)
+    assert sorted(fewer.rows[0].by_domain) == sorted(DOMAINS)
+    assert "4 domains, 48 samples" in fewer.setting
     of_names = leave_one_domain_out(net, Words(), data()[1], loss_fn, metric, ["Fish"], collate_fn=collate, **SMALL)
     assert of_names.rows[0].by_domain == expected
 
@@ -424,7 +428,9 @@ def made(**changed: Any) -> Callable[[], Evidence]:
     ("changed", "error", "message"),
     [
         ({"domains": ["a", "b"] * 48}, ValueError, "at least three labels"),
-        ({"domains": ["a", "b", "c"] * 40}, ValueError, "labels of 120 samples and dataset only 96"),
+        ({"domains": ["a", "b", "c"] * 40}, ValueError, r"each of the 96 samples of the dataset \(got 120\)"),
+        ({"domains": ["a", "b", "c"] * 30}, ValueError, r"each of the 96 samples of the dataset \(got 90\)"),
+        ({"domains": {"a": [0, 1], "b": [2, 3], "c": [4, 96]}}, ValueError, r"of the 96 samples .* \(got 97\)"),
         ({"domains": ["a", "b"] * 47 + ["b", "c"]}, ValueError, "domain 'c' has one sample"),
         ({"make_model": lambda: None}, TypeError, "make_model should return a torch.nn.Module"),
         ({"loss_fn": lambda m, b: m(b[0])}, ValueError, "scalar"),

@@ -101,7 +101,7 @@ class EvidenceRow:
         settings: Of each held-out domain: the hyperparameters selected.
         seconds: Of training, mean over runs, without measuring.
         curves: Of each held-out domain and seed: the curve of the selected run.
-        stopped: What ended runs early, and how often.
+        stopped: What ended selected runs early, and how often.
         difference: Paired difference to the first method, the mean over seeds of each held-out domain: the interval is
             for another domain like these.
         difference_here: The same of the mean over domains of each seed: the interval is for these domains and another

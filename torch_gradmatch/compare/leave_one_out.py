@@ -80,7 +80,7 @@ def leave_one_domain_out(
     Args:
         make_model: Returns a new model; called under the run's seed.
         dataset: A map-style ``Dataset``, or any sequence of samples. A ``TensorDataset`` is read fastest.
-        domains: The label of each sample's domain, string or integer; as for
+        domains: The label of each sample's domain, string or integer, or a mapping from labels to indices; as for
             :class:`~torch_gradmatch.DomainBatchSampler`. At least three domains.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar.
         metric: ``metric(model, batch)`` returns one number for each sample of a batch, shape (B,), the larger the
@@ -141,7 +141,13 @@ def leave_one_domain_out(
         raise ValueError(f"validation should be in (0, 1) (got {validation})")
     labels, indices = indices_by_domain(domains, overlapping=False)
     by_domain = {label: of_domain.tolist() for label, of_domain in zip(labels, indices, strict=True)}
-    held = _held_out(by_domain, held_out, dataset, domains_per_step)
+    held = _held_out(by_domain, held_out, domains_per_step)
+    number = 1 + max(index for of_domain in by_domain.values() for index in of_domain)
+    if number > len(dataset) or (number < len(dataset) and not isinstance(domains, Mapping)):
+        raise ValueError(
+            f"domains should have a label for each of the {len(dataset)} samples of the dataset (got {number}); to "
+            "leave samples out, map labels to indices"
+        )
     task = Task(
         make_model, dataset, by_domain, loss_fn, metric, optimizer, collate_fn, str(device),
         domains_per_step, validation, budget, evaluations,
@@ -183,7 +189,7 @@ def _recipes(methods: Mapping[str, Recipe] | Sequence[str] | None) -> dict[str, 
 
 
 def _held_out(
-    by_domain: Mapping[Any, Sequence[int]], held_out: Sequence[Any] | None, dataset: Any, domains_per_step: int | None
+    by_domain: Mapping[Any, Sequence[int]], held_out: Sequence[Any] | None, domains_per_step: int | None
 ) -> list[Any]:
     """Return the labels to hold out, once the domains are seen to do."""
     if len(by_domain) < 3:
@@ -193,9 +199,6 @@ def _held_out(
     for label, indices in by_domain.items():
         if len(indices) < 2:
             raise ValueError(f"domain {label!r} has one sample, and needs one to train on and one to select by")
-    number = 1 + max(index for indices in by_domain.values() for index in indices)
-    if number > len(dataset):
-        raise ValueError(f"domains has labels of {number} samples and dataset only {len(dataset)}")
     if domains_per_step is not None and not 2 <= check_int("domains_per_step", domains_per_step, at_least=1) < len(
         by_domain
     ):
