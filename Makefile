@@ -27,7 +27,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	wheel dist try-environment try-wheel try-sdist release bench bench-micro bench-interpolate format clean
 
 help:
-	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites.png and .json (SEED=0)"
+	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites*.png and .json (SEED=0)"
 	@echo "make test              the whole test suite; PYTHON=python3.13 in an environment of its own"
 	@echo "make test-large        what takes minutes: examples killed ten times, also on several processes; the benchmarks' reports"
 	@echo "make soak              an hour of random sequences, kills, damaged checkpoints and memory; writes out/soak/soak.md"

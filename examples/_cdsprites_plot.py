@@ -12,7 +12,7 @@ from _cdsprites_data import SHAPES, CdSprites, Split
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from torch_gradmatch.compare.plots import OKABE_ITO, plot_alignment
+from torch_gradmatch.compare.plots import OKABE_ITO, plot_agreement_by_domain, plot_alignment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +40,7 @@ class Run:
         unseen_accuracy: on colours that training never shows.
         inner_product: mean inner product of two training domains' gradients.
         cosine: mean cosine of the same.
+        agreement_with_rest: of each training domain, the cosine of its gradient with the sum of the others'.
         seconds_training: wall-clock time up to each point, without measuring the curves.
         seconds: wall-clock time of the whole run.
         seconds_measuring: the part of it spent on measuring the curves.
@@ -56,6 +57,7 @@ class Run:
     unseen_accuracy: list[float] = field(default_factory=list)
     inner_product: list[float] = field(default_factory=list)
     cosine: list[float] = field(default_factory=list)
+    agreement_with_rest: list[list[float]] = field(default_factory=list)
     seconds_training: list[float] = field(default_factory=list)
     seconds: float = 0.0
     seconds_measuring: float = 0.0
@@ -184,6 +186,23 @@ def save_figure(path: Path, data: CdSprites, runs: Sequence[Run]) -> None:
     for ax in (accuracy, inner_product, cosine):
         ax.legend(loc="center right" if ax is accuracy else "upper right", fontsize=9)
         ax.grid(alpha=0.25)
+    figure.savefig(path)
+
+
+def save_agreement(path: Path, runs: Sequence[Run]) -> None:
+    """Draw over training which domains pull against the others, a panel for each method."""
+    figure = Figure(figsize=(1.0 + 4.2 * len(runs), 4.6), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axes, run in zip(panels, runs, strict=True):
+        by_domain = zip(*run.agreement_with_rest, strict=True)
+        curves = {f"domain {n}": (run.iteration, of_domain) for n, of_domain in enumerate(by_domain, start=1)}
+        plot_agreement_by_domain(curves, axes, smoothing=SMOOTHED)
+        axes.set_ylim(-1.02, 1.02)
+        axes.set_title(run.title, fontsize=12)
+        axes.set_xlabel("meta-iteration")
+        axes.grid(alpha=0.25)
+    for axes in panels[1:]:
+        axes.set_ylabel("")
     figure.savefig(path)
 
 

@@ -6,7 +6,8 @@ trains a small network on squares and ellipses of 15 domains: by ordinary traini
 of gradient evaluations, with SmoothFish for three quarters, and by the exact objective, whose meta-iterations take a
 Hessian-vector product for each domain besides the gradient: 2 cores, a few minutes. In every training domain colour and
 shape go together, in each with other colours (``_cdsprites_data.py``), so colour is the easy answer and shape the one
-that lasts. Prints a table and writes ``cdsprites.png`` and ``cdsprites.json``.
+that lasts. Prints a table and writes ``cdsprites.png``, ``cdsprites_domains.png`` (which domain pulls against the
+others) and ``cdsprites.json``.
 
 All methods go through the same loop (``train``), with the same data and initial weights. Those that match gradients
 wrap an optimizer and take each batch from one domain; ERM takes shuffled batches of the same size from all domains
@@ -47,7 +48,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _cdsprites_data import CdSprites, DrawnSprites, DSpritesFile, SpriteDataset, SpriteSource, make_cdsprites
-from _cdsprites_plot import Display, Progress, Run, save_figure, table
+from _cdsprites_plot import Display, Progress, Run, save_agreement, save_figure, table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
@@ -306,10 +307,11 @@ class Measurements:
                 getattr(run, curve).append(correct / len(indices))
         criterion = nn.CrossEntropyLoss()
         agreement = gradient_alignment(
-            model.parameters(), lambda batch: criterion(model(batch[0]), batch[1]), self.domain_batches
+            model.parameters(), lambda batch: criterion(model(batch[0]), batch[1]), self.domain_batches, pairs=True
         )
         run.inner_product.append(float(agreement.inner_product))
         run.cosine.append(float(agreement.cosine))
+        run.agreement_with_rest.append(agreement.agreement_with_rest.tolist())
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
@@ -542,7 +544,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder for cdsprites.png and cdsprites.json")
+    add("--out", type=Path, default=Path("out"), help="folder for the pictures and cdsprites.json")
     add(
         "--seed",
         type=_whole(0, 2**32 - 1),
@@ -676,6 +678,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "domains' gradients, mean over pairs and over training. Measuring the curves is in the seconds only.\n"
     )
     save_figure(options.out / "cdsprites.png", data, list(runs.values()))
+    save_agreement(options.out / "cdsprites_domains.png", list(runs.values()))
     results = {
         "config": asdict(config) | {"sprites": "drawn" if options.dsprites is None else "dsprites file"},
         "environment": environment(config),
@@ -683,7 +686,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "runs": {name: asdict(run) for name, run in runs.items()},
     }
     (options.out / "cdsprites.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"wrote {options.out / 'cdsprites.png'} and {options.out / 'cdsprites.json'}")
+    print(f"wrote {', '.join(str(options.out / f'cdsprites{end}') for end in ('.png', '_domains.png', '.json'))}")
     return 0
 
 

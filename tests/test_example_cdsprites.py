@@ -317,9 +317,10 @@ def test_small_run_writes_figure_and_numbers(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "unseen colours" in finished.stdout
     assert finished.stderr.count("8/8 meta-iterations") == 5
-    png = (tmp_path / "out" / "cdsprites.png").read_bytes()
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    assert png.endswith(b"IEND\xaeB`\x82")
+    for name in ("cdsprites.png", "cdsprites_domains.png"):
+        png = (tmp_path / "out" / name).read_bytes()
+        assert png.startswith(b"\x89PNG\r\n\x1a\n")
+        assert png.endswith(b"IEND\xaeB`\x82")
     results = json.loads((tmp_path / "out" / "cdsprites.json").read_text())
     assert list(results["runs"]) == ["erm", "fish", "smooth_fish", "symmetric", "exact"]
     assert results["config"]["seed"] == 5
@@ -334,6 +335,8 @@ def test_small_run_writes_figure_and_numbers(tmp_path):
         for curve in ("train_accuracy", "validation_accuracy", "unseen_accuracy", "inner_product", "cosine"):
             assert len(curves[curve]) == 5
             assert np.isfinite(curves[curve]).all()
+        assert np.shape(curves["agreement_with_rest"]) == (5, 3)
+        assert (np.abs(curves["agreement_with_rest"]) <= 1).all()
         final = results["final"][name]
         assert final["gradient_evaluations"] == 8 * each
         assert final["mean_inner_product"] == pytest.approx(np.mean(curves["inner_product"][1:]))

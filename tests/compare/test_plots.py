@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torch_gradmatch import Fish, GradMatch
-from torch_gradmatch.compare.plots import plot_agreement_by_domain, plot_alignment
+from torch_gradmatch.compare.plots import agreement_by_domain, plot_agreement_by_domain, plot_alignment
 from torch_gradmatch.methods.base import MetaStep
 
 mpl.use("Agg")
@@ -45,17 +45,19 @@ def test_the_agreement_of_each_domain_is_drawn_by_name_the_lowest_last():
         batches = {name: torch.tensor(directions[name]) for name in order}
         steps[10 * position] = optimizer.meta_step(lambda x: (w * x).sum(), batches)
     _, axes = plt.subplots()
-    assert plot_agreement_by_domain(steps, axes, smoothing=0)[-1] == "south"
+    assert plot_agreement_by_domain(agreement_by_domain(steps), axes, smoothing=0)[-1] == "south"
     drawn = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines() if line.get_label()[0] != "_"}
     assert drawn == {"north": [10, 20], "west": [0, 10], "south": [0]}  # NaN where it was the first
     by_name = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert by_name["south"] == pytest.approx([-1.95 / (1.01 * 4.25) ** 0.5])  # (-1, .1) with (2, .5)
     many = MetaStep(domains=tuple(range(12)), _with_rest=(along(torch.linspace(1, -1, 12)),))
-    assert plot_agreement_by_domain({0: many, 1: many}, plt.subplots()[1]) == list(range(12))
+    many_axes = plt.subplots()[1]
+    assert plot_agreement_by_domain(agreement_by_domain({0: many, 1: many}), many_axes) == list(range(12))
+    assert [text.get_text() for text in many_axes.get_legend().get_texts()] == ["0", "1", "2", "9", "10", "11"]
     with pytest.raises(ValueError, match=r"the report at 3 lacks agreement_with_rest: pass the method track_alignment"):
-        plot_agreement_by_domain({3: MetaStep(domains=("a",))}, axes)
+        agreement_by_domain({3: MetaStep(domains=("a",))})
     with pytest.raises(ValueError, match=r"the report at 3 lacks the domains' names"):
-        plot_agreement_by_domain({3: MetaStep(_with_rest=(along(torch.ones(1)),))}, axes)
-    with pytest.raises(ValueError, match="steps hold no measurement"):
+        agreement_by_domain({3: MetaStep(_with_rest=(along(torch.ones(1)),))})
+    with pytest.raises(ValueError, match="curves hold no measurement"):
         plot_agreement_by_domain({}, axes)
     plt.close("all")
