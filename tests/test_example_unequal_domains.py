@@ -139,7 +139,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(tmp_path
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_so_does_the_form_with_meta_step(tmp_path: Path):
     arguments = ["--epochs", "2", "--batches-per-epoch", "60", "--save-every", "3", "--meta-step"]
-    kills = [("between Muon and AdamW", 25), ("while writing a checkpoint", 3)]
+    kills = [("between Muon and AdamW", 25)]
     check_kills(tmp_path, arguments, steps=40, kills=kills)
     scalars = logged(tmp_path / "broken")
     names = ("loss", "grad_norm", "agreement_with_rest")

@@ -360,8 +360,19 @@ on_python_3_13_0 = pytest.mark.filterwarnings(
 
 
 @on_python_3_13_0
-@pytest.mark.parametrize("wrapped", ["the compiled model", "the model inside"])
-@pytest.mark.parametrize("method", ["IDGM-finite_difference", "SmoothFish", "SmoothFish-walk", "SmoothFish-symmetric"])
+@pytest.mark.parametrize(
+    ("method", "wrapped"),
+    [
+        ("IDGM-finite_difference", "the compiled model"),
+        ("SmoothFish", "the model inside"),
+        ("SmoothFish-symmetric", "the compiled model"),
+        pytest.param("IDGM-finite_difference", "the model inside", marks=pytest.mark.large),
+        pytest.param("SmoothFish", "the compiled model", marks=pytest.mark.large),
+        pytest.param("SmoothFish-walk", "the compiled model", marks=pytest.mark.large),
+        pytest.param("SmoothFish-walk", "the model inside", marks=pytest.mark.large),
+        pytest.param("SmoothFish-symmetric", "the model inside", marks=pytest.mark.large),
+    ],
+)
 def test_a_compiled_model_has_first_derivatives(method: str, wrapped: str):
     torch._dynamo.reset()
     case, twin = make(networks.batch_norm_1d), make(networks.batch_norm_1d)

@@ -285,7 +285,7 @@ found(folder=Path({folder!r}), processes={processes}, **{settings!r})
 """
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.large)])
 def test_killed_and_called_again_it_ends_where_it_would_have(tmp_path: Path, processes: int, kills: int):
     settings = {"budget": 120, "held_out": ["south", "east"]}
     expected = found(folder=tmp_path / "whole", **settings)

@@ -226,8 +226,15 @@ def test_with_stateful_data_loaders(kind, domains_per_step, exhausted, wrap):
 
 
 @needs_torchdata
-@pytest.mark.parametrize("exhausted", EXHAUSTED)
-@pytest.mark.parametrize("kind", ["shuffled", "streamed"])
+@pytest.mark.parametrize(
+    ("kind", "exhausted"),
+    [
+        ("shuffled", "stop"),
+        ("streamed", "cycle"),
+        pytest.param("shuffled", "cycle", marks=pytest.mark.large),
+        pytest.param("streamed", "stop", marks=pytest.mark.large),
+    ],
+)
 def test_with_stateful_data_loaders_and_workers(kind, exhausted):
     arguments = {"domains_per_step": 2, "exhausted": exhausted}
     if exhausted == "cycle":
