@@ -190,6 +190,23 @@ def test_a_run_that_diverges_counts_as_far_as_it_came(name: str):
     assert len(run["curve"]) < 11
 
 
+def test_a_metric_that_is_not_finite_ends_the_run_and_none_at_the_beginning_is_raised():
+    def until_moved(model: nn.Module, batch: Any) -> Tensor:
+        first = next(model.parameters()).detach().norm()
+        return metric(model, batch) * torch.where((first - norms[0]).abs() < 1e-6, 1.0, torch.nan)
+
+    own = task(*data())
+    torch.manual_seed(0)
+    norms = [next(net().parameters()).detach().norm()]
+    object.__setattr__(own, "metric", until_moved)
+    arguments = (Recipe(), {"lr": 0.1, "batch_size": 8}, "east")
+    run = train(own, *arguments, seed=0)
+    assert run["stopped"] == "the metric is not finite after 9 gradients"
+    assert [point["gradients"] for point in run["curve"]] == [0]
+    with pytest.raises(ValueError, match="the metric is not finite after 0 gradients"):
+        train(own, *arguments, seed=1)
+
+
 # ---------------------------------------------------------------------------------------------------------- selection
 
 

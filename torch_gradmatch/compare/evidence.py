@@ -15,7 +15,7 @@ from torch_gradmatch.compare.tables import aligned, wrapped
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Evidence", "EvidenceRow", "Interval", "Point", "best", "interval_of", "last"]
+__all__ = ["Evidence", "EvidenceRow", "Interval", "Point", "best", "differences", "interval_of", "last"]
 
 LEVEL = 0.95
 Point = dict[str, Any]  # of a run's curve
@@ -138,7 +138,9 @@ class EvidenceRow:
         return label, found[label]
 
 
-def differences(row: EvidenceRow, other: EvidenceRow, of: Callable[[EvidenceRow], Mapping[str, list[float]]]) -> Any:
+def differences(
+    row: EvidenceRow, other: EvidenceRow, of: Callable[[EvidenceRow], Mapping[str, list[float]]]
+) -> dict[str, list[float]]:
     """Return the paired differences of two methods.
 
     Args:
@@ -170,10 +172,7 @@ class Evidence:
         Raises:
             KeyError: If there is none.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return {row.name: row for row in self.rows}[name]
 
     @property
     def answer(self) -> str:

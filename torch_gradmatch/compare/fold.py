@@ -190,6 +190,9 @@ class _Measured:
         task, model = self.task, self.model
         model.eval()
         validation = {str(label): task.score(model, indices) for label, indices in self.split.validation.items()}
+        held_out = task.score(model, self.split.held_out)
+        if not all(map(math.isfinite, [*validation.values(), held_out])):
+            raise ValueError(f"the metric is not finite after {gradients} gradients")
         found = gradient_alignment(
             [p for p in model.parameters() if p.requires_grad],
             lambda batch: task.loss_fn(model, batch),
@@ -203,7 +206,7 @@ class _Measured:
                 "gradients": gradients,
                 "validation": sum(validation.values()) / len(validation),
                 "validation_by_domain": validation,
-                "held_out": task.score(model, self.split.held_out),
+                "held_out": held_out,
                 "cosine": float(found.cosine),
                 "agreement_with_rest": dict(zip(self._probes, found.agreement_with_rest.tolist(), strict=True)),
             }

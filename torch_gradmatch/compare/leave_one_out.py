@@ -112,7 +112,8 @@ def leave_one_domain_out(
         ModuleNotFoundError: If scipy, or joblib for several processes, is not installed.
         TypeError: If an argument is of another kind than said.
         ValueError: If an argument is out of range, a domain has fewer than two samples, a loss is not a scalar, the
-            metric does not give one number for each sample, or the folder holds runs of something else.
+            metric does not give one number for each sample or is not finite before training, or the folder holds runs
+            of something else.
 
     Example:
         >>> import torch

@@ -56,10 +56,7 @@ class Comparison:
         Raises:
             KeyError: If there is none.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return {row.name: row for row in self.rows}[name]
 
     def __str__(self) -> str:
         parts = [self.setting, cost_table(self.rows), *failures(self.rows), self.reference]
