@@ -261,6 +261,8 @@ class Evidence:
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the differences to the first method, scores over training, and how well the gradients agree.
 
+        The last is left out if it was not measured, as by another program whose runs these are.
+
         Args:
             path: Where to save the picture; None not to.
 
@@ -272,11 +274,15 @@ class Evidence:
         """
         from matplotlib.figure import Figure
 
+        measured = all(
+            "cosine" in point for row in self.rows for c in row.curves.values() for run in c for point in run
+        )
         figure = Figure(figsize=(13.5, 1.6 + 0.36 * len(self.rows) + 2.4), dpi=110, layout="constrained")
-        forest, curves, agreement = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+        forest, curves, *agreement = figure.subplots(1, 2 + measured, width_ratios=(1.5, 1, 1)[: 2 + measured])
         self._draw_differences(forest)
         self._draw_curves(curves)
-        self._draw_agreement(agreement)
+        for axes in agreement:
+            self._draw_agreement(axes)
         if path is not None:
             figure.savefig(path)
         return figure

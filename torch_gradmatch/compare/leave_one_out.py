@@ -9,10 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,10 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_int, check_loss, check_number, check_reached
-from torch_gradmatch.compare.evidence import Evidence, EvidenceRow, Point, best, differences, interval_of, last
+from torch_gradmatch.compare.evidence import Evidence
 from torch_gradmatch.compare.fold import Task, train
 from torch_gradmatch.compare.journal import Journal, Key
 from torch_gradmatch.compare.recipes import SHARED, Choice, LogUniform, Recipe, Settings, default_recipes, draw_settings
+from torch_gradmatch.compare.selection import rows_of, select
 from torch_gradmatch.data._labels import indices_by_domain
 from torch_gradmatch.wrapped.members import shown_name
 
@@ -160,10 +159,10 @@ def leave_one_domain_out(
     runner = _Runner(task, recipes, ranges, tried, journal, processes, show=show)
     names = {str(label): label for label in held}
     runner.run([Key(m, h, draw, 0) for h in names for draw in range(draws) for m in recipes], names)
-    chosen = {(m, h): _select(journal, m, h, draws) for m in recipes for h in names}
+    chosen = {(m, h): select(journal, m, h, draws) for m in recipes for h in names}
     again = [Key(m, h, d, s) for s in range(1, seeds) for (m, h), ds in chosen.items() for d in dict.fromkeys(ds)]
     runner.run(again, names)
-    rows = _rows(journal, chosen, list(recipes), list(names), seeds)
+    rows = rows_of(journal, chosen, list(recipes), list(names), seeds)
     found = Evidence(_setting(task, list(names), seeds, draws), rows)
     if show:
         print(found)  # noqa: T201  it is what was asked for
@@ -376,59 +375,6 @@ def _task_in(path: str) -> Task:
 
     task: Task = cloudpickle.loads(Path(path).read_bytes())
     return task
-
-
-def _select(journal: Journal, method: str, held_out: str, draws: int) -> tuple[int, int]:
-    """Return the draw that is best on the validation parts, and the one that is best on the held-out domain."""
-    curves = [journal[Key(method, held_out, draw, 0)]["curve"] for draw in range(draws)]
-
-    def first_best(values: Sequence[float]) -> int:
-        return max(range(draws), key=lambda draw: -float("inf") if values[draw] != values[draw] else values[draw])
-
-    chosen = first_best([best(curve)["validation"] for curve in curves])
-    return chosen, first_best([last(curve)["held_out"] for curve in curves])
-
-
-def _rows(
-    journal: Journal, chosen: Mapping[tuple[str, str], tuple[int, int]], methods: list[str], held: list[str], seeds: int
-) -> list[EvidenceRow]:
-    rows: list[EvidenceRow] = []
-    for method in methods:
-        curves: dict[str, list[list[Point]]] = {}
-        oracle: dict[str, list[float]] = {}
-        stopped: dict[str, int] = {}
-        seconds = []
-        for h in held:
-            selected, by_oracle = chosen[method, h]
-            runs = [journal[Key(method, h, selected, seed)] for seed in range(seeds)]
-            curves[h] = [run["curve"] for run in runs]
-            oracle[h] = [last(journal[Key(method, h, by_oracle, s)]["curve"])["held_out"] for s in range(seeds)]
-            seconds += [run["seconds"] for run in runs]
-            for run in runs:
-                if run["stopped"] is not None:
-                    stopped[run["stopped"]] = stopped.get(run["stopped"], 0) + 1
-        row = EvidenceRow(
-            method,
-            {h: [best(curve)["held_out"] for curve in of_domain] for h, of_domain in curves.items()},
-            oracle,
-            {h: journal[Key(method, h, chosen[method, h][0], 0)]["settings"] for h in held},
-            fmean(seconds),
-            curves,
-            stopped,
-        )
-        rows.append(row if not rows else _with_differences(row, rows[0]))
-    return rows
-
-
-def _with_differences(row: EvidenceRow, first: EvidenceRow) -> EvidenceRow:
-    found = differences(row, first, lambda r: r.by_domain)
-    oracle = differences(row, first, lambda r: r.oracle_by_domain)
-    return replace(
-        row,
-        difference=interval_of([fmean(values) for values in found.values()]),
-        difference_here=interval_of([fmean(of_seed) for of_seed in zip(*found.values(), strict=True)]),
-        oracle_difference=interval_of([fmean(values) for values in oracle.values()]),
-    )
 
 
 def _setting(task: Task, held: Sequence[str], seeds: int, draws: int) -> str:
