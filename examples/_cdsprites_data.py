@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zipfile
 from colorsys import hsv_to_rgb
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SHAPES = ("square", "ellipse")  # a label is an index into this
+Arrangement = Literal["pairs", "random"]  # which hues of the colour wheel the two shapes wear in training
 FACTOR_SIZES = (6, 40, 32, 32)  # scale, orientation, posX, posY; the last varies fastest, as in the dSprites file
 
 # At scale 1, in image widths, chosen to look like dSprites: on 64 pixels the square has side 19.2, the ellipse axes
@@ -219,11 +220,14 @@ class DSpritesFile:
         return masks
 
 
-def palette(domains: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def palette(
+    domains: int, seed: int, arrangement: Arrangement = "pairs"
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Choose the colours: vivid ones for training and pastel ones never seen there.
 
-    The training hues stand evenly around the colour wheel, two for squares, two for ellipses and so on. The seed
-    decides which two colours share a domain. The unseen hues stand between those of training, at half the saturation.
+    The training hues stand evenly around the colour wheel: by ``"pairs"`` two for squares, two for ellipses and so on,
+    by ``"random"`` half of them, drawn, for squares. The seed decides that, and which two colours share a domain. The
+    unseen hues stand between those of training, at half the saturation.
 
     How hard colour is to learn decides the outcome, so this order is a choice. Measured with Fish by Adam, meta_lr 0.3:
     where the shapes take turns at every hue, ERM learns shape, too (1.00 on unseen colours); where the hues are dealt
@@ -235,15 +239,25 @@ def palette(domains: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.fl
     turns = np.arange(2 * domains)
     vivid = np.array([hsv_to_rgb(turn / (2 * domains), 1.0, 1.0) for turn in turns], np.float32)
     pastel = np.array([hsv_to_rgb((turn + 0.5) / (2 * domains), 0.5, 1.0) for turn in turns], np.float32)
-    shape = turns // 2 % 2
-    shape[-1] = 1  # with an odd number of domains, squares would have two colours more than ellipses
     rng = np.random.default_rng(seed)
+    if arrangement == "pairs":
+        shape = turns // 2 % 2
+        shape[-1] = 1  # with an odd number of domains, squares would have two colours more than ellipses
+    else:
+        shape = rng.permutation(turns % 2)
     training = np.stack([rng.permutation(vivid[shape == label]) for label in range(len(SHAPES))], axis=1)
     return training, pastel.reshape(domains, 2, 3)
 
 
 def make_cdsprites(
-    source: SpriteSource, *, domains: int, images_per_domain: int, eval_images: int, size: int, seed: int
+    source: SpriteSource,
+    *,
+    domains: int,
+    images_per_domain: int,
+    eval_images: int,
+    size: int,
+    seed: int,
+    arrangement: Arrangement = "pairs",
 ) -> CdSprites:
     """Draw the three splits of CdSprites-N from disjoint sprites, each with as many squares as ellipses.
 
@@ -254,6 +268,7 @@ def make_cdsprites(
         eval_images: images of validation, and as many of test.
         size: side of the images in pixels.
         seed: decides which sprites and which colours go where.
+        arrangement: which hues the shapes wear in training, see ``palette``.
 
     Returns:
         The splits.
@@ -274,7 +289,7 @@ def make_cdsprites(
         drawn = rng.permutation(source.available)
         numbers[labels == shape] = drawn[: np.count_nonzero(labels == shape)]
     masks = source.masks(labels, numbers, size)
-    training_colours, unseen_colours = palette(domains, seed)
+    training_colours, unseen_colours = palette(domains, seed, arrangement)
 
     domain = np.repeat(np.arange(domains), images_per_domain)
     colour_laws = [(training_colours, domain, labels[: counts[0]])]

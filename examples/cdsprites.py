@@ -43,11 +43,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from _cdsprites_data import CdSprites, DrawnSprites, DSpritesFile, SpriteDataset, SpriteSource, make_cdsprites
+from _cdsprites_data import (
+    Arrangement,
+    CdSprites,
+    DrawnSprites,
+    DSpritesFile,
+    SpriteDataset,
+    SpriteSource,
+    make_cdsprites,
+)
 from _cdsprites_plot import Display, Progress, Run, save_agreement, save_figure, table
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -76,10 +84,12 @@ class Config:
     """What the methods share; ``main`` documents each setting in its help text."""
 
     domains: int
+    arrangement: Arrangement
     images_per_domain: int
     eval_images: int
     size: int
     batch_size: int
+    order: str
     iterations: int
     exact_iterations: int
     smooth_iterations: int
@@ -216,12 +226,12 @@ def pooled_batches(dataset: SpriteDataset, config: Config) -> Sampler[list[int]]
 
 
 def domain_batches(dataset: SpriteDataset, config: Config) -> Sampler[list[int]]:
-    """Take each batch from one domain, and N batches in a row from the N domains; then N in the reverse order.
+    """Take each batch from one domain, and N batches in a row from the N domains; by ``flipflop``, then N in reverse.
 
     Returns:
         The batches of one epoch.
     """
-    return DomainBatchSampler(dataset.domains, config.batch_size, seed=config.seed, drop_last=True)
+    return DomainBatchSampler(dataset.domains, config.batch_size, seed=config.seed, drop_last=True, order=config.order)
 
 
 class Method(NamedTuple):
@@ -460,7 +470,9 @@ def train_all(methods: Sequence[str], data: CdSprites, config: Config, log: Path
 DEMO = {
     "size": 32,
     "batch_size": 64,
+    "order": "flipflop",
     "domains": 15,
+    "arrangement": "pairs",
     "images_per_domain": 2000,
     "eval_images": 3000,
     "iterations": 600,
@@ -477,7 +489,9 @@ DEMO = {
 PAPER = {
     "size": 64,
     "batch_size": 64,
+    "order": "flipflop",
     "domains": 15,
+    "arrangement": "pairs",
     "images_per_domain": 28912,
     "eval_images": 28912,
     "iterations": 45100,
@@ -560,10 +574,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", type=_usable_device, default="cpu", help="torch device; a CPU trains the methods side by side")
     add("--dsprites", type=Path, metavar="FILE", help="take sprites from the dSprites npz file instead of drawing them")
     add("--domains", type=_whole(2, 100), help="training domains N, also the inner steps of a meta-iteration")
+    add(
+        "--arrangement",
+        choices=get_args(Arrangement),
+        help="which hues the shapes wear in training: in pairs around the colour wheel, or at random",
+    )
     add("--images-per-domain", type=_whole(2, even=True), help="training images of each domain")
     add("--eval-images", type=_whole(2, even=True), help="images of validation and as many of test")
     add("--size", type=_whole(16, 128), help="side of the images in pixels")
     add("--batch-size", type=_whole(1), help="images in a batch, of ERM as of Fish")
+    add("--order", choices=("flipflop", "random"), help="of the domains, where each batch is from one")
     add("--iterations", type=_whole(1), help="meta-iterations of ERM and Fish; each is N gradient evaluations")
     add(
         "--exact-iterations",
@@ -658,6 +678,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             eval_images=config.eval_images,
             size=config.size,
             seed=config.seed,
+            arrangement=config.arrangement,
         )
     except ValueError as error:  # what is wrong with a dSprites file may show only now
         print(f"cdsprites.py: error: {error}", file=sys.stderr)
