@@ -67,6 +67,12 @@ def test_broken_off_it_goes_on_where_it_was(
     assert without_seconds(resumed) == without_seconds(measured)
 
 
+@pytest.mark.large
+def test_two_processes_find_the_same(measured: list[Result]):
+    in_parallel = measure(None, replace(TINY, numbers=(2,)), processes=2, show=False)
+    assert without_seconds(in_parallel) == without_seconds(measured)[:5]
+
+
 def test_a_folder_of_other_runs_is_refused(measured: list[Result], folder: Path):
     with pytest.raises(ValueError, match="runs with gamma=0"):
         measure(folder, replace(TINY, gamma=7.0), processes=1, show=False)
