@@ -3,6 +3,7 @@
     python -m benchmarks                                all of it, into benchmarks/report (make bench)
     python -m benchmarks cost --networks MLP --domains 2 15 --rounds 5
     python -m benchmarks scale                          several processes: scale.md, scale.json and its pictures alone
+    python -m benchmarks domains --root data            one domain left out in turn, on real data; options of its own
     python -m benchmarks --again benchmarks/report      tables and pictures from the figures measured before
 
 Ways that a peer package is needed for are left out where it is not installed.
@@ -26,6 +27,7 @@ from benchmarks._models import NETWORKS
 from benchmarks.scale.report import write as write_scale
 
 PARTS = ("cost", "memory", "fidelity", "outcome")
+DOMAINS = "domains"
 SCALE = "scale"  # has files of its own, and wants the machine for itself
 
 
@@ -116,6 +118,11 @@ def measure_scale(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == [DOMAINS]:
+        from benchmarks.domains.cli import main as domains  # has data sets and packages of its own
+
+        return domains(arguments[1:])
     options = parse(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,154 @@
+"""What a data set of the benchmark is: where its files come from, how they are read, and which model learns it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+__all__ = ["Loaded", "MissingDataError", "Source", "accuracy", "cross_entropy", "find", "text_of"]
+
+
+class MissingDataError(FileNotFoundError):
+    """The files of a data set are not there; the message says which command gets them."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The samples of a data set.
+
+    Attributes:
+        inputs: Shape (samples, ...), floating point or integer codes.
+        targets: Classes, int64, shape (samples,).
+        domains: The label of each sample's domain.
+        classes: Names of the classes.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    domains: list[str]
+    classes: list[str]
+
+    def __post_init__(self) -> None:
+        if not len(self.inputs) == len(self.targets) == len(self.domains):
+            raise ValueError(
+                "inputs, targets and domains should have an entry for each sample "
+                f"(got {len(self.inputs)}, {len(self.targets)}, {len(self.domains)})"
+            )
+        if self.inputs.is_floating_point() and not self.inputs.isfinite().all():
+            raise ValueError("inputs should be finite: the files hold NaN or infinity where numbers are expected")
+
+    def dataset(self) -> TensorDataset:
+        """Return pairs of input and class."""
+        return TensorDataset(self.inputs, self.targets)
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many samples each domain has, in the order in which the domains appear."""
+        return dict(Counter(self.domains))
+
+    def most_frequent(self) -> float:
+        """Return how often a guess of the class that is most frequent everywhere is right, mean over domains."""
+        guess = self.targets.bincount().argmax()
+        right = (self.targets == guess).tolist()
+        shares = [
+            sum(r for r, d in zip(right, self.domains, strict=True) if d == domain) / size
+            for domain, size in self.sizes().items()
+        ]
+        return sum(shares) / len(shares)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set.
+
+    Attributes:
+        name: On the command line.
+        title: In the report.
+        shift: What differs between the domains, in a few words.
+        command: Gets the files, where ``ROOT`` stands for the folder.
+        licence: Of the data, as its package says it.
+        notes: What somebody should know of it who reads the figures, a sentence or more each.
+        load: Reads the files under a folder.
+        make_model: Returns a new model.
+    """
+
+    name: str
+    title: str
+    shift: str
+    command: str
+    licence: str
+    notes: tuple[str, ...]
+    load: Callable[[Path], Loaded]
+    make_model: Callable[[], nn.Module]
+
+
+def find(root: Path, places: Sequence[str], command: str) -> Path:
+    """Return the first of some files that is there.
+
+    Args:
+        root: The folder to look in.
+        places: Paths below it.
+        command: What gets the file, where ``ROOT`` stands for the folder.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingDataError: If there is none.
+    """
+    for place in places:
+        if (root / place).is_file():
+            return root / place
+    raise MissingDataError(f"{places[0]} is not in {root}. This gets it: {command.replace('ROOT', str(root))}")
+
+
+def text_of(path: Path) -> str:
+    """Read a text file.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        ValueError: If it is in another encoding, or no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    """Return the mean loss of a batch.
+
+    Args:
+        model: The model.
+        batch: Inputs and classes.
+
+    Returns:
+        Shape ().
+    """
+    inputs, targets = batch
+    return functional.cross_entropy(model(inputs), targets)
+
+
+def accuracy(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    """Return which samples of a batch the model knows.
+
+    Args:
+        model: The model.
+        batch: Inputs and classes.
+
+    Returns:
+        Shape (B,), ones and zeros.
+    """
+    inputs, targets = batch
+    return (model(inputs).argmax(dim=1) == targets).to(torch.float32)
