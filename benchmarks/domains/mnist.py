@@ -137,8 +137,8 @@ QUICK = {
     "ColoredMNIST": Settings(90, 2, 8, 1, 2, 2, ("-90%",)),
     "RotatedMNIST": Settings(90, 2, 20, 1, 2, 2, ("75",)),
 }
-# On two cores that do nothing else some 10 and 25 minutes. RotatedMNIST is then in its beginning: ERM knows a quarter to a
-# third of the validation images, where guessing knows a tenth, and 0, 30 and 75 stand for its six domains.
+# On two cores that do nothing else some 10 and 27 minutes. RotatedMNIST is then in its beginning: ERM knows a quarter
+# to a third of the validation images, where guessing knows a tenth, and 0, 30 and 75 stand for its six domains.
 DEFAULT = {
     "ColoredMNIST": Settings(480, 4, 60, 1, 8, 3, DOMAINS["ColoredMNIST"]),
     "RotatedMNIST": Settings(480, 8, 150, 1, 8, 3, ("0", "30", "75")),
