@@ -45,9 +45,9 @@ class Protocol:
 
 DEFAULT = {
     "watch": Protocol(800, every=2),
-    "vowels": Protocol(1000, every=2),
+    "vowels": Protocol(1000, every=3),
     "heart": Protocol(600, domains_per_step=None),
-    "names": Protocol(600, every=5),
+    "names": Protocol(600, every=6),
 }
 _FEW = ("ERM", "ERM, domains in turn", "Fish", "SmoothFish", "IDGM, cosine")
 QUICK = {
