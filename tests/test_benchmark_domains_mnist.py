@@ -467,6 +467,8 @@ def test_ready_settings_are_in_range(settings: dict[str, Settings]):
         mnist._check(name, settings[name], 1)
         assert settings[name].gradients >= 2 * 2 * (len(labels) - 1)  # two steps of IGA
         assert settings[name].methods[0] == "ERM"
+        assert mnist.SHIFTS[name]
+        assert mnist.CHANCE[name]
 
 
 # ---------------------------------------------------------------------------------------------------------- DomainBed
