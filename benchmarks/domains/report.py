@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.domains import sprites
 from benchmarks.domains.plots import plot_all, plot_domains
 from benchmarks.domains.stored import agreement_of, evidence_of
 from benchmarks.report import table
@@ -17,7 +18,7 @@ from torch_gradmatch.compare.evidence import EvidenceRow
 
 __all__ = ["ORDER", "SPRITES", "write"]
 
-SPRITES = "cdsprites"
+SPRITES, SPRITES_TITLE = "cdsprites", "CdSprites-N: how many domains it takes"
 ORDER = ("watch", "vowels", "heart", "names", "coloredmnist", "rotatedmnist")
 CONTROLS = ("ERM, domains in turn", "ERM, mean over domains")
 PICTURE = "would_i_have_won.png"
@@ -37,12 +38,12 @@ def write(folder: Path, missing: Mapping[str, str]) -> Path:
         ValueError: If no data set was measured.
     """
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ORDER if _has(folder, name)}
-    sprites = json.loads((folder / f"{SPRITES}.json").read_text()) if _has(folder, SPRITES) else None
-    if not files and sprites is None:
+    drawn = json.loads((folder / f"{SPRITES}.json").read_text()) if _has(folder, SPRITES) else None
+    if not files and drawn is None:
         raise ValueError(f"{folder} holds no figures of any data set")
     found = {name: evidence_of(file["evidence"]) for name, file in files.items()}
     titles = {name: file["title"] for name, file in files.items()}
-    parts = ["# Does gradient matching help on real data?", _preamble(files, sprites)]
+    parts = ["# Does gradient matching help on real data?", _preamble(files, drawn)]
     if found:
         plot_all({titles[name]: evidence for name, evidence in found.items()}, folder / PICTURE)
         parts += ["## On which of these data sets would I have won by wrapping my optimizer?", f"![]({PICTURE})"]
@@ -51,8 +52,8 @@ def write(folder: Path, missing: Mapping[str, str]) -> Path:
         parts += [_agreement_table(found, titles), _in_words(found, titles)]
     for name, file in files.items():
         parts += _section(folder, name, file, found[name])
-    if sprites is not None:
-        parts += _sprites_section(sprites)
+    if drawn is not None:
+        parts += _sprites_section(folder, drawn)
     parts += ["## Protocol, and what was cut", _protocol(files, missing)]
     path = folder / "index.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -63,8 +64,8 @@ def _has(folder: Path, name: str) -> bool:
     return (folder / f"{name}.json").is_file()
 
 
-def _preamble(files: Mapping[str, Any], sprites: Any) -> str:
-    entries = [*files.values(), *([sprites] if sprites is not None else [])]
+def _preamble(files: Mapping[str, Any], drawn: Any) -> str:
+    entries = [*files.values(), *([{"title": SPRITES_TITLE} | drawn] if drawn is not None else [])]
     where = sorted(
         {
             f"{e['environment']['date']}, torch {e['environment']['torch']}, Python {e['environment']['python']}, "
@@ -220,8 +221,23 @@ def _spread(values: Sequence[Any]) -> str:
     return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-def _sprites_section(sprites: Mapping[str, Any]) -> list[str]:
-    return [f"## {sprites['title']}", *sprites["text"], f"![]({sprites['picture']})"]
+def _sprites_section(folder: Path, file: Mapping[str, Any]) -> list[str]:
+    settings, results = file["settings"], [sprites.Result(**result) for result in file["results"]]
+    picture = f"{SPRITES}.png"
+    sprites.plot(results, folder / picture)
+    return [
+        f"## {SPRITES_TITLE}",
+        (
+            f"{settings['gradients']} gradients of one batch in every run, whatever N and method, and "
+            f"{settings['images']} training images in all domains together; {len(settings['seeds'])} seeds, mean and "
+            "range. How it was set up, and by what, is said in `benchmarks/domains/sprites.py`."
+        ),
+        sprites.sentence(results),
+        sprites.table(results),
+        f"![]({picture})",
+        "Accuracy on training images, which tells whether there was enough training:",
+        sprites.table(results, "train"),
+    ]
 
 
 def _protocol(files: Mapping[str, Any], missing: Mapping[str, str]) -> str:

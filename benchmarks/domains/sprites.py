@@ -1,10 +1,9 @@
 """How many training domains it takes: accuracy on unseen colours of CdSprites-N against N.
 
-    python -m benchmarks.domains.sprites --out DIR [--quick | --full] [--processes P]
+    python -m benchmarks domains cdsprites [--quick | --full] [--processes P]
 
-writes ``sprites.md``, ``sprites.png`` and ``sprites.json`` and prints the table; ``DIR/runs`` keeps each run, and where
-work was broken off the same command goes on. Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022,
-arXiv 2104.09937, show the same figure and state that Fish succeeds from N of about 10 on.
+Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, show the same figure and state
+that Fish succeeds from N of about 10 on.
 
 Every run is one of ``examples/cdsprites.py``, with networks, methods and colours as there:
 
@@ -30,10 +29,6 @@ Exact, whose 100 meta-iterations leave it at 0.79 to 0.87 on training images, 0.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -51,7 +46,6 @@ from tqdm import tqdm
 
 from benchmarks.outcome import DrawnSprites, cdsprites, make_cdsprites
 from benchmarks.plots import GREEN, at_the_values, legend_below, style
-from benchmarks.report import environment
 from torch_gradmatch.compare.journal import Journal, Key
 
 __all__ = ["DEFAULT", "FULL", "METHODS", "QUICK", "Result", "Settings", "measure", "plot", "sentence", "table"]
@@ -378,43 +372,3 @@ def plot(results: Sequence[Result], path: Path) -> None:
     panels[0].set_ylabel("accuracy on unseen colours")
     legend_below(figure, panels)
     figure.savefig(path)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.domains.sprites",
-        description="Accuracy on unseen colours of CdSprites-N against the number of training domains N.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for table, picture, figures and runs")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="as little as shows that it works")
-    size.add_argument("--full", action="store_true", help="hours: more seeds, and more gradients in each run")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time, each on one thread")
-    options = parser.parse_args(arguments)
-    if options.processes < 1:
-        parser.error(f"argument --processes: should be at least 1 (got {options.processes})")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    settings = QUICK if options.quick else FULL if options.full else DEFAULT
-    try:
-        results = measure(options.out / "runs", settings, options.processes)
-    except ValueError as error:  # a folder of other runs
-        print(f"python -m benchmarks.domains.sprites: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    text = f"{table(results)}\n\n{sentence(results)}\n\nAccuracy on training images:\n\n{table(results, 'train')}\n"
-    print(text)
-    (options.out / "sprites.md").write_text(text)
-    written = {"environment": environment(), "settings": asdict(settings), "results": [asdict(r) for r in results]}
-    (options.out / "sprites.json").write_text(json.dumps(written, indent=1) + "\n")
-    plot(results, options.out / "sprites.png")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
