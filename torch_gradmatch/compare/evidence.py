@@ -202,7 +202,8 @@ class Evidence:
         if len(compared) > 1:
             said.append(
                 f"Each interval is for one method by itself: of {len(compared)} methods that change nothing, some "
-                f"interval leaves 0 outside with a probability of up to {1 - LEVEL ** len(compared):.0%}."
+                f"interval leaves 0 outside with a probability of {1 - LEVEL ** len(compared):.0%}, if they are "
+                "independent."
             )
         return " ".join(said)
 
