@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 ECOSYSTEM := .venv-ecosystem
 WHEELS ?= dist
 SEED ?= 0
-CHECKED := torch_gradmatch tests examples benchmarks csrc setup.py
+CHECKED := torch_gradmatch tests examples benchmarks docs csrc setup.py
 
 # Where there is a compiler, a kernel that is lost is a failure.
 NATIVE ?= $(or $(TORCH_GRADMATCH_NATIVE),$(if $(shell command -v $(CXX)),require,off))
@@ -24,7 +24,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stac
 	$(abspath $(BIN))/python
 
 .PHONY: help install demo test test-large soak test-fallback test-sanitize test-cuda test-lowest test-ecosystem lint check-abi check-csrc \
-	wheel dist try-environment try-wheel try-sdist release bench bench-domains domains-data bench-micro bench-interpolate format clean
+	wheel dist try-environment try-wheel try-sdist release docs docs-links bench bench-domains domains-data bench-micro bench-interpolate format clean
 
 help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites*.png and .json (SEED=0)"
@@ -37,6 +37,8 @@ help:
 	@echo "make test-lowest       the suite on the lowest supported torch (large download)"
 	@echo "make test-ecosystem    the wheel on the newest torch with WILDS, DomainBed, Lightning, Accelerate, Trainer, every optimizer (large)"
 	@echo "make lint              ruff format check, ruff, mypy strict on the package"
+	@echo "make docs              run every page of the site and build it into docs/_build/html; GALLERY=1 with the gallery"
+	@echo "make docs-links        ask whether the links to other sites still lead somewhere"
 	@echo "make format            apply ruff's formatting and safe fixes"
 	@echo "make check-csrc        compile csrc/ with all warnings as errors; where nvcc is found the .cu too, and read its machine code"
 	@echo "make check-abi         prove that the extension uses nothing of torch but its stable ABI, and nothing of CUDA"
@@ -246,6 +248,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(CHECKED)
 	$(BIN)/ruff check --fix $(CHECKED)
 
+# Offline. A warning is an error, also of a link that leads nowhere within the site.
+SPHINX = GRADMATCH_GALLERY=$(GALLERY) $(BIN)/python -m sphinx -q -W --keep-going
+docs: $(INSTALLED)
+	$(BIN)/python docs/run_pages.py
+	$(SPHINX) -b html docs docs/_build/html
+
+docs-links: $(INSTALLED)
+	$(SPHINX) -b linkcheck docs docs/_build/links
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(ECOSYSTEM) .venv-release-* build dist out data *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(LOWEST) $(ECOSYSTEM) .venv-release-* build dist out data docs/_build *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
