@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from docutils import nodes
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import make_errors  # noqa: E402
+
 import torch_gradmatch  # noqa: E402  of this checkout
+
+# sphinx_autodoc_typehints calls a method that a later Sphinx will not have, once for every docstring.
+warnings.filterwarnings("ignore", message="'sphinx_autodoc_typehints")
 
 project = "torch_gradmatch"
 author = "The torch_gradmatch developers"
@@ -46,17 +52,98 @@ napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-TORCH = "https://docs.pytorch.org/docs/stable/generated"
+typehints_document_rtype_none = False
+# Types in signatures that have no page: private ones, as the protocols of labels, and two of objects that the package
+# makes and takes by itself.
+nitpick_ignore_regex = [("py:class", r"torch_gradmatch\.(\w+\.)*_\w+(\.\w+)*")]
+nitpick_ignore = [
+    ("py:class", "torch_gradmatch.gradients.flat.WeightedSum"),
+    ("py:class", "torch_gradmatch.gradients.over_ranks.Alone"),
+]
+
+# Where others document what signatures name: the site builds offline, so without their inventories.
+TORCH = "https://docs.pytorch.org/docs/stable"
+TORCH_PAGES = {
+    "torch.Tensor": "tensors.html#torch.Tensor",
+    "torch.distributed.ProcessGroup": "distributed.html",
+    "torch.dtype": "tensor_attributes.html#torch.dtype",
+    "torch.device": "tensor_attributes.html#torch.device",
+    "torch.optim.Optimizer": "optim.html#torch.optim.Optimizer",
+    "torch.utils.data.DataLoader": "data.html#torch.utils.data.DataLoader",
+    "torch.utils.data.Dataset": "data.html#torch.utils.data.Dataset",
+    "torch.utils.data.Sampler": "data.html#torch.utils.data.Sampler",
+}
+MODULES = {  # a type hint names the module that defines a class
+    "matplotlib.axes._axes": "matplotlib.axes",
+    "torch._C._distributed_c10d": "torch.distributed",
+    "torch.distributed.distributed_c10d": "torch.distributed",
+    "torch.nn.modules.module": "torch.nn",
+    "torch.optim.optimizer": "torch.optim",
+    "torch.utils.data.dataloader": "torch.utils.data",
+    "torch.utils.data.dataset": "torch.utils.data",
+    "torch.utils.data.sampler": "torch.utils.data",
+    # of the package: the module under whose name it is documented
+    "torch_gradmatch.gradients.agreement": "torch_gradmatch.agreement",
+    "torch_gradmatch.gradients.alignment": "torch_gradmatch.alignment",
+    "torch_gradmatch.gradients.functional": "torch_gradmatch.functional",
+    "torch_gradmatch.slow.ops": "torch_gradmatch.ops",
+}
+PYTHON = "https://docs.python.org/3/library"
 
 
-def link_to_torch(app: Any, env: Any, node: Any, contnode: nodes.Element) -> nodes.reference | None:  # noqa: ARG001
-    """Link what is torch's to its reference, without its inventory: the site builds offline."""
+def address_of(target: str) -> str | None:
+    """Return where torch, matplotlib, numpy or Python document a name.
+
+    Args:
+        target: The name with its module.
+
+    Returns:
+        The address, or None if it is nobody's.
+    """
+    package = target.partition(".")[0]
+    if package == "torch":
+        return f"{TORCH}/{TORCH_PAGES.get(target, f'generated/{target}.html')}"
+    if package == "matplotlib":
+        module, _, name = target.rpartition(".")
+        place = f"axes/{target}" if name == "Axes" else module.replace("matplotlib.", "") + "_api"
+        return f"https://matplotlib.org/stable/api/{place}.html#{target}"
+    if package == "numpy":
+        return f"https://numpy.org/doc/stable/reference/generated/{target}.html"
+    if target == "Ellipsis":
+        return f"{PYTHON}/constants.html#Ellipsis"
+    if package in {"collections", "contextlib", "pathlib", "random", "typing"}:
+        return f"{PYTHON}/{target.rpartition('.')[0]}.html#{target}"
+    return None
+
+
+def link_elsewhere(app: Any, env: Any, node: Any, contnode: nodes.Element) -> nodes.Element | None:
+    """Link what others document to their pages, and what the package has moved to where it is documented."""
     target = node.get("reftarget", "")
-    if not target.startswith("torch."):
+    for defined, public in MODULES.items():
+        if target.startswith(f"{defined}."):
+            target = public + target.removeprefix(defined)
+    if target.startswith("torch_gradmatch.") and target != node["reftarget"]:
+        domain = env.get_domain("py")
+        found = domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, contnode)
+        return found if isinstance(found, nodes.Element) else None
+    address = address_of(target)
+    if address is None:
         return None
-    return nodes.reference("", "", contnode, internal=False, refuri=f"{TORCH}/{target}.html", reftitle=target)
+    return nodes.reference("", "", contnode, internal=False, refuri=address, reftitle=target)
+
+
+def skip_fields(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:  # noqa: ARG001
+    """Leave out the fields of named tuples: their class's docstring documents them."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def write_errors(app: Any) -> None:  # noqa: ARG001
+    """Write the page of errors anew."""
+    make_errors.write(HERE.parent / "torch_gradmatch", HERE / "errors.md")
 
 
 def setup(app: Any) -> None:
     """Tell Sphinx of the above."""
-    app.connect("missing-reference", link_to_torch)
+    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("builder-inited", write_errors)
+    app.connect("missing-reference", link_elsewhere)

@@ -118,7 +118,7 @@ class GradMatch(Optimizer, Generic[MethodT]):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups: the same list, whatever is done to either.
+        """The wrapped optimizer's parameter groups. It is the same list, whatever is done to either.
 
         Of several optimizers a new list of theirs: what is done to a group is done to it, but a group that is appended
         here is nobody's. ``optimizer.optimizer.optimizers[0].add_param_group(...)`` adds one.

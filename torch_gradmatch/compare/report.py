@@ -66,7 +66,7 @@ class Comparison:
 
 
 def default_methods(model: nn.Module, lr: float, domains: int) -> dict[str, Method]:
-    """Return the methods that :func:`compare` takes if it is given none.
+    """Return the methods that :func:`torch_gradmatch.compare` takes if it is given none.
 
     Args:
         model: The model.
@@ -124,7 +124,7 @@ def compare(
         model: The model. It holds all parameters of the optimizer.
         loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
         batches: One batch of each of S >= 2 domains.
-        methods: By name, or a sequence of them; :func:`default_methods` if left out.
+        methods: By name, or a sequence of them; :func:`~torch_gradmatch.compare.report.default_methods` if left out.
         optimizer: The one you train with, wrapped or not, or a list of several; it is not stepped.
             ``torch.optim.SGD`` with learning rate 0.01 if left out.
         rounds: How often each method is timed.

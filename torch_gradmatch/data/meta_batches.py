@@ -41,9 +41,9 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
     """Group the batches of a loader into lists of S, one for each ``GradMatch.meta_step``.
 
     An incomplete last list is left out; after a ``DomainBatchSampler`` or a ``DomainLoader`` there is none, and the
-    lists are :class:`MetaBatch` with the labels of their domains. The sampler is told what was handed out, so its
-    ``state_dict()`` is right although the loader's workers run ahead. A sampler or ``DomainLoader`` resumed in the
-    middle of a group is refused with ``RuntimeError`` when iteration starts.
+    lists are :class:`~torch_gradmatch.data.meta_batches.MetaBatch` with the labels of their domains. The sampler is
+    told what was handed out, so its ``state_dict()`` is right although the loader's workers run ahead. A sampler or
+    ``DomainLoader`` resumed in the middle of a group is refused with ``RuntimeError`` when iteration starts.
 
     Args:
         loader: Any iterable of batches; to have one domain each, a ``DataLoader`` with a ``DomainBatchSampler``, or a

@@ -201,7 +201,7 @@ class RunningAgreement(ABC):
         """Take in what the other ranks have taken in, after the sums have.
 
         Args:
-            between: As :meth:`GradientAlignment.merge` returns it.
+            between: As :meth:`~torch_gradmatch.alignment.GradientAlignment.merge` returns it.
             totals: The sums of all ranks' :meth:`numbers`.
         """
 
@@ -362,7 +362,7 @@ def running_agreement(agreement: str | Agreement, sums: GradientAlignment, domai
     """Make the running form of an agreement; that of the three named ones holds no gradients.
 
     Args:
-        agreement: As in :func:`check_agreement`.
+        agreement: The name of one, or a function of the gradients.
         sums: Running sums, to which the caller adds each gradient after adding it here; for the cosine with cosines.
         domains: S.
         like: The parameters: a function gets the gradients in the same structure.

@@ -49,14 +49,14 @@ class Traits:
         known: Whether a twin could be watched; if not, the rest is what its signature and its attributes say.
         needs_closure: Whether its ``step`` cannot do without a closure.
         asks_first: Whether it calls the closure before it moves anything, as LBFGS does and SAM does not.
-        iterates: For each member (see :func:`~torch_gradmatch.wrapped.members.members`) the names of the iterates in
-            ``state[parameter]``.
+        iterates: For each member (the optimizer itself and those inside it, by their paths) the names of the iterates
+            in ``state[parameter]``.
         averages: The members that keep an average among them, with the weight it has by now in their groups.
         hidden: Where else there are tensors that move with the parameters, in words; not those that never move.
         counters: For each member the names of the object's attributes that its steps change.
         keeps: Whether it keeps anything from one step to the next.
         forgets: Whether it works the parameters out of its state, so that a move of them is forgotten.
-        manner: How the twin stepped, for another :class:`Twin`.
+        manner: How the twin stepped, for another twin.
         dtype: Of its parameters.
     """
 
