@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -37,7 +38,7 @@ html_theme = "furo"
 html_title = "torch_gradmatch"
 html_static_path = ["_static"]
 templates_path: list[str] = []
-exclude_patterns = ["_build", "gallery/*.py", "releasing.md"]
+exclude_patterns = ["_build", "gallery/*.py", "gallery/GALLERY_HEADER.rst", "releasing.md"]
 nitpicky = True
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
@@ -52,6 +53,23 @@ napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
+# Running the gallery takes minutes: without GRADMATCH_GALLERY=1 its page says only what is in it.
+if os.environ.get("GRADMATCH_GALLERY") == "1":
+    extensions.append("sphinx_gallery.gen_gallery")
+    sphinx_gallery_conf = {
+        "examples_dirs": "gallery",
+        "gallery_dirs": "auto_gallery",
+        "within_subsection_order": "FileNameSortKey",
+        "abort_on_example_error": True,
+        "download_all_examples": False,
+        "min_reported_time": 0,
+        "show_memory": False,
+        "show_signature": False,
+    }
+else:
+    exclude_patterns.append("auto_gallery")  # of a build before
+    suppress_warnings = ["toc.empty_glob"]
+
 typehints_document_rtype_none = False
 # Types in signatures that have no page: private ones, as the protocols of labels, and two of objects that the package
 # makes and takes by itself.
@@ -63,21 +81,25 @@ nitpick_ignore = [
 
 # Where others document what signatures name: the site builds offline, so without their inventories.
 TORCH = "https://docs.pytorch.org/docs/stable"
-TORCH_PAGES = {
-    "torch.Tensor": "tensors.html#torch.Tensor",
-    "torch.distributed.ProcessGroup": "distributed.html",
-    "torch.dtype": "tensor_attributes.html#torch.dtype",
-    "torch.device": "tensor_attributes.html#torch.device",
-    "torch.optim.Optimizer": "optim.html#torch.optim.Optimizer",
-    "torch.utils.data.DataLoader": "data.html#torch.utils.data.DataLoader",
-    "torch.utils.data.Dataset": "data.html#torch.utils.data.Dataset",
-    "torch.utils.data.Sampler": "data.html#torch.utils.data.Sampler",
+TORCH_PAGES = {  # of what begins so; all else has a page of its own under generated/
+    "torch.amp": "amp.html",
+    "torch.device": "tensor_attributes.html",
+    "torch.distributed": "distributed.html",
+    "torch.distributed.checkpoint": "distributed.checkpoint.html",
+    "torch.distributed.fsdp": "distributed.fsdp.fully_shard.html",
+    "torch.distributed.tensor": "distributed.tensor.html",
+    "torch.dtype": "tensor_attributes.html",
+    "torch.optim.Optimizer": "optim.html",
+    "torch.utils.checkpoint": "checkpoint.html",
+    "torch.utils.data": "data.html",
 }
 MODULES = {  # a type hint names the module that defines a class
     "matplotlib.axes._axes": "matplotlib.axes",
+    "torch._C": "torch",
     "torch._C._distributed_c10d": "torch.distributed",
     "torch.distributed.distributed_c10d": "torch.distributed",
     "torch.nn.modules.module": "torch.nn",
+    "torch.nn.parameter": "torch.nn",
     "torch.optim.optimizer": "torch.optim",
     "torch.utils.data.dataloader": "torch.utils.data",
     "torch.utils.data.dataset": "torch.utils.data",
@@ -91,18 +113,24 @@ MODULES = {  # a type hint names the module that defines a class
 PYTHON = "https://docs.python.org/3/library"
 
 
-def address_of(target: str) -> str | None:
+def address_of(target: str, *, is_module: bool) -> str | None:
     """Return where torch, matplotlib, numpy or Python document a name.
 
     Args:
         target: The name with its module.
+        is_module: Whether it is a module's.
 
     Returns:
         The address, or None if it is nobody's.
     """
     package = target.partition(".")[0]
     if package == "torch":
-        return f"{TORCH}/{TORCH_PAGES.get(target, f'generated/{target}.html')}"
+        if is_module:
+            return f"{TORCH}/{TORCH_PAGES.get(target, target.removeprefix('torch.') + '.html')}"
+        if target == "torch.Tensor":
+            return f"{TORCH}/tensors.html#torch.Tensor"
+        of = max((name for name in TORCH_PAGES if target == name or target.startswith(f"{name}.")), key=len, default="")
+        return f"{TORCH}/{TORCH_PAGES[of]}#{target}" if of else f"{TORCH}/generated/{target}.html"
     if package == "matplotlib":
         module, _, name = target.rpartition(".")
         place = f"axes/{target}" if name == "Axes" else module.replace("matplotlib.", "") + "_api"
@@ -119,14 +147,17 @@ def address_of(target: str) -> str | None:
 def link_elsewhere(app: Any, env: Any, node: Any, contnode: nodes.Element) -> nodes.Element | None:
     """Link what others document to their pages, and what the package has moved to where it is documented."""
     target = node.get("reftarget", "")
-    for defined, public in MODULES.items():
-        if target.startswith(f"{defined}."):
-            target = public + target.removeprefix(defined)
+    module, _, name = target.rpartition(".")
+    while module and module not in MODULES:
+        module, _, part = module.rpartition(".")
+        name = f"{part}.{name}"
+    if module:
+        target = f"{MODULES[module]}.{name}"
     if target.startswith("torch_gradmatch.") and target != node["reftarget"]:
         domain = env.get_domain("py")
         found = domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, contnode)
         return found if isinstance(found, nodes.Element) else None
-    address = address_of(target)
+    address = address_of(target, is_module=node.get("reftype") == "mod")
     if address is None:
         return None
     return nodes.reference("", "", contnode, internal=False, refuri=address, reftitle=target)

@@ -58,3 +58,17 @@ def test_what_the_table_links_is_documented(name: str):
 def test_every_page_is_in_the_table_of_contents():
     contents = re.findall(r"^(\w+)$", TEXT["index.md"], flags=re.MULTILINE)
     assert sorted(contents) == sorted(Path(name).stem for name in TEXT if name != "index.md")
+
+
+REPORTS = sorted((PAGES.parents[1] / "benchmarks" / "results").rglob("*.md"))
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
+def test_every_report_of_the_benchmarks_has_a_page_that_the_index_names(report: Path):
+    folder = PAGES.parent / "benchmarks"
+    name = report.stem if report.parent.name == "results" else report.parent.name
+    page = (folder / f"{name}.md").read_text(encoding="utf-8")
+    assert (folder / page.partition("{include} ")[2].split("\n")[0]).resolve() == report
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    assert f"]({name}.md)" in index
+    assert f"\n{name}\n" in index
