@@ -77,7 +77,7 @@ def run_page(path: Path) -> int:
     number = 0
     for block in blocks_of(path.read_text(encoding="utf-8")):
         printed = io.StringIO()
-        code = compile("\n" * (block.line - 1) + block.code, str(path), "exec")
+        code = compile("\n" * (block.line - 1) + block.code, str(path), "exec", dont_inherit=True)
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
         number += 1
