@@ -72,6 +72,9 @@ def measure_source(name: str, options: argparse.Namespace) -> dict[str, Any]:
     planned = getattr(protocol, options.size)[name]
     loaded = source.load(options.root)
     evidence = protocol.measure(source, planned, loaded, options.out / name, options.processes)
+    timed = options.out / name / "alone.json"
+    if not timed.is_file():
+        timed.write_text(json.dumps(protocol.time_alone(source, planned, loaded), indent=1) + "\n")
     every = "each domain" if planned.every == 1 else f"one of {planned.every} domains"
     return {
         "title": source.title,
@@ -85,6 +88,7 @@ def measure_source(name: str, options: argparse.Namespace) -> dict[str, Any]:
             f"{loaded.most_frequent():.1%}, mean over domains."
         ),
         "cut": f"{every} held out, in the order of the labels; {planned.budget} gradients in a run",
+        "seconds_of_run": json.loads(timed.read_text()),
         "evidence": to_stored(evidence),
     }
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from benchmarks.domains import heart, names, vowels, watch
 from benchmarks.domains.source import Loaded, Source, accuracy, cross_entropy
 from torch_gradmatch import Evidence, leave_one_domain_out
 from torch_gradmatch.compare.recipes import LogUniform, default_recipes
 
-__all__ = ["DEFAULT", "FULL", "METHODS", "QUICK", "SEARCH", "SOURCES", "Protocol", "held_out", "measure"]
+__all__ = ["DEFAULT", "FULL", "METHODS", "QUICK", "SEARCH", "SOURCES", "Protocol", "held_out", "measure", "time_alone"]
 
 SOURCES: dict[str, Source] = {module.SOURCE.name: module.SOURCE for module in (watch, vowels, heart, names)}
 # Without "SmoothFish, symmetric", whose three passes over a domain leave it a third of the steps; --full has it.
@@ -91,11 +93,12 @@ def measure(
     source: Source,
     protocol: Protocol,
     loaded: Loaded,
-    folder: Path,
+    folder: Path | None,
     processes: int,
     methods: Sequence[str] | None = None,
     *,
     show: bool = True,
+    **instead: Any,
 ) -> Evidence:
     """Train and compare on one data set, or go on where it was broken off.
 
@@ -103,14 +106,27 @@ def measure(
         source: The data set.
         protocol: How much is trained.
         loaded: Its samples.
-        folder: Keeps every run, a line of JSON each.
+        folder: Keeps every run, a line of JSON each; None to keep nothing.
         processes: How many runs at a time.
         methods: Instead of the protocol's.
         show: Whether to show the progress.
+        instead: Arguments of ``leave_one_domain_out`` instead of the protocol's.
 
     Returns:
         What was found.
     """
+    arguments: dict[str, Any] = {
+        "seeds": protocol.seeds,
+        "budget": protocol.budget,
+        "draws": protocol.draws,
+        "search": SEARCH,
+        "domains_per_step": protocol.domains_per_step,
+        "held_out": held_out(protocol, loaded),
+        "evaluations": protocol.evaluations,
+        "folder": folder,
+        "processes": processes,
+        "show": show,
+    }
     return leave_one_domain_out(
         source.make_model,
         loaded.dataset(),
@@ -118,14 +134,25 @@ def measure(
         cross_entropy,
         accuracy,
         protocol.methods if methods is None else methods,
-        seeds=protocol.seeds,
-        budget=protocol.budget,
-        draws=protocol.draws,
-        search=SEARCH,
-        domains_per_step=protocol.domains_per_step,
-        held_out=held_out(protocol, loaded),
-        evaluations=protocol.evaluations,
-        folder=folder,
-        processes=processes,
-        show=show,
+        **arguments | instead,
     )
+
+
+def time_alone(source: Source, protocol: Protocol, loaded: Loaded, repeats: int = 3) -> dict[str, float]:
+    """Time one run by each method with the default settings, one after the other, with nothing beside it.
+
+    Args:
+        source: The data set.
+        protocol: How much is trained.
+        loaded: Its samples.
+        repeats: How often; methods take turns.
+
+    Returns:
+        Median seconds of training by the method's name, on one thread, without measuring.
+    """
+    only = {"draws": 1, "seeds": 1, "held_out": held_out(protocol, loaded)[:1], "evaluations": 1}
+    found: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for row in measure(source, protocol, loaded, None, 1, show=False, **only).rows:
+            found.setdefault(row.name, []).append(row.seconds)
+    return {name: median(seconds) for name, seconds in found.items()}
