@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples" / "wilds"
-PAGE = Path(__file__).parents[1] / "docs" / "wilds.md"
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "wilds_domainbed.md"
 
 # Inner optimizer, lr, batch size, meta_lr, domains per step, pretraining iterations, epochs, metric, domain.
 AUTHORS = {
