@@ -16,8 +16,8 @@ Writes to ``runs/iwildcam-fish-seed0``:
 A run that was killed continues with the same command and ``--resume``, bit for bit the same (on PovertyMap, whose
 images are augmented at random, with ``--workers 0`` only). SIGTERM and Ctrl-C save a checkpoint first.
 
-What is as in the authors' code and what is not: docs/guides/wilds_domainbed.md. Shi et al., *Gradient Matching for Domain
-Generalization*, ICLR 2022, arXiv 2104.09937.
+What is as in the authors' code and what is not: docs/guides/wilds_domainbed.md. Shi et al., *Gradient Matching for
+Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 """
 
 from __future__ import annotations
