@@ -54,7 +54,8 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 # Running the gallery takes minutes: without GRADMATCH_GALLERY=1 its page says only what is in it.
-if os.environ.get("GRADMATCH_GALLERY") == "1":
+gallery_is_built = os.environ.get("GRADMATCH_GALLERY") == "1"
+if gallery_is_built:
     extensions.append("sphinx_gallery.gen_gallery")
     sphinx_gallery_conf = {
         "examples_dirs": "gallery",
@@ -67,8 +68,7 @@ if os.environ.get("GRADMATCH_GALLERY") == "1":
         "show_signature": False,
     }
 else:
-    exclude_patterns.append("auto_gallery")  # of a build before
-    suppress_warnings = ["toc.empty_glob"]
+    exclude_patterns += ["auto_gallery", "sg_execution_times.rst"]  # of a build before
 
 typehints_document_rtype_none = False
 # Types in signatures that have no page: private ones, as the protocols of labels, and two of objects that the package
@@ -168,6 +168,12 @@ def skip_fields(app: Any, what: str, name: str, obj: Any, skip: bool, options: A
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def add_gallery(app: Any, docname: str, source: list[str]) -> None:  # noqa: ARG001
+    """Lead from the gallery's page to what was built of it."""
+    if docname == "gallery/index" and gallery_is_built:
+        source[0] += "\n```{toctree}\n../auto_gallery/index\n```\n"
+
+
 def write_errors(app: Any) -> None:  # noqa: ARG001
     """Write the page of errors anew."""
     make_errors.write(HERE.parent / "torch_gradmatch", HERE / "errors.md")
@@ -178,3 +184,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("builder-inited", write_errors)
     app.connect("missing-reference", link_elsewhere)
+    app.connect("source-read", add_gallery)

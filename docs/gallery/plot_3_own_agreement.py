@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+from torch_gradmatch.alignment import gradient_alignment
 
 from torch_gradmatch import IDGM, GradMatch
-from torch_gradmatch.alignment import gradient_alignment
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -18,9 +18,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from torch_gradmatch.alignment import gradient_alignment
 
 from torch_gradmatch import IDGM, GradMatch, MetaStep
-from torch_gradmatch.alignment import gradient_alignment
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.direction import Direction, DirectionStep
 
@@ -109,8 +109,8 @@ for name in ("ERM", "PCGrad"):
     print(f"{name}: accuracy in the test domain {accuracy:.3f}")
 
 # %%
-# What the gradients' agreement is like along the way: PCGrad does not raise it, it only takes less harm from it. To raise
-# it is what ``Fish``, ``SmoothFish`` and ``IDGM`` are for.
+# The agreement of the gradients along the way. On these data the two curves lie on one another, and both models end
+# alike: to take out what conflicts does not make gradients agree. ``Fish``, ``SmoothFish`` and ``IDGM`` are for that.
 
 figure, axes = plt.subplots(figsize=(6, 3.5))
 for name, cosines in curves.items():

@@ -2,8 +2,8 @@
 Fish or exact? Asked of a Transformer
 =====================================
 
-:func:`torch_gradmatch.compare` takes your model, your loss and one batch of each domain, and says what each method costs
-there and how near it comes to the exact direction. Everything it is given stays as it was, bit for bit.
+:func:`torch_gradmatch.compare` takes your model, your loss and one batch of each domain, and says what each method
+costs there and how near it comes to the exact direction. Everything it is given stays as it was, bit for bit.
 """
 
 import matplotlib.pyplot as plt
@@ -32,8 +32,8 @@ class Classifier(nn.Module):
 
 
 # %%
-# A sequence is of class 1 if it holds more of token 0 than of token 1. In each domain another token goes with the class,
-# nine times in ten.
+# A sequence is of class 1 if it holds more of token 0 than of token 1. In each domain another token goes with the
+# class, nine times in ten.
 
 
 def draw(domain, samples):
@@ -65,8 +65,8 @@ batches = [draw(domain, 16) for domain in range(DOMAINS)]
 found = compare(model, loss_fn, batches, optimizer=optimizer, rounds=2, orders=4)
 
 # %%
-# The rows are numbers, too. A method with other settings is compared by name: here SmoothFish at three learning rates of
-# its walk. The smaller the rate, the nearer it is to exact, until rounding counts.
+# The rows are numbers, too. A method with other settings is compared by name: here SmoothFish at three learning rates
+# of its walk. The smaller the rate, the nearer it is to exact, until rounding counts.
 
 rates = (0.001, 0.01, 0.1)
 methods = {f"inner_lr {rate:g}": SmoothFish(1e-3, rate, model=model, symmetric=True) for rate in rates}

@@ -2,8 +2,8 @@
 Two processes
 =============
 
-With a ``process_group`` every rank walks through the domains by itself, with other samples and in another order, and the
-meta-update goes to the mean of the walks: one all-reduce of the parameters in a meta-iteration.
+With a ``process_group`` every rank walks through the domains by itself, with other samples and in another order, and
+the meta-update goes to the mean of the walks: one all-reduce of the parameters in a meta-iteration.
 
 What runs on each process is a script like any other. torchrun starts it twice; the processes talk by gloo.
 """
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TRAINING = '''
+TRAINING = """
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -46,9 +46,11 @@ for epoch in range(5):
     for weight, of_ranks in zip(weights, others):
         dist.all_gather(of_ranks, weight)
     same = all(torch.equal(of_ranks[0], other) for of_ranks in others for other in of_ranks)
-    print(f"{shown}; loss {report.losses.mean():.3f}; same bits on all ranks: {same}", flush=True)
+    # One write for each line: the ranks share what they write to.
+    sys.stdout.write(f"{shown}; loss {report.losses.mean():.3f}; same bits on all ranks: {same}\n")
+    sys.stdout.flush()
 dist.destroy_process_group()
-'''
+"""
 
 with tempfile.TemporaryDirectory() as folder:
     script = Path(folder, "training.py")

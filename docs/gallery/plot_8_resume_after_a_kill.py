@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-TRAINING = '''
+TRAINING = """
 import os, signal, sys
 import torch
 from torch import nn
@@ -57,15 +57,11 @@ while step < 40:
         if step == 40:
             break
 print(f"end after step {step}")
-'''
+"""
 
 
 def train(path, kill_after=0):
-    """Run the training in a process of its own.
-
-    Returns:
-        What it prints, and how it ends.
-    """
+    """Run the training in a process of its own; return what it prints, and how it ends."""
     command = [sys.executable, "-c", TRAINING, str(path), str(kill_after)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if finished.returncode not in {0, -signal.SIGKILL}:
@@ -74,7 +70,8 @@ def train(path, kill_after=0):
 
 
 # %%
-# One run to the end; one that is killed after step 18, two inner steps into the fifth meta-iteration; and its successor.
+# One run to the end; one that is killed after step 18, two inner steps into the fifth meta-iteration; and the one that
+# goes on from there.
 
 with tempfile.TemporaryDirectory() as folder:
     whole, broken = Path(folder, "whole.pt"), Path(folder, "broken.pt")
