@@ -13,7 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-TRAINING = """
+TRAINING = r"""
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -56,7 +58,7 @@ with tempfile.TemporaryDirectory() as folder:
     script = Path(folder, "training.py")
     script.write_text(TRAINING, encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    finished = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    finished = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, check=False, timeout=240)
 lines = sorted(line for line in finished.stdout.splitlines() if line.startswith("rank"))
 print("\n".join(lines))
 if finished.returncode:

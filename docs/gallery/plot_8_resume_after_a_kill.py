@@ -63,7 +63,7 @@ print(f"end after step {step}")
 def train(path, kill_after=0):
     """Run the training in a process of its own; return what it prints, and how it ends."""
     command = [sys.executable, "-c", TRAINING, str(path), str(kill_after)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     if finished.returncode not in {0, -signal.SIGKILL}:
         raise RuntimeError(finished.stderr)
     return finished.stdout.strip(), finished.returncode
