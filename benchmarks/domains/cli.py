@@ -154,7 +154,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         "processes": options.processes,
         "seconds": spent,
     }
-    (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.out / f"{name}.json").write_text(json.dumps(found) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,7 +46,10 @@ def write(folder: Path, missing: Mapping[str, str]) -> Path:
     parts = ["# Does gradient matching help on real data?", _preamble(files, drawn)]
     if found:
         plot_all({titles[name]: evidence for name, evidence in found.items()}, folder / PICTURE)
-        parts += ["## On which of these data sets would I have won by wrapping my optimizer?", f"![]({PICTURE})"]
+        parts += [
+            "## On which of these data sets would I have won by wrapping my optimizer?",
+            f"![Difference to ERM of each method on each data set]({PICTURE})",
+        ]
         parts += ["\n".join(f"- **{titles[name]}**: {evidence.answer}" for name, evidence in found.items())]
         parts += ["## When it helped, when not, and what the gradients' agreement said beforehand"]
         parts += [_agreement_table(found, titles), _in_words(found, titles)]
@@ -149,7 +152,12 @@ def _section(folder: Path, name: str, file: Mapping[str, Any], evidence: Evidenc
     parts += ["\n".join(f"- {note}" for note in file["notes"])]
     alone = file.get("seconds_of_run", {})
     parts += [f"{_sizes(file['sizes'])} {file['chance']}", evidence.setting, _methods_table(evidence, alone)]
-    parts += [f"{evidence.answer}", *_stopped(evidence), *file.get("more", []), f"![]({picture})"]
+    parts += [
+        f"{evidence.answer}",
+        *_stopped(evidence),
+        *file.get("more", []),
+        f"![Differences to ERM, accuracy and agreement over training]({picture})",
+    ]
     curves = file["evidence"]["rows"][0]["agreement_by_domain"]
     if curves:
         title = f"{file['title']}, {evidence.rows[0].name}: each training domain's gradient with the others'"
@@ -157,7 +165,7 @@ def _section(folder: Path, name: str, file: Mapping[str, Any], evidence: Evidenc
         least = min(curves, key=lambda domain: fmean(curves[domain][1]))
         most = max(curves, key=lambda domain: fmean(curves[domain][1]))
         parts += [
-            f"![]({by_domain})",
+            f"![Agreement of each training domain with the others]({by_domain})",
             (
                 f"Over training {least} pulls most against the others (mean cosine {fmean(curves[least][1]):+.2f}), "
                 f"{most} least ({fmean(curves[most][1]):+.2f})."
@@ -235,7 +243,7 @@ def _sprites_section(folder: Path, file: Mapping[str, Any]) -> list[str]:
         ),
         sprites.sentence(results),
         sprites.table(results),
-        f"![]({picture})",
+        f"![Accuracy on unseen colours against the number of domains]({picture})",
         "Accuracy on training images, which tells whether there was enough training:",
         sprites.table(results, "train"),
     ]
