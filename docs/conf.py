@@ -36,7 +36,6 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "torch_gradmatch"
-html_static_path = ["_static"]
 templates_path: list[str] = []
 exclude_patterns = ["_build", "gallery/*.py", "gallery/GALLERY_HEADER.rst", "releasing.md"]
 nitpicky = True

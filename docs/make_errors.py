@@ -33,7 +33,7 @@ few words of it, without the values.
 KEYS = {"AttributeError", "IndexError", "KeyError"}  # what they carry may be a name, not a message
 SHOWS = {"map", "repr", "shown", "shown_name", "sorted", "str", "tuple"}  # calls that only show their last argument
 IMPERATIVE = re.compile(
-    r"(add|build|call|clone|compare|do|draw|evaluate|give|here|iterate|keep|leave|list|load|lower|make|map|move|pass|"
+    r"(add|build|call|clone|compare|do|draw|evaluate|give|here|iterate|keep|leave|list|load|look|lower|make|map|move|pass|"
     r"prefer|put|raise|redistribute|reduce|remove|rename|resume|return|save|set|split|start|step|take|to|train|turn|use|"
     r"wrap|write)\b",
     flags=re.IGNORECASE,
@@ -85,6 +85,8 @@ def shown(value: ast.expr) -> str:
         called = value.func.attr if isinstance(value.func, ast.Attribute) else ast.unparse(value.func)
         if value.args and (called in SHOWS or called == "join"):
             return shown(value.args[-1])
+        if called == "name_of":
+            return "batch"
         if value.args and called == "_kind":
             return f"type of {shown(value.args[0])}"
     if isinstance(value, ast.GeneratorExp | ast.ListComp):
@@ -104,11 +106,18 @@ class Reader:
     module: str
     tree: ast.Module
     _functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
+    _constants: dict[str, list[str]] = field(default_factory=dict)  # texts that classes have as attributes
 
     def __post_init__(self) -> None:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.FunctionDef):
                 self._functions[node.name] = node
+            elif isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    if isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Constant):
+                        text = inner.value.value
+                        if isinstance(text, str) and text:
+                            self._constants.setdefault(ast.unparse(inner.targets[0]), []).append(text)
 
     def messages(self) -> Iterator[Message]:
         """Yield the messages in the order of the source.
@@ -144,7 +153,10 @@ class Reader:
         if kind in KEYS and not isinstance(call.args[0], ast.Constant | ast.JoinedStr):
             return
         if call.args:
-            yield self._message(kind, self.text(call.args[0], texts), around)
+            text = self.text(call.args[0], texts)
+            (name,) = [name for name in self._constants if f"{{{name}}}" in text] or [""]
+            for constant in self._constants.get(name, [""]):  # a subclass each
+                yield self._message(kind, text.replace(f"{{{name}}}", constant) if name else text, around)
 
     def _maker(self, call: ast.Call) -> ast.FunctionDef | None:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)

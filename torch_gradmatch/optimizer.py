@@ -58,7 +58,8 @@ class GradMatch(Optimizer, Generic[MethodT]):
         method: The method. Its settings may be changed between meta-iterations: ``optimizer.method.meta_lr = 0.1``.
 
     Raises:
-        TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or ``method`` no method object.
+        TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or is wrapped already, or ``method`` is no method
+            object.
         ValueError: If the method's model does not hold the optimizer's parameters, two optimizers hold the same
             parameter, or the method cannot serve an optimizer of this class; the message says what can.
 

@@ -153,7 +153,10 @@ class DirectionStep(MetaLoop):
         values = torch.cat(parts).tolist()
         for index, loss in enumerate(values[: len(losses)]):
             if not math.isfinite(loss):
-                raise ValueError(f"the loss of {name_of(index)} is {loss}: nothing was changed")
+                raise ValueError(
+                    f"the loss of {name_of(index)} is {loss}: nothing was changed; look at that batch, or lower a "
+                    "learning rate"
+                )
         if over.in_step:
             over.ranks.agree()  # whose loss it was that made the gradients of all not finite
         return values[: len(losses)], values[len(losses) :]

@@ -750,7 +750,10 @@ def _described(settings: Fish) -> str:
 
 def _refuse_loss(index: int, value: float) -> None:
     if not math.isfinite(value):
-        raise ValueError(f"the loss of {name_of(index)} is {value}: nothing was changed by this meta_step()")
+        raise ValueError(
+            f"the loss of {name_of(index)} is {value}: nothing was changed by this meta_step(); look at that batch, or "
+            "lower a learning rate"
+        )
 
 
 def _evaluated_already(evaluate: Callable[[], Tensor], loss: Tensor, parameters: list[Tensor]) -> Callable[[], Tensor]:
