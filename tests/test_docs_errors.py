@@ -185,3 +185,21 @@ def test_the_class_says_what_its_constructor_raises(tmp_path: Path):
 def test_it_runs_from_the_command_line():
     subprocess.run([sys.executable, "-W", "error", str(ROOT / "docs" / "make_errors.py")], check=True, timeout=60)
     assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == make_errors.page(MESSAGES)
+
+
+def test_a_text_that_classes_have_as_an_attribute_is_shown_for_each(tmp_path: Path):
+    source = """
+        class Base:
+            advice = ""
+
+            def fail(self, index):
+                raise RuntimeError(f"{name_of(index)} cannot: {self.advice} What failed: {index}")
+
+        class First(Base):
+            advice = "use the first."
+
+        class Second(Base):
+            advice = "use the second."
+    """
+    found = [message.text for message in make_errors.read(in_package(tmp_path, source))]
+    assert found == [f"{{batch}} cannot: use the {one}. What failed: {{index}}" for one in ("first", "second")]
