@@ -275,7 +275,7 @@ def sentence(text: str) -> str:
     """
     pieces = text.strip().split("`")
     pieces[::2] = [re.sub(r"(\{[^}]*\})", r"`\1`", piece) for piece in pieces[::2]]
-    pieces = "`".join(pieces).split("`")
+    pieces = "`".join(pieces).replace("``", "").split("`")  # two values side by side are one piece of code
     pieces[::2] = [re.sub(r"([*_<>\[\]{}$#\\~])", r"\\\1", piece) for piece in pieces[::2]]
     joined = "`".join(pieces)
     if re.match(r"[a-z]+ ", joined):
