@@ -11,7 +11,7 @@ from typing import Any
 from docutils import nodes
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]  # the last for the gallery
 
 import make_errors  # noqa: E402
 

@@ -109,6 +109,7 @@ def test_the_error_at_another_gamma():
     assert fidelity.error_at(found, 2.0) == pytest.approx(math.sqrt(17) / 2)
 
 
+@pytest.mark.large
 def test_outcomes_of_a_small_run(tmp_path: Path):
     small = {
         "domains": 3, "size": 16, "images_per_domain": 20, "eval_images": 20, "batch_size": 6, "iterations": 4,

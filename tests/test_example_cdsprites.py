@@ -311,6 +311,7 @@ SMALL = (
 )
 
 
+@pytest.mark.large
 def test_small_run_writes_figure_and_numbers(tmp_path):
     methods = "exact,symmetric,smooth_fish,fish,erm"
     finished = run("--out", "out", "--methods", methods, "--log", "log", *SMALL, cwd=tmp_path)

@@ -27,6 +27,7 @@ def test_the_class_is_in_the_counts_and_mostly_in_the_mark():
         assert float((counted == labels.bool()).float().mean()) > 0.9
 
 
+@pytest.mark.large
 def test_it_ends_with_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(cost, "SHORTEST_TIMING", 1e-9)
     found = example.main(["--steps", "8", "--batch-size", "4"])

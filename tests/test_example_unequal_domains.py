@@ -136,6 +136,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(tmp_path
     assert [step for step, _ in loss] == list(range(3, 181, 3))
 
 
+@pytest.mark.large
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_so_does_the_form_with_meta_step(tmp_path: Path):
     arguments = ["--epochs", "2", "--batches-per-epoch", "60", "--save-every", "3", "--meta-step"]

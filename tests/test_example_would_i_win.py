@@ -24,6 +24,7 @@ def test_the_digits_are_turned_and_nothing_else():
     assert digits.tolist() == load_digits().target.tolist()
 
 
+@pytest.mark.large
 def test_it_ends_with_an_answer_and_goes_on_from_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -71,7 +71,7 @@ def run(checkpoint: Path, kill_after: int, inner_state: str) -> int:
     return subprocess.run(command, timeout=240, check=False).returncode
 
 
-@pytest.mark.parametrize("inner_state", ["carry", "reset"])
+@pytest.mark.parametrize("inner_state", ["carry", pytest.param("reset", marks=pytest.mark.large)])
 def test_killed_and_resumed_training_ends_bit_for_bit_where_it_would_have(inner_state: str, tmp_path: Path):
     whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
     assert run(whole, 0, inner_state) == 0

@@ -186,6 +186,7 @@ def test_shuffles_of_the_domains_and_the_draw_are_independent():
     assert_distributed(outcomes, equally)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_ten_thousand_very_unequal_domains(weighting, order, record_property):

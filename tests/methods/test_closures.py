@@ -179,7 +179,8 @@ def test_two_calls_are_there_only_where_the_optimizer_has_them():
 # --------------------------------------------------------------------------------------------------------- elsewhere
 
 
-@pytest.mark.parametrize("name", ["SAM", pytest.param("LBFGS", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("name", ["SAM", "LBFGS"])
 def test_compare_measures_them(name: str):
     model = network()
     before = copy.deepcopy(model.state_dict())

@@ -61,7 +61,9 @@ def by_idgm(scheme: str) -> dict[Any, Any]:
     return found
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("fsdp", 2), ("fsdp", 3), ("kept", 2), ("hsdp", 4)])
+@pytest.mark.parametrize(
+    ("scheme", "size"), [("fsdp", 2), pytest.param("fsdp", 3, marks=pytest.mark.large), ("kept", 2), ("hsdp", 4)]
+)
 def test_smooth_fish_is_that_of_one_process(scheme: str, size: int):
     everywhere = on_ranks(size, by_smooth_fish, scheme)
     domains = domain_batches(3, 1)
@@ -84,7 +86,9 @@ def test_smooth_fish_is_that_of_one_process(scheme: str, size: int):
         torch.testing.assert_close([one[name, kind][1]["losses"] for one in everywhere], own)
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(
+    ("scheme", "size"), [("fsdp", 2), pytest.param("fsdp", 3, marks=pytest.mark.large), ("hsdp", 4)]
+)
 def test_idgm_by_finite_differences_is_that_of_one_process(scheme: str, size: int):
     everywhere = on_ranks(size, by_idgm, scheme)
     for (name, agreement, _), (found, report) in everywhere[0].items():

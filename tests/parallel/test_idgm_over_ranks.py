@@ -137,7 +137,7 @@ def expected_buffers(name: str, shares: list[list[Batch]]) -> dict[str, Tensor]:
     return {n: b.mean(0) if b.is_floating_point() else b.max(0).values for n, b in together.items()}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.large), 3])
 def test_domains_on_several_ranks_are_those_of_one_process(size: int):
     everywhere = on_ranks(size, by_domains)
     domains = domain_batches(sum(COUNTS[size]), 1)
@@ -150,7 +150,7 @@ def test_domains_on_several_ranks_are_those_of_one_process(size: int):
         torch.testing.assert_close(found["buffers"], expected_buffers(key[0], shares))
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.large), 3])
 def test_samples_on_several_ranks_are_those_of_one_process(size: int):
     everywhere = on_ranks(size, by_data)
     domains = domain_batches(3, 1)

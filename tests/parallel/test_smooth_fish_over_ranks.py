@@ -55,7 +55,7 @@ def steps(parallel: str) -> dict[Any, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.large)])
 def test_walks_go_to_their_mean(size: int):
     everywhere = on_ranks(size, steps, "walks")
     for (name, kind), (found, _) in everywhere[0].items():
@@ -77,7 +77,7 @@ def test_walks_go_to_their_mean(size: int):
             torch.testing.assert_close(b, every.mean(0) if b.is_floating_point() else every.max(0).values)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.large)])
 def test_parts_of_batches_make_one_walk(size: int):
     everywhere = on_ranks(size, steps, "data")
     domains = domain_batches(3, 1)

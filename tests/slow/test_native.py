@@ -189,6 +189,7 @@ def test_an_unknown_setting_is_named(sources: Path, name: str):
     assert "'yes'" in done.stderr
 
 
+@pytest.mark.large
 @needs_compiler
 def test_cuda_without_nvcc_is_refused_if_it_is_asked_for_and_its_reason_kept_else(sources: Path):
     hidden = {"PATH": without("nvcc"), "CUDA_HOME": "", "CUDA_PATH": ""}
@@ -204,6 +205,7 @@ def test_cuda_without_nvcc_is_refused_if_it_is_asked_for_and_its_reason_kept_els
     assert kept(sources)["lost"] == []
 
 
+@pytest.mark.large
 @needs_compiler
 def test_an_nvcc_that_fails_takes_nothing_else_with_it(sources: Path):
     nvcc = sources / "cuda" / "bin" / "nvcc"

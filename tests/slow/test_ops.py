@@ -194,6 +194,7 @@ def test_empty_lists_are_fine():
     interpolate_([], [], 0.5)
 
 
+@pytest.mark.large
 def test_a_tensor_of_more_than_two_to_the_31_bytes():
     numel = 2**30 + 2**20 + 7  # elements of two bytes
     slow, fast = torch.zeros(numel, dtype=torch.bfloat16), torch.ones(numel, dtype=torch.bfloat16)
