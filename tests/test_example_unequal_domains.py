@@ -122,7 +122,8 @@ def check_kills(directory: Path, arguments: list[str], steps: int, kills: list[K
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard, when it is imported
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("times", [2, 10])
 def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(tmp_path: Path, times: int):
     """Three epochs of 20 groups, in which the middle domain goes round after 16 and the small one each time."""
     arguments = ["--epochs", "3", "--batches-per-epoch", "60", "--save-every", "4"]

@@ -20,6 +20,7 @@ def lines_in(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.large
 def test_each_part_carries_out_its_cases_and_not_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The kills are below: torchrun alone takes longer than all this."""
     arguments = ["stateful", "damage", "flat", "--share", "0.0002", "--out", str(tmp_path)]
@@ -162,6 +163,7 @@ def forgetful(settings: dict[str, Any]) -> None:
     train.train(settings)
 
 
+@pytest.mark.large
 def test_killed_and_resumed_it_ends_bit_for_bit_where_it_would_have(tmp_path: Path):
     found = kills.run("fish-carry/2", 0, tmp_path, steps=60)
     assert found["kills"] == 2
@@ -169,6 +171,7 @@ def test_killed_and_resumed_it_ends_bit_for_bit_where_it_would_have(tmp_path: Pa
     assert not (tmp_path / "fish-carry").exists()
 
 
+@pytest.mark.large
 def test_one_that_does_not_is_found(tmp_path: Path):
     with pytest.raises(AssertionError, match=r"the checkpoint of step \d+ is another than that of the undisturbed run"):
         kills.run("fish-carry/4", 0, tmp_path, forgetful, 60)

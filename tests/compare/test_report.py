@@ -204,6 +204,7 @@ print(json.dumps({name: one.peak_bytes for name, one in found.items()}))
 """
 
 
+@pytest.mark.large
 def test_the_answer_turns_with_the_learning_rate():
     answers = {}
     for lr in (1e-4, 3.0, 1e-17):

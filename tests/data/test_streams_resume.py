@@ -230,7 +230,7 @@ def test_with_stateful_data_loaders(kind, domains_per_step, exhausted, wrap):
     ("kind", "exhausted"),
     [
         ("shuffled", "stop"),
-        ("streamed", "cycle"),
+        pytest.param("streamed", "cycle", marks=pytest.mark.large),
         pytest.param("shuffled", "cycle", marks=pytest.mark.large),
         pytest.param("streamed", "stop", marks=pytest.mark.large),
     ],

@@ -197,7 +197,10 @@ def load_and_train(case: str, options: dict[str, Any], steps: int, more: int, fo
     return loaded, everything(model, optimizer)
 
 
-@pytest.mark.parametrize(("case", "options"), [("tracked", "nested"), ("SGD", "flat"), ("several", "flat")])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [pytest.param("tracked", "nested", marks=pytest.mark.large), ("SGD", "flat"), ("several", "flat")],
+)
 def test_it_loads_on_another_number_of_ranks(case: str, options: str, tmp_path: Path):
     """Saved by 2 ranks in the middle of an inner loop; all ranks see the same batches, so they train as one does."""
     steps, more = DOMAINS + 2, DOMAINS

@@ -88,6 +88,7 @@ def test_eval_after_training_shows_the_interpolated_average(name: str):
         torch.testing.assert_close(p, before, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.large
 def test_schedule_free_inside_fish_learns_as_well_whatever_the_fraction():
     """At the point to train and at the point to evaluate, after as many meta-iterations times meta_lr."""
     losses = []

@@ -90,6 +90,7 @@ def test_a_library_that_fails_to_load_warns_once_and_everything_works(package: P
     assert f"does not load with torch {torch.__version__}" in done.stdout
 
 
+@pytest.mark.large
 def test_what_the_build_kept_is_said_and_only_a_loss_is_warned_of(package: Path):
     code = WORKS + "import torch_gradmatch as t; print(t.native_status())"
     for lost, warnings in (["cpu"], 1), ([], 0):

@@ -601,7 +601,7 @@ def test_fake_and_meta_tensors():
 
 
 @needs_kernel
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
+@pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.large)])
 def test_every_instruction_set_gives_the_formula(level: str):
     """The choice is made once in a process, so each level below the processor's own, which runs here, has its own."""
     selected = ("to_a_rounding", "rounds_as_torch", "round_trip", "infinity", "subnormal", "overflows", "tiny")
