@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -320,6 +321,19 @@ def test_from_files_to_the_report_broken_off_and_resumed(tmp_path: Path, capsys:
     assert command.main([*arguments(tmp_path, "heart"), "--out", str(tmp_path / "other")]) == 0
     other = json.loads((tmp_path / "other" / "heart.json").read_text())
     assert without_seconds(other["evidence"]) == without_seconds(found["evidence"])
+
+
+def test_time_counts_also_where_a_call_was_killed(tmp_path: Path):
+    path = tmp_path / "of" / "seconds.json"
+    path.parent.mkdir()
+    path.write_text("100.0")
+    with cli.counted(path, every=0.01) as seconds:
+        deadline = time.monotonic() + 10
+        while json.loads(path.read_text()) <= 100.0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kept = json.loads(path.read_text())  # what is there if it is killed now
+        assert 100.0 < kept <= seconds() < 110.0
+    assert json.loads(path.read_text()) >= kept
 
 
 def without_seconds(evidence: dict[str, Any]) -> dict[str, Any]:

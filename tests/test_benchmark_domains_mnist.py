@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 
 from benchmarks.domains import mnist
-from benchmarks.domains.fishes import fish_against_fish
+from benchmarks.domains.fishes import FishAgainstFish, fish_against_fish
 from benchmarks.domains.idx import load, read_idx, write_idx, write_subset
 from benchmarks.domains.mnist import Settings, measure
 from benchmarks.domains.source import MissingDataError
-from torch_gradmatch.compare.evidence import Evidence
+from torch_gradmatch.compare.evidence import Evidence, interval_of
 from torch_gradmatch.compare.journal import Journal, Key
 
 ROOT = Path(__file__).parents[1]
@@ -509,3 +509,10 @@ def test_domainbed_twice_with_one_seed_is_the_same_bit_for_bit(tmp_path: Path):
         assert before == after  # whatever ran before in that process
         assert len(before["curve"]) == 2
         assert before["stopped"] is None
+
+
+def test_of_a_single_domain_nothing_follows():
+    one, nothing = interval_of([0.1]), interval_of([0.0, 0.0])
+    assert "from which nothing follows" in str(FishAgainstFish(one, nothing, one, 2, nothing))
+    assert "other minibatches" in str(FishAgainstFish(nothing, nothing, nothing, 2, nothing))
+    assert "look why" in str(FishAgainstFish(interval_of([0.1, 0.1]), nothing, nothing, 2, nothing))

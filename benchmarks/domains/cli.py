@@ -16,8 +16,10 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,44 @@ def measure_sprites(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"settings": asdict(settings), "results": [asdict(result) for result in results]}
 
 
+@contextmanager
+def counted(path: Path, every: float = 5.0) -> Iterator[Callable[[], float]]:
+    """Count the time, with that of calls before, and keep it every few seconds: a call that is killed counts, too.
+
+    Args:
+        path: Where to keep it, in a folder that may not be there yet.
+        every: Seconds.
+
+    Yields:
+        A function that returns the seconds so far.
+    """
+    before = json.loads(path.read_text()) if path.is_file() else 0.0
+    start = time.perf_counter()
+    done = threading.Event()
+
+    def spent() -> float:
+        return before + time.perf_counter() - start
+
+    def keep() -> None:
+        if path.parent.is_dir():
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(spent()))
+            partial.replace(path)
+
+    def watch() -> None:
+        while not done.wait(every):
+            keep()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield spent
+    finally:
+        done.set()
+        thread.join()
+        keep()
+
+
 def measure(name: str, options: argparse.Namespace) -> None:
     """Measure one data set and store what was found.
 
@@ -139,21 +179,14 @@ def measure(name: str, options: argparse.Namespace) -> None:
     kind: Callable[[str, argparse.Namespace], dict[str, Any]] = (
         measure_mnist if name in MNIST else measure_sprites if name == report.SPRITES else measure_source
     )
-    seconds = options.out / name / "seconds.json"
-    before = json.loads(seconds.read_text()) if seconds.is_file() else 0.0
-    start = time.perf_counter()
-    try:
+    with counted(options.out / name / "seconds.json") as seconds:
         found = kind(name, options)
-    finally:
-        spent = before + time.perf_counter() - start
-        if seconds.parent.is_dir():
-            seconds.write_text(json.dumps(spent))
-    found |= {
-        "command": command_of(options),
-        "environment": environment(),
-        "processes": options.processes,
-        "seconds": spent,
-    }
+        found |= {
+            "command": command_of(options),
+            "environment": environment(),
+            "processes": options.processes,
+            "seconds": seconds(),
+        }
     (options.out / f"{name}.json").write_text(json.dumps(found) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -39,6 +40,8 @@ class FishAgainstFish:
     def __str__(self) -> str:
         inside = self.selected.low <= 0 <= self.selected.high and self.same.low <= 0 <= self.same.high
         verdict = "as two runs with other minibatches do" if inside else "by more than the interval: look why"
+        if math.isinf(self.selected.low):
+            verdict = "by what a single held-out domain shows, from which nothing follows"
         return (
             f"GradMatchFish minus DomainBed's Fish on the held-out domain: {self.selected} of selected runs for "
             f"another domain, {self.selected_here} for another seed; {self.same} over {self.pairs} pairs with the "
