@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import rdata
 import torch
 
 from benchmarks import __main__ as command
@@ -65,6 +64,7 @@ def write_vowels(root: Path) -> Path:
         frame[f"V{number}"] = generator.normal(size=rows)
     frame["Class"] = pd.Categorical([["hid", "hId"][i // 4 % 2] for i in range(rows)], categories=["hid", "hId"])
     path = put(root, vowels.FILE)
+    rdata = pytest.importorskip("rdata")  # there is none for Python 3.10
     rdata.write_rda(path, {"Vowel": frame})
     return path
 
