@@ -37,7 +37,7 @@ help:
 	@echo "make test-lowest       the suite on the lowest supported torch (large download)"
 	@echo "make test-ecosystem    the wheel on the newest torch with WILDS, DomainBed, Lightning, Accelerate, Trainer, every optimizer (large)"
 	@echo "make lint              ruff format check, ruff, mypy strict on the package"
-	@echo "make docs              run every page of the site and build it into docs/_build/html; GALLERY=1 with the gallery"
+	@echo "make docs              run every page of the site and build it (Python >= 3.11), docs/_build/html; GALLERY=1: the gallery, too"
 	@echo "make docs-links        ask whether the links to other sites still lead somewhere"
 	@echo "make format            apply ruff's formatting and safe fixes"
 	@echo "make check-csrc        compile csrc/ with all warnings as errors; where nvcc is found the .cu too, and read its machine code"
