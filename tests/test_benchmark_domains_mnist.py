@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.domains import mnist
 from benchmarks.domains.fishes import FishAgainstFish, fish_against_fish
@@ -265,6 +266,7 @@ def random_hparams(algorithm, dataset, seed):
 """,
     "scripts/train.py": """
 import argparse, json, os, sys
+import torch
 from domainbed import datasets
 from domainbed.lib import misc
 from torch_gradmatch import Fish
@@ -286,14 +288,20 @@ if __name__ == "__main__":
     assert datasets.MultipleDomainDataset.N_WORKERS == 0
     assert len(os.listdir(os.path.join(args.data_dir, "MNIST", "raw"))) == 4
     assert args.skip_model_save and args.holdout_fraction == 0.2
+    weight = torch.nn.Parameter(torch.ones(1, 1))
     for step in range(args.steps):
+        product = torch.nn.functional.linear(torch.ones(1, 1), weight)
+        assert product.item() == step + 1, "a cast of the parameter is kept"
+        with torch.no_grad():
+            weight += 1
         if args.algorithm == "GradMatchIDGMVariance" and step == 2:
             Fish(meta_lr=-1.0)  # refused by torch_gradmatch
         if args.algorithm == "GradMatchIDGMCosine":
             raise RuntimeError("DomainBed is broken")
         if step % args.checkpoint_freq == 0 or step == args.steps - 1:
             nan = args.algorithm == "IGA" and step > 0
-            line = {"step": step, "loss": float("nan") if nan else 1.0, "step_time": 0.25}
+            line = {"step": step, "loss": float("nan") if nan else 1.0}
+            line["step_time"] = 0.25 * product.itemsize / 4
             for env in range(3):
                 for split in ("in", "out"):
                     run = (args.algorithm, args.hparams, args.seed, args.test_envs, env, split, step)
@@ -407,6 +415,25 @@ def test_the_process_is_as_before(checkout: Path, digits: Path):
     assert (sys.stdout, sys.stderr, sys.argv) == before
 
 
+def test_a_run_is_in_bfloat16_where_asked_for(checkout: Path, digits: Path, tmp_path: Path):
+    write_subset(digits, tmp_path, SETTINGS.images)
+    seconds = {}
+    for bfloat16 in (False, True):
+        settings = replace(SETTINGS, bfloat16=bfloat16)
+        task = mnist.Task("ColoredMNIST", checkout, tmp_path, settings)
+        run = mnist.train_once(task, Key("ERM", "-90%", 0, 0))
+        seconds[bfloat16] = run["seconds"]  # the stand-in's step takes as long as its numbers
+        assert run["by"] == "DomainBed's own, 12 steps of 2 gradients"
+        assert ("bfloat16" in mnist.describe("ColoredMNIST", settings)) == bfloat16
+    assert seconds[True] == seconds[False] / 2 > 0
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_runs_of_another_precision_are_refused(found: Evidence, checkout: Path, digits: Path, runs: Path):
+    with pytest.raises(ValueError, match="bfloat16=False, and here it is True"):
+        measure("ColoredMNIST", digits, checkout, runs, replace(SETTINGS, bfloat16=True), show=False)
+
+
 def test_fish_against_fish(found: Evidence, runs: Path):
     against = fish_against_fish(found, runs)
     ours, theirs = found["GradMatchFish"], found["Fish"]
@@ -477,14 +504,16 @@ def test_ready_settings_are_in_range(settings: dict[str, Settings]):
 
 REAL = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from benchmarks.domains import idx, mnist
 from torch_gradmatch.compare.evidence import Evidence
 from torch_gradmatch.compare.journal import Key
 
-root, checkout, data = map(Path, sys.argv[1:])
+root, checkout, data = map(Path, sys.argv[1:4])
 idx.write_subset(root, data, 90)
-task = mnist.Task("RotatedMNIST", checkout, data, mnist.QUICK["RotatedMNIST"])
+settings = replace(mnist.QUICK["RotatedMNIST"], bfloat16=sys.argv[4] == "bfloat16")
+task = mnist.Task("RotatedMNIST", checkout, data, settings)
 runs = {}
 for name in (*mnist.METHODS, *reversed(mnist.METHODS)):
     run = mnist.train_once(task, Key(name, "30", 1, 1))
@@ -494,11 +523,12 @@ print(json.dumps(runs))
 """
 
 
-def test_domainbed_twice_with_one_seed_is_the_same_bit_for_bit(tmp_path: Path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_domainbed_twice_with_one_seed_is_the_same_bit_for_bit(tmp_path: Path, precision: str):
     checkout, root = os.environ.get("DOMAINBED_DIR"), os.environ.get("MNIST_DIR")
     if not checkout or not root or importlib.util.find_spec("torchvision") is None:
         pytest.skip("needs torchvision, and DOMAINBED_DIR and MNIST_DIR that say where DomainBed and MNIST are")
-    command = [sys.executable, "-c", REAL, root, checkout, str(tmp_path)]
+    command = [sys.executable, "-c", REAL, root, checkout, str(tmp_path), precision]
     first, second = (
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=600).stdout)
         for _ in range(2)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     much.add_argument(
         "--full", action="store_true", help="all domains, 20 draws, more seeds: a day, or a GPU's machine"
     )
+    add("--float32", action="store_true", help="MNIST in float32, not bfloat16: for CPUs that do not multiply that")
     add("--again", type=Path, metavar="FOLDER", help="train nothing: write the report of the figures in this folder")
     options = parser.parse_args(arguments)
     for name in options.names:
@@ -66,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def command_of(options: argparse.Namespace) -> str:
     """Return the command that finds these figures again, without the folders of this machine."""
     size = {"QUICK": " --quick", "FULL": " --full", "DEFAULT": ""}[options.size]
-    return f"python -m benchmarks domains --root data{size}"
+    return f"python -m benchmarks domains --root data{size}{' --float32' if options.float32 else ''}"
 
 
 def measure_source(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -98,6 +99,8 @@ def measure_source(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def measure_mnist(name: str, options: argparse.Namespace) -> dict[str, Any]:
     theirs = MNIST[name]
     settings = getattr(mnist, options.size)[theirs]
+    if options.float32:
+        settings = replace(settings, bfloat16=False)
     if options.domainbed is None:
         raise MissingDataError(f"--domainbed is not given. This gets a checkout: {mnist.CLONE}")
     folder = options.out / name
@@ -113,7 +116,8 @@ def measure_mnist(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "chance": mnist.CHANCE[theirs],
         "cut": (
             f"{settings.images} of 70,000 images, minibatches of {settings.batch_size}, {settings.gradients} gradients "
-            f"in a run, {settings.seeds} seeds; {len(settings.held_out)} of {number} domains held out. DomainBed's own "
+            f"in a run, {'convolutions in bfloat16' if settings.bfloat16 else 'all in float32'}, {settings.seeds} "
+            f"seeds; {len(settings.held_out)} of {number} domains held out. DomainBed's own "
             "protocol is 5,001 steps of 64 images of each domain"
         ),
         "evidence": to_stored(evidence),
