@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -109,3 +110,7 @@ def assert_distributed(outcomes, probabilities):
     statistic = sum((sum(counts[outcome] for outcome in members) - number) ** 2 / number for members, number in bins)
     degrees = len(bins) - 1
     assert statistic < degrees + 7 * math.sqrt(2 * degrees), (statistic, degrees)
+
+
+def changing(message, **changes):
+    return pytest.param(changes, message, id=", ".join(f"{name}={value!r}" for name, value in changes.items()))
