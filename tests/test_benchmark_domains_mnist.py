@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.domains import mnist
+from benchmarks.domains import domainbed, mnist
+from benchmarks.domains.domainbed import Settings
 from benchmarks.domains.fishes import FishAgainstFish, fish_against_fish
 from benchmarks.domains.idx import load, read_idx, write_idx, write_subset
-from benchmarks.domains.mnist import Settings, measure
+from benchmarks.domains.mnist import measure
 from benchmarks.domains.source import MissingDataError
 from torch_gradmatch.compare.evidence import Evidence, interval_of
 from torch_gradmatch.compare.journal import Journal, Key
@@ -182,8 +183,8 @@ def test_a_record_of_results_written_by_hand():
         line(0, 0.7, env0_in=0.5, env0_out=0.25, env1_in=0.5, env1_out=1.0, env2_in=0.25, env2_out=0.5),
         line(4, 0.6, env0_in=0.9, env0_out=0.75, env1_in=0.7, env1_out=0.5, env2_in=0.0, env2_out=1.0),
     ]
-    run = mnist.record_of(results, LABELS, "-90%", 31, per_step=4)
-    assert mnist.sizes(31, 3) == [(9, 2), (8, 2), (8, 2)]
+    run = domainbed.record_of(results, LABELS, "-90%", 31, per_step=4)
+    assert domainbed.sizes(31, 3) == [(9, 2), (8, 2), (8, 2)]
     assert run["stopped"] is None
     assert run["seconds"] == 2.5
     assert run["curve"] == [
@@ -205,14 +206,14 @@ def test_a_record_of_results_written_by_hand():
 def test_a_record_ends_before_the_loss_is_not_finite():
     accuracies = {f"env{i}_{split}": 0.5 for i in range(3) for split in ("in", "out")}
     results = json.loads(json.dumps([line(k, loss, **accuracies) for k, loss in enumerate([0.7, math.nan, 0.1])]))
-    run = mnist.record_of(results, LABELS, "+80%", 30, per_step=2)
+    run = domainbed.record_of(results, LABELS, "+80%", 30, per_step=2)
     assert [point["gradients"] for point in run["curve"]] == [2]
     assert run["stopped"] == "the loss was nan between 2 and 4 gradients"
 
 
 def test_gradients_are_counted():
     def counted(method: str, **hparams: float) -> int:
-        return mnist.gradients_of_step(method, 5, hparams)
+        return domainbed.gradients_of_step(method, 5, hparams)
 
     assert [counted(name) for name in ("ERM", "Fish", "GradMatchFish")] == [5, 5, 5]
     assert [counted("GradMatchSmoothFish", gamma=gamma) for gamma in (1.0, 0.5)] == [5, 9]
@@ -328,7 +329,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in set(sys.modules) - modules:
         if name.split(".")[0] in {"domainbed", "domainbed_algorithms"}:
             del sys.modules[name]
-    mnist._launcher.cache_clear()
+    domainbed._launcher.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -420,8 +421,8 @@ def test_a_run_is_in_bfloat16_where_asked_for(checkout: Path, digits: Path, tmp_
     seconds = {}
     for bfloat16 in (False, True):
         settings = replace(SETTINGS, bfloat16=bfloat16)
-        task = mnist.Task("ColoredMNIST", checkout, tmp_path, settings)
-        run = mnist.train_once(task, Key("ERM", "-90%", 0, 0))
+        task = domainbed.Task("ColoredMNIST", checkout, tmp_path, settings)
+        run = domainbed.train_once(task, Key("ERM", "-90%", 0, 0))
         seconds[bfloat16] = run["seconds"]  # the stand-in's step takes as long as its numbers
         assert run["by"] == "DomainBed's own, 12 steps of 2 gradients"
         assert ("bfloat16" in mnist.describe("ColoredMNIST", settings)) == bfloat16
@@ -492,7 +493,7 @@ def test_what_is_missing_is_refused(checkout: Path, digits: Path):
 
 @pytest.mark.parametrize("settings", [mnist.QUICK, mnist.DEFAULT, mnist.FULL], ids=["quick", "default", "full"])
 def test_ready_settings_are_in_range(settings: dict[str, Settings]):
-    for name, labels in mnist.DOMAINS.items():
+    for name, labels in domainbed.DOMAINS.items():
         mnist._check(name, settings[name], 1)
         assert settings[name].gradients >= 2 * 2 * (len(labels) - 1)  # two steps of IGA
         assert settings[name].methods[0] == "ERM"
@@ -506,17 +507,17 @@ REAL = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
-from benchmarks.domains import idx, mnist
+from benchmarks.domains import domainbed, idx, mnist
 from torch_gradmatch.compare.evidence import Evidence
 from torch_gradmatch.compare.journal import Key
 
 root, checkout, data = map(Path, sys.argv[1:4])
 idx.write_subset(root, data, 90)
 settings = replace(mnist.QUICK["RotatedMNIST"], bfloat16=sys.argv[4] == "bfloat16")
-task = mnist.Task("RotatedMNIST", checkout, data, settings)
+task = domainbed.Task("RotatedMNIST", checkout, data, settings)
 runs = {}
-for name in (*mnist.METHODS, *reversed(mnist.METHODS)):
-    run = mnist.train_once(task, Key(name, "30", 1, 1))
+for name in (*domainbed.METHODS, *reversed(domainbed.METHODS)):
+    run = domainbed.train_once(task, Key(name, "30", 1, 1))
     del run["seconds"]
     runs.setdefault(name, []).append(run)
 print(json.dumps(runs))
@@ -533,7 +534,7 @@ def test_domainbed_twice_with_one_seed_is_the_same_bit_for_bit(tmp_path: Path, p
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=600).stdout)
         for _ in range(2)
     )
-    assert list(first) == list(mnist.METHODS)
+    assert list(first) == list(domainbed.METHODS)
     assert first == second
     for before, after in first.values():
         assert before == after  # whatever ran before in that process

@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domains import idx, mnist, protocol, report, sprites
+from benchmarks.domains import domainbed, idx, mnist, protocol, report, sprites
 from benchmarks.domains.fishes import fish_against_fish
 from benchmarks.domains.source import MissingDataError
 from benchmarks.domains.stored import to_stored
@@ -32,7 +32,7 @@ from benchmarks.report import environment
 
 __all__ = ["main"]
 
-MNIST = {name.lower(): name for name in mnist.DOMAINS}
+MNIST = {name.lower(): name for name in domainbed.DOMAINS}
 NAMES = (*protocol.SOURCES, *MNIST, report.SPRITES)
 
 
@@ -102,17 +102,17 @@ def measure_mnist(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.float32:
         settings = replace(settings, bfloat16=False)
     if options.domainbed is None:
-        raise MissingDataError(f"--domainbed is not given. This gets a checkout: {mnist.CLONE}")
+        raise MissingDataError(f"--domainbed is not given. This gets a checkout: {domainbed.CLONE}")
     folder = options.out / name
     evidence = mnist.measure(theirs, options.root, options.domainbed, folder, settings, options.processes)
-    number = len(mnist.DOMAINS[theirs])
+    number = len(domainbed.DOMAINS[theirs])
     return {
         "title": f"{theirs}, by DomainBed",
         "shift": mnist.SHIFTS[theirs],
-        "get": f"{idx.COMMAND} && {mnist.CLONE}",
+        "get": f"{idx.COMMAND} && {domainbed.CLONE}",
         "licence": idx.LICENCE,
         "notes": mnist.NOTES,
-        "sizes": dict(zip(mnist.DOMAINS[theirs], map(sum, mnist.sizes(settings.images, number)), strict=True)),
+        "sizes": dict(zip(domainbed.DOMAINS[theirs], map(sum, domainbed.sizes(settings.images, number)), strict=True)),
         "chance": mnist.CHANCE[theirs],
         "cut": (
             f"{settings.images} of 70,000 images, minibatches of {settings.batch_size}, {settings.gradients} gradients "
