@@ -306,7 +306,8 @@ def test_from_files_to_the_report_broken_off_and_resumed(tmp_path: Path, capsys:
     for expected in ("MIT (of the package", "| IDGM, cosine", heart.COMMAND, "Switzerland 10", "meta_lr"):
         assert expected in text
     found = json.loads((out / "heart.json").read_text())
-    assert found["command"] == "python -m benchmarks domains --root data --quick"
+    assert found["command"] == "python -m benchmarks domains heart --root data --quick"
+    assert f"`{found['command']}`" in text
     assert str(tmp_path) not in json.dumps({k: v for k, v in found.items() if k != "environment"})
     # Broken off after nine runs, and in the middle of the next line.
     runs = out / "heart" / "runs.jsonl"
@@ -435,6 +436,7 @@ def test_the_report_says_what_the_figures_say(tmp_path: Path):
     assert "Fish: 1 of the selected runs ended early (diverged)" in text
     assert "0.02 (0.01 to 0.03)" in text, "the learning rates found"
     assert "- Left out: names, no files" in text
+    assert "Minutes it took: Won 2, Open 2, Lost 2; 6 in all." in text
     assert text.index("## Won") < text.index("## Open") < text.index("## Lost")
 
 

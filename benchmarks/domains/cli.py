@@ -64,10 +64,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def command_of(options: argparse.Namespace) -> str:
-    """Return the command that finds these figures again, without the folders of this machine."""
+def command_of(name: str, options: argparse.Namespace) -> str:
+    """Return the command that finds a data set's figures again, without the folders of this machine."""
+    root = "" if name == report.SPRITES else " --root data"
     size = {"QUICK": " --quick", "FULL": " --full", "DEFAULT": ""}[options.size]
-    return f"python -m benchmarks domains --root data{size}{' --float32' if options.float32 else ''}"
+    of_mnist = f" --domainbed DomainBed{' --float32' if options.float32 else ''}" if name in MNIST else ""
+    return f"python -m benchmarks domains {name}{root}{of_mnist}{size}"
 
 
 def measure_source(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     with counted(options.out / name / "seconds.json") as seconds:
         found = kind(name, options)
         found |= {
-            "command": command_of(options),
+            "command": command_of(name, options),
             "environment": environment(),
             "processes": options.processes,
             "seconds": seconds(),

@@ -69,20 +69,21 @@ def _has(folder: Path, name: str) -> bool:
 
 def _preamble(files: Mapping[str, Any], drawn: Any) -> str:
     entries = [*files.values(), *([{"title": SPRITES_TITLE} | drawn] if drawn is not None else [])]
-    where = sorted(
-        {
-            f"{e['environment']['date']}, torch {e['environment']['torch']}, Python {e['environment']['python']}, "
-            f"{e['environment']['cpu']}, {e['environment']['cpus']} CPUs, {e['processes']} runs at a time of one "
-            "thread each"
-            for e in entries
-        }
-    )
-    took = ", ".join(f"{e['title']} {e['seconds'] / 60:.0f} min" for e in entries)
+    took = ", ".join(f"{e['title']} {e['seconds'] / 60:.0f}" for e in entries)
     return (
-        f"`{entries[0]['command']}` ({'; '.join(where)}). Took: {took}. Each domain is held out, every method trains "
-        "on the others with the same number of gradients and of draws of hyperparameters; nothing of the held-out "
-        "domain is used for selection. Every figure comes from these runs: the command goes on where it was broken "
-        "off and finds the same figures, bit for bit on one machine, except the seconds."
+        "Each domain is held out, every method trains on the others with the same number of gradients and of draws of "
+        "hyperparameters; nothing of the held-out domain is used for selection. Every figure comes from the runs of "
+        "the command beside it, which goes on where it was broken off and finds the same figures, bit for bit on one "
+        f"machine, except the seconds. Minutes it took: {took}; {sum(e['seconds'] for e in entries) / 60:.0f} in all."
+    )
+
+
+def _how(entry: Mapping[str, Any]) -> str:
+    """Say by what a data set's figures are found again, and where they were found."""
+    on = entry["environment"]
+    return (
+        f"`{entry['command']}` ({on['date']}, torch {on['torch']}, Python {on['python']}, {on['cpu']}, {on['cpus']} "
+        f"CPUs, {entry['processes']} runs at a time of one thread each)"
     )
 
 
@@ -148,7 +149,8 @@ def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
 def _section(folder: Path, name: str, file: Mapping[str, Any], evidence: Evidence) -> list[str]:
     picture, by_domain = f"{name}.png", f"{name}_agreement.png"
     evidence.plot(folder / picture)
-    parts = [f"## {file['title']}", f"Shift: {file['shift']}. Get it: `{file['get']}`. Licence: {file['licence']}."]
+    parts = [f"## {file['title']}", _how(file)]
+    parts += [f"Shift: {file['shift']}. Get it: `{file['get']}`. Licence: {file['licence']}."]
     parts += ["\n".join(f"- {note}" for note in file["notes"])]
     alone = file.get("seconds_of_run", {})
     parts += [f"{_sizes(file['sizes'])} {file['chance']}", evidence.setting, _methods_table(evidence, alone)]
@@ -236,6 +238,7 @@ def _sprites_section(folder: Path, file: Mapping[str, Any]) -> list[str]:
     sprites.plot(results, folder / picture)
     return [
         f"## {SPRITES_TITLE}",
+        _how(file),
         (
             f"{settings['gradients']} gradients of one batch in every run, whatever N and method, and "
             f"{settings['images']} training images in all domains together; {len(settings['seeds'])} seeds, mean and "
