@@ -8,9 +8,10 @@ import json
 import math
 import os
 import pickle
+import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.domains import cli, heart, names, protocol, report, stored, vowels, watch
+from benchmarks.domains import cli, heart, names, protocol, report, steps, stored, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source, find
 from torch_gradmatch import Evidence
 from torch_gradmatch.compare.evidence import EvidenceRow, interval_of
@@ -423,6 +424,47 @@ def test_what_is_stored_is_what_was_found():
     assert stored.agreement_of(without, (0, 1)) == [None, None]
 
 
+def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"gradients": gradients, "held_out": accuracy, "validation": 0.5} for gradients, accuracy in points]
+
+
+def test_accuracy_between_two_evaluations():
+    run = curve((0, 0.1), (40, 0.5), (100, 0.8))
+    moments = (0, 10, 40, 70, 100)
+    assert [steps.accuracy_at(run, at) for at in moments] == pytest.approx([0.1, 0.2, 0.5, 0.65, 0.8])
+    assert steps.accuracy_at(curve((0, 0.25)), 0) == 0.25
+    for outside in (-1, 101):
+        with pytest.raises(ValueError, match=rf"0 and 100 \(got {outside}\)"):
+            steps.accuracy_at(run, outside)
+
+
+def test_methods_are_compared_after_as_many_steps():
+    reference = row_of(steps.REFERENCE, [0.5, 0.5], None)
+    reference.curves.update(d0=[curve((0, 0.0), (100, 0.5)), curve((0, 0.0), (100, 0.7))], d1=[curve((0, 0), (50, 1))])
+    smooth = row_of("SmoothFish", [0.5, 0.5], [0.5, 0.5])
+    smooth.curves.update(d0=[curve((0, 0.0), (100, 0.8))] * 2, d1=[curve((0, 0.0), (50, 0.9))])
+    exact = row_of("IDGM, variance", [0.5, 0.5], [0.5, 0.5])
+    exact.curves.update(d0=[curve((0, 0.0), (100, 0.4))] * 2, d1=[curve((0, 0.4))])  # which diverged at once
+    fish = row_of("Fish", [0.5, 0.5], [0.5, 0.5])
+    found = steps.same_steps(Evidence("small", [reference, smooth, exact, fish]))
+    expected = {"SmoothFish": interval_of([0.2, -0.1]), "IDGM, variance": interval_of([0.1, -0.1])}
+    assert {name: astuple(interval) for name, interval in found.items()} == {
+        name: pytest.approx(astuple(interval)) for name, interval in expected.items()
+    }
+    assert steps.same_steps(Evidence("small", [smooth, exact])) == {}
+
+
+def test_the_report_compares_after_as_many_steps_where_it_can(tmp_path: Path):
+    rows = [row_of(name, [0.6, 0.7], None) for name in ("ERM", steps.REFERENCE)]
+    matching = [row_of(name, [0.6, 0.7], [0.6, 0.7]) for name in ("SmoothFish", "IDGM, cosine")]
+    store(tmp_path, "watch", "Has all", Evidence("small", [*rows, *matching]))
+    store(tmp_path, "heart", "Has ERM alone", evidence_with([0.39, 0.5, 0.61]))
+    text = report.write(tmp_path, {}).read_text()
+    section = text[text.index("### What the matching itself does") : text.index("## Has all")]
+    assert re.search(r"\| Has all +\| \+0.000 \[\+0.000, \+0.000\] \| +\| +\| \+0.000 \[", section)
+    assert "ERM alone" not in section
+
+
 def test_the_report_says_what_the_figures_say(tmp_path: Path):
     store(tmp_path, "watch", "Won", evidence_with([0.61, 0.7, 0.79], 0.1))
     store(tmp_path, "heart", "Lost", evidence_with([0.39, 0.5, 0.61], 0.2))
@@ -436,6 +478,7 @@ def test_the_report_says_what_the_figures_say(tmp_path: Path):
     assert "Fish: 1 of the selected runs ended early (diverged)" in text
     assert "0.02 (0.01 to 0.03)" in text, "the learning rates found"
     assert "- Left out: names, no files" in text
+    assert "What the matching itself does" not in text
     assert "Minutes it took: Won 2, Open 2, Lost 2; 6 in all." in text
     assert text.index("## Won") < text.index("## Open") < text.index("## Lost")
 
