@@ -10,8 +10,8 @@ DomainBed (Gulrajani and Lopez-Paz, ICLR 2021, arXiv 2007.01434) is not changed:
   depends on the trial; here a draw is the same for all seeds, that of trial 0, passed on by ``--hparams``. The batch
   size is fixed.
 - *Precision.* With ``bfloat16`` the script runs under :class:`torch.autocast`: parameters, their gradients and the
-  optimizer stay float32. On a CPU that multiplies bfloat16 (AMX) a gradient takes two fifths of the time; on another
-  one it takes longer, and ``--float32`` is faster.
+  optimizer stay float32. On a CPU that multiplies bfloat16 (AMX) a gradient takes two fifths of the time, and a
+  Hessian-vector product as long as before; on another CPU ``--float32`` is meant to be faster, which was not tried.
 - *Seeds.* ``--trial_seed`` is the run's seed, which parts a domain's images; ``--seed`` is derived from it and nothing
   else, so that methods begin with the same images, noise and weights.
 
