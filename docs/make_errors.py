@@ -55,6 +55,7 @@ class Message(NamedTuple):
         module: Without the package's name; empty for the package itself.
         function: Where in the module; empty at its top.
         raises: What the docstring there says of this kind, or empty.
+        title: What the module is about, in Markdown: the beginning of its docstring, or else its name.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Message(NamedTuple):
     module: str
     function: str
     raises: str
+    title: str
 
 
 # ---------------------------------------------------------------------------------------------------- from the sources
@@ -118,6 +120,12 @@ class Reader:
                         text = inner.value.value
                         if isinstance(text, str) and text:
                             self._constants.setdefault(ast.unparse(inner.targets[0]), []).append(text)
+
+    @property
+    def title(self) -> str:
+        """The first clause of the module's docstring, or else its name."""
+        first = re.match(r"(?::math:`[^`]*`|``[^`]*``|[^:;,.])+", ast.get_docstring(self.tree) or "")
+        return marked_down(first[0]) if first else self.module
 
     def messages(self) -> Iterator[Message]:
         """Yield the messages in the order of the source.
@@ -209,7 +217,7 @@ class Reader:
             raise UnreadableMessageError(f"{self.module or '__init__'}: the message {text!r} holds no word of its own")
         where = [owner for owner in around if owner.name not in {"__init__", "__post_init__"}]  # a class says it itself
         says = raises_entry(ast.get_docstring(where[-1]) or "", kind) if where else ""
-        return Message(kind, text, self.module, ".".join(owner.name for owner in where), says)
+        return Message(kind, text, self.module, ".".join(owner.name for owner in where), says, self.title)
 
 
 def raises_entry(docstring: str, kind: str) -> str:
@@ -226,9 +234,20 @@ def raises_entry(docstring: str, kind: str) -> str:
     if section is None:
         return ""
     entries = re.split(r"^(\w+): ", textwrap.dedent(section[1]), flags=re.MULTILINE)
-    found = dict(zip(entries[1::2], entries[2::2], strict=True)).get(kind, "")
-    found = re.sub(r":math:`([^`]*)`", r"$\1$", " ".join(found.split()))
-    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", found).replace("``", "`")
+    return marked_down(dict(zip(entries[1::2], entries[2::2], strict=True)).get(kind, ""))
+
+
+def marked_down(text: str) -> str:
+    """Return a docstring's text as one line of Markdown.
+
+    Args:
+        text: In reStructuredText.
+
+    Returns:
+        The line.
+    """
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", " ".join(text.split()))
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
 
 
 # --------------------------------------------------------------------------------------------------------- of a message
@@ -356,7 +375,7 @@ def page(messages: list[Message]) -> str:
         lines.append(f"## {TOPICS.get(room) or room or 'torch_gradmatch'}\n")
         for module in dict.fromkeys(message.module for message in here):
             if module != room:
-                lines.append(f"### {module}\n")
+                lines.append(f"### {next(message.title for message in here if message.module == module)}\n")
             seen = set()
             for message in (message for message in here if message.module == module):
                 if message in seen:

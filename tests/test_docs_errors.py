@@ -65,6 +65,22 @@ def test_a_module_with_one_raise_is_rendered_exactly(tmp_path: Path):
     assert (tmp_path / "errors.md").read_text(encoding="utf-8") == RENDERED
 
 
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Fish: with first derivatives.", "Fish"),
+        ("How ``torch.distributed`` is seen, and more.", "How `torch.distributed` is seen"),
+        ("The product :math:`Hv, w` of\n    one loss.", "The product $Hv, w$ of one loss"),
+        ("``compare``: what it costs", "`compare`"),
+    ],
+)
+def test_a_module_is_headed_by_what_it_is_about(tmp_path: Path, docstring: str, expected: str):
+    source = f'r"""{docstring}"""\nraise ValueError("this is refused")\n'
+    (found,) = make_errors.read(in_package(tmp_path, source))
+    assert found.title == expected
+    assert f"\n### {expected}\n" in make_errors.page([found])
+
+
 def test_every_raise_of_the_package_is_on_the_page():
     """Counted in another way: by the text that is sure to be in the message, of whatever is raised by name."""
     page = " ".join(make_errors.page(MESSAGES).split())
