@@ -97,7 +97,10 @@ class GradMatch(Optimizer, Generic[MethodT]):
         if isinstance(optimizer, GradMatch):
             raise TypeError("optimizer is a GradMatch already: wrap the plain optimizer once")
         if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"optimizer is a {_kind(optimizer)}, which has no param_groups: it is no whole optimizer")
+            raise TypeError(
+                f"optimizer is a {_kind(optimizer)}, which has no param_groups, so it is no whole optimizer: wrap one "
+                "whose __init__ calls that of torch.optim.Optimizer"
+            )
         if method is None:
             method = Fish()
         if not isinstance(method, Method):
@@ -343,7 +346,9 @@ class GradMatch(Optimizer, Generic[MethodT]):
         if not batches:
             raise ValueError("batches is empty: meta_step() needs one batch of each domain")
         if domains is not None and len(domains) != len(batches):
-            raise ValueError(f"batches holds {len(batches)} batches of {len(domains)} domains {domains!r:.200}")
+            raise ValueError(
+                f"batches holds {len(batches)} batches of {len(domains)} domains {domains!r:.200}: pass one of each"
+            )
         return domains, batches, self.step if scaler is None else self._scaled_step(scaler)
 
     def _scaled_step(self, scaler: Any) -> Callable[..., Any]:

@@ -255,7 +255,7 @@ def sam(parameters: Any) -> Optimizer:
         pytest.param(
             lambda m: [pytorch_optimizer.SafeFP16Optimizer(SGD(matrices(m), lr=0.1)), SGD(rest(m), lr=0.1)],
             TypeError,
-            "param_groups: it is no whole optimizer",
+            "param_groups, so it is no whole optimizer: list one whose __init__ calls that of torch.optim.Optimizer",
         ),
     ],
     ids=[

@@ -154,7 +154,10 @@ class ExactTerm:
         self.term = self._term(trial, hvp, 1.0)
         length = _norm(self.term)
         if not (math.isfinite(length) and math.isfinite(_norm(self.mean))):
-            raise RuntimeError("the gradients are not finite at these parameters")
+            raise RuntimeError(
+                "the gradients are not finite at these parameters: look at the batches, or take a model that has not "
+                "diverged"
+            )
         if length > 0:
             self.term = []  # free it before the next
             self.term = self._term(trial, hvp, _norm(self.mean) / length)

@@ -198,7 +198,10 @@ def _held_out(
         )
     for label, indices in by_domain.items():
         if len(indices) < 2:
-            raise ValueError(f"domain {label!r} has one sample, and needs one to train on and one to select by")
+            raise ValueError(
+                f"domain {label!r} has one sample, and needs one to train on and one to select by: leave it out, or "
+                "merge it with another"
+            )
     if domains_per_step is not None and not 2 <= check_int("domains_per_step", domains_per_step, at_least=1) < len(
         by_domain
     ):
@@ -258,7 +261,10 @@ def _try_out(
         for name, recipe in recipes.items():
             method = recipe.method(model, draw_settings(ranges[name], 0, 0))
             if method is not None and recipe.order == "pooled":
-                raise ValueError(f"methods[{name!r}] has order='pooled', and {method} needs batches of one domain each")
+                raise ValueError(
+                    f"methods[{name!r}] has order='pooled', and {method} needs batches of one domain each: set "
+                    "order='flipflop' or 'random'"
+                )
             found[name] = f"{recipe.order}, warm_up={recipe.warm_up}, {method!r}"
     found["task"] = {
         "torch": torch.__version__,

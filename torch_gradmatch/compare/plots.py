@@ -46,7 +46,9 @@ def plot_alignment(
         raise ValueError(f"curves should hold from 1 to {len(colours)} curves, one for each colour (got {len(curves)})")
     for (name, (positions, values)), colour in zip(curves.items(), colours, strict=False):
         if len(positions) != len(values):
-            raise ValueError(f"curve {name!r} has {len(positions)} positions and {len(values)} values")
+            raise ValueError(
+                f"curve {name!r} has {len(positions)} positions and {len(values)} values: give one for each position"
+            )
         axes.plot(positions, values, color=colour, linewidth=1.0, alpha=0.4)
         axes.plot(positions, _smoothed(values, smoothing), color=colour, linewidth=2.2, label=name)
     axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")

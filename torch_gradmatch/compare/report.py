@@ -209,7 +209,10 @@ def _plain_optimizer(optimizer: Optimizer | Sequence[Optimizer] | None, model: n
 def _refuse_nonfinite(trial: Trial) -> None:
     loss = float(trial.differentiate_mean_loss())
     if not math.isfinite(loss):
-        raise ValueError(f"the mean loss of the batches is {loss}: there is nothing to compare at these parameters")
+        raise ValueError(
+            f"the mean loss of the batches is {loss}, so there is nothing to compare at these parameters: look at the "
+            "batches, or take a model that has not diverged"
+        )
 
 
 def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method]:

@@ -264,7 +264,8 @@ class _Cosine(RunningAgreement):
         super().__init__(sums, domains)
         if not sums.cosines:
             raise ValueError(
-                "agreement='cosine' needs running sums with cosines (got GradientAlignment(cosines=False))"
+                "agreement='cosine' needs running sums with cosines: pass GradientAlignment() (got "
+                "GradientAlignment(cosines=False))"
             )
 
     def value(self) -> Tensor:

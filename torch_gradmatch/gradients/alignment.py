@@ -497,7 +497,7 @@ def gradient_alignment(
     domains, batches = named_batches(batches)
     wanted = [p for p in parameters if p.requires_grad]
     if not wanted:
-        raise ValueError("parameters holds no tensor that requires a gradient")
+        raise ValueError("parameters holds no tensor that requires a gradient: pass those that are to be trained")
     alignment = GradientAlignment(pairs=pairs)
     with naming(domains):
         for index, batch in enumerate(batches):

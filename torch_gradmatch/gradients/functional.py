@@ -382,7 +382,10 @@ def idgm_grad(
     if sums is None:
         sums = GradientAlignment(cosines=check_bool("cosines", cosines) or check_agreement(agreement) is cosine)
     elif cosines and not sums.cosines:
-        raise ValueError("cosines=True needs running sums with cosines (got GradientAlignment(cosines=False))")
+        raise ValueError(
+            "cosines=True needs running sums with cosines: pass GradientAlignment() (got "
+            "GradientAlignment(cosines=False))"
+        )
     sums.reset()
     sharded = any(map(is_sharded, leaves))
     if sharded and check_agreement(agreement) not in AGREEMENTS.values():

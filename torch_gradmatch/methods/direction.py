@@ -128,7 +128,10 @@ class DirectionStep(MetaLoop):
         """
         trainable = [p for p in self.parameters() if p.requires_grad]
         if not trainable:
-            raise ValueError("no parameter of the optimizer requires a gradient: nothing can be trained")
+            raise ValueError(
+                "no parameter of the optimizer requires a gradient, so nothing can be trained: call requires_grad_() "
+                "on those that should be"
+            )
         return trainable
 
     def read_finite(

@@ -151,16 +151,18 @@ def _check_pairs(slow: Sequence[Tensor], fast: Sequence[Tensor]) -> None:
     """Check shapes, since foreach would broadcast, and what would fail in the middle."""
     for index, (s, f) in enumerate(zip(slow, fast, strict=True)):
         if s.shape != f.shape:
-            raise ValueError(f"slow[{index}] has shape {tuple(s.shape)} and fast[{index}] {tuple(f.shape)}")
+            shapes = f"slow[{index}] has shape {tuple(s.shape)} and fast[{index}] {tuple(f.shape)}"
+            raise ValueError(f"{shapes}: pass pairs of the same shape")
         if s.device != f.device:
-            raise ValueError(f"slow[{index}] is on {s.device} and fast[{index}] on {f.device}")
+            raise ValueError(f"slow[{index}] is on {s.device} and fast[{index}] on {f.device}: move one of them")
         both_real = s.is_floating_point() and f.is_floating_point()
         if not (both_real or (s.is_complex() and f.is_complex())):
             kinds = f"slow[{index}] is {s.dtype} and fast[{index}] {f.dtype}"
             raise ValueError(f"{kinds}; both should be floating point, or both complex")
         if s.is_complex() and (s.is_conj() or f.is_conj()):
             raise ValueError(
-                f"slow[{index}] or fast[{index}] is a conjugated view, to which torch._foreach_* cannot write"
+                f"slow[{index}] or fast[{index}] is a conjugated view, to which torch._foreach_* cannot write: "
+                "store what its resolve_conj() returns"
             )
 
 

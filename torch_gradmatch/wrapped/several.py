@@ -64,7 +64,10 @@ class SeveralOptimizers(Optimizer):
                 raise TypeError(f"optimizer[{index}] should be a torch.optim.Optimizer, already built (got {kind})")
             if not hasattr(optimizer, "param_groups"):
                 kind = type(optimizer).__name__
-                raise TypeError(f"optimizer[{index}] is a {kind}, which has no param_groups: it is no whole optimizer")
+                raise TypeError(
+                    f"optimizer[{index}] is a {kind}, which has no param_groups, so it is no whole optimizer: list one "
+                    "whose __init__ calls that of torch.optim.Optimizer"
+                )
             if any(optimizer is other for other in self.optimizers[:index]):
                 raise ValueError(f"optimizer[{index}] is in the list twice: pass each optimizer once")
         self._sizes: list[int] = []  # of the groups when they were last looked at
