@@ -11,7 +11,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.domains import cli, heart, names, protocol, report, steps, stored, vowels, watch
+from benchmarks.domains import cli, domainbed, heart, names, protocol, report, sprites, steps, stored, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source, find
 from torch_gradmatch import Evidence
 from torch_gradmatch.compare.evidence import EvidenceRow, interval_of
@@ -422,6 +422,40 @@ def test_what_is_stored_is_what_was_found():
     )
     without = replace(evidence.rows[0], curves={"d0": [[{"gradients": 0, "validation": 0.1, "held_out": 0.1}]]})
     assert stored.agreement_of(without, (0, 1)) == [None, None]
+
+
+def test_methods_of_the_report_have_one_name_wherever_they_ran(tmp_path: Path):
+    names = ("ERM", "Fish", "IGA", "GradMatchFish")
+    rows = [row_of(name, [0.6, 0.7], None if name == "ERM" else [0.6, 0.7]) for name in names]
+    store(tmp_path, "coloredmnist", "By DomainBed", Evidence("small", rows))
+    store(tmp_path, "heart", "By us", evidence_with([0.39, 0.5, 0.61]))
+    text = report.write(tmp_path, {}).read_text()
+    by_us, by_domainbed = text[text.index("## By us") :], text[text.index("## By DomainBed") :]
+    for section, expected in ((by_us, "Fish"), (by_domainbed, "Fish")):
+        assert f"\n| {expected} " in section
+    assert "\n| Fish, DomainBed's " in by_domainbed
+    assert "\n| IGA, DomainBed's " in by_domainbed
+    assert "GradMatch" not in by_domainbed
+    assert set(domainbed.TITLES) >= set(domainbed.METHODS) - {"ERM"}
+
+
+def test_the_report_says_where_it_helped_on_sprites(tmp_path: Path):
+    store(tmp_path, "heart", "Natural", evidence_with([0.39, 0.5, 0.61]))
+    results = [
+        asdict(sprites.Result(arrangement, method, number, seed, accuracy, 0.9, 1.0, 100, 0, 1.0))
+        for arrangement in ("pairs", "random")
+        for number in (2, 10)
+        for method, accuracies in (("ERM", (0.5, 0.6)), ("Fish", (0.9, 0.95)))
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    about = json.loads((tmp_path / "heart.json").read_text())
+    drawn = {name: about[name] for name in ("command", "processes", "seconds", "environment")}
+    settings = {"gradients": 100, "images": 10, "seeds": [0, 1]}
+    (tmp_path / "cdsprites.json").write_text(json.dumps(drawn | {"settings": settings, "results": results}))
+    text = report.write(tmp_path, {}).read_text()
+    section = text[text.index("## When it helped") : text.index("## Natural")]
+    assert "Better than ERM on unseen colours, worst against best of all 2 seeds: With colours in pairs" in section
+    assert "as in the demo: Fish at every N." in section
 
 
 def curve(*points: tuple[float, float]) -> list[dict[str, float]]:

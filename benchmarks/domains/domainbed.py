@@ -59,6 +59,7 @@ __all__ = [
     "DOMAINS",
     "HOLDOUT",
     "METHODS",
+    "TITLES",
     "Settings",
     "Task",
     "digest_of",
@@ -80,6 +81,16 @@ METHODS = (
     "GradMatchIDGMVariance",
     "GradMatchIDGMCosine",
 )
+# What is called in a report as the same method of ours is elsewhere, so that both stand in one column.
+TITLES = {
+    "Fish": "Fish, DomainBed's",
+    "IGA": "IGA, DomainBed's",
+    "GradMatchFish": "Fish",
+    "GradMatchSmoothFish": "SmoothFish",
+    "GradMatchIDGMVariance": "IDGM, variance",
+    "GradMatchIDGMInnerProduct": "IDGM, inner product",
+    "GradMatchIDGMCosine": "IDGM, cosine",
+}
 HOLDOUT = 0.2
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from benchmarks.domains import sprites
+from benchmarks.domains.domainbed import TITLES
 from benchmarks.domains.plots import plot_all, plot_domains
 from benchmarks.domains.steps import REFERENCE, SHARES, same_steps
 from benchmarks.domains.stored import agreement_of, evidence_of
@@ -42,7 +44,7 @@ def write(folder: Path, missing: Mapping[str, str]) -> Path:
     drawn = json.loads((folder / f"{SPRITES}.json").read_text()) if _has(folder, SPRITES) else None
     if not files and drawn is None:
         raise ValueError(f"{folder} holds no figures of any data set")
-    found = {name: evidence_of(file["evidence"]) for name, file in files.items()}
+    found = {name: _titled(name, evidence_of(file["evidence"])) for name, file in files.items()}
     titles = {name: file["title"] for name, file in files.items()}
     parts = ["# Does gradient matching help on real data?", _preamble(files, drawn)]
     if found:
@@ -53,7 +55,8 @@ def write(folder: Path, missing: Mapping[str, str]) -> Path:
         ]
         parts += ["\n".join(f"- **{titles[name]}**: {evidence.answer}" for name, evidence in found.items())]
         parts += ["## When it helped, when not, and what the gradients' agreement said beforehand"]
-        parts += [_agreement_table(found, titles), _in_words(found, titles), *_same_steps(found, titles)]
+        parts += [_agreement_table(found, titles), _in_words(found, titles), *_on_sprites(drawn)]
+        parts += _same_steps(found, titles)
     for name, file in files.items():
         parts += _section(folder, name, file, found[name])
     if drawn is not None:
@@ -62,6 +65,11 @@ def write(folder: Path, missing: Mapping[str, str]) -> Path:
     path = folder / "index.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def _titled(name: str, evidence: Evidence) -> Evidence:
+    titles = TITLES if name.endswith("mnist") else {}
+    return replace(evidence, rows=[replace(row, name=titles.get(row.name, row.name)) for row in evidence.rows])
 
 
 def _has(folder: Path, name: str) -> bool:
@@ -138,6 +146,13 @@ def _in_words(found: Mapping[str, Evidence], titles: Mapping[str, str]) -> str:
             "data sets that decides nothing, and it is shown so that nobody has to guess it."
         )
     return " ".join(said)
+
+
+def _on_sprites(drawn: Mapping[str, Any] | None) -> list[str]:
+    if drawn is None:
+        return []
+    results = [sprites.Result(**result) for result in drawn["results"]]
+    return [f"On sprites whose colours are drawn so as to mislead ({SPRITES_TITLE}): {sprites.sentence(results)}"]
 
 
 def _same_steps(found: Mapping[str, Evidence], titles: Mapping[str, str]) -> list[str]:
