@@ -77,13 +77,14 @@ def _has(folder: Path, name: str) -> bool:
 
 
 def _preamble(files: Mapping[str, Any], drawn: Any) -> str:
-    entries = [*files.values(), *([{"title": SPRITES_TITLE} | drawn] if drawn is not None else [])]
-    took = ", ".join(f"{e['title']} {e['seconds'] / 60:.0f}" for e in entries)
+    took = ", ".join(f"{e['title']} {e['seconds'] / 60:.0f}" for e in files.values())
+    whole = [f"{took}; {sum(e['seconds'] for e in files.values()) / 60:.0f} in all"] if files else []
+    whole += [f"{SPRITES_TITLE} {drawn['seconds'] / 60:.0f}"] if drawn is not None else []
     return (
         "Each domain is held out, every method trains on the others with the same number of gradients and of draws of "
         "hyperparameters; nothing of the held-out domain is used for selection. Every figure comes from the runs of "
         "the command beside it, which goes on where it was broken off and finds the same figures, bit for bit on one "
-        f"machine, except the seconds. Minutes it took: {took}; {sum(e['seconds'] for e in entries) / 60:.0f} in all."
+        f"machine, except the seconds. Minutes it took: {'. '.join(whole)}."
     )
 
 
