@@ -430,9 +430,9 @@ def test_methods_of_the_report_have_one_name_wherever_they_ran(tmp_path: Path):
     store(tmp_path, "coloredmnist", "By DomainBed", Evidence("small", rows))
     store(tmp_path, "heart", "By us", evidence_with([0.39, 0.5, 0.61]))
     text = report.write(tmp_path, {}).read_text()
-    by_us, by_domainbed = text[text.index("## By us") :], text[text.index("## By DomainBed") :]
-    for section, expected in ((by_us, "Fish"), (by_domainbed, "Fish")):
-        assert f"\n| {expected} " in section
+    _, by_us, by_domainbed = re.split(r"## By us|## By DomainBed", text)
+    for section in (by_us, by_domainbed):
+        assert "\n| Fish  " in section
     assert "\n| Fish, DomainBed's " in by_domainbed
     assert "\n| IGA, DomainBed's " in by_domainbed
     assert "GradMatch" not in by_domainbed
@@ -474,14 +474,15 @@ def test_accuracy_between_two_evaluations():
 
 def test_methods_are_compared_after_as_many_steps():
     reference = row_of(steps.REFERENCE, [0.5, 0.5], None)
-    reference.curves.update(d0=[curve((0, 0.0), (100, 0.5)), curve((0, 0.0), (100, 0.7))], d1=[curve((0, 0), (50, 1))])
+    ended_early = curve((0, 0), (60, 1.2), (80, 0.8))
+    reference.curves.update(d0=[curve((0, 0.0), (100, 0.5)), curve((0, 0.0), (100, 0.7))], d1=[ended_early])
     smooth = row_of("SmoothFish", [0.5, 0.5], [0.5, 0.5])
-    smooth.curves.update(d0=[curve((0, 0.0), (100, 0.8))] * 2, d1=[curve((0, 0.0), (50, 0.9))])
+    smooth.curves.update(d0=[curve((0, 0.0), (100, 0.8))] * 2, d1=[curve((0, 0.0), (100, 0.9))])
     exact = row_of("IDGM, variance", [0.5, 0.5], [0.5, 0.5])
-    exact.curves.update(d0=[curve((0, 0.0), (100, 0.4))] * 2, d1=[curve((0, 0.4))])  # which diverged at once
+    exact.curves.update(d0=[curve((0, 0.0), (100, 0.4))] * 2, d1=[curve((0, 0.9))])  # which diverged at once
     fish = row_of("Fish", [0.5, 0.5], [0.5, 0.5])
     found = steps.same_steps(Evidence("small", [reference, smooth, exact, fish]))
-    expected = {"SmoothFish": interval_of([0.2, -0.1]), "IDGM, variance": interval_of([0.1, -0.1])}
+    expected = {"SmoothFish": interval_of([0.2, 0.1]), "IDGM, variance": interval_of([0.1, -0.1])}
     assert {name: astuple(interval) for name, interval in found.items()} == {
         name: pytest.approx(astuple(interval)) for name, interval in expected.items()
     }

@@ -46,8 +46,8 @@ def accuracy_at(curve: Sequence[Point], gradients: float) -> float:
 def same_steps(evidence: Evidence) -> dict[str, Interval]:
     """Compare methods at their end with ordinary training on the mean over domains after as many steps.
 
-    Runs are those with the selected hyperparameters; no moment is selected. A run that ended early counts as far as it
-    came.
+    Runs are those with the selected hyperparameters; no moment is selected. A run that ended early, of either, counts
+    as far as it came.
 
     Args:
         evidence: What was found.
@@ -59,16 +59,16 @@ def same_steps(evidence: Evidence) -> dict[str, Interval]:
     rows = {row.name: row for row in evidence.rows}
     if REFERENCE not in rows:
         return {}
+    reference = rows[REFERENCE].curves
+    budget = max(curve[-1]["gradients"] for curves in reference.values() for curve in curves)
     found = {}
     for name, share in SHARES.items():
-        if name in rows:
-            found[name] = interval_of(
-                [
-                    fmean(float(curve[-1]["held_out"]) for curve in curves)
-                    - fmean(
-                        accuracy_at(curve, share * curve[-1]["gradients"]) for curve in rows[REFERENCE].curves[label]
-                    )
-                    for label, curves in rows[name].curves.items()
-                ]
-            )
+        if name not in rows:
+            continue
+        differences = []
+        for label, curves in rows[name].curves.items():
+            ends = [float(curve[-1]["held_out"]) for curve in curves]
+            beside = [accuracy_at(c, min(share * budget, c[-1]["gradients"])) for c in reference[label]]
+            differences.append(fmean(ends) - fmean(beside))
+        found[name] = interval_of(differences)
     return found
