@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 ECOSYSTEM := .venv-ecosystem
 WHEELS ?= dist
 SEED ?= 0
-CHECKED := torch_gradmatch tests examples benchmarks docs csrc setup.py
+CHECKED := torch_gradmatch tests examples benchmarks docs tools setup.py
 
 # Where there is a compiler, a kernel that is lost is a failure.
 NATIVE ?= $(or $(TORCH_GRADMATCH_NATIVE),$(if $(shell command -v $(CXX)),require,off))
@@ -117,13 +117,13 @@ check-csrc: $(INSTALLED)
 ifeq ($(NATIVE),off)
 	@$(NO_COMPILER)
 else
-	for file in csrc/ops.cpp csrc/cpu/interpolate.cpp $(wildcard csrc/cuda/on_host.cpp); do \
+	for file in csrc/ops.cpp csrc/cpu/interpolate.cpp tests/slow/on_host/on_host.cpp; do \
 		$(CXX) -std=c++17 -O3 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas $(DEFINES) -isystem $(TORCH_INCLUDE) \
-			-c $$file -o /dev/null || exit 1; \
+			-Icsrc/cuda -c $$file -o /dev/null || exit 1; \
 	done
 	if [ -n "$(NVCC)" ]; then cat torch_gradmatch/_build.json && test -e torch_gradmatch/_C_cuda.abi3.so && \
 		$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm && \
-		$(BIN)/python csrc/check_machine_code.py torch_gradmatch/_C_cuda.abi3.so; \
+		$(BIN)/python tools/check_machine_code.py torch_gradmatch/_C_cuda.abi3.so; \
 	else echo "nvcc is not found: csrc/cuda/interpolate.cu was not compiled"; fi
 endif
 
@@ -131,7 +131,7 @@ check-abi: $(INSTALLED)
 ifeq ($(NATIVE),off)
 	@$(NO_COMPILER)
 else
-	$(BIN)/python csrc/check_abi.py torch_gradmatch/_C*.abi3.so
+	$(BIN)/python tools/check_abi.py torch_gradmatch/_C*.abi3.so
 endif
 
 wheel: $(INSTALLED)

@@ -2,7 +2,7 @@
 
     TORCH_GRADMATCH_NATIVE=off|auto|require   auto: build it if torch and a compiler are there, else go on without
     TORCH_GRADMATCH_CUDA=0|1|auto             auto: its CUDA library too where nvcc is found, whatever torch that is
-    TORCH_CUDA_ARCH_LIST="8.0;9.0"            the architectures of the CUDA library, instead of ARCHITECTURES below
+    TORCH_CUDA_ARCH_LIST="8.0;Hopper"         the architectures of the CUDA library, instead of ARCHITECTURES below
     TORCH_GRADMATCH_SANITIZE=1                with ASan and UBSan, for ``make test-sanitize``
 
 The extension is two shared libraries on LibTorch's stable ABI for torch 2.10 and later, which use nothing of Python:
@@ -29,7 +29,7 @@ PACKAGE = "torch_gradmatch"
 CPU, CUDA = f"{PACKAGE}._C", f"{PACKAGE}._C_cuda"
 # The oldest torch whose stable ABI the extension asks for; a header of torch beside it is an error.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0"  # those of them that nvcc knows; later ones take the PTX
+ARCHITECTURES = ("75", "80", "90", "100", "120")  # those of them that nvcc knows; later ones take the PTX
 
 
 def setting(name: str, choices: tuple[str, ...]) -> str:
@@ -95,15 +95,19 @@ def find_nvcc() -> str | None:
 
 def code_flags(nvcc: str) -> list[str]:
     """Machine code for each architecture, and PTX of the first and the last, so that every later GPU has a kernel."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    tokens = re.split(r"[;\s]+", (asked or ARCHITECTURES).strip("; "))
-    found = [re.fullmatch(r"(\d+)\.(\d+[a-z]?)(?:\+PTX)?", token) for token in tokens]
-    if not all(found):
-        sys.exit(f"{PACKAGE}: TORCH_CUDA_ARCH_LIST should be like '8.0;9.0' (got {asked!r})")
-    names = sorted({match[1] + match[2] for match in found if match}, key=lambda name: int(re.sub(r"\D", "", name)))
-    if not asked:
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        from torch.utils import cpp_extension
+
+        try:  # it translates names like Hopper, and has no public twin
+            translated = " ".join(cpp_extension._get_cuda_arch_flags())
+        except (ValueError, IndexError) as error:
+            what = "should name architectures that torch knows, like '8.0;9.0' or 'Ampere;Hopper'"
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST={asked!r} {what}: {error}") from error
+        names = set(re.findall(r"code=sm_(\w+)", translated))
+    else:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-        names = [name for name in names if f"compute_{name}" in known]
+        names = {name for name in ARCHITECTURES if f"compute_{name}" in known}
+    names = sorted(names, key=lambda name: int(re.sub(r"\D", "", name)))
     flags = []
     for name in names:
         code = f"[sm_{name},compute_{name}]" if name in {names[0], names[-1]} else f"sm_{name}"

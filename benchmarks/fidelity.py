@@ -106,8 +106,8 @@ def sweep(
                 methods["SmoothFish"] = SmoothFish(1.0, rate, model, nonfinite="ignore")
                 methods[SYMMETRIC] = SmoothFish(gamma, rate, model, nonfinite="ignore", symmetric=True)
             if against == "batch size":
-                methods["IDGM, hvp_domains=1"] = IDGM(model, gamma, hvp_domains=1)
-                methods["IDGM, finite_difference"] = IDGM(model, gamma, hvp="finite_difference")
+                methods["IDGM, hvp_domains=1"] = IDGM(model, gamma, "inner_product", hvp_domains=1)
+                methods["IDGM, finite_difference"] = IDGM(model, gamma, "inner_product", hvp="finite_difference")
             trial.optimizer.param_groups[0]["lr"] = rate
             for name, method in methods.items():
                 found = fidelity(trial, method, exact, orders)

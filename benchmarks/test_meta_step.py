@@ -29,11 +29,11 @@ METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "SmoothFish": lambda model: SmoothFish(1.0, inner_lr=1e-3, model=model),
     "SmoothFish, gamma=2": lambda model: SmoothFish(2.0, inner_lr=1e-3, model=model),
     "SmoothFish, symmetric": lambda model: SmoothFish(GAMMA, inner_lr=1e-3, model=model, symmetric=True),
-    "IDGM, reverse": lambda model: IDGM(model, GAMMA, hvp="reverse"),
-    "IDGM, forward": lambda model: IDGM(model, GAMMA, hvp="forward"),
-    "IDGM, finite_difference": lambda model: IDGM(model, GAMMA, hvp="finite_difference"),
-    "IDGM, keep_graphs": lambda model: IDGM(model, GAMMA, keep_graphs=True),
-    "IDGM, hvp_domains=1": lambda model: IDGM(model, GAMMA, hvp_domains=1),
+    "IDGM, reverse": lambda model: IDGM(model, GAMMA, "inner_product", hvp="reverse"),
+    "IDGM, forward": lambda model: IDGM(model, GAMMA, "inner_product", hvp="forward"),
+    "IDGM, finite_difference": lambda model: IDGM(model, GAMMA, "inner_product", hvp="finite_difference"),
+    "IDGM, keep_graphs": lambda model: IDGM(model, GAMMA, "inner_product", keep_graphs=True),
+    "IDGM, hvp_domains=1": lambda model: IDGM(model, GAMMA, "inner_product", hvp_domains=1),
 }
 
 

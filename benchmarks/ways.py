@@ -47,11 +47,11 @@ METHODS: dict[str, Callable[[nn.Module, float], Method]] = {
     "SmoothFish": lambda model, _: SmoothFish(1.0, SMOOTH_FISH_LR, model),
     "SmoothFish, gamma=2": lambda model, _: SmoothFish(2.0, SMOOTH_FISH_LR, model),
     SYMMETRIC: lambda model, gamma: SmoothFish(gamma, SYMMETRIC_LR, model, symmetric=True),
-    "IDGM": IDGM,
-    "IDGM, keep_graphs": lambda model, gamma: IDGM(model, gamma, keep_graphs=True),
-    "IDGM, hvp_domains=1": lambda model, gamma: IDGM(model, gamma, hvp_domains=1),
-    "IDGM, forward": lambda model, gamma: IDGM(model, gamma, hvp="forward"),
-    "IDGM, finite_difference": lambda model, gamma: IDGM(model, gamma, hvp="finite_difference"),
+    "IDGM": lambda model, gamma: IDGM(model, gamma, "inner_product"),
+    "IDGM, keep_graphs": lambda model, gamma: IDGM(model, gamma, "inner_product", keep_graphs=True),
+    "IDGM, hvp_domains=1": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp_domains=1),
+    "IDGM, forward": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp="forward"),
+    "IDGM, finite_difference": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp="finite_difference"),
 }
 EXACT = [name for name in METHODS if name.startswith("IDGM") or name == SYMMETRIC]
 SMOOTH = [name for name in METHODS if name.startswith("SmoothFish")]

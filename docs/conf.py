@@ -120,7 +120,7 @@ def address_of(target: str, *, is_module: bool) -> str | None:
         is_module: Whether it is a module's.
 
     Returns:
-        The address, or None if it is nobody's.
+        The address, or None if none of them documents it.
     """
     package = target.partition(".")[0]
     if package == "torch":

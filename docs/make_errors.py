@@ -21,7 +21,8 @@ TOPICS = {  # the rooms of the package, in the order of the page
     "_checks": "Arguments and losses",
     "gradients": "Gradients and their agreement",
     "slow": "Slow weights and the native operator",
-    "wrapped": "The wrapped optimizer",
+    "wrapper": "Checkpoints, groups and arguments",
+    "several": "Several optimizers",
     "parallel": "Several processes",
     "compare": "Comparing",
 }

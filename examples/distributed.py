@@ -63,10 +63,11 @@ def make_optimizer(parallel: str, model: nn.Module) -> GradMatch:
         The wrapper.
     """
     if parallel == "domains":
-        method = IDGM(model, gamma=1.0, agreement="variance", process_group=dist.group.WORLD, parallel="domains")
+        method = IDGM(model, process_group=dist.group.WORLD, parallel="domains")
         return GradMatch(torch.optim.Adam(model.parameters(), lr=0.01), method)
-    walks = {"process_group": dist.group.WORLD, "model": model} if parallel == "walks" else {}
-    return GradMatch(torch.optim.SGD(model.parameters(), lr=0.3), Fish(meta_lr=0.5, track_alignment=True, **walks))
+    walks = {"process_group": dist.group.WORLD, "inner_state": "reset"} if parallel == "walks" else {}
+    fish = Fish(meta_lr=0.5, model=model, track_alignment=True, **walks)
+    return GradMatch(torch.optim.SGD(model.parameters(), lr=0.3), fish)
 
 
 def join() -> tuple[int, int]:
@@ -154,12 +155,16 @@ def main(arguments: list[str] | None = None) -> float:
     check_loader(optimizer, meta_batches(loader, sampler.batches_per_group))
 
     def state() -> dict[str, Any]:
-        weights, of_optimizer = get_state_dict(model, optimizer)
-        return {"model": weights, "optimizer": of_optimizer, "sampler": sampler.state_dict(), "step": step}
+        weights, of_optimizer = get_state_dict(model, optimizer)  # without the gamma that IDGM has found
+        gamma = getattr(optimizer.last_meta_step, "gamma", None) or 0.0
+        sampled = {"sampler": sampler.state_dict(), "step": step, "gamma": gamma}
+        return {"model": weights, "optimizer": of_optimizer, **sampled}
 
     checkpoints, step = Checkpoints(options.checkpoint), 0
     saved = state()
     if checkpoints.load(saved):
+        if isinstance(optimizer.method, IDGM):
+            optimizer.method.gamma = saved["gamma"]
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
         sampler.load_state_dict(saved["sampler"])
         step = saved["step"]

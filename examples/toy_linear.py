@@ -62,7 +62,7 @@ AGREEMENT = {
 NUM_DOMAINS = 2
 TEST_SAMPLES = 20_000
 SMOOTH_FISH_INNER_LR = 0.1
-LOG_EVERY = 10  # meta-iterations: reading what one measured waits for an accelerator
+LOG_EVERY = 10  # meta-iterations: reading what one measured synchronizes
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def make_idgm(model: nn.Module, config: Config) -> GradMatch:
     Returns:
         The wrapped optimizer.
     """
-    method = IDGM(model, gamma=config.gamma, track_alignment=True)
+    method = IDGM(model, gamma=config.gamma, agreement="inner_product", track_alignment=True)
     return GradMatch(torch.optim.SGD(model.parameters(), lr=config.meta_step_size), method)
 
 

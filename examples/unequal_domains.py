@@ -13,7 +13,8 @@ just as much by the two optimizers alone on the same batches, but 0.52 where the
 Five epochs of ``exhausted="stop"`` give 0.53, and 1,200 of them, which are the same number of batches, 0.75.
 
 Kill it whenever you like: the same command goes on from the last checkpoint, and ends bit for bit where it would have
-ended. ``--logs DIRECTORY`` writes scalars for TensorBoard. ``--meta-step`` hands over one batch of each domain at a
+ended. ``--logs DIRECTORY`` writes scalars for TensorBoard; a meta-iteration that was resumed in the middle has no
+cosines there. ``--meta-step`` hands over one batch of each domain at a
 time instead of stepping in a plain loop.
 """
 
@@ -150,9 +151,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
                 if not options.meta_step:  # a plain loop keeps its losses by itself
                     scalars["train/loss"] = float(torch.stack(losses).mean())
                     losses = []
-                bar.set_postfix(
-                    loss=f"{scalars['train/loss']:.3f}", cosine=f"{scalars['train/cosine']:+.3f}", refresh=False
-                )
+                shown = {name: scalars[f"train/{name}"] for name in ("loss", "cosine") if f"train/{name}" in scalars}
+                bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
                 for name, value in scalars.items() if writer else ():
                     writer.add_scalar(name, value, step)
             if options.checkpoint and (step % options.save_every == 0 or step == total_steps):

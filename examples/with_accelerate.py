@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
 
-LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured waits for an accelerator
+LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured synchronizes
 
 
 def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[torch.nn.Module, list[int]]:
@@ -67,7 +67,7 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
         optimizer = gradmatch = GradMatch(optimizer, fish)
     elif method == "exact":
         together = {"process_group": dist.group.WORLD, "parallel": "data"} if accelerator.num_processes > 1 else {}
-        exact = IDGM(model, gamma=1.0, agreement="variance", track_alignment=True, **together)
+        exact = IDGM(model, track_alignment=True, **together)
         optimizer = gradmatch = GradMatch(optimizer, exact)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)

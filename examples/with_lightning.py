@@ -12,7 +12,7 @@ place of a :class:`ResumableLoader` in its checkpoints, so that training resumes
 - In mixed precision, bf16 also, Lightning refuses to clip gradients for an optimizer that takes part in loss scaling,
   as a GradMatch does: ``configure_gradient_clipping`` clips here.
 - Under ``precision="16-mixed"`` (tested on a CPU) a step that the GradScaler skips moves nothing and counts as an inner
-  step. ``meta_step`` does not work there, as nobody scales its losses: take bf16-mixed.
+  step. ``meta_step`` does not work there, since its losses are not scaled: take bf16-mixed.
 - Lightning does not store random states: with dropout, add them in ``on_save_checkpoint``.
 - Lightning takes the length of the first epoch for that of all. Where they differ (``domains_per_step`` below the
   number of domains) longer ones are cut off, after a whole group.
@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 
 from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
 
-LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured waits for an accelerator
+LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured synchronizes
 
 
 class ValidateSlowWeights(Callback):
@@ -112,7 +112,7 @@ class Classifier(lightning.LightningModule):
             optimizer = GradMatch(optimizer, fish)
         elif self.hparams.method == "exact":
             together = {"process_group": dist.group.WORLD, "parallel": "data"} if self.trainer.world_size > 1 else {}
-            exact = IDGM(self, gamma=1.0, agreement="variance", track_alignment=True, **together)
+            exact = IDGM(self, track_alignment=True, **together)
             optimizer = GradMatch(optimizer, exact)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

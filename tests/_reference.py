@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class ReferenceFish:
     """Algorithm 1 as it is written: clone the model, walk with an inner optimizer, interpolate, throw the clone away.
 
-    ``model`` holds theta and ``inner_model`` theta~ while an inner loop is open.
+    ``model`` holds theta and ``inner_model`` theta~ while an inner loop is open: from the first step, with all forward
+    passes since the last ``zero_grad()`` before it.
     """
 
     def __init__(
@@ -42,7 +43,6 @@ class ReferenceFish:
         self.inner_optimizer: torch.optim.Optimizer | None = None
         self.previous_optimizer: torch.optim.Optimizer | None = None
         self.steps_taken = 0  # in this inner loop
-        self.began = False  # whether the inner optimizer was to take a step in it
 
     def begin(self) -> None:
         """theta~ <- theta, with a new inner optimizer that may get the previous one's state."""
@@ -74,7 +74,6 @@ class ReferenceFish:
             return loss
 
         self.steps_taken += 1
-        self.began = True
         if isinstance(optimizer, torch.optim.LBFGS):
             return optimizer.step(closure)
         loss = closure()
@@ -88,7 +87,6 @@ class ReferenceFish:
         assert self.inner_model is not None
         loss_fn(self.inner_model)
         self.steps_taken += counts
-        self.began = True
 
     def interpolate(self) -> None:
         """theta <- theta + eps (theta~ - theta)."""
@@ -116,10 +114,9 @@ class ReferenceFish:
 
     def end(self) -> None:
         """Forget theta~; also how an inner loop is abandoned."""
-        if self.began:
-            self.previous_optimizer = self.inner_optimizer
+        self.previous_optimizer = self.inner_optimizer or self.previous_optimizer
         self.inner_model = self.inner_optimizer = None
-        self.steps_taken, self.began = 0, False
+        self.steps_taken = 0
 
     @property
     def current_model(self) -> nn.Module:
@@ -129,7 +126,7 @@ class ReferenceFish:
     @property
     def optimizer_state(self) -> dict[str, Any]:
         """What the user's wrapped optimizer should hold now: its last state stays until the next inner step."""
-        optimizer = self.inner_optimizer if self.began else self.previous_optimizer
+        optimizer = self.inner_optimizer or self.previous_optimizer
         return {} if optimizer is None else optimizer.state_dict()["state"]
 
 
@@ -266,32 +263,3 @@ def idgm_direction(losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamm
     gip = mean_pairwise_inner_product(gradients)
     (gip_gradient,) = torch.autograd.grad(gip, theta)
     return torch.stack(gradients).mean(dim=0).detach() - gamma * gip_gradient
-
-
-def fish_by_hand(
-    optimizer: torch.optim.Optimizer,
-    losses: list[Callable[[], Tensor]],
-    meta_lr: float,
-    iterates: Callable[[torch.optim.Optimizer, Tensor], dict[str, Tensor]],
-) -> None:
-    """A meta-iteration on one and the same optimizer, whose points besides the parameters move by the same fraction.
-
-    ``iterates(optimizer, parameter)`` returns those there are now. One that a step makes begins at the slow weight.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    slow = {p: p.detach().clone() for p in parameters}
-    slow_weights = [group.get("weight_sum", 0.0) for group in optimizer.param_groups]
-    slow_iterates = {p: {n: z.detach().clone() for n, z in iterates(optimizer, p).items()} for p in parameters}
-    for loss in losses:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    with torch.no_grad():
-        for p in parameters:
-            for name, z in iterates(optimizer, p).items():
-                start = slow_iterates[p].get(name, slow[p])
-                z.copy_(start + meta_lr * (z - start))
-            p.copy_(slow[p] + meta_lr * (p - slow[p]))
-    for group, weight in zip(optimizer.param_groups, slow_weights, strict=True):
-        if "weight_sum" in group:  # the weight that an average has by now, of schedule-free
-            group["weight_sum"] = weight + meta_lr * (group["weight_sum"] - weight)

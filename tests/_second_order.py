@@ -28,10 +28,10 @@ GAMMA = 0.3
 Loss = Callable[[nn.Module, Any], Tensor]
 
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
-    "IDGM": lambda model: IDGM(model, GAMMA),
+    "IDGM": lambda model: IDGM(model, GAMMA, "inner_product"),
     "IDGM-kept": lambda model: IDGM(model, GAMMA, "variance", keep_graphs=True),
-    "IDGM-forward": lambda model: IDGM(model, GAMMA, hvp="forward"),
-    "IDGM-finite_difference": lambda model: IDGM(model, GAMMA, hvp="finite_difference"),
+    "IDGM-forward": lambda model: IDGM(model, GAMMA, "inner_product", hvp="forward"),
+    "IDGM-finite_difference": lambda model: IDGM(model, GAMMA, "inner_product", hvp="finite_difference"),
     "SmoothFish": lambda model: SmoothFish(2.0, 0.1, model),
     "SmoothFish-walk": lambda model: SmoothFish(1.0, 0.1, model),
     "SmoothFish-symmetric": lambda model: SmoothFish(GAMMA, 0.1, model, symmetric=True),

@@ -1,8 +1,10 @@
-"""Small models and batches for tests on several ranks, where each rank has a part of every batch."""
+"""For tests on several ranks: small models, batches of which each rank has a part, and what the ranks send."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torch_gradmatch import GradMatch
 
 Batch = tuple[Tensor, Tensor]
 WIDTH = 7  # which two or three ranks cannot divide: shards are uneven
@@ -49,11 +55,17 @@ def smooth() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, WIDTH))
 
 
+def wide() -> nn.Module:
+    """Whose parameters are many more than the numbers that ranks agree by."""
+    return nn.Sequential(nn.Linear(WIDTH, 100), nn.BatchNorm1d(100), nn.GELU(), nn.Linear(100, WIDTH))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch_norm": batch_norm,
     "transformer": SmallTransformer,
     "tied": TiedAutoencoder,
     "smooth": smooth,
+    "wide": wide,
 }
 
 
@@ -129,3 +141,75 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of any number."""
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [full(p.grad) for p in model.parameters()]
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): b.clone() for name, b in model.named_buffers()}
+
+
+def state_of(model: nn.Module, optimizer: GradMatch[Any]) -> Any:
+    """All that a failed meta-iteration has to leave as it was."""
+    state = copy.deepcopy([dict(model.state_dict()), optimizer.optimizer.state_dict()["state"]])
+    return [*state, [None if p.grad is None else full(p.grad) for p in model.parameters()]]
+
+
+def same(one: Any, other: Any) -> bool:
+    """The same bits, whatever the structure."""
+    if isinstance(one, Tensor):
+        return torch.equal(full(one).nan_to_num(7.0), full(other).nan_to_num(7.0))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def mean_of_buffers(every: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean over ranks of what each has, the largest of integers."""
+    together = {name: torch.stack([one[name] for one in every]) for name in every[0]}
+    return {n: b.mean(0) if b.is_floating_point() else b.max(0).values for n, b in together.items()}
+
+
+def world(**settings: Any) -> dict[str, Any]:
+    return {"process_group": dist.group.WORLD} | settings
+
+
+def error_of(function: Callable[..., Any], *arguments: Any) -> str:
+    """What a call raises, as text; nothing if it goes well."""
+    try:
+        function(*arguments)
+    except Exception as error:  # noqa: BLE001  whichever it is, is the result
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def not_a_number_on_last(loss_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """The loss, which is NaN on the last rank."""
+    factor = float("nan") if dist.get_rank() == dist.get_world_size() - 1 else 1.0
+    return lambda batch: loss_fn(batch) * factor
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes through the process groups inside the block, with its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
+            self.sent.append((func.__name__.split(".")[0], sum(t.nbytes for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+    def reductions(self) -> list[int]:
+        """Bytes of each all-reduce."""
+        return [size for name, size in self.sent if name == "allreduce_"]
+
+    def agreements(self) -> int:
+        """How many times the ranks told each other some numbers."""
+        return sum(name == "_allgather_base_" and size < 100 for name, size in self.sent)

@@ -1,20 +1,56 @@
-"""Optimizers of many habits: of a collection that people use, and our own where the habit is rare."""
+"""Optimizers of many habits, of our own where the habit is rare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytorch_optimizer
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch import nn
+from torch.optim import SGD, Optimizer
 
-Build = Callable[[list[Tensor]], Optimizer]
+
+class CountsInGroup(Optimizer):
+    """Adds ``step`` to its groups in the first step, as the optimizers of several collections do."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            first = "step" not in group
+            group["step"] = 1 if first else group["step"] + 1
+            for p in group["params"]:
+                if first:
+                    self.state[p]["sum"] = torch.zeros_like(p)
+                self.state[p]["sum"] += p.grad
+                p -= group["lr"] / group["step"] * self.state[p]["sum"]
+
+
+class CountsInDefaults(Optimizer):
+    """Keeps an estimate and a counter in the defaults, as learning-rate-free optimizers do."""
+
+    def __init__(self, params: Any, lr: float = 0.1, d0: float = 1.0) -> None:
+        super().__init__(params, {"lr": lr, "d0": d0, "d": d0, "k": 0, "train_mode": False})
+
+    def train(self) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["z"] = p.clone()
+            group["k"] += 1
+            group["d"] = group["d"] * 0.5
+            group["history"] = torch.tensor([float(group["k"])])
+            for p in group["params"]:
+                p -= group["lr"] * group["d"] * p.grad
 
 
 class Averaging(Optimizer):
-    """SGD that keeps the average of its iterates, under whatever name, and pulls towards it."""
+    """SGD whose steps become shorter by a count of its own, and that keeps the average of its gradients."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
@@ -33,10 +69,9 @@ class Averaging(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    average = self.state[p].setdefault("polyak", p.clone())
-                    p -= group["lr"] / self.steps_taken * p.grad
-                    average.lerp_(p, 1 / (self.steps_taken + 1))
-                    p.lerp_(average, 0.1)
+                    average = self.state[p].setdefault("average", torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 / self.steps_taken)
+                    p -= group["lr"] / self.steps_taken * average
 
 
 class NeedsAModel(Averaging):
@@ -45,22 +80,6 @@ class NeedsAModel(Averaging):
     def __init__(self, params: Any, model: nn.Module, lr: float = 0.1) -> None:
         super().__init__(params, lr)
         self.lock = memoryview(b"cannot be copied")
-
-
-class Hiding(Averaging):
-    """The same, but the averages are in a list of the object."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, lr)
-        self.averages = [p.detach().clone() for group in self.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for p, average in zip(parameters, self.averages, strict=True):
-            p -= 0.1 * p.grad
-            average.lerp_(p, 0.5)
-            p.lerp_(average, 0.1)
 
 
 class Counting:
@@ -83,38 +102,3 @@ class CountsOutOfSight(SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 p -= group["lr"] / self.counting.number * p.grad
-
-
-def training(optimizer: Optimizer) -> Optimizer:
-    optimizer.train()
-    return optimizer
-
-
-ITERATES: dict[str, tuple[Build, tuple[str, ...]]] = {
-    "ScheduleFreeSGD": (lambda p: training(pytorch_optimizer.ScheduleFreeSGD(p, lr=0.5, momentum=0.8)), ("z",)),
-    "ScheduleFreeAdamW": (lambda p: training(pytorch_optimizer.ScheduleFreeAdamW(p, lr=0.05)), ("z",)),
-    "ScheduleFreeWrapper": (
-        lambda p: training(pytorch_optimizer.ScheduleFreeWrapper(SGD(p, lr=0.3, momentum=0.5), momentum=0.8)),
-        ("z",),
-    ),
-    "Lookahead": (lambda p: pytorch_optimizer.Lookahead(SGD(p, lr=0.2, momentum=0.5), k=2), ("slow_params",)),
-    "Ranger": (lambda p: pytorch_optimizer.Ranger(p, lr=0.05), ("slow_buffer",)),
-    "Prodigy": (lambda p: pytorch_optimizer.Prodigy(p, lr=0.5), ("p0",)),
-    "Averaging": (Averaging, ("polyak",)),
-}
-
-
-def adam_with_decay(params: list[Tensor]) -> Optimizer:
-    return Adam(params, lr=0.1, weight_decay=0.5)
-
-
-PLAIN: dict[str, Build] = {
-    "SGD": lambda p: SGD(p, lr=0.1),
-    "SGD-momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.3),
-    "Adam": adam_with_decay,
-    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, t0=2),  # averages, for nobody but the user
-    "Muon": lambda p: torch.optim.Muon(p, lr=0.1),
-    "Lamb": lambda p: pytorch_optimizer.Lamb(p, lr=0.1),
-    "LARS": lambda p: pytorch_optimizer.LARS(p, lr=0.1),
-    "StableSPAM": lambda p: pytorch_optimizer.StableSPAM(p, lr=0.1),
-}

@@ -47,7 +47,8 @@ def test_bytes_are_those_of_the_formulas(measured: dict[str, Any]):
         assert row["all_reduces"] == pytest.approx(row["promised"], rel=0.02 if "shard" in way else 1e-12)
         assert 0 < row["message_bytes"] < 0.01 * whole
         if way == "Fish, walks, reset":
-            assert row["collectives"] == row["messages"] == 1
+            assert row["collectives"] == 1
+            assert row["messages"] == 2  # ranks agree to begin, and before they reduce
             assert row["payload"] == whole == counted["Fish over DDP", s]["payload"] / s
         elif way == "IDGM, domains":
             assert row["payload"] == 2 * whole

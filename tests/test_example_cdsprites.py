@@ -367,6 +367,7 @@ def test_log_holds_what_every_tenth_meta_iteration_measured(name, tmp_path, monk
     if name != "erm":
         tags |= {"grad_norm", "inner_product", "cosine"}
         tags |= {f"{tag}/{domain}" for tag in ("loss", "grad_norm", "agreement_with_rest") for domain in range(3)}
+    tags |= {"gamma"} if name == "exact" else set()
     board = EventAccumulator(str(tmp_path / name)).Reload()
     known = set(board.Tags()["scalars"])
     assert known <= tags

@@ -211,7 +211,7 @@ def test_fish_logs_alignment_if_asked(bed: SimpleNamespace):
 @pytest.mark.parametrize("agreement", ["inner_product", "variance", "cosine"])
 def test_idgm_steps_along_the_gradient_of_the_exact_objective(bed: SimpleNamespace, agreement: str):
     name = "GradMatchIDGM" + "".join(word.title() for word in agreement.split("_"))
-    ours = build(bed, name, gamma=0.05).double()
+    ours = build(bed, name, **({"gamma": 0.05} if agreement == "inner_product" else {"strength": 0.2})).double()
     other = copy.deepcopy(ours)
     batches = draw(3, dtype=torch.float64)
     parameters = list(other.network.parameters())
@@ -226,10 +226,15 @@ def test_idgm_steps_along_the_gradient_of_the_exact_objective(bed: SimpleNamespa
         "variance": -(stacked - stacked.mean(0)).square().sum() / 3,
         "cosine": sum(nn.functional.cosine_similarity(stacked[i], stacked[j], dim=0) for i, j in pairs) / 3,
     }[agreement]
-    adam = torch.optim.Adam(parameters, lr=1e-2)
-    (torch.stack(losses).mean() - 0.05 * phi).backward()
-    adam.step()
     measured = ours.update(batches)
+    if agreement == "inner_product":
+        assert measured["gamma"] == 0.05
+    else:
+        matching = torch.cat([g.flatten() for g in torch.autograd.grad(phi, parameters, retain_graph=True)])
+        assert measured["gamma"] * matching.norm() == pytest.approx(0.2 * float(stacked.mean(0).norm().detach()))
+    adam = torch.optim.Adam(parameters, lr=1e-2)
+    (torch.stack(losses).mean() - measured["gamma"] * phi).backward()
+    adam.step()
     assert measured["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-10)
     for p, q in zip(ours.network.parameters(), parameters, strict=True):
         # Adam's first step is lr g / (|g| + eps): the bias before BatchNorm has a gradient of rounding errors only
@@ -348,22 +353,24 @@ def test_hyperparameters_are_added_to_domainbeds(bed: SimpleNamespace, name: str
         torch.manual_seed(0)
         bed.algorithms.get_algorithm_class(name)((4,), 3, 2, hparams)  # in range, all of them
     varied = {key for key in own if len({hparams[key] for hparams in drawn}) > 1}
-    assert varied == {"GradMatchFish": {"meta_lr"}, "GradMatchSmoothFish": {"gamma", "inner_lr"}}.get(name, {"gamma"})
+    expected = {"GradMatchFish": {"meta_lr"}, "GradMatchSmoothFish": {"gamma", "inner_lr"}}
+    expected["GradMatchIDGMInnerProduct"] = {"gamma"}
+    assert varied == expected.get(name, {"strength"})
 
 
 def test_hyperparameters_are_drawn_by_domainbeds_scheme(bed: SimpleNamespace):
     import numpy as np
 
-    generator = np.random.RandomState(bed.misc.seed_hash(11, "gamma"))
-    gamma = bed.hparams_registry.random_hparams("GradMatchIDGMVariance", "Data", 11)["gamma"]
-    assert gamma == 10 ** generator.uniform(-1, 1)
+    generator = np.random.RandomState(bed.misc.seed_hash(11, "strength"))
+    strength = bed.hparams_registry.random_hparams("GradMatchIDGMVariance", "Data", 11)["strength"]
+    assert strength == 10 ** generator.uniform(-1.5, -0.5)
     choices = {bed.hparams_registry.random_hparams("GradMatchFish", "Data", s)["meta_lr"] for s in range(40)}
     assert choices == {0.05, 0.1, 0.5}
 
 
 def test_a_missing_hyperparameter_is_named(bed: SimpleNamespace):
     hparams = bed.hparams_registry.default_hparams("ERM", "Data")
-    with pytest.raises(ValueError, match=r"hparams lacks 'gamma'.*default_hparams\('GradMatchIDGMCosine'"):
+    with pytest.raises(ValueError, match=r"hparams lacks 'strength'.*default_hparams\('GradMatchIDGMCosine'"):
         bed.ours.GradMatchIDGMCosine((4,), 3, 2, hparams)
 
 
@@ -389,14 +396,14 @@ def test_training_script(checkout: Path, bed: SimpleNamespace, tmp_path: Path):
     output = tmp_path / "model.pkl"
     done = run(
         "--algorithm", "GradMatchIDGMVariance", "--domainbed", checkout, "--data_dir", "some where", "--test_envs",
-        "0", "2", "--hparams", '{"gamma": 0.5}', "--output", output,
+        "0", "2", "--hparams", '{"strength": 0.5}', "--output", output,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("'cosine'") == 3
     saved = torch.load(output, weights_only=True)
     assert saved["args"]["data_dir"] == "some where"
     assert saved["args"]["test_envs"] == [0, 2]
-    assert saved["hparams"]["gamma"] == 0.5
+    assert saved["hparams"]["strength"] == 0.5
     ours = bed.ours.GradMatchIDGMVariance((4,), 3, 2, saved["hparams"])
     ours.load_state_dict(saved["model_dict"], strict=True)
     assert {int(entry["step"]) for entry in ours.optimizer.optimizer.state.values()} == {3}

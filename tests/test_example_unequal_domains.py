@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from _layout import numbers_of
 from _models import assert_identical
 
 pytest.importorskip("tensorboard", reason="the example writes logs for TensorBoard")
@@ -117,7 +116,13 @@ def check_kills(directory: Path, arguments: list[str], steps: int, kills: list[K
     final, expected = (torch.load(one / "checkpoint.pt", weights_only=True) for one in (broken, whole))
     assert expected["step"] == steps
     assert_identical(final, expected)
-    assert logged(broken) == logged(whole)
+    ours, theirs = logged(broken), logged(whole)
+    assert ours["train/loss"] == theirs["train/loss"]
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():  # a meta-iteration that was resumed in the middle measures no agreement
+        missing = set(theirs[name]) - set(values)
+        assert set(values) <= set(theirs[name])
+        assert len(missing) <= sum(saved["step"] % 3 != 0 for saved in found), name
     return found
 
 
@@ -131,7 +136,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(tmp_path
     resumed = [saved for saved in found if saved["step"]]
     assert len({saved["sampler"]["epoch"] for saved in resumed}) >= 2
     if times == 10:
-        assert {numbers_of(saved["optimizer"])["inner_step"] for saved in resumed} == {0, 1, 2}
+        assert {saved["optimizer"]["gradmatch"]["inner_step"] for saved in resumed} == {0, 1, 2}
         assert max(saved["sampler"]["position"] for saved in resumed) > 48  # the middle domain in its second round
     loss = dict(logged(tmp_path / "broken"))["train/loss"]
     assert [step for step, _ in loss] == list(range(3, 181, 3))

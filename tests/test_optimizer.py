@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
+import threading
 from typing import Any
 
 import pytest
 import torch
 from _feature_training import batches, feature_net, snapshot, through_file, train
 from _models import assert_identical, loss_of
+from _wrapped import CountsInDefaults
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch import Fish, GradMatch, SmoothFish
 
 # ------------------------------------------------------------------------------------------ a real, shared optimizer
 
@@ -52,18 +56,90 @@ def test_assigning_groups_assigns_the_wrapped_optimizers():
     assert optimizer.optimizer.param_groups is groups
 
 
-def test_nothing_is_written_into_the_wrapped_state():
+@pytest.mark.parametrize("meta_dtype", [None, torch.float64])
+def test_the_state_is_the_wrapped_optimizers_and_nothing_of_ours_is_in_it(meta_dtype: torch.dtype | None):
     model = feature_net()
     plain, wrapped = Adam(model.parameters()), Adam(model.parameters())
-    optimizer = GradMatch(
-        wrapped, Fish(0.5, inner_steps=3, model=model, track_alignment=True, meta_dtype=torch.float64)
-    )
+    method = Fish(0.5, inner_steps=3, model=model, track_alignment=True, meta_dtype=meta_dtype)
+    optimizer = GradMatch(wrapped, method)
     train(model, plain, batches(4))
     train(model, optimizer, batches(4))
-    for parameter, entry in wrapped.state.items():
-        assert set(entry) == set(plain.state[parameter])
-    assert optimizer.state[model.out.weight]["slow"].shape == model.out.weight.shape
-    assert model.frozen.weight not in optimizer.state  # a frozen parameter costs no slow copy
+    assert optimizer.state is wrapped.state
+    assert wrapped.state_dict().keys() == plain.state_dict().keys()
+    assert {p: set(entry) for p, entry in wrapped.state.items()} == {p: set(e) for p, e in plain.state.items()}
+    assert [set(group) for group in wrapped.param_groups] == [set(group) for group in plain.param_groups]
+    optimizer.state = {}
+    assert wrapped.state == {}
+
+
+class Untouchable(SGD):
+    """Can be built once, and neither copied nor stepped until it is told so."""
+
+    built = False
+    ready = False
+
+    def __init__(self, params: Any, lock: Any) -> None:
+        assert not Untouchable.built
+        Untouchable.built = True
+        super().__init__(params, lr=0.1, momentum=0.9)
+        self.param_groups[0]["lock"] = lock
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("copied")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AssertionError("copied")
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.ready
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "method", [Fish(), Fish(inner_state="reset"), SmoothFish(1.0, 0.1)], ids=["carry", "reset", "SmoothFish"]
+)
+def test_wrapping_builds_steps_and_copies_nothing_draws_nothing_and_fires_no_hook(method: Any):
+    """Nor does training copy what the user has put into a group, be it a lock."""
+    w = nn.Parameter(torch.ones(2))
+    Untouchable.built = False
+    wrapped = Untouchable([w], threading.Lock())
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    fired: list[Any] = []
+    hooks = [register_optimizer_step_pre_hook(lambda *_: fired.append(1))]
+    hooks.append(register_optimizer_step_post_hook(lambda *_: fired.append(1)))
+    try:
+        optimizer = GradMatch(wrapped, method)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not fired
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    wrapped.ready = True
+    optimizer.meta_step(lambda x: (w * x).sum(), [1.0, 2.0])
+    with pytest.raises(ValueError, match="nan"):
+        optimizer.meta_step(lambda x: (w * x).sum(), [1.0, float("nan")])
+
+
+def test_neither_the_method_nor_the_optimizer_can_be_replaced():
+    optimizer = GradMatch(SGD([nn.Parameter(torch.zeros(1))], lr=1.0), Fish(0.5))
+    for name, value in (("method", Fish(1.0)), ("optimizer", SGD([nn.Parameter(torch.zeros(1))], lr=1.0))):
+        with pytest.raises(AttributeError, match=f"{name} cannot be replaced: change a setting, optimizer.method"):
+            setattr(optimizer, name, value)
+    assert optimizer.method.meta_lr == 0.5
+
+
+def test_methods_of_the_wrapped_optimizer_can_be_called_and_nothing_else():
+    wrapped = CountsInDefaults([nn.Parameter(torch.ones(1))])
+    optimizer = GradMatch(wrapped)
+    optimizer.train()
+    assert wrapped.param_groups[0]["train_mode"]
+    for name in ("nothing", "_numel", "counters", "eval"):
+        assert not hasattr(optimizer, name)
+    with pytest.raises(AttributeError, match="'GradMatch' object has no attribute 'train'"):
+        GradMatch(SGD([nn.Parameter(torch.ones(1))], lr=0.1)).train()
 
 
 def test_add_param_group_reaches_the_wrapped_optimizer_and_its_defaults():
@@ -121,7 +197,7 @@ def test_state_dict_hooks_fire():
 
 def test_wrapping_the_wrong_thing_is_refused():
     parameter = nn.Parameter(torch.zeros(1))
-    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer .*got the class SGD"):
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, already built \(got the class SGD\)"):
         GradMatch(SGD)
     with pytest.raises(TypeError, match=r"optimizer\[0\] should be a torch.optim.Optimizer.* \(got Parameter\)"):
         GradMatch([parameter])
@@ -170,16 +246,15 @@ def test_table_holds_every_scheduler_of_torch():
     assert classes - {"LRScheduler"} == set(SCHEDULERS)
 
 
-@pytest.mark.parametrize("inner_state", ["carry", "reset"])
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
-def test_every_scheduler_drives_the_wrapped_optimizer(name: str, inner_state: str):
-    """The learning rates (and momenta) of a plain optimizer under the same scheduler, also across resets."""
+def test_every_scheduler_drives_the_wrapped_optimizer(name: str):
+    """The learning rates (and momenta) of a plain optimizer under the same scheduler, across resets."""
     histories = []
     for wrap in (False, True):
         model = nn.Linear(2, 1)
         optimizer: Optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
         if wrap:
-            optimizer = GradMatch(optimizer, Fish(0.5, inner_steps=3, inner_state=inner_state))
+            optimizer = GradMatch(optimizer, Fish(0.5, inner_steps=3, inner_state="reset"))
         scheduler = SCHEDULERS[name](optimizer)
         history = []
         for _ in range(8):
@@ -252,6 +327,40 @@ def test_closure_result_is_returned():
     assert isinstance(loss, Tensor)
     assert loss.item() == 9.0
     assert parameter.item() == 0.0
+
+
+def test_a_closure_that_a_grad_scaler_passes_on_is_refused_and_not_dropped():
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = GradMatch(SGD([parameter], lr=0.5), Fish(1.0))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(parameter.sum()).backward()
+    with pytest.raises(RuntimeError, match=r"call scaler.step\(optimizer\) without one"):
+        scaler.step(optimizer, lambda: parameter.sum())
+    assert parameter.item() == 1.0
+    assert optimizer.inner_step == 0
+
+
+def test_a_step_of_no_length_on_gradients_of_zero_counts():
+    """Which is what torch.distributed.checkpoint does before it loads, by step(closure=None)."""
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = GradMatch(Adam([parameter], lr=0.0), Fish(0.5, inner_steps=3))
+    parameter.grad = torch.zeros(1)
+    optimizer.step(closure=None)
+    assert optimizer.inner_step == 0
+    optimizer.optimizer.state.clear()
+    optimizer.step()
+    assert optimizer.inner_step == 1
+
+
+def test_saving_in_inference_mode_before_the_first_step_is_in_nobodys_way():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = GradMatch(SGD([parameter], lr=0.5), Fish(0.5, inner_steps=1, meta_dtype=torch.float64))
+    with torch.inference_mode():
+        optimizer.state_dict()
+        optimizer.zero_grad()
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert parameter.tolist() == [0.75, 0.75]
 
 
 # --------------------------------------------------------------------------------------------------------- edge table
@@ -419,35 +528,6 @@ def test_sums_that_overflow_are_not_mistaken_for_divergence():
     assert parameter.isfinite().all()
 
 
-@pytest.mark.parametrize("surgery", ["load_state_dict", "data", "in place"])
-def test_weight_surgery_between_meta_iterations_is_honoured(surgery: str):
-    model = nn.Linear(2, 1, bias=False)
-    optimizer = GradMatch(SGD(model.parameters(), lr=1.0), Fish(0.5, inner_steps=1))
-    model.weight.grad = torch.ones(1, 2)
-    optimizer.step()
-    new = torch.full((1, 2), 7.0)
-    if surgery == "load_state_dict":
-        model.load_state_dict({"weight": new})
-    elif surgery == "data":
-        model.weight.data = new
-    else:
-        model.weight.data.copy_(new)
-    optimizer.step()
-    assert model.weight.tolist() == [[6.5, 6.5]]
-
-
-def test_unfreezing_in_the_middle_of_an_inner_loop():
-    frozen, free = nn.Parameter(torch.ones(1), requires_grad=False), nn.Parameter(torch.ones(1))
-    optimizer = GradMatch(SGD([frozen, free], lr=1.0), Fish(0.5, inner_steps=2))
-    free.grad = torch.ones(1)
-    optimizer.step()
-    frozen.requires_grad_()
-    frozen.grad = torch.ones(1)
-    optimizer.step()
-    assert frozen.item() == 0.5
-    assert free.item() == 0.0
-
-
 def test_the_graph_of_an_interpolated_parameter_is_stale():
     """Backward through a graph built before an interpolation raises instead of giving wrong gradients."""
     parameter = nn.Parameter(torch.ones(2))
@@ -457,29 +537,3 @@ def test_the_graph_of_an_interpolated_parameter_is_stale():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_a_frozen_parameter_with_a_left_over_gradient_moves_and_is_interpolated():
-    """torch's optimizers look at the gradient only; so must the slow weights."""
-    parameter = nn.Parameter(torch.ones(1), requires_grad=False)
-    parameter.grad = torch.ones(1)
-    optimizer = GradMatch(SGD([parameter], lr=1.0), Fish(0.5, inner_steps=1))
-    optimizer.step()
-    assert parameter.item() == 0.5
-
-
-def test_slow_weights_kept_for_their_digits_do_not_open_an_inner_loop_when_loaded():
-    """Between two inner loops a state dict holds wider slow weights, and surgery after loading still counts."""
-    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    optimizer = GradMatch(SGD([parameter], lr=0.0), Fish(0.5, inner_steps=1, meta_dtype=torch.float32))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    state = through_file(optimizer.state_dict())
-    assert state["state"][0]["slow"].dtype == torch.float32
-    optimizer.load_state_dict(state)
-    with torch.no_grad():
-        parameter.fill_(3.0)
-    optimizer.rollback()
-    assert parameter.tolist() == [3.0, 3.0]
-    optimizer.step()
-    assert parameter.tolist() == [3.0, 3.0]

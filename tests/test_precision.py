@@ -27,8 +27,11 @@ from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 LOW_PRECISION = {**METHODS, "SmoothFish": lambda model: SmoothFish(5.0, 0.5, model), "Fish": lambda model: Fish(1.0)}
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("hvp", ["reverse", "finite_difference"])
+@pytest.mark.parametrize(
+    ("kind", "hvp"),
+    [(nn.LSTM, "reverse"), (nn.GRU, "finite_difference")],
+    ids=["LSTM-reverse", "GRU-finite_difference"],
+)
 def test_recurrent_layers_in_single_precision(kind: type[nn.RNNBase], hvp: str):
     """On the CPU another kernel than in double precision; a copy and a checkpoint afterwards are whole."""
     torch.manual_seed(0)
@@ -36,7 +39,7 @@ def test_recurrent_layers_in_single_precision(kind: type[nn.RNNBase], hvp: str):
     twin = copy.deepcopy(model).double()
     batches = [(x.float(), y.float()) for x, y in regression(5, 3, 4)]
     model.layers.dropout = twin.layers.dropout = 0.0
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), IDGM(model, GAMMA, hvp=hvp))
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), IDGM(model, GAMMA, "inner_product", hvp=hvp))
     optimizer.meta_step(lambda batch: mean_squared_error(model, batch), batches)
     expected = plain_autograd(twin, mean_squared_error, [(x.double(), y.double()) for x, y in batches])
     assert_close(flat(gradient_of(model), model).double(), flat(expected.direction, twin), 2e-3)
@@ -45,8 +48,13 @@ def test_recurrent_layers_in_single_precision(kind: type[nn.RNNBase], hvp: str):
     assert pickle.loads(pickle.dumps(model.state_dict())).keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("where", ["inside the loss", "around meta_step"])
-@pytest.mark.parametrize("method", [name for name in LOW_PRECISION if name != "IDGM-finite_difference"])
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [
+        *((name, "around meta_step") for name in LOW_PRECISION if name != "IDGM-finite_difference"),
+        *((name, "inside the loss") for name in ("IDGM", "IDGM-forward", "SmoothFish", "Fish")),
+    ],
+)
 def test_autocast_to_bfloat16(method: str, where: str):
     """The step is that of single precision up to rounding; parameters and gradients stay in single precision.
 

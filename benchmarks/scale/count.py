@@ -97,30 +97,39 @@ def world() -> Any:
 
 Spread = Callable[[nn.Module], nn.Module]
 Ways = dict[str, tuple[Spread, Callable[[nn.Module], Method], Callable[[int], float], str]]
-ADAM_STATE = 2  # vectors of the parameters' size: carried, they are averaged
 PLAIN: Spread = lambda model: model  # noqa: E731
 WAYS: Ways = {
-    "Fish over DDP": (DistributedDataParallel, lambda _: Fish(), lambda s: s, "S"),
-    "Fish over fully_shard": (sharded, lambda _: Fish(), lambda s: 1.5 * s, "3/2 S"),
-    "Fish, walks, reset": (PLAIN, lambda _: Fish(inner_state="reset", process_group=world()), lambda _: 1, "1"),
-    "Fish, walks, carry (Adam)": (
-        PLAIN, lambda _: Fish(inner_state="carry", process_group=world()), lambda _: 1 + ADAM_STATE, "1 + 2"
+    "Fish over DDP": (DistributedDataParallel, lambda model: Fish(model=model), lambda s: s, "S"),
+    "Fish over fully_shard": (sharded, lambda model: Fish(model=model), lambda s: 1.5 * s, "3/2 S"),
+    "Fish, walks, reset": (
+        PLAIN, lambda model: Fish(inner_state="reset", model=model, process_group=world()), lambda _: 1, "1"
     ),
-    "SmoothFish, walks": (PLAIN, lambda _: SmoothFish(1.0, 0.1, process_group=world()), lambda _: 1, "1"),
-    "SmoothFish, gamma=2, walks": (PLAIN, lambda _: SmoothFish(2.0, 0.1, process_group=world()), lambda _: 2, "2"),
-    "SmoothFish over fully_shard": (sharded, lambda _: SmoothFish(1.0, 0.1), lambda s: 1.5 * s, "3/2 S"),
+    "SmoothFish, walks": (
+        PLAIN, lambda model: SmoothFish(1.0, 0.1, model, process_group=world()), lambda _: 1, "1"
+    ),
+    "SmoothFish, gamma=2, walks": (
+        PLAIN, lambda model: SmoothFish(2.0, 0.1, model, process_group=world()), lambda _: 2, "2"
+    ),
+    "SmoothFish over DDP": (DistributedDataParallel, lambda model: SmoothFish(1.0, 0.1, model), lambda s: s, "S"),
+    "SmoothFish over fully_shard": (sharded, lambda model: SmoothFish(1.0, 0.1, model), lambda s: 1.5 * s, "3/2 S"),
     "SmoothFish, data": (
-        PLAIN, lambda _: SmoothFish(1.0, 0.1, process_group=world(), parallel="data"), lambda s: s, "S"
+        PLAIN, lambda model: SmoothFish(1.0, 0.1, model, process_group=world(), parallel="data"), lambda s: s, "S"
     ),
     "SmoothFish, gamma=2, data": (
-        PLAIN, lambda _: SmoothFish(2.0, 0.1, process_group=world(), parallel="data"), lambda s: 2 * s - 1, "2 S - 1"
+        PLAIN,
+        lambda model: SmoothFish(2.0, 0.1, model, process_group=world(), parallel="data"),
+        lambda s: 2 * s - 1,
+        "2 S - 1",
     ),
-    "IDGM, domains": (PLAIN, lambda model: IDGM(model, 0.01, process_group=world()), lambda _: 2, "2"),
+    "IDGM, domains": (PLAIN, lambda model: IDGM(model, 0.01, "inner_product", process_group=world()), lambda _: 2, "2"),
     "IDGM, cosine, domains": (
         PLAIN, lambda model: IDGM(model, 0.01, "cosine", process_group=world()), lambda _: 3, "2 + 1"
     ),
     "IDGM, data": (
-        PLAIN, lambda model: IDGM(model, 0.01, process_group=world(), parallel="data"), lambda s: s + 1, "S + 1"
+        PLAIN,
+        lambda model: IDGM(model, 0.01, "inner_product", process_group=world(), parallel="data"),
+        lambda s: s + 1,
+        "S + 1",
     ),
 }  # fmt: skip
 

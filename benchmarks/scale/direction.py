@@ -53,7 +53,8 @@ class Problem:
         return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
     def _exact(self, gamma: float) -> Tensor:
-        optimizer = GradMatch(torch.optim.SGD(self.model.parameters(), lr=0.0), IDGM(self.model, gamma))
+        method = IDGM(self.model, gamma, "inner_product")
+        optimizer = GradMatch(torch.optim.SGD(self.model.parameters(), lr=0.0), method)
         optimizer.meta_step(self.loss, self.batches)
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
@@ -122,7 +123,8 @@ def of_one_rank(told: Callable[..., object]) -> float:
     """Walk on two ranks in opposite orders; return how far their mean is from that of walks made one by one."""
     problem, (one, other) = Problem(0), orders_of(0)["pairs"][:2]
     expected = (problem.walk(one, RATE) + problem.walk(other, RATE)) / 2
-    found = problem.walk((one, other)[dist.get_rank()], RATE, process_group=dist.group.WORLD)
+    settings = {"inner_state": "reset", "model": problem.model, "process_group": dist.group.WORLD}
+    found = problem.walk((one, other)[dist.get_rank()], RATE, **settings)
     if dist.get_rank() == 0:
         told()
     return float((found - expected).norm() / expected.norm())

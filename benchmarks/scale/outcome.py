@@ -47,7 +47,7 @@ def train(walks: int, seed: int, settings: dict[str, Any], told: Callable[..., o
     torch.manual_seed(seed)
     model = cdsprites.make_model(config)
     group = dist.group.WORLD if walks > 1 else None
-    method = Fish(config.meta_lr, inner_state="reset", process_group=group)
+    method = Fish(config.meta_lr, inner_state="reset", model=model, process_group=group)
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=config.inner_lr), method)
 
     def loss_fn(batch: Batch) -> Tensor:

@@ -25,7 +25,6 @@ COUNTED: dict[str, dict[str, Any]] = {
     "Fish over fully_shard": {"color": "0.5", "marker": "X"},
     DDP: {"color": BLACK, "marker": "o"},
     "IDGM, data": {"color": AMBER, "marker": "v"},
-    "Fish, walks, carry (Adam)": {"color": SKY, "marker": "D"},
     SPREAD: {"color": ORANGE, "marker": "^"},
     "Fish, walks, reset": {"color": BLUE, "marker": "s"},
 }

@@ -47,9 +47,9 @@ NETWORKS = {
 METHODS: dict[str, Callable[[nn.Module], Method]] = {
     ALONE[FISH]: lambda _: Fish(inner_state="reset"),
     DDP: lambda _: Fish(inner_state="reset"),
-    WALKS: lambda _: Fish(inner_state="reset", process_group=world()),
-    ALONE[EXACT]: lambda model: IDGM(model, GAMMA),
-    SPREAD: lambda model: IDGM(model, GAMMA, process_group=world()),
+    WALKS: lambda model: Fish(inner_state="reset", model=model, process_group=world()),
+    ALONE[EXACT]: lambda model: IDGM(model, GAMMA, "inner_product"),
+    SPREAD: lambda model: IDGM(model, GAMMA, "inner_product", process_group=world()),
 }
 
 

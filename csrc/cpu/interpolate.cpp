@@ -210,7 +210,8 @@ enum class Level { baseline, avx2, avx512 };
 Level choose_level() {
 #if TORCH_GRADMATCH_X86_LEVELS
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const char* asked = std::getenv("TORCH_GRADMATCH_CPU_LEVEL");
@@ -242,8 +243,8 @@ SpanFunction span_function() {
 
 constexpr int64_t kGrain = 1 << 16;  // elements for which a second thread is worth waking
 
-void run_groups(const std::vector<Group>& groups, double weight) {
-  for (const Group& group : groups) {
+void interpolate_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
+  for (const Group& group : make_groups(slow, fast, weight, /*on_cuda=*/false)) {
     visit_dtype_pair(group.slow_dtype, group.fast_dtype, [&](auto pair) {
       using Pair = decltype(pair);
       const SpanFunction run = span_function<Pair>();
@@ -262,21 +263,10 @@ void run_groups(const std::vector<Group>& groups, double weight) {
   }
 }
 
-void interpolate_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  run_groups(make_groups(slow, fast, weight, /*on_cuda=*/false), weight);
-}
-
-std::vector<int64_t> interpolate_taken_cpu(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  const Shares shares = share_out(slow, fast, weight, /*on_cuda=*/false);
-  run_groups(shares.groups, weight);
-  return shares.left;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_gradmatch, CPU, m) {
   m.impl("interpolate_", TORCH_BOX(&interpolate_cpu));
-  m.impl("interpolate_taken_", TORCH_BOX(&interpolate_taken_cpu));
 }
 
 }  // namespace torch_gradmatch

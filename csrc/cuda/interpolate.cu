@@ -60,7 +60,12 @@ const char* obstacle_on(int32_t device) {
   return found->second == cudaSuccess ? nullptr : cudaGetErrorString(found->second);
 }
 
-void run_groups(const std::vector<Group>& groups, double weight) {
+void interpolate_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
+  const std::vector<Group> groups = make_groups(slow, fast, weight, /*on_cuda=*/true);
+  for (const Group& group : groups) {
+    const char* why = obstacle_on(group.device);
+    accept_if(why == nullptr, "the kernel does not run on cuda:", group.device, ": ", why == nullptr ? "" : why);
+  }
   for (const Group& group : groups) {
     const torch::stable::accelerator::DeviceGuard guard(group.device);
     void* stream = nullptr;
@@ -71,32 +76,10 @@ void run_groups(const std::vector<Group>& groups, double weight) {
   }
 }
 
-void interpolate_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  const std::vector<Group> groups = make_groups(slow, fast, weight, /*on_cuda=*/true);
-  for (const Group& group : groups) {
-    const char* why = obstacle_on(group.device);
-    STD_TORCH_CHECK(
-        why == nullptr, "interpolate_: the kernel does not run on cuda:", group.device, ": ", why == nullptr ? "" : why);
-  }
-  run_groups(groups, weight);
-}
-
-std::vector<int64_t> interpolate_taken_cuda(std::vector<Tensor> slow, std::vector<Tensor> fast, double weight) {
-  Shares shares = share_out(slow, fast, weight, /*on_cuda=*/true);
-  for (const Group& group : shares.groups) {
-    if (obstacle_on(group.device) != nullptr) {
-      return every_index(slow.size());
-    }
-  }
-  run_groups(shares.groups, weight);
-  return shares.left;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_gradmatch, CUDA, m) {
   m.impl("interpolate_", TORCH_BOX(&interpolate_cuda));
-  m.impl("interpolate_taken_", TORCH_BOX(&interpolate_taken_cuda));
 }
 
 }  // namespace torch_gradmatch

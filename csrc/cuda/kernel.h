@@ -1,11 +1,11 @@
 // The CUDA kernel of torch_gradmatch::interpolate_ and how tensors are cut into launches. Nothing of torch: this text is
-// compiled by nvcc for a GPU and, with the words of CUDA played by on_host.h, by a C++ compiler for its tests.
+// compiled by nvcc for a GPU and, with tests/slow/on_host/ in place of CUDA, by a C++ compiler for its tests.
 //
 //   slow <- slow + weight (fast - slow);  fast <- cast(slow)
 //
-// The table of tensors travels as a kernel argument, so nothing is copied to the device beforehand, nothing is waited
-// for, and a CUDA graph captures the launch with it. A block works on one chunk of one tensor; which one it finds by
-// bisection in the table. Chunks begin at multiples of the vector width, so an aligned tensor is read and written a
+// The table of tensors is a kernel argument, so nothing is copied to the device beforehand, nothing synchronizes, and a
+// CUDA graph captures the launch with it. A block works on one chunk of one tensor, which it finds by bisection in the
+// table. Chunks begin at multiples of the vector width, so an aligned tensor is read and written a
 // vector at a time, but for its last few elements; a misaligned one goes element by element.
 #pragma once
 

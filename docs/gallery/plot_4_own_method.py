@@ -2,9 +2,8 @@
 A method of your own
 ====================
 
-A method that works out one direction from the domains' gradients is two small classes: the settings, and the step that
-carries them out for one optimizer. Everything else is there already: the wrapped optimizer's step, names of domains, a
-state dict, and what is restored if anything raises.
+A method that works out one direction from the domains' gradients is one small class. Everything else is there already:
+the wrapped optimizer's step, names of domains, a state dict, and what is restored if anything raises.
 
 The method here is PCGrad (Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020, algorithm 1), with
 domains in the place of tasks: where two domains' gradients point against one another, the part of the one that does is
@@ -21,35 +20,26 @@ from torch.nn.utils import parameters_to_vector
 from torch_gradmatch.alignment import gradient_alignment
 
 from torch_gradmatch import IDGM, GradMatch, MetaStep
-from torch_gradmatch.methods.base import Method
-from torch_gradmatch.methods.direction import Direction, DirectionStep
+from torch_gradmatch.methods.direction import Direction, DirectionMethod
 
 torch.set_num_threads(1)
 
 
 @dataclass
-class PCGrad(Method):
-    """The settings. PCGrad has none; these three say how ranks share the work."""
+class PCGrad(DirectionMethod):
+    """The settings. PCGrad has none; these three are what every method of the kind has."""
 
     model: Any = None
     process_group: Any = None
     parallel: str = "data"
 
-    def start(self, optimizer, state):
-        """Make the step for one optimizer."""
-        return PCGradStep(optimizer, self)
-
-
-class PCGradStep(DirectionStep):
-    """PCGrad at work on one optimizer."""
-
-    def evaluate(self, loss_fn, batches, over, *, check=True, scale=1.0):
+    def direction(self, given):
         """Work out the direction at the present parameters."""
-        parameters, losses, gradients = self.trainable(), [], []
-        for batch in batches:
-            loss = loss_fn(batch)
+        losses, gradients = [], []
+        for batch in given.batches:
+            loss = given.loss_fn(batch)
             losses.append(loss.detach())
-            gradients.append(parameters_to_vector(torch.autograd.grad(loss, parameters)))
+            gradients.append(parameters_to_vector(torch.autograd.grad(loss, given.parameters)))
         projected = []
         for i, gradient in enumerate(gradients):
             for j in torch.randperm(len(gradients)).tolist():
@@ -57,14 +47,12 @@ class PCGradStep(DirectionStep):
                 if j != i and product < 0:
                     gradient = gradient - product / gradients[j].square().sum() * gradients[j]
             projected.append(gradient)
-        parts = torch.stack(projected).mean(0).split([p.numel() for p in parameters])
-        direction = {p: part.view_as(p) for p, part in zip(parameters, parts, strict=True)}
-        losses = torch.stack(losses)
+        parts = torch.stack(projected).mean(0).split([p.numel() for p in given.parameters])
+        losses = torch.stack(losses) / given.scale
         return Direction(
-            gradient=[direction.get(p) for p in self.parameters()],
+            gradient=[part.view_as(p) for p, part in zip(given.parameters, parts, strict=True)],
             objective=losses.mean(),
-            report=MetaStep(losses / scale),
-            buffers=None,
+            report=MetaStep(losses),
         )
 
 

@@ -35,7 +35,7 @@ sampler = DomainBatchSampler(
 )
 loader = DataLoader(TensorDataset(features, labels), batch_sampler=sampler)
 model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
-walks = Fish(meta_lr=0.5, inner_steps=3, model=model, process_group=dist.group.WORLD)
+walks = Fish(meta_lr=0.5, inner_steps=3, inner_state="reset", model=model, process_group=dist.group.WORLD)
 optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), walks)
 check_loader(optimizer, loader)
 

@@ -223,9 +223,9 @@ class GradMatchSmoothFish(GradMatchAlgorithm):
         return torch.randperm(domains).tolist()
 
 
-def _idgm_hparams(gamma: float, log10_low: float, log10_high: float) -> dict[str, Entry]:
+def _idgm_hparams(name: str, default: float, log10_low: float, log10_high: float) -> dict[str, Entry]:
     return {
-        "gamma": (gamma, lambda r: 10 ** r.uniform(log10_low, log10_high)),
+        name: (default, lambda r: 10 ** r.uniform(log10_low, log10_high)),
         "hvp": ("reverse", lambda _: "reverse"),
         "keep_graphs": (False, lambda _: False),
     }
@@ -234,9 +234,9 @@ def _idgm_hparams(gamma: float, log10_low: float, log10_high: float) -> dict[str
 class GradMatchIDGM(GradMatchAlgorithm):
     """IDGM: the exact objective, one step of Adam in each update. Its subclasses say by which agreement.
 
-    Hyperparameters: ``gamma``, the strength of the matching; ``hvp`` and ``keep_graphs``, as of
-    ``torch_gradmatch.IDGM``: how second derivatives are taken, and whether to hold the graphs of all domains at the
-    same time, which is faster.
+    Hyperparameters, as of ``torch_gradmatch.IDGM``: ``strength``, how long the matching term is at first, relative to
+    the mean gradient (by the inner product ``gamma`` instead); ``hvp`` and ``keep_graphs``: how second derivatives are
+    taken, and whether to hold the graphs of all domains at the same time, which is faster.
 
     Attributes:
         AGREEMENT: The agreement's name.
@@ -248,8 +248,8 @@ class GradMatchIDGM(GradMatchAlgorithm):
         """Make the method. See ``GradMatchAlgorithm.method``."""
         return IDGM(
             self.network,
-            gamma=self.hparams["gamma"],
             agreement=self.AGREEMENT,
+            **{name: self.hparams[name] for name in ("gamma", "strength") if name in self.HPARAMS},
             hvp=self.hparams["hvp"],
             keep_graphs=self.hparams["keep_graphs"],
             track_alignment=True,
@@ -263,21 +263,21 @@ class GradMatchIDGMInnerProduct(GradMatchIDGM):
     """
 
     AGREEMENT: ClassVar[str] = "inner_product"
-    HPARAMS: ClassVar[dict[str, Entry]] = _idgm_hparams(1e-4, -6, -3)
+    HPARAMS: ClassVar[dict[str, Entry]] = _idgm_hparams("gamma", 1e-4, -6, -3)
 
 
 class GradMatchIDGMVariance(GradMatchIDGM):
-    """IDGM by minus the variance of the domains' gradients, which is bounded above; ``gamma`` is in units of 1/loss."""
+    """IDGM by minus the variance of the domains' gradients, which is bounded above."""
 
     AGREEMENT: ClassVar[str] = "variance"
-    HPARAMS: ClassVar[dict[str, Entry]] = _idgm_hparams(1.0, -1, 1)
+    HPARAMS: ClassVar[dict[str, Entry]] = _idgm_hparams("strength", 0.1, -1.5, -0.5)
 
 
 class GradMatchIDGMCosine(GradMatchIDGM):
-    """IDGM by the mean cosine of the domains' gradients, between -1 and 1; ``gamma`` is in units of the loss."""
+    """IDGM by the mean cosine of the domains' gradients, between -1 and 1."""
 
     AGREEMENT: ClassVar[str] = "cosine"
-    HPARAMS: ClassVar[dict[str, Entry]] = _idgm_hparams(0.1, -2, 0)
+    HPARAMS: ClassVar[dict[str, Entry]] = _idgm_hparams("strength", 0.1, -1.5, -0.5)
 
 
 ALGORITHMS: dict[str, type[GradMatchAlgorithm]] = {

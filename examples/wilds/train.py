@@ -80,7 +80,7 @@ def make_method(model: nn.Module, options: argparse.Namespace) -> Fish | SmoothF
         return Fish(options.meta_lr, options.domains_per_step, "carry", model=model, track_alignment=True)
     if options.method == "smooth_fish":
         return SmoothFish(options.gamma, options.inner_lr, model=model, track_alignment=True)
-    return IDGM(model, options.gamma, agreement=options.agreement, track_alignment=True)
+    return IDGM(model, agreement=options.agreement, strength=options.strength, track_alignment=True)
 
 
 class Run:

@@ -43,8 +43,9 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[arg
     paper.add_argument("--iterations", type=int, help="stop after so many (meta-)iterations, after the warm start")
     paper.add_argument("--eval-every", type=int, help="iterations between evaluations; 0: at the end of epochs only")
     ours = parser.add_argument_group("settings of methods that the authors did not run on WILDS")
-    ours.add_argument("--gamma", type=float, help="strength of SmoothFish or of the exact objective")
+    ours.add_argument("--gamma", type=float, default=OURS.gamma, help="strength of SmoothFish")
     ours.add_argument("--inner-lr", type=float, default=OURS.inner_lr, help="of SmoothFish's walk")
+    ours.add_argument("--strength", type=float, default=OURS.strength, help="of the exact objective: 0.03 to 0.3")
     ours.add_argument("--agreement", choices=("inner_product", "variance", "cosine"), default=OURS.agreement)
     add("--image-size", type=int, default=224, help="side of images in pixels")
     add("--max-tokens", type=int, help="of a text; default 512 for Amazon, 300 for CivilComments")
@@ -62,8 +63,6 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> tuple[arg
             setattr(options, name, getattr(settings, name))
     if options.meta_lr is None:
         options.meta_lr = settings.epsilon
-    if options.gamma is None:
-        options.gamma = OURS.idgm_gamma if options.method == "idgm" else OURS.gamma
     if options.max_tokens is None:
         options.max_tokens = 512 if options.dataset == "amazon" else 300
     if options.out is None:

@@ -83,13 +83,13 @@ class OurSettings:
     Attributes:
         gamma: Strength of SmoothFish.
         inner_lr: Step of SmoothFish's walk by plain SGD.
-        idgm_gamma: Strength of the exact objective.
+        strength: Of the exact objective: how long the matching term is at first, relative to the mean gradient.
         agreement: Its agreement: "variance" is bounded, the paper's inner product is not.
     """
 
     gamma: float = 1.0
     inner_lr: float = 0.01
-    idgm_gamma: float = 0.1
+    strength: float = 0.1
     agreement: str = "variance"
 
 

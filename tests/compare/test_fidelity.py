@@ -87,9 +87,9 @@ def test_methods_are_told_apart_by_their_gamma():
     with trying(case, Adam(case.model.parameters(), lr=1e-3)) as trial:
         exact = ExactTerm(trial)
         smooth = fidelity(trial, SmoothFish(5.0, lr, case.model), exact, all_orders(domains))
-        half = fidelity(trial, IDGM(case.model, 0.5), exact, all_orders(domains))
+        half = fidelity(trial, IDGM(case.model, 0.5, "inner_product"), exact, all_orders(domains))
         away = fidelity(trial, IDGM(case.model, 0.5, agreement=lambda g: -_gip(g)), exact, all_orders(domains))
-        one_each = [fidelity(trial, IDGM(case.model, 0.5, hvp_domains=1), exact, [[0, 1, 2]] * 60)]
+        one_each = [fidelity(trial, IDGM(case.model, 0.5, "inner_product", hvp_domains=1), exact, [[0, 1, 2]] * 60)]
     assert smooth.gamma == pytest.approx(5 * fish_gamma(lr, domains), rel=1e-3)
     assert half.gamma == pytest.approx(0.5, rel=1e-9)
     assert half.cosine == pytest.approx(1.0, abs=1e-12)

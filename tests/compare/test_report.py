@@ -229,7 +229,7 @@ def test_the_answer_turns_with_the_learning_rate():
 class Broken(Method):
     message: str
 
-    def start(self, optimizer: Any, state: Any) -> MetaLoop:
+    def start(self, optimizer: Any) -> MetaLoop:
         raise RuntimeError(self.message)
 
 
@@ -251,8 +251,8 @@ class BreaksLater(Fish):
 
     left: int = 3
 
-    def start(self, optimizer: Any, state: Any) -> MetaLoop:
-        loop = super().start(optimizer, state)
+    def start(self, optimizer: Any) -> MetaLoop:
+        loop = super().start(optimizer)
         whole = loop.meta_step
 
         def meta_step(*arguments: Any) -> Any:
@@ -311,7 +311,7 @@ def test_every_method_is_measured_against_what_it_matches():
     methods = {
         "Fish": Fish(),
         "variance": IDGM(case.model, 0.5, "variance"),
-        "product": IDGM(case.model, 0.1),
+        "product": IDGM(case.model, 0.1, "inner_product"),
         "cosine": IDGM(case.model, 0.2, "cosine"),
     }
     optimizer = SGD(case.model.parameters(), lr=1e-4)

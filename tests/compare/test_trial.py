@@ -18,8 +18,8 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from torch_gradmatch import IDGM, Fish, GradMatch
+from torch_gradmatch.compare.copies import copy_optimizer
 from torch_gradmatch.compare.trial import Trial
-from torch_gradmatch.wrapped.twin import copy_optimizer
 
 DENSE_OPTIMIZERS = [
     value

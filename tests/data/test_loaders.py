@@ -363,9 +363,23 @@ class Wrapping:
 def test_the_number_of_domains_has_to_be_that_of_inner_steps(wrap, kind):
     for loader in (KINDS[kind](), ResumableLoader(KINDS[kind]())):
         check_loader(wrap(make_optimizer(inner_steps=3)), loader)
-        check_loader(wrap(make_optimizer(inner_steps=None)), loader)
         with pytest.raises(ValueError, match=r"Fish\(inner_steps=5\).*domains_per_step=3"):
             check_loader(wrap(make_optimizer(inner_steps=5)), loader)
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, Wrapping])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_inner_steps_a_loop_of_steps_would_never_interpolate(wrap, kind):
+    optimizer = wrap(make_optimizer(inner_steps=None))
+    for loader in (KINDS[kind](), ResumableLoader(KINDS[kind]())):
+        if kind.startswith("meta"):  # for meta_step, which interpolates by itself
+            check_loader(optimizer, loader)
+            continue
+        message = (
+            r"Fish without inner_steps .*: pass Fish\(inner_steps=3\), or .* meta_batches\(loader, 3\).* meta_step"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_loader(optimizer, loader)
 
 
 def test_with_fewer_domains_per_step_than_domains():
@@ -383,8 +397,9 @@ def test_with_a_loader_per_domain():
             check_loader(make_optimizer(inner_steps=3), loader)
     with pytest.raises(ValueError, match=r"accumulation_steps=2.*batch_size in every loader"):
         check_loader(make_optimizer(inner_steps=2), streams, 2)
-    with pytest.raises(ValueError, match=r"meta_batches\(loader, 2\)"):
-        check_loader(make_optimizer(lambda m: IDGM(m, 1.0)), streams)
+    for method in (lambda m: IDGM(m, 1.0), lambda _: Fish()):
+        with pytest.raises(ValueError, match=r"meta_batches\(loader, 2\)"):
+            check_loader(make_optimizer(method), streams)
     check_loader(make_optimizer(lambda m: IDGM(m, 1.0)), meta_batches(streams, 2))
 
 

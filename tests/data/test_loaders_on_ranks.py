@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -48,12 +49,26 @@ def make_optimizer(make_method):
 
 
 # By the split that it needs: a name, and the method of a model and a process group
+def walks(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Any]:
+    """What ranks that walk by themselves under Fish ask for."""
+    return {"inner_state": "reset", "model": model, "process_group": group}
+
+
 METHODS = {
     "Fish": ("batch", lambda model, group: Fish(inner_steps=4)),
-    "Fish, group": ("walks", lambda model, group: Fish(inner_steps=4, process_group=group)),
+    "Fish, group": (
+        "walks",
+        lambda model, group: Fish(inner_steps=4, **walks(model, group)),
+    ),
     "SmoothFish": ("batch", lambda model, group: SmoothFish(1.0, 0.1)),
-    "SmoothFish, walks": ("walks", lambda model, group: SmoothFish(1.0, 0.1, process_group=group, parallel="walks")),
-    "SmoothFish, data": ("batch", lambda model, group: SmoothFish(1.0, 0.1, process_group=group, parallel="data")),
+    "SmoothFish, walks": (
+        "walks",
+        lambda model, group: SmoothFish(1, 0.1, model, process_group=group),
+    ),
+    "SmoothFish, data": (
+        "batch",
+        lambda model, group: SmoothFish(1, 0.1, model, process_group=group, parallel="data"),
+    ),
     "IDGM": ("batch", lambda model, group: IDGM(model, 1.0)),
     "IDGM, domains": ("domains", lambda model, group: IDGM(model, 1.0, process_group=group, parallel="domains")),
     "IDGM, data": ("batch", lambda model, group: IDGM(model, 1.0, process_group=group, parallel="data")),
@@ -98,7 +113,7 @@ def test_in_a_world_of_one_rank_nothing_is_asked_for(name):
 def test_the_number_of_ranks_has_to_be_the_groups():
     with on_rank(1, 4):
         group = dist.new_group([0, 1])
-        optimizer = make_optimizer(lambda model, _: Fish(process_group=group))
+        optimizer = make_optimizer(lambda model, _: Fish(inner_steps=4, **walks(model, group)))
         check_loader(optimizer, make_loader(num_replicas=2, rank=1, split="walks"))
         with pytest.raises(ValueError, match=r"has num_replicas=4, but Fish with process_group runs on 2 ranks"):
             check_loader(optimizer, make_loader(num_replicas=4, rank=1, split="walks"))
@@ -109,7 +124,7 @@ def test_the_number_of_ranks_has_to_be_the_groups():
 def test_without_a_group_several_ranks_may_serve_the_same():
     """As those do among which tensors are split."""
     with on_rank(3, 4):
-        optimizer = make_optimizer(lambda model, _: Fish())
+        optimizer = make_optimizer(lambda model, _: Fish(inner_steps=4))
         check_loader(optimizer, make_loader(num_replicas=2, rank=1))
         check_loader(optimizer, make_loader(num_replicas=4, rank=3))
         with pytest.raises(ValueError, match=r"has rank=0, but this is rank 3 of 4"):
@@ -119,7 +134,7 @@ def test_without_a_group_several_ranks_may_serve_the_same():
 
 
 def test_before_the_ranks_know_of_each_other_the_split_is_checked():
-    optimizer = make_optimizer(lambda model, _: Fish())
+    optimizer = make_optimizer(lambda model, _: Fish(inner_steps=4))
     check_loader(optimizer, make_loader(num_replicas=2, rank=0))
     with pytest.raises(ValueError, match="has split='walks', but Fish without process_group needs split='batch'"):
         check_loader(optimizer, make_loader(num_replicas=2, rank=0, split="walks"))
@@ -127,7 +142,7 @@ def test_before_the_ranks_know_of_each_other_the_split_is_checked():
 
 def test_inner_steps_are_the_domains_of_a_group():
     with on_rank(0, 2):
-        optimizer = make_optimizer(lambda model, group: Fish(inner_steps=2, process_group=group))
+        optimizer = make_optimizer(lambda model, group: Fish(inner_steps=2, **walks(model, group)))
         with pytest.raises(ValueError, match=r"Fish\(inner_steps=2\).*domains_per_step=4"):
             check_loader(optimizer, make_loader(num_replicas=2, rank=0, split="walks"))
 
@@ -142,7 +157,10 @@ def test_lists_have_the_batches_of_a_rank():
 def test_loaders_of_streams_are_left_alone():
     with on_rank(0, 2):
         loader = DomainLoader({"a": [1], "b": [2]})
-        check_loader(make_optimizer(lambda model, group: Fish(process_group=group)), loader)
+        check_loader(
+            make_optimizer(lambda model, group: Fish(inner_steps=2, **walks(model, group))),
+            loader,
+        )
         check_loader(make_optimizer(lambda model, group: IDGM(model, 1.0)), meta_batches(loader, 2))
 
 

@@ -11,7 +11,7 @@ import torch
 from _samplers import cycling, loader_of, samplers, small_sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from torch_gradmatch import DomainBatchSampler, DomainLoader, ResumableLoader, meta_batches
@@ -116,7 +116,7 @@ def test_lists_of_any_other_loader_know_none():
         def __iter__(self):
             return iter(self.batches)
 
-    for loader in ([1, 2, 3, 4], DataLoader(range(4)), Cached([1, 2, 3, 4], small_sampler())):
+    for loader in ([1, 2, 3, 4], DataLoader(range(4), batch_size=None), Cached([1, 2, 3, 4], small_sampler())):
         for group in meta_batches(loader, 2):
             assert (type(group), group.domains) == (MetaBatch, None)
 
@@ -132,6 +132,97 @@ def test_a_list_that_knows_its_domains_is_a_list_to_all_others():
     assert type(batches[:1]) is list
     if torch.accelerator.is_available():
         assert pin_memory(batches).domains == ("a", 7)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(8))
+
+
+class ByTwos(BatchSampler):
+    """A batch sampler of the user's; that it knows domains is up to them."""
+
+
+class Sharded:
+    """Has the attributes of Accelerate's ``BatchSamplerShard``, and those of its loader."""
+
+    split_batches = True
+
+    def __init__(self, batch_sampler):
+        self.batch_sampler = batch_sampler
+
+    def __iter__(self):
+        return iter(self.batch_sampler)
+
+
+class Regrouped:
+    """A batch sampler of the user's that makes its own of the batches of another."""
+
+    def __init__(self, batch_sampler):
+        self.batch_sampler = batch_sampler
+
+    def __iter__(self):
+        return iter(sorted(self.batch_sampler))
+
+
+def torchs():
+    return BatchSampler(RandomSampler(range(8)), 2, drop_last=False)
+
+
+MIXED = {
+    "shuffled": lambda: DataLoader(range(8), batch_size=2, shuffle=True),
+    "in the data set's order": lambda: DataLoader(range(8), batch_size=2),
+    "of one sample": lambda: DataLoader(range(8), shuffle=True),
+    "by a sampler": lambda: DataLoader(range(8), batch_size=2, sampler=RandomSampler(range(8))),
+    "by a batch sampler of torch": lambda: DataLoader(range(8), batch_sampler=torchs()),
+    "by a batch sampler of torch, as sampler": lambda: DataLoader(range(8), sampler=torchs(), batch_size=None),
+    "of a stream": lambda: DataLoader(Stream(), batch_size=2),
+    "sharded": lambda: DataLoader(range(8), batch_sampler=Sharded(Sharded(torchs()))),
+    "dispatched": lambda: Sharded(torchs()),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_batches_that_torch_cuts_mix_domains_and_are_an_error(kind):
+    works = [
+        r"DataLoader\(dataset, batch_sampler=DomainBatchSampler\(\.\.\.\)\)",
+        "DomainLoader",
+        "meta_step with a mapping or list of one batch per domain",
+    ]
+    for domains_per_step in (2, None):
+        with pytest.raises(ValueError, match="one domain each .*torch's BatchSampler.*" + ".*".join(works)):
+            meta_batches(MIXED[kind](), domains_per_step)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata
+def test_batches_of_a_stateful_loader_mix_domains_too():
+    module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+    with pytest.raises(ValueError, match=r"got StatefulDataLoader over torch's BatchSampler"):
+        meta_batches(module.StatefulDataLoader(range(8), batch_size=2, shuffle=True), 2)
+
+
+NOT_CUT_BY_TORCH = {
+    "a batch sampler of the user's": lambda: DataLoader(
+        range(8), batch_sampler=ByTwos(RandomSampler(range(8)), 2, True)
+    ),
+    "one that regroups torch's": lambda: DataLoader(range(8), batch_sampler=Regrouped(torchs())),
+    "a stream of batches": lambda: DataLoader(Stream(), batch_size=None),
+    "a data set of batches": lambda: DataLoader(range(8), batch_size=None, shuffle=True),
+    "a DomainBatchSampler as sampler": lambda: DataLoader(
+        torch.arange(8), batch_size=None, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
+    ),
+    "a DomainBatchSampler under torch's": lambda: DataLoader(
+        torch.arange(8), batch_size=1, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
+    ),
+    "a DomainLoader of torch's loaders": lambda: DomainLoader({name: DataLoader(range(8), 2) for name in "ab"}),
+    "a generator over a loader": lambda: (batch for batch in DataLoader(range(8), batch_size=2)),
+    "a list": lambda: [1, 2, 3, 4],
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CUT_BY_TORCH)
+def test_batches_that_torch_does_not_cut_are_taken(kind):
+    assert {len(group) for group in meta_batches(NOT_CUT_BY_TORCH[kind](), 2)} == {2}
 
 
 @pytest.mark.parametrize(

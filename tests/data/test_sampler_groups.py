@@ -11,7 +11,6 @@ from _samplers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from torch_gradmatch.data.meta_batches import meta_batches
 
@@ -38,10 +37,6 @@ def test_meta_batches_has_no_length_where_the_loader_has_none():
     with pytest.raises(TypeError, match="has no len"):
         len(loop)
     assert list(loop) == [[0, 1], [2, 3]]
-
-
-def test_meta_batches_groups_a_loader_without_a_domain_batch_sampler():
-    assert [len(group) for group in meta_batches(DataLoader(range(10), batch_size=2), 2)] == [2, 2]
 
 
 @pytest.mark.parametrize("domains_per_step", [1, 4])

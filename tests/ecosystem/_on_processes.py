@@ -48,8 +48,10 @@ def whole(value: Any) -> Any:
 
 def state(model: nn.Module, optimizer: GradMatch, **more: Any) -> dict[str, Any]:
     weights = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
-    found = {"model": weights, "optimizer": optimizer.state_dict()["state"], "inner_step": optimizer.inner_step}
-    report = optimizer.last_meta_step
+    saved, report = optimizer.state_dict(), optimizer.last_meta_step
+    kept = {key: entry for key, entry in saved["state"].items() if isinstance(key, int)}
+    slow = {key: saved["gradmatch"].get(key, {}) for key in ("slow_weights", "slow_buffers")}
+    found = {"model": weights, "optimizer": kept, "slow": slow, "inner_step": optimizer.inner_step}
     return whole(found | {"measured": None if report is None else report.scalars()} | more)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -10,18 +9,8 @@ import torch
 
 def without_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     """A ``GradMatch``'s state dict, its buffers named as in the module that another one holds as ``prefix``."""
-    key, groups = f"slow_buffer:{prefix}", []
-    for group in state["param_groups"]:
-        numbers = json.loads(group["gradmatch"])
-        for names in ("held_buffers", "left_buffers"):
-            numbers[names] = [name.removeprefix(prefix) for name in numbers[names]]
-        numbers["places"] = {name.replace(key, "slow_buffer:", 1): at for name, at in numbers["places"].items()}
-        groups.append({**group, "gradmatch": json.dumps(numbers)})
-    entries = {
-        i: {name.replace(key, "slow_buffer:", 1): value for name, value in entry.items()}
-        for i, entry in state["state"].items()
-    }
-    return {**state, "state": entries, "param_groups": groups}
+    buffers = {name.removeprefix(prefix): value for name, value in state["gradmatch"]["slow_buffers"].items()}
+    return {**state, "gradmatch": {**state["gradmatch"], "slow_buffers": buffers}}
 
 
 def assert_same(one: Any, other: Any, path: str = "state") -> None:

@@ -220,7 +220,7 @@ def test_exact_is_the_plain_loop(tmp_path):
     plain = make_model(0)
     data, names, _ = make_data()
     sampler = DomainBatchSampler(names, example.BATCH_SIZE, seed=0)
-    exact = IDGM(plain, 1.0, "variance", track_alignment=True)
+    exact = IDGM(plain, track_alignment=True)
     optimizer = GradMatch(torch.optim.AdamW(plain.parameters(), lr=example.ERM_LR), exact)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
     batches = (b for _ in range(2) for b in meta_batches(DataLoader(data, batch_sampler=sampler), DOMAINS))
@@ -304,7 +304,7 @@ def test_a_validation_that_fails_leaves_the_fast_weights(tmp_path, monkeypatch):
 def test_the_wrapped_optimizer_reaches_everything(tmp_path):
     model, trainer = fit(tmp_path, 6, every=1000)
     wrapped, ours = model.optimizers(), trainer.optimizers[0]
-    slow = copy.deepcopy({i: entry["slow"] for i, entry in ours.state_dict()["state"].items()})
+    slow = copy.deepcopy(ours.state_dict()["gradmatch"]["slow_weights"])
     assert wrapped is not ours
     assert isinstance(wrapped, GradMatch)
     assert wrapped.inner_step == ours.inner_step == 2
@@ -317,7 +317,7 @@ def test_the_wrapped_optimizer_reaches_everything(tmp_path):
 
 def test_the_wrapped_optimizer_interpolates(tmp_path):
     model, trainer = fit(tmp_path, 6, every=1000)
-    slow = copy.deepcopy({i: e["slow"] for i, e in trainer.optimizers[0].state_dict()["state"].items()})
+    slow = copy.deepcopy(trainer.optimizers[0].state_dict()["gradmatch"]["slow_weights"])
     fast = [parameter.detach().clone() for parameter in model.parameters()]
     model.optimizers().interpolate()
     assert trainer.optimizers[0].inner_step == 0
@@ -357,7 +357,8 @@ def test_log_holds_what_every_second_meta_iteration_measured(tmp_path, monkeypat
     where = ["--directory", str(tmp_path / "checkpoints"), "--log", str(tmp_path / "log")]
     example.main(["--epochs", "4", "--exact", *where])
     agreement = {"train/grad_norm", "train/inner_product", "train/cosine"}
-    each = {f"train/{name}/domain {domain}" for name in ("loss", "grad_norm") for domain in range(DOMAINS)}
+    names = ("loss", "grad_norm", "agreement_with_rest")
+    each = {"train/gamma"} | {f"train/{name}/domain {domain}" for name in names for domain in range(DOMAINS)}
     for model, tags in zip(models, [set(), agreement, agreement | each], strict=True):
         board = EventAccumulator(str(tmp_path / "log" / model.hparams.method)).Reload()
         tags = tags | {"train/loss"}

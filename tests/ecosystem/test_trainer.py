@@ -79,7 +79,7 @@ def test_it_is_the_plain_loop(tmp_path, bf16):
         scheduler.step()
     assert optimizer.inner_step == 3
     assert_same(found["model"], {f"network.{name}": value for name, value in model.state_dict().items()})
-    assert any(key.startswith("slow_buffer:") for key in found["optimizer"]["state"][0])
+    assert found["optimizer"]["gradmatch"]["slow_buffers"]
     assert_same(without_prefix(found["optimizer"], "network."), optimizer.state_dict())
 
 
@@ -91,9 +91,7 @@ def test_one_inner_step_kept_whole_is_erm(tmp_path, monkeypatch):
     erm, _ = train(tmp_path, "ERM", max_steps=21)
     assert_same(fish["model"], erm["model"])
     assert_same(fish["scheduler"], erm["scheduler"])
-    for parameter, entry in erm["optimizer"]["state"].items():  # a GradMatch has more: what is its own
-        found = fish["optimizer"]["state"][parameter]
-        assert_same({name: found[name] for name in entry}, entry)
+    assert_same(fish["optimizer"]["state"], erm["optimizer"]["state"])
 
 
 def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):

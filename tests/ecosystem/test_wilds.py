@@ -185,7 +185,8 @@ def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path,
     # And of each domain that was served what the report said of it.
     for row, report in zip([row for row in log if row["phase"] == "train"], reports, strict=False):
         scalars = report.scalars("train/") | {"train/loss": float(row["loss"])}
-        assert len(scalars) == 4 + 2 * 3
+        # The first of a walk has no others before it to agree with; IDGM also reports its gamma.
+        assert len(scalars) == (14 if method == "idgm" else 12)
         assert {name.removeprefix("train/loss/") for name in scalars if "/loss/" in name} <= own
         for name, value in scalars.items():
             assert value == pytest.approx(

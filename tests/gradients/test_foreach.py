@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_gradmatch._foreach import by_kind, clone_all, copy_all_, detach_all
+from torch_gradmatch.parallel.foreach import by_kind, clone_all, copy_all_, detach_all
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,

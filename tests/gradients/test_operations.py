@@ -62,7 +62,8 @@ def derivatives(model: nn.Module, batches: list[Tensor], hvp: str, *, keep_graph
     vector = [torch.randn_like(p) for p in leaves]
 
     def first(x: Tensor) -> None:
-        torch.autograd.grad(loss(x), leaves)
+        loss(x).backward()
+        model.zero_grad()
 
     def second(group: list[Tensor]) -> None:
         graphs = [torch.autograd.grad(loss(x), leaves, create_graph=True) for x in group]

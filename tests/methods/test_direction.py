@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import io
 import itertools
 import pickle
 from collections.abc import Callable
@@ -13,8 +11,9 @@ from typing import Any
 import _networks as networks
 import pytest
 import torch
-from _models import assert_identical, assert_same_model
-from _networks import Case, cross_entropy, make, mean_squared_error, regression
+from _feature_training import through_file
+from _models import assert_identical
+from _networks import Case, make
 from _second_order import (
     DIRECTIONS,
     GAMMA,
@@ -25,55 +24,67 @@ from _second_order import (
     gradient_of,
     nothing_changes,
     plain_autograd,
-    plain_smooth_fish,
     train,
 )
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, fish_gamma
+from torch_gradmatch import IDGM, GradMatch
 
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
 WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "vector": (lambda value: value.expand(3), ValueError, r"batch 2 it has shape \(3,\)"),
-    "float": (lambda value: float(value.detach()), TypeError, r"batch 2 it returned float"),
-    "none": (lambda value: None, TypeError, r"batch 2 it returned NoneType"),
-    "nan": (lambda value: value * float("nan"), ValueError, r"the loss of batch 2 is nan: nothing was changed"),
-    "infinite": (lambda value: value / 0.0, ValueError, r"batch 2 is inf"),
-    "detached": (lambda value: value.detach(), ValueError, r"batch 2 does not depend"),
+    "vector": (lambda value: value.expand(3), ValueError, r"batch 2{} it has shape \(3,\)"),
+    "float": (lambda value: float(value.detach()), TypeError, r"batch 2{} it returned float"),
+    "nan": (lambda value: value * float("nan"), ValueError, r"the loss of batch 2{} is nan: nothing was changed"),
+    "infinite": (lambda value: value / 0.0, ValueError, r"batch 2{} is inf"),
+    "detached": (lambda value: value.detach(), ValueError, r"batch 2{} does not depend"),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG_LOSSES)
-@pytest.mark.parametrize("method", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [(m, w) for m in METHODS for w in WRONG_LOSSES if w == "nan" or m in ("IDGM", "SmoothFish", "Fish")],
+)
 def test_a_wrong_loss_is_named_and_nothing_changes(method: str, wrong: str):
     spoil, error, message = WRONG_LOSSES[wrong]
     case = make(networks.batch_norm_1d)
-    optimizer = GradMatch(AdamW(case.model.parameters()), DIRECTIONS[method](case.model))
+    optimizer = GradMatch(AdamW(case.model.parameters()), METHODS[method](case.model))
 
-    def healthy(batch: Any) -> Tensor:
-        return case.loss(case.model, batch)
+    def loss(batch: Any) -> Any:
+        value = case.loss(case.model, batch)
+        return spoil(value) if batch is case.batches[2] else value
 
-    optimizer.meta_step(healthy, case.batches)
-    with nothing_changes(case.model, optimizer), pytest.raises(error, match=message):
-        optimizer.meta_step(lambda b: spoil(healthy(b)) if b is case.batches[2] else healthy(b), case.batches)
-    with nothing_changes(case.model, optimizer), pytest.raises(ValueError, match=r"at least 2 domains \(got 1\)"):
-        optimizer.meta_step(healthy, case.batches[:1])
-    with nothing_changes(case.model, optimizer), pytest.raises(ValueError, match="batches is empty"):
-        optimizer.meta_step(healthy, [])
-    with nothing_changes(case.model, optimizer), pytest.raises(ZeroDivisionError):
-        optimizer.meta_step(lambda b: 1 / 0 if b is case.batches[2] else healthy(b), case.batches)
-    oracle = copy.deepcopy(case)
-    plain = GradMatch(AdamW(oracle.model.parameters()), DIRECTIONS[method](oracle.model))
-    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for network, opt in ((case, optimizer), (oracle, plain)):
-        opt.meta_step(lambda b, n=network: n.loss(n.model, b), case.batches)
-    assert_identical(case.model.state_dict(), oracle.model.state_dict())
+    with nothing_changes(case.model, optimizer), pytest.raises(error, match=message.format("")):
+        optimizer.meta_step(loss, case.batches)
+    named = dict(zip(("north", "south", 7), case.batches, strict=True))
+    with nothing_changes(case.model, optimizer), pytest.raises(error, match=message.format(r" \(domain 7\)")):
+        optimizer.meta_step(loss, named)
 
 
 @pytest.mark.parametrize("method", DIRECTIONS)
+def test_what_fails_changes_nothing_and_training_goes_on(method: str):
+    case, oracle = make(networks.batch_norm_1d), make(networks.batch_norm_1d)
+    optimizer, plain = (GradMatch(AdamW(c.model.parameters()), DIRECTIONS[method](c.model)) for c in (case, oracle))
+    train(case, optimizer, 1)
+    train(oracle, plain, 1)
+
+    def fail(batch: Any) -> Tensor:
+        return 1 / 0 if batch is case.batches[2] else case.loss(case.model, batch)
+
+    with nothing_changes(case.model, optimizer), pytest.raises(ValueError, match=r"at least 2 domains \(got 1\)"):
+        optimizer.meta_step(fail, case.batches[:1])
+    with nothing_changes(case.model, optimizer), pytest.raises(ValueError, match="batches is empty"):
+        optimizer.meta_step(fail, [])
+    with nothing_changes(case.model, optimizer), pytest.raises(ZeroDivisionError):
+        optimizer.meta_step(fail, case.batches)
+    train(case, optimizer, 1)
+    train(oracle, plain, 1)
+    assert_identical(case.model.state_dict(), oracle.model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
 def test_a_failing_step_leaves_parameters_and_buffers(method: str):
     """The last thing that can go wrong: a hook or the wrapped optimizer itself raises."""
     case = make(networks.batch_norm_1d)
@@ -90,7 +101,7 @@ def test_a_failing_step_leaves_parameters_and_buffers(method: str):
     assert int(case.model[1].num_batches_tracked) == 3
 
 
-@pytest.mark.parametrize("method", DIRECTIONS)
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
 def test_a_loss_that_fails_while_lbfgs_has_moved_the_parameters(method: str):
     case = make(networks.batch_norm_eval)
     optimizer = GradMatch(
@@ -113,14 +124,7 @@ def test_a_loss_that_fails_while_lbfgs_has_moved_the_parameters(method: str):
 # ------------------------------------------------------------------------------------------------ GradMatch around them
 
 
-def through_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("method", DIRECTIONS)
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
 def test_there_is_no_inner_loop(method: str):
     case, twin = make(networks.batch_norm_1d), make(networks.batch_norm_1d)
     optimizer = GradMatch(AdamW(case.model.parameters()), DIRECTIONS[method](case.model))
@@ -130,7 +134,7 @@ def test_there_is_no_inner_loop(method: str):
     plain.load_state_dict(copy.deepcopy(optimizer.optimizer.state_dict()))
     with nothing_changes(case.model, optimizer):
         optimizer.rollback()
-        with pytest.raises(RuntimeError, match=r"has no inner loop to close by interpolate\(\): call meta_step"):
+        with pytest.raises(RuntimeError, match=r"has no inner loop .*: call meta_step"):
             optimizer.interpolate()
     for (network, opt), index in itertools.product(((case, optimizer), (twin, plain)), range(3)):
         opt.zero_grad()
@@ -140,7 +144,7 @@ def test_there_is_no_inner_loop(method: str):
     assert optimizer.inner_step == 0
 
 
-@pytest.mark.parametrize("method", DIRECTIONS)
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
 def test_resumes_bit_for_bit_from_a_file(method: str):
     case, resumed = make(networks.batch_norm_1d), make(networks.batch_norm_1d, seed=1)
     optimizer = GradMatch(AdamW(case.model.parameters(), lr=0.05), DIRECTIONS[method](case.model))
@@ -156,7 +160,7 @@ def test_resumes_bit_for_bit_from_a_file(method: str):
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish"])
 def test_a_copy_of_model_and_optimizer_goes_on_alike(method: str, how: Callable[[Any], Any]):
     case = make(networks.batch_norm_1d)
     optimizer = GradMatch(AdamW(case.model.parameters(), lr=0.05), METHODS[method](case.model))
@@ -170,7 +174,7 @@ def test_a_copy_of_model_and_optimizer_goes_on_alike(method: str, how: Callable[
     assert_identical(twin.state_dict(), optimizer.state_dict())
 
 
-@pytest.mark.parametrize(("saved", "loaded"), list(itertools.permutations(["IDGM", "SmoothFish", "Fish"], 2)))
+@pytest.mark.parametrize(("saved", "loaded"), [("IDGM", "SmoothFish"), ("IDGM", "Fish"), ("Fish", "IDGM")])
 def test_a_state_of_another_method_is_refused(saved: str, loaded: str):
     case, other = make(networks.batch_norm_1d), make(networks.batch_norm_1d)
     optimizer = GradMatch(AdamW(case.model.parameters()), METHODS[saved](case.model))
@@ -184,51 +188,6 @@ def test_a_state_of_another_method_is_refused(saved: str, loaded: str):
         target.load_state_dict(optimizer.state_dict())
 
 
-OPTIMIZERS = sorted(
-    name
-    for name, value in vars(torch.optim).items()
-    if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-)
-
-
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SparseAdam"])
-def test_every_optimizer_takes_the_direction(name: str, method: str):
-    """Three meta-iterations; the oracle puts the direction into ``.grad`` of a twin and steps the plain optimizer."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 6, bias=name != "Muon"), nn.Tanh(), nn.Linear(6, 2, bias=name != "Muon")
-    ).double()
-    twin = copy.deepcopy(model)
-    settings = {"lr": 0.05, "max_iter": 5, "line_search_fn": "strong_wolfe"} if name == "LBFGS" else {"lr": 0.05}
-    wrapped, plain = (getattr(torch.optim, name)(m.parameters(), **settings) for m in (model, twin))
-    optimizer = GradMatch(wrapped, IDGM(model, 0.1, "variance") if method == "IDGM" else SmoothFish(2.0, 0.1, model))
-
-    def closure(batches: list[Any]) -> Tensor:
-        if method == "IDGM":
-            found = plain_autograd(twin, mean_squared_error, batches, 0.1, "variance")
-            direction, value = flat(found.direction, twin), found.objective
-        else:
-            direction = plain_smooth_fish(twin, copy.deepcopy(twin), mean_squared_error, batches, 2.0, 0.1)
-            matched = 2.0 * fish_gamma(0.1, len(batches))
-            value = plain_autograd(twin, mean_squared_error, batches, matched, "inner_product").objective
-        start = 0
-        for p in twin.parameters():
-            p.grad = direction[start : start + p.numel()].view_as(p).clone()
-            start += p.numel()
-        return value
-
-    for _ in range(3):
-        batches = regression(7, 4)
-        optimizer.meta_step(lambda batch: mean_squared_error(model, batch), batches)
-        if name == "LBFGS":
-            plain.step(lambda batches=batches: closure(batches))
-        else:
-            closure(batches)
-            plain.step()
-        assert_same_model(model, twin, rtol=1e-7)
-
-
 def test_sparse_adam_refuses_the_dense_direction_and_nothing_changes():
     case = make(networks.sparse_embedding)
     optimizer = GradMatch(torch.optim.SparseAdam(case.model.parameters()), IDGM(case.model, GAMMA))
@@ -236,7 +195,7 @@ def test_sparse_adam_refuses_the_dense_direction_and_nothing_changes():
         train(case, optimizer, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["IDGM", "Fish"])
 def test_schedulers_count_meta_iterations(method: str):
     case = make(networks.batch_norm_1d)
     optimizer = GradMatch(AdamW(case.model.parameters(), lr=0.01), METHODS[method](case.model))
@@ -250,91 +209,18 @@ def test_schedulers_count_meta_iterations(method: str):
         assert optimizer.optimizer.param_groups[0]["lr"] == expected.get_last_lr()[0]
 
 
-@pytest.mark.parametrize("method", DIRECTIONS)
-def test_a_hook_clips_the_direction(method: str):
-    case, twin = make(networks.batch_norm_1d), make(networks.batch_norm_1d)
-    optimizer = GradMatch(SGD(case.model.parameters(), lr=0.5), DIRECTIONS[method](case.model))
-    unclipped = GradMatch(SGD(twin.model.parameters(), lr=0.0), DIRECTIONS[method](twin.model))
-    norms = []
-
-    def clip(opt: GradMatch, *_: Any) -> None:
-        norms.append(nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 0.01))
-
-    optimizer.register_step_pre_hook(clip)
-    train(case, optimizer, 1)
-    train(twin, unclipped, 1)
-    direction = flat(gradient_of(twin.model), twin.model)
-    torch.testing.assert_close(torch.stack(norms), direction.norm()[None])
-    before = nn.utils.parameters_to_vector(twin.model.parameters()).detach()
-    after = nn.utils.parameters_to_vector(case.model.parameters()).detach()
-    assert_close(before - after, 0.5 * 0.01 * direction / direction.norm(), 1e-5)
-
-
-def layerwise_cosine(gradients: list[dict[str, Tensor]]) -> Tensor:
-    """A user's own agreement: mean cosine over pairs of domains, tensor by tensor."""
-    cosines = []
-    for name in gradients[0]:
-        units = nn.functional.normalize(torch.stack([g[name].flatten() for g in gradients]), dim=1)
-        gram = units @ units.T
-        cosines.append((gram.sum() - gram.trace()) / (len(gradients) * (len(gradients) - 1)))
-    return torch.stack(cosines).mean()
-
-
 def log_volume(gradients: list[dict[str, Tensor]]) -> Tensor:
-    """Another: minus the log-determinant of the matrix of inner products, which is small where they are parallel."""
+    """Minus the log-determinant of the matrix of inner products, which is small where they are parallel."""
     vectors = torch.stack([torch.cat([t.flatten() for t in g.values()]) for g in gradients])
     return -torch.logdet(vectors @ vectors.T + 0.1 * torch.eye(len(gradients), dtype=vectors.dtype))
 
 
-@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "kept"])
-@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
-@pytest.mark.parametrize("agreement", [layerwise_cosine, log_volume])
-def test_an_agreement_of_the_users_own(agreement: Callable[[Any], Tensor], hvp: str, keep_graphs: bool):
+@pytest.mark.parametrize(("hvp", "keep_graphs"), [("reverse", True), ("forward", False)])
+def test_an_agreement_of_the_users_own(hvp: str, keep_graphs: bool):
     case, oracle = make(networks.batch_norm_1d), make(networks.batch_norm_1d)
-    oracle.model[0].bias.requires_grad_(False)  # before BatchNorm it has no effect: the cosine of two zeros
-    case.model[0].bias.requires_grad_(False)
-    method = IDGM(case.model, GAMMA, agreement, hvp=hvp, keep_graphs=keep_graphs)
+    method = IDGM(case.model, GAMMA, log_volume, hvp=hvp, keep_graphs=keep_graphs)
     optimizer = GradMatch(SGD(case.model.parameters(), lr=0.0), method)
     train(case, optimizer, 1)
-    expected = plain_autograd(oracle.model, case.loss, case.batches, GAMMA, agreement)
+    expected = plain_autograd(oracle.model, case.loss, case.batches, GAMMA, log_volume)
     assert_close(flat(gradient_of(case.model), case.model), flat(expected.direction, oracle.model), 1e-6)
     assert_same_buffers(case.model, oracle.model)
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("network", ["ResNet", "Transformer"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        lambda model: IDGM(model, 0.1, "variance"),
-        lambda model: SmoothFish(1.0, 0.05, model),
-        lambda model: SmoothFish(fish_gamma(0.05, 3), 0.05, model, symmetric=True),
-        lambda model: Fish(0.5, model=model),
-    ],
-    ids=["IDGM", "SmoothFish", "SmoothFish, symmetric", "Fish"],
-)
-def test_one_loop_trains_by_every_method(network: str, method: Callable[[nn.Module], Any]):
-    torch.manual_seed(0)
-    if network == "ResNet":
-        model: nn.Module = networks.ResNet(width=4, blocks=1)
-        labels = torch.randint(0, 3, (9,))
-        patterns = torch.randn(3, 3, 8, 8)
-        batches = [(patterns[labels] + 0.3 * torch.randn(9, 3, 8, 8) + 0.2 * d, labels) for d in range(3)]
-    else:
-        model = networks.SequenceClassifier(dropout=0.1)
-        batches = []
-        for _ in range(3):
-            tokens = torch.randint(0, 11, (16, 6))
-            batches.append((tokens, tokens[:, 0] % 3))
-    optimizer = GradMatch(AdamW(model.parameters(), lr=0.01), method(model))
-    losses = []
-    for _ in range(10 if network == "ResNet" else 40):
-        report = optimizer.meta_step(lambda batch: cross_entropy(model, batch), batches)
-        losses.append(float(report.losses.mean()))
-    assert losses[-1] < 0.5 * losses[0], losses
-    model.eval()
-    with torch.no_grad():
-        accuracy = torch.cat([model(x).argmax(dim=1) == y for x, y in batches]).double().mean()
-    assert accuracy > 0.6

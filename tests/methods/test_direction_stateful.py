@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from _feature_training import through_file
 from _models import FeatureNet, assert_identical, assert_same_model, assert_same_state, loss_of, make_batches
 from _reference import naive_idgm, smooth_fish_gradient
 from hypothesis import settings
@@ -26,7 +26,7 @@ class DirectionMachine(RuleBasedStateMachine):
     """Keeps a model under GradMatch, and another under the plain optimizer whose gradients an oracle works out."""
 
     @initialize(
-        method=st.sampled_from(["SmoothFish", "symmetric", "inner_product", "variance"]),
+        method=st.sampled_from(["SmoothFish", "symmetric", "inner_product", "variance", "cosine"]),
         optimizer=st.sampled_from(["SGD", "Adam"]),
         track=st.booleans(),
         gamma=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
@@ -75,7 +75,7 @@ class DirectionMachine(RuleBasedStateMachine):
         batches = make_batches(self.generator, count)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if scaled else None
         report = self.optimizer.meta_step(lambda b: loss_of(self.model, b), batches, scaler)
-        assert (report.cosine is not None) is self.track
+        assert (report.cosine is not None) is (self.track or self.name == "cosine")
         self.plain_step(self.direction(batches))
 
     @rule()
@@ -121,10 +121,7 @@ class DirectionMachine(RuleBasedStateMachine):
 
     @rule()
     def save_and_load(self) -> None:
-        file = io.BytesIO()
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
+        state = through_file({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
         self.model = FeatureNet(torch.Generator().manual_seed(0))
         self.optimizer = self.wrap(self.model)
         self.model.load_state_dict(state["model"])

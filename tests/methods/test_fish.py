@@ -103,45 +103,31 @@ def test_every_optimizer_follows_algorithm_1(name: str, inner_state: str):
         assert_same_state(optimizer.optimizer.state_dict()["state"], oracle.optimizer_state, rtol=1e-8)
 
 
-@pytest.mark.parametrize("buffers", ["interpolate", "latest"])
-@pytest.mark.parametrize("inner_state", ["carry", "reset"])
-def test_meta_step_is_the_manual_loop(inner_state: str, buffers: str):
+@pytest.mark.parametrize(
+    ("name", "inner_state", "settings"),
+    [
+        ("Adam", "carry", {"buffers": "interpolate"}),
+        ("Adam", "reset", {"buffers": "latest"}),
+        ("LBFGS", "carry", {"buffers": "interpolate"}),
+        ("SGD", "carry", {"model": None}),
+    ],
+    ids=str,
+)
+def test_meta_step_is_the_manual_loop(name: str, inner_state: str, settings: dict[str, Any]):
+    """Without a model buffers keep their latest value."""
     model = FeatureNet(torch.Generator().manual_seed(0))
-    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build("Adam", m), 0.7, inner_state, buffers)
-    optimizer = GradMatch(build("Adam", model), Fish(0.7, inner_state=inner_state, model=model, buffers=buffers))
+    buffers = settings.get("buffers", "latest")
+    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build(name, m), 0.7, inner_state, buffers)
+    optimizer = GradMatch(build(name, model), Fish(0.7, inner_state=inner_state, **{"model": model, **settings}))
     batches = make_batches(torch.Generator().manual_seed(2), 9)
     for start in range(0, 9, 3):
         report = optimizer.meta_step(lambda b: loss_of(model, b), batches[start : start + 3])
         losses = [oracle.step(lambda m, b=b: loss_of(m, b)) for b in batches[start : start + 3]]
         oracle.interpolate()
-        assert_same_model(model, oracle.model)
+        assert_same_model(model, oracle.model, rtol=1e-9)
         torch.testing.assert_close(report.losses, torch.stack(losses).detach())
         assert report.losses.shape == (3,)
         assert report.inner_product is report.cosine is report.grad_norms is None
-
-
-def test_meta_step_with_an_optimizer_that_needs_a_closure():
-    model = FeatureNet(torch.Generator().manual_seed(0))
-    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build("LBFGS", m), 0.7)
-    optimizer = GradMatch(build("LBFGS", model), Fish(0.7, model=model))
-    batches = make_batches(torch.Generator().manual_seed(2), 3)
-    report = optimizer.meta_step(lambda b: loss_of(model, b), batches)
-    losses = [oracle.step(lambda m, b=b: loss_of(m, b)) for b in batches]
-    oracle.interpolate()
-    assert_same_model(model, oracle.model, rtol=1e-9)
-    torch.testing.assert_close(report.losses, torch.stack(losses).detach())
-
-
-def test_without_a_model_buffers_keep_their_latest_value():
-    model = FeatureNet(torch.Generator().manual_seed(0))
-    oracle = ReferenceFish(copy.deepcopy(model), lambda m: build("SGD", m), 0.5, buffers="latest")
-    optimizer = GradMatch(build("SGD", model), Fish(0.5))
-    batches = make_batches(torch.Generator().manual_seed(2), 3)
-    optimizer.meta_step(lambda b: loss_of(model, b), batches)
-    for batch in batches:
-        oracle.step(lambda m, b=batch: loss_of(m, b))
-    oracle.interpolate()
-    assert_same_model(model, oracle.model)
 
 
 def test_two_parameters_on_the_same_storage():
@@ -178,7 +164,7 @@ def expected_fish_direction(losses: list[Any], theta: Tensor, alpha: float) -> T
     return torch.stack(directions).mean(dim=0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_fish_follows_the_inner_product_gradient_to_second_order(seed: int):
     """E[(theta - theta~)/(alpha S)] = Gbar - alpha(S-1)/4 dGIP/dtheta + O(alpha^2): halve alpha, quarter the error."""
     generator = torch.Generator().manual_seed(seed)
@@ -195,13 +181,10 @@ def test_fish_follows_the_inner_product_gradient_to_second_order(seed: int):
         float((expected_fish_direction(losses, theta, a) - idgm_direction(losses, theta, gamma=0.0)).norm())
         for a in (0.5**8, 0.5**9)
     ]
-    assert wrong[0] / wrong[1] == pytest.approx(
-        2.0, abs=0.1
-    )  # without the GIP term only first order: the test can fail
+    assert wrong[0] / wrong[1] == pytest.approx(2.0, abs=0.1)  # without the GIP term only first order
 
 
-@pytest.mark.parametrize("meta_lr", [0.25, 0.5, 1.0])
-def test_interpolation_is_linear_in_meta_lr(meta_lr: float):
+def test_interpolation_is_linear_in_meta_lr():
     losses = quartic_losses(torch.Generator().manual_seed(3), domains=3, size=5)
     theta = torch.randn(5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
@@ -210,7 +193,8 @@ def test_interpolation_is_linear_in_meta_lr(meta_lr: float):
         GradMatch(torch.optim.SGD([parameter], lr=0.1), Fish(eps)).meta_step(lambda f: f(parameter), losses)
         return parameter.detach() - theta
 
-    torch.testing.assert_close(moved(meta_lr), meta_lr * moved(1.0))
+    for meta_lr in (0.25, 0.5):
+        torch.testing.assert_close(moved(meta_lr), meta_lr * moved(1.0))
 
 
 # ------------------------------------------------------------------------------------------------------ tracking
@@ -236,7 +220,6 @@ def test_tracked_alignment_is_that_of_the_inner_gradients(manual: bool):
                 optimizer.step()
             optimizer.interpolate()
             report = optimizer.last_meta_step
-            assert report is not None
             assert report.losses is None
         else:
             report = optimizer.meta_step(lambda b: loss_of(model, b), batches)
@@ -255,7 +238,6 @@ def test_tracking_changes_nothing_and_measures_closures_once():
             optimizer.step(closure_of(optimizer, model, batch))
         results.append(model.state_dict())
     assert_identical(results[1], results[0])
-    assert optimizer.last_meta_step is not None
     assert optimizer.last_meta_step.grad_norms.shape == (2,)
 
 
@@ -275,7 +257,6 @@ def test_a_failed_step_leaves_no_half_measured_alignment():
     optimizer.step()
     optimizer.step()
     assert optimizer.inner_step == 0
-    assert optimizer.last_meta_step is not None
     assert optimizer.last_meta_step.inner_product is None  # three gradients were measured for two steps
     optimizer.step()
     optimizer.step()
@@ -309,7 +290,7 @@ def test_meta_dtype_honours_weight_surgery_between_loops_where_it_happened():
         optimizer.zero_grad()
         parameter.sum().backward()
         optimizer.step()
-        return optimizer.state[parameter]["slow"]
+        return optimizer.state_dict()["gradmatch"]["slow_weights"][0]
 
     before = meta_iteration().clone()
     parameter.data[1] = 3.0
@@ -320,82 +301,30 @@ def test_meta_dtype_honours_weight_surgery_between_loops_where_it_happened():
 
 def test_meta_dtype_never_narrows():
     parameter = nn.Parameter(torch.full((1,), 1 + 1e-12, dtype=torch.float64))
-    optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0), Fish(0.5, inner_steps=1, meta_dtype=torch.float32))
+    optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0), Fish(0.5, meta_dtype=torch.float32))
     parameter.sum().backward()
     optimizer.step()
-    assert optimizer.state[parameter]["slow"].dtype == torch.float64
+    assert optimizer.state_dict()["gradmatch"]["slow_weights"][0].dtype == torch.float64
+    optimizer.interpolate()
     assert parameter.item() == 1 + 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------ settings
+# ------------------------------------------------------------------------------------------------------ elsewhere
 
 
-@pytest.mark.parametrize(
-    ("settings", "name", "shown"),
-    [
-        ({"meta_lr": 0.0}, "meta_lr", "0.0"),
-        ({"meta_lr": -0.1}, "meta_lr", "-0.1"),
-        ({"meta_lr": 1.5}, "meta_lr", "1.5"),
-        ({"meta_lr": float("nan")}, "meta_lr", "nan"),
-        ({"meta_lr": float("inf")}, "meta_lr", "inf"),
-        ({"meta_lr": "0.1"}, "meta_lr", "'0.1'"),
-        ({"meta_lr": True}, "meta_lr", "True"),
-        ({"inner_steps": 0}, "inner_steps", "0"),
-        ({"inner_steps": -3}, "inner_steps", "-3"),
-        ({"inner_steps": 2.5}, "inner_steps", "2.5"),
-        ({"inner_steps": True}, "inner_steps", "True"),
-        ({"inner_state": "keep"}, "inner_state", "'keep'"),
-        ({"inner_state": None}, "inner_state", "None"),
-        ({"buffers": "mean"}, "buffers", "'mean'"),
-        ({"meta_dtype": torch.int64}, "meta_dtype", "torch.int64"),
-        ({"meta_dtype": "float32"}, "meta_dtype", "'float32'"),
-        ({"track_alignment": 1}, "track_alignment", "1"),
-        ({"nonfinite": "skip"}, "nonfinite", "'skip'"),
-    ],
-    ids=str,
-)
-def test_a_bad_setting_is_named_and_shown(settings: dict[str, Any], name: str, shown: str):
-    with pytest.raises(ValueError, match=f"{name} .*got {shown}"):
-        Fish(**settings)
-
-
-def test_a_model_of_the_wrong_type_is_refused():
-    with pytest.raises(TypeError, match=r"model .*got list"):
-        Fish(model=[1])
-
-
-def test_meta_lr_can_be_scheduled_and_is_checked_again():
+def test_steps_that_never_interpolate_warn_once():
     parameter = nn.Parameter(torch.zeros(1))
-    method = Fish(meta_lr=1.0, inner_steps=1)
-    optimizer = GradMatch(torch.optim.SGD([parameter], lr=1.0), method)
-    for meta_lr, expected in ((0.5, -0.5), (0.25, -0.75)):
-        method.meta_lr = meta_lr
-        parameter.grad = torch.ones(1)
+    optimizer = GradMatch(torch.optim.SGD([parameter], lr=1.0))
+    parameter.grad = torch.ones(1)
+    for _ in range(99):
         optimizer.step()
-        assert parameter.item() == expected
-    with pytest.raises(ValueError, match=r"meta_lr .*got 7.0"):
-        method.meta_lr = 7.0
-    assert method.meta_lr == 0.25
-
-
-def test_one_method_object_serves_several_optimizers():
-    method = Fish(meta_lr=0.5, inner_steps=2)
-    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    first, second = (GradMatch(torch.optim.SGD([p], lr=1.0), method) for p in parameters)
-    for p in parameters:
-        p.grad = torch.ones(1)
-    first.step()
-    assert (first.inner_step, second.inner_step) == (1, 0)
-    second.step()
-    second.step()
-    assert (first.inner_step, second.inner_step) == (1, 0)
-    assert [p.item() for p in parameters] == [-1.0, -1.0]
-
-
-def test_repr_shows_settings_and_only_the_class_of_the_model():
-    text = repr(Fish(meta_lr=0.1, model=nn.Linear(1, 1)))
-    assert "meta_lr=0.1" in text
-    assert "model='Linear'" in text
+    with pytest.warns(UserWarning, match=r"100 inner steps .* without an interpolation.*Fish\(inner_steps=S\)") as told:
+        optimizer.step()
+    assert told[0].filename == __file__
+    for _ in range(150):  # a warning is an error here
+        optimizer.step()
+    optimizer.interpolate()
+    assert parameter.item() == -125.0
 
 
 def test_a_closure_is_evaluated_anew_once_the_optimizer_has_moved_the_parameters():

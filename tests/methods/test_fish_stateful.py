@@ -102,13 +102,15 @@ class FishMachine(RuleBasedStateMachine):
         self.scheduler.load_state_dict(last)
         self.steps_since_scheduled = 0
 
-    @rule()
-    def step(self) -> None:
-        (batch,) = self.draw()
+    @rule(forwards=st.integers(1, 2))
+    def step(self, forwards: int) -> None:
+        """One optimizer step, on one batch or on the accumulated gradients of two."""
+        batches = self.draw(forwards)
         self.optimizer.zero_grad()
-        loss_of(self.model, batch).backward()
+        for batch in batches:
+            loss_of(self.model, batch).backward()
         self.optimizer.step()
-        self.oracle.step(lambda m: loss_of(m, batch))
+        self.oracle.step(lambda m: sum(loss_of(m, batch) for batch in batches))
         self.took_a_step()
 
     @rule()
@@ -148,16 +150,20 @@ class FishMachine(RuleBasedStateMachine):
     def look_at_the_slow_weights(self) -> None:
         with self.optimizer.slow_weights():
             assert_same_model(self.model, self.oracle.model, rtol=self.rtol)
-            if self.optimizer.inner_step > 0:
+            if self.oracle.inner_model is not None:
                 loss_of(self.model, self.draw()[0])  # moves buffers, which is lost
 
-    @rule()
-    def update_bn(self) -> None:
-        """A training-mode forward pass without gradients is the user's, wherever it comes."""
+    @rule(gradients=st.booleans(), functional=st.booleans())
+    def forward_only(self, gradients: bool, functional: bool) -> None:
+        """``update_bn``, a teacher by ``functional_call``: between two inner loops what it moves is the user's."""
         (batch,) = self.draw()
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             for model in (self.model, self.oracle.current_model):
-                loss_of(model, batch)
+                x, _, domain = batch
+                if functional:
+                    torch.func.functional_call(model, dict(model.named_parameters()), (x, domain))
+                else:
+                    model(x, domain)
 
     @precondition(lambda self: self.optimizer.inner_step > 0)
     @rule()
@@ -192,15 +198,6 @@ class FishMachine(RuleBasedStateMachine):
 
         with pytest.raises(ValueError, match=f"the loss of batch {bad} is"):
             self.optimizer.meta_step(loss_fn, batches)
-
-    @rule()
-    def forward_only(self) -> None:
-        """A training-mode forward pass moves BatchNorm statistics before any step."""
-        (batch,) = self.draw()
-        if self.oracle.inner_model is None:
-            self.oracle.begin()
-        loss_of(self.model, batch)
-        loss_of(self.oracle.current_model, batch)
 
     @rule()
     def evaluate(self) -> None:

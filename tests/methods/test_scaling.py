@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from _models import FeatureNet, assert_identical, assert_same_model, loss_of, make_batches
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, agreement
 
@@ -34,13 +33,12 @@ def make_scaler(**settings: Any) -> GradScaler:
 
 @pytest.mark.parametrize("unscale", ["by step", "before, to clip"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("kind", [SGD, Adam])
-def test_a_skipped_step_moves_nothing_and_counts(kind: type[Optimizer], fused: bool, unscale: str):
+def test_a_skipped_step_moves_nothing_and_counts(fused: bool, unscale: str):
     """Four domains in each group of the sampler, one of which overflows: the groups stay the inner loops."""
     parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
     reference = nn.Parameter(parameter.detach().clone())
-    optimizer = GradMatch(kind([parameter], lr=0.1, fused=fused), Fish(0.5, inner_steps=4))
-    plain, scaler = kind([reference], lr=0.1), make_scaler()
+    optimizer = GradMatch(Adam([parameter], lr=0.1, fused=fused), Fish(0.5, inner_steps=4))
+    plain, scaler = Adam([reference], lr=0.1), make_scaler()
     for group in range(3):
         slow = reference.detach().clone()
         for domain in range(4):
@@ -135,17 +133,16 @@ METHODS: dict[str, Any] = {
     "SmoothFish": lambda m: SmoothFish(2.0, 0.1, m, track_alignment=True),
     "SmoothFish, walk": lambda m: SmoothFish(1.0, 0.1, m, track_alignment=True),
     "SmoothFish, symmetric": lambda m: SmoothFish(0.2, 0.1, m, track_alignment=True, symmetric=True),
-    "IDGM": lambda m: IDGM(m, 0.2, track_alignment=True),
-    "IDGM, variance": lambda m: IDGM(m, 0.2, "variance"),
+    "IDGM": lambda m: IDGM(m, 0.2, "inner_product", track_alignment=True),
+    "IDGM, found gamma": lambda m: IDGM(m),
     "IDGM, cosine": lambda m: IDGM(m, 0.2, "cosine"),
     "IDGM, one's own": lambda m: IDGM(m, 0.2, layerwise),
-    "IDGM, forward": lambda m: IDGM(m, 0.2, hvp="forward"),
-    "IDGM, finite_difference": lambda m: IDGM(m, 0.2, hvp="finite_difference"),
+    "IDGM, forward": lambda m: IDGM(m, 0.2, "inner_product", hvp="forward"),
+    "IDGM, finite_difference": lambda m: IDGM(m, 0.2, "inner_product", hvp="finite_difference"),
 }
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "fused"), [*((name, False) for name in METHODS), ("Fish", True), ("IDGM", True)])
 def test_with_a_scaler_is_as_without(name: str, fused: bool):
     """Parameters, buffers, state and report: the scale is a power of two, so little is rounded otherwise."""
     models = [feature_net(), feature_net()]
@@ -161,9 +158,8 @@ def test_with_a_scaler_is_as_without(name: str, fused: bool):
         assert_same_model(models[0], models[1], rtol=rtol)
         for key, value in vars(reports[1]).items():
             torch.testing.assert_close(getattr(reports[0], key), value, rtol=rtol, atol=rtol)
-    assert scaler.get_scale() == SCALE * (
-        64 if name.startswith("Fish") else 4
-    )  # 12 and 4 updates, growing every second
+    growth = 2 ** (6 if name.startswith("Fish") else 2)  # 12 and 4 updates, growing every second
+    assert scaler.get_scale() == SCALE * growth
 
 
 class HalfPrecision(torch.autograd.Function):
@@ -178,7 +174,7 @@ class HalfPrecision(torch.autograd.Function):
         return gradient.half().to(gradient.dtype)
 
 
-@pytest.mark.parametrize("name", ["Fish", "SmoothFish", "IDGM"])
+@pytest.mark.parametrize("name", ["Fish", "SmoothFish", "SmoothFish, walk", "IDGM", "IDGM, found gamma"])
 def test_a_skipped_step_leaves_the_meta_iteration_whole(name: str):
     """With the scale too large gradients overflow in fp16: nothing moves, nothing fails, and the scale comes down."""
     model = nn.Linear(2, 1, bias=False)
@@ -187,7 +183,7 @@ def test_a_skipped_step_leaves_the_meta_iteration_whole(name: str):
     scaler = GradScaler("cpu", init_scale=2.0**24)
     start = model.weight.detach().clone()
     scales = []
-    data = [torch.ones(1, 2), 2 * torch.ones(1, 2)]
+    data = [torch.ones(1, 2), torch.tensor([[2.0, 1.0]])]
     for _ in range(24):
         before = model.weight.detach().clone()
         report = optimizer.meta_step(lambda x: HalfPrecision.apply(model(x)).square().sum(), data, scaler=scaler)
@@ -202,27 +198,11 @@ def test_a_skipped_step_leaves_the_meta_iteration_whole(name: str):
     assert bool(model.weight.isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["Fish", "SmoothFish", "IDGM"])
-def test_a_scaled_loss_without_the_scaler_is_refused(name: str):
-    model = feature_net()
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), METHODS[name](model))
-    scaler = make_scaler()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"scaled by a GradScaler.*meta_step\(loss_fn, batches, scaler=scaler\)"):
-        optimizer.meta_step(lambda b: scaler.scale(loss_of(model, b)), batches(2))
-    assert_identical(model.state_dict(), before)
-    weight = torch.tensor(0.5)  # which a loss may well be multiplied by
-    optimizer.meta_step(lambda b: loss_of(model, b).float() * weight, batches(2))
-
-
-def test_what_is_no_scaler_or_cannot_go_with_one_is_refused():
+def test_what_is_no_scaler_is_refused():
     model = feature_net()
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1))
     with pytest.raises(TypeError, match=r"scaler should be None or a torch.amp.GradScaler \(got float\)"):
         optimizer.meta_step(lambda b: loss_of(model, b), batches(2), scaler=SCALE)  # type: ignore[arg-type]
-    lbfgs = GradMatch(torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(RuntimeError, match="LBFGS needs a closure, which a GradScaler does not support"):
-        lbfgs.meta_step(lambda b: loss_of(model, b), batches(2), scaler=make_scaler())
 
 
 def test_a_disabled_scaler_does_nothing():

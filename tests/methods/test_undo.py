@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from _models import FeatureNet, assert_identical, loss_of, make_batches
+from _second_order import METHODS as ALL_METHODS
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -36,6 +38,9 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+ERRORS: dict[str, type[BaseException]] = {"raises": KeyError, "interrupts": KeyboardInterrupt}
+
+
 def feature_net() -> FeatureNet:
     return FeatureNet(torch.Generator().manual_seed(0))
 
@@ -51,22 +56,30 @@ def spoiled(model: nn.Module, index: int, how: str) -> Callable[[Any], Tensor]:
         loss = loss_of(model, batch)
         if batch[2] != index:
             return loss
-        if how == "raises":
-            raise KeyError("label")
+        if how in ERRORS:
+            raise ERRORS[how]
         return loss * float(how)
 
     return loss_fn
 
 
 def everything(model: nn.Module, optimizer: GradMatch) -> Any:
+    """All that a failed call puts back. Buffers only of a model that the method knows: others nobody has copied."""
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    return copy.deepcopy((model.state_dict(), optimizer.state_dict(), gradients, optimizer.param_groups[0]["lr"]))
+    values = dict(model.named_parameters()) if optimizer.method.model is None else model.state_dict()
+    return copy.deepcopy((values, optimizer.state_dict(), gradients, optimizer.param_groups[0]["lr"]))
 
 
-@pytest.mark.parametrize("how", ["nan", "inf", "raises"])
-@pytest.mark.parametrize("index", [0, 1, 2], ids="domain {}".format)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+CASES = [  # where a method can fail, by an optimizer with tensors and counters in its state
+    *itertools.product(["Adam"], METHODS, [0, 2], ["nan", "raises"]),
+    # what an optimizer keeps, in a method that takes its steps before the failure
+    *itertools.product(sorted(set(OPTIMIZERS) - {"Adam"}), ["Fish", "Fish, reset"], [2], ["raises"]),
+    *itertools.product(["LBFGS"], ["SmoothFish", "IDGM"], [1], ["inf", "interrupts"]),
+    ("SGD", "Fish", 1, "interrupts"),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "index", "how"), CASES)
 def test_everything_is_as_before_the_call(name: str, method: str, index: int, how: str):
     """Also the moments that the steps before the failure moved; and training goes on as if nothing had been."""
     results = []
@@ -80,7 +93,7 @@ def test_everything_is_as_before_the_call(name: str, method: str, index: int, ho
                 p.grad = torch.full_like(p, 7.0)  # the user's, to be kept
             kept = [p.grad for p in model.parameters()]
             before = everything(model, optimizer)
-            with pytest.raises(KeyError if how == "raises" else ValueError) as raised:
+            with pytest.raises(ERRORS.get(how, ValueError)) as raised:
                 optimizer.meta_step(spoiled(model, index, how), batches(3, seed=2))
             assert_identical(everything(model, optimizer), before)
             assert all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
@@ -88,10 +101,11 @@ def test_everything_is_as_before_the_call(name: str, method: str, index: int, ho
             note = "\n".join(raised.value.__notes__)
             assert "meta_step() failed" in note
             assert "as before the call" in note
-            if how != "raises":
+            assert "buffers" in note or optimizer.method.model is None
+            if how not in ERRORS:
                 assert f"the loss of batch {index} is {how}: nothing was changed" in str(raised.value)
         optimizer.meta_step(lambda b, m=model: loss_of(m, b), batches(3, seed=3))
-        results.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
+        results.append(everything(model, optimizer))
     assert_identical(results[1], results[0])
 
 
@@ -159,8 +173,7 @@ def test_with_nonfinite_ignore_the_error_says_that_the_optimizers_state_moved():
         optimizer.meta_step(spoiled(model, 2, "raises"), batches(3))
     assert_identical(model.state_dict(), before)
     assert wrapped.state[model.out.weight]["step"] == 2
-    (note,) = raised.value.__notes__
-    assert note.endswith("; the wrapped optimizer's state is that after 2 inner steps")
+    assert raised.value.__notes__[-1].endswith("; the wrapped optimizer's state is that after 2 inner steps")
 
 
 def test_divergence_found_at_the_end_is_undone_too():
@@ -178,44 +191,44 @@ def test_divergence_found_at_the_end_is_undone_too():
     assert_identical((parameter.detach(), optimizer.state_dict()), before)
 
 
-@pytest.mark.parametrize("method", [lambda m: SmoothFish(1.0, 0.1, m), lambda m: IDGM(m, 0.1)])
-def test_a_step_that_fails_half_way_is_told_of(method: Any):
-    class Failing(SGD):
-        def step(self, closure: Any = None) -> Any:
-            raise MemoryError("no memory")
+class FailingStep(SGD):
+    """Moves the parameters and fails."""
 
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p += 1.0
+        raise MemoryError("no memory")
+
+
+class FailingSearch(FailingStep):
+    """The same, and cannot do without a closure."""
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        super().step(closure)
+
+
+@pytest.mark.parametrize("method", ["SmoothFish", "IDGM"])
+@pytest.mark.parametrize("kind", [FailingStep, FailingSearch])
+def test_a_step_that_fails_half_way_is_told_of(kind: type[SGD], method: str):
+    """All is as before but the optimizer's state, of which there is no copy."""
     model = feature_net()
-    optimizer = GradMatch(Failing(model.parameters(), lr=0.1), method(model))
-    buffers = copy.deepcopy(dict(model.named_buffers()))
+    optimizer = GradMatch(kind(model.parameters(), lr=0.1), METHODS[method](model))
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(MemoryError) as raised:
         optimizer.meta_step(lambda b: loss_of(model, b), batches(3))
-    assert_identical(dict(model.named_buffers()), buffers)
     assert all(p.grad is None for p in model.parameters())
+    assert_identical(model.state_dict(), before)
     (note,) = raised.value.__notes__
-    assert "parameters and state are what the wrapped optimizer's step left" in note
+    restored, left = note.split("; ")
+    assert "parameters, .grad, the model's buffers" in restored
+    assert left == "the wrapped optimizer's state is what its step left"
 
 
-def test_an_interrupt_is_undone_and_goes_on():
-    model = feature_net()
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1, momentum=0.9), Fish(0.5))
-    before = everything(model, optimizer)
-
-    def interrupted(batch: Any) -> Tensor:
-        loss = loss_of(model, batch)
-        if batch[2] == 2:
-            raise KeyboardInterrupt
-        return loss
-
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.meta_step(interrupted, batches(3))
-    assert_identical(everything(model, optimizer), before)
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_losses_are_checked_before_each_step_so_that_no_device_waits_for_the_end(name: str):
+def test_losses_are_checked_before_each_step_so_that_no_device_waits_for_the_end():
     """What a GPU does, simulated: nothing is looked at before the backward pass, which may fill ``.grad`` with NaN."""
     model = feature_net()
-    wrapped = getattr(torch.optim, name)(model.parameters(), **OPTIMIZERS[name])
+    wrapped = Adam(model.parameters(), lr=0.05)
     optimizer = GradMatch(wrapped, Fish(0.5))
     seen: list[bool] = []
     wrapped.register_step_pre_hook(
@@ -232,3 +245,47 @@ def test_losses_are_checked_before_each_step_so_that_no_device_waits_for_the_end
         optimizer.meta_step(loss_fn, batches(3))
     assert seen == [True]
     assert len(backward_ran) == 2
+
+
+# ------------------------------------------------------------------------------------- mistakes in what it is given
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_loss_fn_that_calls_backward_is_refused(method: str):
+    model = feature_net()
+    optimizer = GradMatch(Adam(model.parameters(), lr=0.1), ALL_METHODS[method](model))
+    loss_of(model, batches(1)[0]).backward()
+    before = everything(model, optimizer)
+
+    def training_step(batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        loss.backward(retain_graph=batch[2] == 1)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"loss_fn called backward\(\)"):
+        optimizer.meta_step(training_step, batches(2))
+    assert_identical(everything(model, optimizer), before)
+    optimizer.meta_step(lambda b: loss_of(model, b), batches(2))
+
+
+def test_a_loss_fn_that_differentiates_for_itself_is_fine():
+    """A gradient penalty by ``autograd.grad`` leaves ``.grad`` alone."""
+    model = feature_net()
+
+    def penalized(batch: Any) -> Tensor:
+        x, _, domain = batch
+        x = x.clone().requires_grad_()
+        out = model(x, domain).sum()
+        return out + torch.autograd.grad(out, x, create_graph=True)[0].square().sum()
+
+    assert GradMatch(SGD(model.parameters(), lr=0.1)).meta_step(penalized, batches(2)).losses.shape == (2,)
+
+
+def test_swapped_arguments_are_named():
+    w = nn.Parameter(torch.zeros(()))
+    optimizer = GradMatch(SGD([w], lr=0.1))
+    loss_fn = lambda x: (w - x).square()  # noqa: E731
+    with pytest.raises(TypeError, match=r"loss_fn should be a function .*\(got list, the batches.*swapped"):
+        optimizer.meta_step([1.0, 2.0], loss_fn)
+    with pytest.raises(TypeError, match=r"loss_fn should be a function .*\(got Tensor\)"):
+        optimizer.meta_step(loss_fn(1.0), [1.0, 2.0])

@@ -11,8 +11,22 @@ import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _reference import smooth_fish_gradient
-from _spread import Batch, build, domain_batches, full, loss_of, loss_over, mine, part, sharded, spread, weights
-from test_idgm_over_ranks import fails, same
+from _spread import (
+    Batch,
+    build,
+    domain_batches,
+    error_of,
+    gradients_of,
+    loss_of,
+    loss_over,
+    mine,
+    not_a_number_on_last,
+    part,
+    same,
+    sharded,
+    spread,
+    weights,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,57 +39,49 @@ SETTINGS = {"walk": (1.0, False), "strong": (2.5, False), "symmetric": (0.3, Tru
 AGREEMENTS = ("inner_product", "variance", "cosine")
 
 
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: full(p.grad) for name, p in model.named_parameters()}
-
-
-def direction(model: nn.Module, method: Any, batches: list[Batch]) -> Any:
+def direction(model: nn.Module, method: Any, batches: list[Batch], loss: Any = loss_of) -> Any:
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-    report = optimizer.meta_step(partial(loss_of, model), batches)
-    found = vars(report) | {"agreement_with_rest": report.agreement_with_rest}
-    return gradients_of(model), {name: value for name, value in found.items() if value is not None}
+    report = optimizer.meta_step(partial(loss, model), batches)
+    return gradients_of(model), vars(report) | {"agreement_with_rest": report.agreement_with_rest}
 
 
-def networks(scheme: str) -> tuple[str, ...]:
-    return NETWORKS if scheme == "fsdp" else NETWORKS[:1]
+def idgm(model: nn.Module, agreement: str, **settings: Any) -> IDGM:
+    return IDGM(model, GAMMA, agreement, hvp="finite_difference", track_alignment=True, **settings)
 
 
-def by_smooth_fish(scheme: str) -> dict[Any, Any]:
+def in_lockstep(scheme: str) -> dict[Any, Any]:
     found = {}
-    for name, (kind, (gamma, symmetric)) in itertools.product(networks(scheme), SETTINGS.items()):
-        model = spread(scheme, build(name))
-        method = SmoothFish(gamma, LR, symmetric=symmetric, track_alignment="pairs")
-        found[name, kind] = direction(model, method, mine(domain_batches(3, 1)))
+    batches = mine(domain_batches(3, 1))
+    for name in NETWORKS if scheme == "fsdp" else NETWORKS[:1]:
+        for kind, (gamma, symmetric) in SETTINGS.items():
+            method = SmoothFish(gamma, LR, symmetric=symmetric, track_alignment="pairs")
+            found[name, kind] = direction(spread(scheme, build(name)), method, batches)
+        for agreement in AGREEMENTS:
+            model = spread(scheme, build(name))
+            found[name, agreement] = direction(model, idgm(model, agreement), batches)
+    model = spread(scheme, build("batch_norm"))
+    found["batch_norm", "kept"] = direction(model, idgm(model, "variance", keep_graphs=True), batches)
     return found
 
 
-def by_idgm(scheme: str) -> dict[Any, Any]:
-    found = {}
-    for name, agreement, kept in [
-        *itertools.product(networks(scheme), AGREEMENTS, [False]),
-        ("batch_norm", "variance", True),
-    ]:
-        model = spread(scheme, build(name))
-        method = IDGM(model, GAMMA, agreement, hvp="finite_difference", keep_graphs=kept, track_alignment=True)
-        found[name, agreement, kept] = direction(model, method, mine(domain_batches(3, 1)))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("scheme", "size"), [("fsdp", 2), pytest.param("fsdp", 3, marks=pytest.mark.large), ("kept", 2), ("hsdp", 4)]
-)
-def test_smooth_fish_is_that_of_one_process(scheme: str, size: int):
-    everywhere = on_ranks(size, by_smooth_fish, scheme)
-    domains = domain_batches(3, 1)
+@pytest.mark.parametrize(("scheme", "size"), [("fsdp", 2), ("kept", 2), ("hsdp", 4)])
+def test_the_direction_is_that_of_one_process(scheme: str, size: int):
+    everywhere = on_ranks(size, in_lockstep, scheme)
+    domains, loss = domain_batches(3, 1), partial(loss_over, size=size)
     for (name, kind), (found, report) in everywhere[0].items():
-        gamma, symmetric = SETTINGS[kind]
         model = build(name)
-        expected = smooth_fish_gradient(model, partial(loss_over, size=size), domains, gamma, LR, symmetric=symmetric)
-        for g, wanted in zip(found.values(), expected, strict=True):
-            torch.testing.assert_close(g, wanted, rtol=1e-9, atol=1e-12)
+        if kind not in SETTINGS:
+            expected, one = direction(model, idgm(model, "variance" if kind == "kept" else kind), domains, loss)
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+            for measured in ("inner_product", "cosine", "grad_norms", "agreement_with_rest"):
+                torch.testing.assert_close(report[measured], one[measured])
+            continue
+        gamma, symmetric = SETTINGS[kind]
+        expected = smooth_fish_gradient(model, loss, domains, gamma, LR, symmetric=symmetric)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
         if kind == "walk":  # along which it is measured
             continue
-        here = [torch.autograd.grad(loss_over(model, b, size), list(model.parameters())) for b in domains]
+        here = [torch.autograd.grad(loss(model, b), list(model.parameters())) for b in domains]
         vectors = [torch.cat([g.reshape(-1) for g in gs]) for gs in here]
         torch.testing.assert_close(report["grad_norms"], torch.stack([v.norm() for v in vectors]))
         cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in vectors]) for b in vectors])
@@ -83,181 +89,145 @@ def test_smooth_fish_is_that_of_one_process(scheme: str, size: int):
         torch.testing.assert_close(report["cosine"], (cosines.sum() - 3) / 6)
         with torch.no_grad():
             own = [torch.stack([loss_of(model, part(b, rank, size)) for b in domains]) for rank in range(size)]
-        torch.testing.assert_close([one[name, kind][1]["losses"] for one in everywhere], own)
-
-
-@pytest.mark.parametrize(
-    ("scheme", "size"), [("fsdp", 2), pytest.param("fsdp", 3, marks=pytest.mark.large), ("hsdp", 4)]
-)
-def test_idgm_by_finite_differences_is_that_of_one_process(scheme: str, size: int):
-    everywhere = on_ranks(size, by_idgm, scheme)
-    for (name, agreement, _), (found, report) in everywhere[0].items():
-        model = build(name)
-        method = IDGM(model, GAMMA, agreement, hvp="finite_difference", track_alignment=True)
-        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-        one = optimizer.meta_step(lambda batch: loss_over(model, batch, size), domain_batches(3, 1))  # noqa: B023
-        for key, g in gradients_of(model).items():
-            torch.testing.assert_close(found[key], g, rtol=1e-7, atol=1e-9)
-        for measured in ("inner_product", "cosine", "grad_norms", "agreement_with_rest"):
-            torch.testing.assert_close(report[measured], getattr(one, measured))
+        torch.testing.assert_close([there[name, kind][1]["losses"] for there in everywhere], own)
 
 
 # ---------------------------------------------------------------------------------- walks, domains, samples over shards
 
 
-def mesh_of_four() -> Any:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-
-
 def over_shards() -> dict[str, Any]:
     """A 2 by 2 mesh: ``fully_shard`` in each row, walks (or domains, or samples) across the rows."""
-    mesh = mesh_of_four()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     row, column = mesh.get_local_rank("outer"), mesh.get_local_rank("inner")
     outer = {"process_group": mesh.get_group("outer")}
-    finite = {"hvp": "finite_difference", "track_alignment": True}
     found = {}
     own = [part(batch, column, 2) for batch in domain_batches(3, row)]
     quarter = [part(part(batch, column, 2), row, 2) for batch in domain_batches(3, 0)]
     for name, batches, make in [
         ("walks", own, lambda model: SmoothFish(0.3, LR, model=model, symmetric=True, **outer)),
-        ("domains", own[: 2 + row], lambda model: IDGM(model, GAMMA, "cosine", **finite, **outer)),
-        ("variance", own[: 2 + row], lambda model: IDGM(model, GAMMA, "variance", **finite, **outer)),
-        ("data", quarter, lambda model: IDGM(model, GAMMA, **finite, parallel="data", **outer)),
+        ("domains", own[: 2 + row], lambda model: idgm(model, "cosine", **outer)),
+        ("variance", own[: 2 + row], lambda model: idgm(model, "variance", **outer)),
+        ("data", quarter, lambda model: idgm(model, "inner_product", parallel="data", **outer)),
         ("one walk", quarter, lambda model: SmoothFish(1.0, LR, model=model, parallel="data", **outer)),
     ]:
         model = sharded(build("batch_norm"), mesh["inner"])
         found[name] = direction(model, make(model), batches)[0], [b.clone() for b in model.buffers()]
     model = sharded(build("batch_norm"), mesh["inner"])
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, LR, **outer))
-    last = dist.get_rank() == 3
-    found["nan"] = fails(optimizer, lambda b: loss_of(model, b) * (float("nan") if last else 1.0), own)
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, LR, model=model, **outer))
+    found["nan"] = error_of(optimizer.meta_step, not_a_number_on_last(partial(loss_of, model)), own)
     with torch.no_grad():
-        next(model.parameters()).to_local().add_(float(last))
+        next(model.parameters()).to_local().add_(float(dist.get_rank() == 3))
     optimizer.load_state_dict(optimizer.state_dict())
-    found["other weights"] = fails(optimizer, partial(loss_of, model), own)
+    found["other weights"] = error_of(optimizer.meta_step, partial(loss_of, model), own)
     return found
 
 
 def test_walks_domains_and_samples_over_shards():
     everywhere = on_ranks(4, over_shards)
     domains = [domain_batches(3, row) for row in range(2)]
-    found = everywhere[0]
-    for name in ("walks", "domains", "variance", "data", "one walk"):
-        assert same(found[name][0], everywhere[3][name][0])
-        for column in range(2):  # buffers are those of the ranks with the same part of the shards
-            assert same(everywhere[column][name][1], everywhere[2 + column][name][1])
-
-    def halves(model: nn.Module, batch: Batch) -> Tensor:
-        return loss_over(model, batch, 2)
+    halves = partial(loss_over, size=2)
 
     def quarters(model: nn.Module, batch: Batch) -> Tensor:
         parts = [part(part(batch, column, 2), row, 2) for column in range(2) for row in range(2)]
         return torch.stack([loss_of(model, one) for one in parts]).mean()
 
-    walks = [smooth_fish_gradient(build("batch_norm"), halves, own, 0.3, LR, symmetric=True) for own in domains]
-    model = build("batch_norm")
-    for wanted_of, name in [
-        (lambda: [sum(gs) / 2 for gs in zip(*walks, strict=True)], "walks"),
-        (lambda: of_idgm(halves, domains[0][:2] + domains[1], "cosine"), "domains"),
-        (lambda: of_idgm(halves, domains[0][:2] + domains[1], "variance"), "variance"),
-        (lambda: of_idgm(quarters, domains[0], "inner_product"), "data"),
-        (lambda: smooth_fish_gradient(model, quarters, domains[0], 1.0, LR), "one walk"),
-    ]:
-        for g, wanted in zip(found[name][0].values(), wanted_of(), strict=True):
-            torch.testing.assert_close(g, wanted, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    def of_idgm(loss: Any, batches: list[Batch], agreement: str) -> list[Tensor]:
+        model = build("batch_norm")
+        return direction(model, idgm(model, agreement), batches, loss)[0]
+
+    def of_walk(loss: Any, batches: list[Batch], gamma: float, *, symmetric: bool) -> Any:
+        return smooth_fish_gradient(build("batch_norm"), loss, batches, gamma, LR, symmetric=symmetric)
+
+    walks = [of_walk(halves, own, 0.3, symmetric=True) for own in domains]
+    for name, wanted in {
+        "walks": [sum(gs) / 2 for gs in zip(*walks, strict=True)],
+        "domains": of_idgm(halves, domains[0][:2] + domains[1], "cosine"),
+        "variance": of_idgm(halves, domains[0][:2] + domains[1], "variance"),
+        "data": of_idgm(quarters, domains[0], "inner_product"),
+        "one walk": of_walk(quarters, domains[0], 1.0, symmetric=False),
+    }.items():
+        found = everywhere[0][name][0]
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        assert same(found, everywhere[3][name][0])
+        for column in range(2):  # buffers are those of the ranks with the same part of the shards
+            assert same(everywhere[column][name][1], everywhere[2 + column][name][1])
     for one in everywhere:
-        assert "is nan" in one["nan"][1]
-        assert "number 0 of the optimizer" in one["other weights"][1]
-
-
-def of_idgm(loss: Any, batches: list[Batch], agreement: str) -> list[Tensor]:
-    model = build("batch_norm")
-    method = IDGM(model, GAMMA, agreement, hvp="finite_difference")
-    GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method).meta_step(partial(loss, model), batches)
-    return [p.grad for p in model.parameters()]
+        assert "is nan" in one["nan"]
+        assert "number 0 of the optimizer" in one["other weights"]
 
 
 # ----------------------------------------------------------------------------------------------- training, and refusals
 
 
 def method_of(kind: str, model: nn.Module) -> Any:
-    if kind == "IDGM":
-        return IDGM(model, GAMMA, "variance", hvp="finite_difference")
-    return SmoothFish(0.3, LR, symmetric=True)
+    return idgm(model, "variance") if kind == "IDGM" else SmoothFish(0.3, LR, symmetric=True)
 
 
-def train(reshard: bool, kind: str) -> Any:
-    model = sharded(build("smooth"), reshard=reshard)
-    optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
-    last = dist.get_rank() == dist.get_world_size() - 1
-    for seed in range(3):
-        batches = mine(domain_batches(3, seed))
-        error = fails(optimizer, lambda batch: loss_of(model, batch) * (float("nan") if last else 1.0), batches)
-        assert error is not None
-        assert "the loss of batch 0 is nan" in error[1]
-        with torch.no_grad():
-            loss_of(model, batches[0])  # leaves all of the root's parameters where its shards were
-        optimizer.meta_step(partial(loss_of, model), batches)
-    loss_of(model, batches[0]).backward()
-    return weights(model)
+def train() -> dict[Any, dict[str, Tensor]]:
+    found = {}
+    for kind, reshard in itertools.product(["IDGM", "SmoothFish"], [True, False]):
+        model = sharded(build("smooth"), reshard=reshard)
+        optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
+        loss_fn = partial(loss_of, model)
+        for seed in range(3):
+            batches = mine(domain_batches(3, seed))
+            message = error_of(optimizer.meta_step, not_a_number_on_last(loss_fn), batches)
+            assert "the loss of batch 0 is nan" in message
+            with torch.no_grad():
+                loss_fn(batches[0])  # leaves all of the root's parameters where its shards were
+            optimizer.meta_step(loss_fn, batches)
+        loss_fn(batches[0]).backward()
+        found[kind, reshard] = weights(model)
+    return found
 
 
-@pytest.mark.parametrize("kind", ["IDGM", "SmoothFish"])
-@pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
-def test_training_goes_on_as_in_one_process(kind: str, reshard: bool):
+def test_training_goes_on_as_in_one_process():
     """Also after a loss that was NaN on one rank, and after an evaluation."""
-    found = on_ranks(2, train, reshard, kind)
-    model = build("smooth")
-    optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
-    for seed in range(3):
-        optimizer.meta_step(partial(loss_over, model, size=2), domain_batches(3, seed))
-    for name, p in weights(model).items():
-        assert same(found[0][name], found[1][name])
-        torch.testing.assert_close(found[0][name], p, rtol=1e-6, atol=1e-8)
+    everywhere = on_ranks(2, train)
+    assert same(*everywhere)
+    for (kind, _), found in everywhere[0].items():
+        model = build("smooth")
+        optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
+        for seed in range(3):
+            optimizer.meta_step(partial(loss_over, model, size=2), domain_batches(3, seed))
+        torch.testing.assert_close(found, {n: p.detach() for n, p in model.named_parameters()}, rtol=1e-6, atol=1e-8)
 
 
 def refusals() -> dict[str, str]:
-    found = {}
-
-    def attempt(name: str, make: Any) -> None:
-        try:
-            make()
-        except ValueError as error:
-            found[name] = str(error)
-
     plain, model = build("smooth"), sharded(build("smooth"))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    attempt("reverse", lambda: GradMatch(sgd, IDGM(model, GAMMA)))
-    attempt("forward", lambda: GradMatch(sgd, IDGM(model, GAMMA, hvp="forward")))
+    found = {
+        hvp: error_of(lambda hvp=hvp: GradMatch(sgd, IDGM(model, GAMMA, hvp=hvp))) for hvp in ("reverse", "forward")
+    }
     method = IDGM(plain, GAMMA)
     fully_shard(plain)
-    attempt("sharded later", lambda: GradMatch(torch.optim.SGD(plain.parameters(), lr=0.1), method))
-    optimizer = GradMatch(sgd, IDGM(model, GAMMA, hvp="finite_difference"))
-    attempt("set later", lambda: setattr(optimizer.method, "hvp", "reverse"))
-    assert optimizer.method.hvp == "finite_difference"
+    found["sharded later"] = error_of(lambda: GradMatch(torch.optim.SGD(plain.parameters(), lr=0.1), method))
+    optimizer, batches = GradMatch(sgd, idgm(model, "variance")), mine(domain_batches(2, 0))
+    optimizer.method.hvp = "reverse"
+    found["set later"] = error_of(optimizer.meta_step, partial(loss_of, model), batches)
+    optimizer.method.hvp = "finite_difference"
     optimizer.method.agreement = lambda gradients: sum(g.square().sum() for g in gradients[0].values())
-    attempt("function", lambda: optimizer.meta_step(partial(loss_of, model), mine(domain_batches(2, 0))))
+    found["function"] = error_of(optimizer.meta_step, partial(loss_of, model), batches)
     return found
 
 
 def test_what_shards_cannot_do_is_refused():
     for found in on_ranks(2, refusals):
         for name in ("reverse", "forward", "sharded later", "set later"):
+            assert found[name].startswith("ValueError")
             for remedy in ("hvp='finite_difference'", "SmoothFish", "Fish"):
                 assert remedy in found[name]
         assert "where parameters are sharded (got a function)" in found["function"]
 
 
-def in_half_precision() -> dict[str, Tensor]:
-    policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    model = sharded(build("smooth", torch.float32), **policy)
-    batches = [(x.float(), y.float()) for x, y in mine(domain_batches(3, 1))]
-    return direction(model, SmoothFish(1.0, LR), batches)[0]
+def in_half_precision() -> list[Tensor]:
+    model = sharded(build("smooth", torch.float32), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return direction(model, SmoothFish(1.0, LR), mine(domain_batches(3, 1, dtype=torch.float32)))[0]
 
 
 def test_a_policy_of_mixed_precision_is_followed():
     found = on_ranks(2, in_half_precision)[0]
     expected = smooth_fish_gradient(build("smooth"), partial(loss_over, size=2), domain_batches(3, 1), 1.0, LR)
-    flat, wanted = torch.cat([g.reshape(-1) for g in found.values()]), torch.cat([g.reshape(-1) for g in expected])
+    flat, wanted = (torch.cat([g.reshape(-1) for g in gs]) for gs in (found, expected))
     assert flat.dtype is torch.float32
     assert float((flat - wanted).norm() / wanted.norm()) < 0.03

@@ -1,74 +1,51 @@
-"""Ranks that agree: all go on, or all raise."""
+"""Ranks that agree: all go on, or all raise; they begin with the same parameters, or are told which differ."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
+from _spread import error_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from torch_gradmatch.parallel.agreement import check_same_parameters
 from torch_gradmatch.parallel.ranks import Ranks, check_process_group
 from torch_gradmatch.parallel.reduction import average_, sum_
 
 
-def world() -> Ranks:
-    return Ranks([dist.group.WORLD], torch.device("cpu"))
+def agree() -> dict[str, Any]:
+    rank, ranks = dist.get_rank(), Ranks([dist.group.WORLD], torch.device("cpu"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    over_mesh = Ranks([mesh.get_group("inner"), mesh.get_group("outer")], torch.device("cpu"))
+    return {
+        "numbers": ranks.agree(None, {"number of batches": 3}, 10 + rank),
+        "one": error_of(ranks.agree, ValueError("the loss is nan") if rank == 1 else None),
+        "memory": error_of(ranks.agree, MemoryError("too much") if rank == 0 else None),
+        "facts": error_of(ranks.agree, None, {"method": "Fish()", "batches": 3 + (rank == 1)}),
+        "mesh": over_mesh.agree(number=rank),
+        "gathered": over_mesh.gather(rank),
+        "one of a mesh": error_of(over_mesh.agree, ValueError("no") if rank == 3 else None),
+    }
 
 
-def error_of(ranks: Ranks, error: BaseException | None = None, **facts: object) -> tuple[str, str] | None:
-    try:
-        ranks.agree(error, facts)
-    except Exception as raised:  # noqa: BLE001  whichever it is, is the result
-        return type(raised).__name__, str(raised)
-    return None
-
-
-def agree_on_numbers() -> list[int]:
-    return world().agree(None, {"number of batches": 3}, number=10 + dist.get_rank())
-
-
-def test_every_rank_learns_every_number():
-    assert on_ranks(3, agree_on_numbers) == [[10, 11, 12]] * 3
-
-
-def fail_on_rank_1() -> tuple[str, str] | None:
-    return error_of(world(), ValueError("the loss is nan") if dist.get_rank() == 1 else None)
-
-
-def test_an_error_of_one_rank_is_raised_on_all():
-    others, own = ("ValueError", "on rank 1: the loss is nan"), ("ValueError", "the loss is nan")
-    assert on_ranks(3, fail_on_rank_1) == [others, own, others]
-
-
-def fail_of_memory() -> tuple[str, str] | None:
-    return error_of(world(), MemoryError("too much") if dist.get_rank() == 0 else None)
-
-
-def test_an_error_of_another_kind_says_its_kind():
-    assert on_ranks(2, fail_of_memory)[1] == ("RuntimeError", "on rank 0: MemoryError: too much")
-
-
-def differ() -> tuple[str, str] | None:
-    return error_of(world(), None, method="Fish()", batches=3 + (dist.get_rank() == 1))
-
-
-def test_different_facts_are_named_on_all():
-    message = "the ranks should have the same batches, but it is 3 on rank 0 and 4 on rank 1"
-    assert on_ranks(3, differ) == [("ValueError", message)] * 3
-
-
-def agree_on_a_mesh() -> tuple[list[int], list[int], tuple[str, str] | None]:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    ranks = Ranks([mesh.get_group("inner"), mesh.get_group("outer")], torch.device("cpu"))
-    error = ValueError("no") if dist.get_rank() == 3 else None
-    return ranks.agree(number=dist.get_rank()), ranks.gather(dist.get_rank()), error_of(ranks, error)
-
-
-def test_the_dimensions_of_a_mesh_reach_all_its_ranks():
-    found = on_ranks(4, agree_on_a_mesh)
-    assert [sorted(numbers) for numbers, _, _ in found] == [[0, 1, 2, 3]] * 4
-    assert all(numbers == gathered for numbers, gathered, _ in found)
-    assert [error for _, _, error in found] == [("ValueError", "on rank 3: no")] * 3 + [("ValueError", "no")]
+def test_ranks_learn_every_number_and_raise_what_one_of_them_raises():
+    everywhere = on_ranks(4, agree)
+    for rank, found in enumerate(everywhere):
+        assert found["numbers"] == [10, 11, 12, 13]
+        assert found["one"] == f"ValueError: {'' if rank == 1 else 'on rank 1: '}the loss is nan"
+        assert found["memory"] == (
+            "RuntimeError: on rank 0: MemoryError: too much" if rank else "MemoryError: too much"
+        )
+        assert found["facts"] == (
+            "ValueError: the ranks should have the same batches, but it is 3 on rank 0 and 4 on rank 1"
+        )
+        assert sorted(found["mesh"]) == [0, 1, 2, 3]
+        assert found["mesh"] == found["gathered"]
+        assert found["one of a mesh"] == f"ValueError: {'' if rank == 3 else 'on rank 3: '}no"
 
 
 def test_one_process_agrees_with_itself():
@@ -77,11 +54,13 @@ def test_one_process_agrees_with_itself():
     assert alone.agree(number=7) == [7]
     with pytest.raises(ValueError, match="mine"):
         alone.agree(ValueError("mine"))
+    assert check_process_group(None) is None
+    with pytest.raises(TypeError, match=r"process_group should be .*\(got int\)"):
+        check_process_group(3)
 
 
-def reduce_some() -> list[torch.Tensor]:
-    rank = dist.get_rank()
-    generator = torch.Generator().manual_seed(rank)
+def reduce_some() -> list[Any]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
     tensors = [
         torch.randn(3, 4, generator=generator, dtype=torch.float64).t(),
         torch.randn((), generator=generator, dtype=torch.float64),
@@ -90,8 +69,7 @@ def reduce_some() -> list[torch.Tensor]:
         torch.empty(0),
         torch.randn(2, generator=generator),
     ]
-    before = [t.clone() for t in tensors]
-    sums = [t.clone() for t in tensors]
+    before, sums = ([t.clone() for t in tensors] for _ in range(2))
     sum_(sums, dist.group.WORLD)
     average_(tensors, dist.group.WORLD)
     return [before, sums, tensors]
@@ -109,7 +87,40 @@ def test_sums_and_means_of_all_kinds_are_right_and_the_same_everywhere():
             torch.testing.assert_close(means[i].to(torch.complex128), total / 3, rtol=rounding, atol=rounding)
 
 
-def test_what_is_no_group_is_refused():
-    assert check_process_group(None) is None
-    with pytest.raises(TypeError, match=r"process_group should be .*\(got int\)"):
-        check_process_group(3)
+# ------------------------------------------------------------------------------------------------- the same parameters
+
+
+def compare(change: str) -> str:
+    torch.manual_seed(0)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    parameters = [nn.Parameter(torch.randn(3, 2).t()), nn.Parameter(torch.randn(4, dtype=torch.complex64))]
+    parameters += [nn.Parameter(torch.randn(5).to(torch.bfloat16)), nn.Parameter(torch.tensor(float("nan")))]
+    if last and change == "value":
+        parameters[2].data[3] += 1
+    if last and change == "number":
+        parameters.pop()
+    if last and change == "shape":
+        parameters[0] = nn.Parameter(torch.randn(7))
+    group = dist.group.WORLD
+    return error_of(check_same_parameters, parameters, group, Ranks([group], torch.device("cpu")))
+
+
+def compare_all() -> dict[str, str]:
+    found = {change: compare(change) for change in ("nothing", "value", "number", "shape")}
+    # Rows of a 2 by 2 mesh hold other shards; only one column differs, and all have to know.
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    outer, inner = mesh.get_group("outer"), mesh.get_group("inner")
+    parameter = nn.Parameter(torch.full((2,), float(dist.get_rank(inner)) + (dist.get_rank() == 3)))
+    ranks = Ranks([outer, inner], torch.device("cpu"))
+    return {**found, "mesh": error_of(check_same_parameters, [parameter], outer, ranks)}
+
+
+def test_the_same_parameters_pass_and_others_are_named_on_all_ranks():
+    for found in on_ranks(4, compare_all):
+        assert found["nothing"] == ""
+        assert "number 2 of the optimizer, of shape (5,), holds other values" in found["value"]
+        assert "broadcast" in found["value"]
+        assert "one has 4 of them and one 3" in found["number"]
+        on_one_and_another = "torch.float32 of shape (2, 3) on one and torch.float32 of shape (7,) on another"
+        assert f"number 0 is {on_one_and_another}" in found["shape"]
+        assert "number 0 of the optimizer" in found["mesh"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from functools import partial
 from typing import Any
@@ -12,19 +11,27 @@ import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _reference import idgm_direction, smooth_fish_gradient
-from _spread import Batch, build, domain_batches, loss_of, loss_over, mine
-from test_idgm_over_ranks import (
-    Counting,
+from _spread import (
+    Batch,
+    Collectives,
     buffers_of,
-    expected_buffers,
-    fails,
+    build,
+    distance,
+    domain_batches,
+    error_of,
     gradients_of,
+    loss_of,
+    loss_over,
+    mean_of_buffers,
+    mine,
+    not_a_number_on_last,
+    part,
     same,
     state_of,
-    wide,
+    weights,
     world,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import GradMatch, SmoothFish, fish_gamma
@@ -39,79 +46,126 @@ def own(seed: int, rank: int, domains: int = 3) -> list[Batch]:
     return domain_batches(domains, 100 * seed + rank)[:: -1 if rank % 2 else 1]
 
 
-def one_step(name: str, batches: list[Batch], gamma: float, **settings: Any) -> Any:
-    model = build(name)
-    method = SmoothFish(gamma, LR, model=model, **world(**settings))
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-    report = optimizer.meta_step(partial(loss_of, model), batches)
-    return {"gradients": gradients_of(model), "buffers": buffers_of(model)}, report
+def by(model: nn.Module, gamma: float, optimizer: Any = None, **settings: Any) -> GradMatch[SmoothFish]:
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    return GradMatch(optimizer, SmoothFish(gamma, LR, model=model, **world(**settings)))
 
 
 def steps(parallel: str) -> dict[Any, Any]:
     found = {}
     for name, (kind, (gamma, symmetric)) in itertools.product(NETWORKS, SETTINGS.items()):
         batches = own(1, dist.get_rank()) if parallel == "walks" else mine(domain_batches(3, 1))
-        found[name, kind] = one_step(name, batches, gamma, symmetric=symmetric, parallel=parallel)
+        model = build(name)
+        optimizer = by(model, gamma, symmetric=symmetric, parallel=parallel)
+        report = optimizer.meta_step(partial(loss_of, model), batches)
+        found[name, kind] = [gradients_of(model), buffers_of(model)], report.losses
     return found
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.large)])
-def test_walks_go_to_their_mean(size: int):
-    everywhere = on_ranks(size, steps, "walks")
+def test_walks_go_to_their_mean():
+    everywhere = on_ranks(2, steps, "walks")
     for (name, kind), (found, _) in everywhere[0].items():
-        assert all(same(found, other[name, kind][0]) for other in everywhere), (name, kind)
+        assert same(found, everywhere[1][name, kind][0]), (name, kind)
         gamma, symmetric = SETTINGS[kind]
         gradients, buffers = [], []
-        for rank in range(size):
+        for rank in range(2):
             model = build(name)
             gradients.append(smooth_fish_gradient(model, loss_of, own(1, rank), gamma, LR, symmetric=symmetric))
             buffers.append(buffers_of(model))
-            reported = everywhere[rank][name, kind][1]
             if kind != "walk":
-                here = [loss_of(build(name), batch) for batch in own(1, rank)]
-                torch.testing.assert_close(reported.losses, torch.stack(here).detach())
-        for g, parts in zip(found["gradients"], zip(*gradients, strict=True), strict=True):
-            torch.testing.assert_close(g, sum(parts) / size, rtol=1e-10, atol=1e-12)
-        for key, b in found["buffers"].items():
-            every = torch.stack([one[key] for one in buffers])
-            torch.testing.assert_close(b, every.mean(0) if b.is_floating_point() else every.max(0).values)
+                here = torch.stack([loss_of(build(name), batch) for batch in own(1, rank)]).detach()
+                torch.testing.assert_close(everywhere[rank][name, kind][1], here)
+        mean = [sum(parts) / 2 for parts in zip(*gradients, strict=True)]
+        torch.testing.assert_close(found[0], mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found[1], mean_of_buffers(buffers))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.large)])
-def test_parts_of_batches_make_one_walk(size: int):
-    everywhere = on_ranks(size, steps, "data")
+def test_parts_of_batches_make_one_walk():
+    everywhere = on_ranks(2, steps, "data")
+    assert same(*everywhere)
     domains = domain_batches(3, 1)
-    for (name, kind), (found, report) in everywhere[0].items():
-        assert all(
-            same([found, vars(report)], [other[name, kind][0], vars(other[name, kind][1])]) for other in everywhere
-        )
+    for (name, kind), (found, losses) in everywhere[0].items():
         gamma, symmetric = SETTINGS[kind]
         model = build(name)
-        expected = smooth_fish_gradient(model, partial(loss_over, size=size), domains, gamma, LR, symmetric=symmetric)
-        for g, wanted in zip(found["gradients"], expected, strict=True):
-            torch.testing.assert_close(g, wanted, rtol=1e-10, atol=1e-12)
-        if kind != "walk":
-            losses = torch.stack([loss_over(build(name), batch, size) for batch in domains]).detach()
-            torch.testing.assert_close(report.losses, losses)
-            parts = [[(x[r::size], y[r::size]) for x, y in domains] for r in range(size)]
-            torch.testing.assert_close(found["buffers"], expected_buffers(name, parts))
+        expected = smooth_fish_gradient(model, partial(loss_over, size=2), domains, gamma, LR, symmetric=symmetric)
+        torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
+        if kind == "walk":
+            continue
+        here = torch.stack([loss_over(build(name), batch, 2) for batch in domains]).detach()
+        torch.testing.assert_close(losses, here)
+        left = []
+        for rank in range(2):
+            model = build(name)
+            for batch in domains:
+                loss_of(model, part(batch, rank, 2))
+            left.append(buffers_of(model))
+        torch.testing.assert_close(found[1], mean_of_buffers(left))
+
+
+# ------------------------------------------------------------------------------------------- DistributedDataParallel
+
+
+def over_ddp() -> dict[Any, Any]:
+    """Its own reducer averages; nobody was told of a group. A loss that is NaN on one rank comes between."""
+    found = {}
+    size = sum(p.nbytes for p in build("wide").parameters())
+    for name, (kind, (gamma, symmetric)) in itertools.product([*NETWORKS, "smooth", "wide"], SETTINGS.items()):
+        model = build(name)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=kind == "strong")
+        adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+        optimizer = GradMatch(adam, SmoothFish(gamma, LR, model=ddp, symmetric=symmetric))
+        loss_fn, messages, unchanged = partial(loss_of, ddp), [], True
+        for seed in range(3):
+            batches, before = mine(domain_batches(3, seed)), state_of(model, optimizer)
+            messages.append(error_of(optimizer.meta_step, not_a_number_on_last(loss_fn), batches))
+            unchanged = unchanged and same(before, state_of(model, optimizer))
+            with Collectives() as sent:
+                optimizer.meta_step(loss_fn, batches)
+        large = [n for n in sent.reductions() if n > size / 4]
+        found[name, kind] = weights(model), messages, unchanged, large
+    return found
+
+
+def test_over_ddp_it_is_one_process_on_the_whole_batch():
+    """Also with BatchNorm, which sees one part at a time; and what is NaN on one rank is raised on both."""
+    first, last = on_ranks(2, over_ddp)
+    size = sum(p.nbytes for p in build("wide").parameters())
+    for (name, kind), (found, messages, unchanged, large) in first.items():
+        its_weights, its_messages, its_unchanged, _ = last[name, kind]
+        assert same(found, its_weights)
+        assert unchanged
+        assert its_unchanged
+        assert all(text.startswith("ValueError: on rank 1: the loss of batch 0 is nan") for text in messages)
+        assert all(text.startswith("ValueError: the loss of batch 0 is nan") for text in its_messages)
+        gamma, symmetric = SETTINGS[kind]
+        gradients = {"walk": 3, "mean": 3, "strong": 5, "symmetric": 7}[kind]
+        if name == "wide":
+            assert large == [size] * gradients
+        model = build(name)
+        loss = loss_of if name in ("smooth", "transformer", "tied") else partial(loss_over, size=2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for seed in range(3):
+            batches = domain_batches(3, seed)
+            gradient = smooth_fish_gradient(model, loss, batches, gamma, LR, symmetric=symmetric)
+            for p, g in zip(model.parameters(), gradient, strict=True):
+                p.grad = g
+            optimizer.step()
+        assert distance(found, weights(model)) < 1e-9, (name, kind)
 
 
 # ----------------------------------------------------------------------------------------------------------- the theory
 
 
 def opposite_orders() -> list[Tensor]:
-    """The direction's error against the exact one, while alpha is halved, and of one walk by itself."""
-    batches = domain_batches(5, 3)
-    batches = batches[::-1] if dist.get_rank() else batches
+    """The directions of two walks in the mean, while alpha is halved, and of one walk by itself."""
+    batches = domain_batches(5, 3)[:: -1 if dist.get_rank() else 1]
     directions = []
-    for group in (dist.group.WORLD, None):
-        for halvings in range(3, 7):
-            model = build("smooth")
-            method = SmoothFish(1.0, 0.5**halvings, process_group=group)
-            optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-            optimizer.meta_step(partial(loss_of, model), batches)
-            directions.append(torch.cat([g.reshape(-1) for g in gradients_of(model)]))
+    for group, halvings in itertools.product((dist.group.WORLD, None), range(3, 7)):
+        model = build("smooth")
+        method = SmoothFish(1.0, 0.5**halvings, model=model, process_group=group)
+        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
+        optimizer.meta_step(partial(loss_of, model), batches)
+        directions.append(torch.cat([g.reshape(-1) for g in gradients_of(model)]))
     return directions
 
 
@@ -138,18 +192,20 @@ def test_two_ranks_that_walk_in_opposite_orders_follow_the_exact_direction():
 # ------------------------------------------------------------------------------------- many iterations, and collectives
 
 
-def count_and_train(parallel: str, gamma: float, optimizer_class: Any) -> Any:
-    model = wide()
-    method = SmoothFish(gamma, LR, model=model, **world(parallel=parallel))
+def train(parallel: str, gamma: float, optimizer_class: Any) -> Any:
+    """Four meta-iterations: the reductions of the last, agreements of first and last, the state."""
+    model = build("wide")
     settings = (
         {"max_iter": 5, "line_search_fn": "strong_wolfe"} if optimizer_class is torch.optim.LBFGS else {"lr": 1e-2}
     )
-    optimizer = GradMatch(optimizer_class(model.parameters(), **settings), method)
+    optimizer = by(model, gamma, optimizer_class(model.parameters(), **settings), parallel=parallel)
+    agreements = []
     for seed in range(4):
         batches = own(seed, dist.get_rank()) if parallel == "walks" else mine(domain_batches(3, seed))
-        with Counting() as counted:
+        with Collectives() as sent:
             optimizer.meta_step(partial(loss_of, model), batches)
-    return counted.large(model), len(counted.bytes), copy.deepcopy([model.state_dict(), gradients_of(model)])
+        agreements.append(sent.agreements())
+    return sent.reductions(), agreements[0], agreements[-1], [dict(model.state_dict()), gradients_of(model)]
 
 
 @pytest.mark.parametrize(
@@ -157,22 +213,29 @@ def count_and_train(parallel: str, gamma: float, optimizer_class: Any) -> Any:
     [("walks", 1.0, 1, 4), ("walks", 2.0, 1, 4), ("data", 1.0, 3, 6), ("data", 2.0, 5, 8)],
 )
 def test_all_reduces_are_few_and_ranks_stay_the_same(parallel: str, gamma: float, large: int, number: int):
-    everywhere = on_ranks(3, count_and_train, parallel, gamma, torch.optim.Adam)
+    everywhere = on_ranks(3, train, parallel, gamma, torch.optim.Adam)
     assert all(same(everywhere[0], other) for other in everywhere)
-    assert everywhere[0][0] == [1.0] * large
-    assert everywhere[0][1] == number  # flags or losses, and buffers of two kinds
+    reductions, size = everywhere[0][0], sum(p.nbytes for p in build("wide").parameters())
+    assert [n for n in reductions if n > size / 4] == [size] * large
+    assert len(reductions) == number  # flags or losses, and buffers of two kinds
+
+
+def test_the_parameters_are_compared_once():
+    """By two agreements. Losses are looked at again in meta-iteration 1 and 4, so that both have the same others."""
+    _, first, last, _ = on_ranks(2, train, "walks", 2.0, torch.optim.Adam)[0]
+    assert last == first - 2
 
 
 def test_a_line_search_goes_the_same_way_everywhere():
-    everywhere = on_ranks(3, count_and_train, "walks", 1.0, torch.optim.LBFGS)
-    assert all(same(everywhere[0][2], other[2]) for other in everywhere)
+    everywhere = on_ranks(3, train, "walks", 1.0, torch.optim.LBFGS)
+    assert all(same(everywhere[0][3], other[3]) for other in everywhere)
 
 
 def with_scaler() -> Any:
     last = dist.get_rank() == dist.get_world_size() - 1
     model = build("smooth", torch.float32)
     weight = next(model.parameters())
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, LR, **world()))
+    optimizer = by(model, 1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     stood = []
     for seed in range(3):
@@ -202,9 +265,7 @@ def go_wrong(parallel: str) -> Any:
     last = dist.get_rank() == dist.get_world_size() - 1
     model = build("batch_norm")
     used = DistributedDataParallel(model) if parallel == "data" else model
-    optimizer = GradMatch(
-        torch.optim.Adam(model.parameters(), lr=1e-2), SmoothFish(1.0, LR, model=used, **world(parallel=parallel))
-    )
+    optimizer = by(used, 1.0, torch.optim.Adam(model.parameters(), lr=1e-2), parallel=parallel)
     loss_fn = partial(loss_of, used)
 
     def batches(seed: int) -> list[Batch]:
@@ -221,16 +282,16 @@ def go_wrong(parallel: str) -> Any:
             raise OSError("no such file")
         return loss_fn(batch)
 
-    found = [fails(optimizer, loss_fn, batches(0))]
+    found = [error_of(optimizer.meta_step, loss_fn, batches(0))]
     start = next(model.parameters()).detach().clone()
     before = state_of(model, optimizer)
-    found += [fails(optimizer, wrong, batches(1)) for wrong in (infinite_along_the_walk, boom)]
-    found.append(fails(optimizer, loss_fn, batches(1)[last:]))
+    found += [error_of(optimizer.meta_step, wrong, batches(1)) for wrong in (infinite_along_the_walk, boom)]
+    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)[last:]))
     optimizer.method.symmetric = last
-    found.append(fails(optimizer, loss_fn, batches(1)))
+    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)))
     optimizer.method.symmetric = False
     unchanged = same(before, state_of(model, optimizer))
-    found.append(fails(optimizer, loss_fn, batches(2)))
+    found.append(error_of(optimizer.meta_step, loss_fn, batches(2)))
     return found, unchanged, state_of(model, optimizer)
 
 
@@ -240,59 +301,36 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all_and_changes_nothing(parall
     for found, unchanged, _ in everywhere:
         assert unchanged
         fine, diverged, failed, unequal, other, again = found
-        assert fine is None
-        assert again is None
-        if parallel == "walks":
-            assert "inner walk of SmoothFish diverged: the loss of batch 1" in diverged[1]
-        else:
-            assert "the loss of batch 1 is inf" in diverged[1]
-        assert "no such file" in failed[1]
-        assert "the same number of batches, but it is 3 on rank 0 and 2 on rank 1" in unequal[1]
-        assert "the same method" in other[1]
+        assert fine == again == ""
+        along = "inner walk of SmoothFish diverged: the loss of batch 1"
+        assert (along if parallel == "walks" else "the loss of batch 1 is inf") in diverged
+        assert "no such file" in failed
+        assert "the same number of batches, but it is 3 on rank 0 and 2 on rank 1" in unequal
+        assert "the same method" in other
     assert same(everywhere[0][2], everywhere[1][2])
 
 
-def warm_up() -> tuple[str, str] | None:
-    """Ordinary steps on gradients that nobody averages let the ranks drift apart."""
+def drift_apart() -> tuple[str, str, bool]:
+    """Ordinary steps on gradients that nobody averages let the ranks drift apart. And a group of one is no group."""
     model = build("smooth")
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, LR, **world()))
+    optimizer = by(model, 1.0)
     batches = own(0, dist.get_rank())
     loss_fn = partial(loss_of, model)
     optimizer.meta_step(loss_fn, batches)
     loss_fn(batches[0]).backward()
     optimizer.step()
-    return fails(optimizer, loss_fn, batches)
-
-
-def test_ranks_that_drifted_apart_are_told():
-    for error in on_ranks(2, warm_up):
-        assert "number 0 of the optimizer" in error[1]
-
-
-def without_the_model() -> tuple[str, str] | None:
-    model = build("batch_norm")
-    before = copy.deepcopy(model.state_dict())
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, LR, **world()))
-    error = fails(optimizer, partial(loss_of, model), own(0, dist.get_rank()))
-    assert same(before, model.state_dict())
-    return error
-
-
-def test_buffers_that_nobody_averages_are_refused():
-    for error in on_ranks(2, without_the_model):
-        assert "pass the model, SmoothFish(..., model=model)" in error[1]
-
-
-def test_one_process_is_a_group_of_one():
-    assert on_ranks(2, alone) == [True, True]
-
-
-def alone() -> bool:
-    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    told = error_of(optimizer.meta_step, loss_fn, batches)
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     directions = []
-    for chosen in (group, None):
+    for group in (alone, None):
         model = build("tied")
-        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(2.0, LR, process_group=chosen))
-        optimizer.meta_step(partial(loss_of, model), own(0, dist.get_rank()))
-        directions.append(copy.deepcopy(gradients_of(model)))
-    return same(*directions)
+        by(model, 2.0, process_group=group).meta_step(partial(loss_of, model), batches)
+        directions.append(gradients_of(model))
+    return told, error_of(lambda: SmoothFish(1.0, LR, **world())), same(*directions)
+
+
+def test_ranks_that_drifted_apart_are_told_and_one_process_is_a_group_of_one():
+    for told, without_model, alone in on_ranks(2, drift_apart):
+        assert "number 0 of the optimizer" in told
+        assert "needs model=" in without_model
+        assert alone

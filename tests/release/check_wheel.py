@@ -47,7 +47,7 @@ def main() -> int:
                 sys.exit(f"{name} needed {before} and now needs {after}")
             say(f"{name} needs {', '.join(after)}")
         libraries = [str(Path(folder) / "repaired" / name) for name in names["repaired"]]
-        if subprocess.run([sys.executable, str(ROOT / "csrc" / "check_abi.py"), *libraries], check=False).returncode:
+        if subprocess.run([sys.executable, str(ROOT / "tools" / "check_abi.py"), *libraries], check=False).returncode:
             return 1
     if "manylinux" not in repaired.name:
         sys.exit(f"{repaired.name} has no tag of a manylinux")

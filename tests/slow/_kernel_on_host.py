@@ -21,7 +21,8 @@ from torch import Tensor
 from torch_gradmatch import native_status
 from torch_gradmatch.slow.ops import interpolate_
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = Path(__file__).parent / "on_host"
+KERNEL = Path(__file__).parents[2] / "csrc" / "cuda" / "kernel.h"
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [c for c in map(shutil.which, ("c++", "g++", "clang++")) if c][:1]
 SANITIZED = "TORCH_GRADMATCH_SANITIZE" in os.environ
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g"]
@@ -84,7 +85,8 @@ def compile_kernel(output: Path, *flags: str, sources: Path = SOURCES) -> Path:
     avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # AVX2 or AVX512
     fused = avx2 and os.environ.get("TORCH_GRADMATCH_CPU_LEVEL") != "baseline"
     command = [*COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=fast"]
-    command += [*(["-mfma"] if fused else []), *flags, str(sources / "on_host.cpp"), "-o", str(output)]
+    command += [*(["-mfma"] if fused else []), *flags, "-I", str(KERNEL.parent), str(sources / "on_host.cpp")]
+    command += ["-o", str(output)]
     done = subprocess.run(command, env=without_preload(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return output

@@ -17,6 +17,7 @@ import pytest
 import torch
 from _kernel_on_host import (
     COMPILER,
+    KERNEL,
     LARGEST,
     LIBRARY,
     MAX_BLOCKS,
@@ -218,7 +219,7 @@ __attribute__((visibility("default"))) inline int fault = std::getenv("FAULT") ?
 @pytest.fixture(scope="session")
 def faulty_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy with all faults, each behind its number, so that one compilation has all of them, and none at 0."""
-    original = (SOURCES / "kernel.h").read_text()
+    original = KERNEL.read_text()
     text = original.replace("#pragma once", "#pragma once\n" + DECLARE_FAULT)
     for number, fault in enumerate(FAULTS.values(), start=1):
         assert original.count(fault.expression) == 1, (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,23 +224,51 @@ def test_an_nvcc_that_fails_takes_nothing_else_with_it(sources: Path):
     assert "TORCH_GRADMATCH_CUDA=1, but its CUDA library did not compile" in done.stderr
 
 
-def test_architectures_are_those_asked_for(sources: Path):
+ARCHITECTURES = {
+    "": "arch=compute_80,code=[sm_80,compute_80] arch=compute_90,code=[sm_90,compute_90]",
+    "8.6+PTX;9.0a 12.0": "arch=compute_86,code=[sm_86,compute_86] arch=compute_90a,code=sm_90a "
+    "arch=compute_120,code=[sm_120,compute_120]",
+    "Ampere;Hopper": "arch=compute_80,code=[sm_80,compute_80] arch=compute_86,code=sm_86 "
+    "arch=compute_90,code=[sm_90,compute_90]",
+    "Turing;8.0": "arch=compute_75,code=[sm_75,compute_75] arch=compute_80,code=[sm_80,compute_80]",
+}
+
+
+def test_architectures_are_those_asked_for_by_number_or_by_name(sources: Path):
     nvcc = sources / "nvcc"
     nvcc.write_text("#!/bin/sh\necho compute_80 compute_90\n")
     nvcc.chmod(0o755)
-    code = "import os, runpy, setuptools; setuptools.setup = lambda **arguments: None; "
-    code += f"flags = lambda: print(*runpy.run_path('setup.py')['code_flags']({str(nvcc)!r})[1::2]); flags(); "
-    code += "os.environ['TORCH_CUDA_ARCH_LIST'] = '8.6+PTX;9.0a 12.0'; flags(); "
-    code += "os.environ['TORCH_CUDA_ARCH_LIST'] = '8.0;Hopper'; flags()"
+    code = "import os, runpy, setuptools; setuptools.setup = lambda **arguments: None\n"
+    code += f"for os.environ['TORCH_CUDA_ARCH_LIST'] in {list(ARCHITECTURES)!r}:\n"
+    code += f"    print(*runpy.run_path('setup.py')['code_flags']({str(nvcc)!r})[1::2])"
     done = python(code, cwd=sources, TORCH_GRADMATCH_NATIVE="off")
-    known, asked = done.stdout.splitlines()
-    assert known == "arch=compute_80,code=[sm_80,compute_80] arch=compute_90,code=[sm_90,compute_90]"
-    first, middle, last = asked.split()
-    assert first == "arch=compute_86,code=[sm_86,compute_86]"
-    assert middle == "arch=compute_90a,code=sm_90a"
-    assert last == "arch=compute_120,code=[sm_120,compute_120]"
+    assert done.stdout.splitlines() == list(ARCHITECTURES.values()), done.stderr
+
+
+@pytest.mark.large
+@needs_compiler
+def test_an_architecture_that_torch_does_not_know_ends_the_build_only_where_cuda_is_required(sources: Path):
+    nvcc = sources / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 0\n")
+    nvcc.chmod(0o755)
+    asked = {"CUDA_HOME": str(nvcc.parents[1]), "TORCH_CUDA_ARCH_LIST": "8.0;Hoper"}
+    why = "TORCH_CUDA_ARCH_LIST='8.0;Hoper' should name architectures that torch knows"
+    done = setup(sources, **asked)
+    assert done.returncode == 0, done.stderr
+    assert why in kept(sources)["cuda"]
+    assert kept(sources)["lost"] == ["cuda"]
+    done = setup(sources, TORCH_GRADMATCH_CUDA="1", **asked)
     assert done.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST should be like '8.0;9.0' (got '8.0;Hopper')" in done.stderr
+    assert why in done.stderr
+
+
+def test_every_instruction_set_that_the_cpu_code_uses_is_asked_for():
+    text = (ROOT / "csrc" / "cpu" / "interpolate.cpp").read_text()
+    used = {name for target in re.findall(r'target\("(.*)"\)', text) for name in target.split(",")}
+    asked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', text))
+    assert "f16c" in asked
+    assert used - {"prefer-vector-width=512"} == asked
 
 
 # ------------------------------------------------------------------------------------------------------------ CUDA

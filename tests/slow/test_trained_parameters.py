@@ -7,6 +7,7 @@ import copy
 import _networks as networks
 import pytest
 import torch
+from _models import assert_identical
 from _networks import make, regression
 from _second_order import (
     GAMMA,
@@ -60,7 +61,7 @@ def test_part_of_the_model_is_differentiated_alone():
     """A head trained by IDGM on a body that another optimizer trains: the direction is that of the head."""
     case = make(networks.batch_norm_1d)
     twin = copy.deepcopy(case.model)
-    optimizer = GradMatch(SGD(case.model[3].parameters(), lr=0.1), IDGM(case.model, GAMMA))
+    optimizer = GradMatch(SGD(case.model[3].parameters(), lr=0.1), IDGM(case.model, GAMMA, "inner_product"))
     optimizer.meta_step(lambda batch: case.loss(case.model, batch), case.batches)
     expected = plain_autograd(twin, case.loss, case.batches, names=["3.weight", "3.bias"])
     assert_close(flat(gradient_of(case.model), case.model), flat(expected.direction, twin), 1e-11)
@@ -68,9 +69,22 @@ def test_part_of_the_model_is_differentiated_alone():
     assert_same_buffers(case.model, twin)
 
 
+@pytest.mark.parametrize("method", ["IDGM", "IDGM-kept", "IDGM-finite_difference", "SmoothFish"])
+def test_gradients_of_parameters_that_another_optimizer_trains_are_as_before(method: str):
+    """Accumulated ones, for instance; without them they stay None."""
+    case = make(networks.batch_norm_1d)
+    body = {"0.weight": torch.full((6, 4), 0.25).double(), "0.bias": None, "1.weight": torch.ones(6).double()}
+    for name, gradient in body.items():
+        case.model.get_parameter(name).grad = None if gradient is None else gradient.clone()
+    optimizer = GradMatch(SGD(case.model[3].parameters(), lr=0.1), METHODS[method](case.model))
+    optimizer.meta_step(lambda batch: case.loss(case.model, batch), case.batches)
+    for name, gradient in body.items():
+        assert_identical(case.model.get_parameter(name).grad, gradient, name)
+
+
 def test_a_loss_that_uses_no_trained_parameter_is_named():
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 1), "other": nn.Linear(4, 1)})
-    for method in (IDGM(model, GAMMA), SmoothFish(1.0, 0.1, model)):
+    for method in (IDGM(model), SmoothFish(1.0, 0.1, model)):
         optimizer = GradMatch(SGD(model["head"].parameters(), lr=0.1), method)
         with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"batch 1 .*depend"):
             optimizer.meta_step(lambda name: model[name](torch.ones(2, 4)).sum(), ["head", "other", "head"])

@@ -36,8 +36,8 @@ SETTINGS: dict[str, Build] = {
     "smooth-fish": lambda m: GradMatch(sgd(m), SmoothFish(0.5, 0.01, m)),
     "smooth-fish-symmetric": lambda m: GradMatch(sgd(m), SmoothFish(0.01, 0.01, m, symmetric=True)),
     "idgm-inner_product-reverse": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "inner_product")),
-    "idgm-variance-forward": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "variance", "forward")),
-    "idgm-cosine-finite_difference": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "cosine", "finite_difference")),
+    "idgm-variance-forward": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "variance", hvp="forward")),
+    "idgm-cosine-finite_difference": lambda m: GradMatch(sgd(m), IDGM(m, 0.1, "cosine", hvp="finite_difference")),
     "idgm-variance-keep_graphs": lambda m: GradMatch(adam(m), IDGM(m, 0.1, "variance", keep_graphs=True)),
 }
 

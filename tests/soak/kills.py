@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _layout import numbers_of
 from _models import assert_identical
 
 from soak import train as training
@@ -207,7 +206,7 @@ def run(case: str, seed: int, folder: Path, train: Train = training.train, steps
                 saved = broken.folder / "checkpoint.pt"
                 state = torch.load(saved, weights_only=True) if saved.exists() else None
                 resumed_at.append(state["step"] if state else 0)
-                in_walk += bool(state and numbers_of(state["optimizer"]).get("inner_step", 0))
+                in_walk += bool(state and state["optimizer"]["gradmatch"].get("inner_step", 0))
                 broken.start()
             wait_for(broken.is_over)
             compare(broken.folder, whole.folder)

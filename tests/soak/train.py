@@ -76,11 +76,11 @@ def fish(**settings: Any) -> Callable[[nn.Module], Any]:
 
 
 def fish_of_ranks(**settings: Any) -> Callable[[nn.Module], Any]:
-    return lambda m: Fish(0.3, model=m, process_group=dist.group.WORLD, **settings)
+    return lambda m: Fish(0.3, inner_state="reset", model=m, process_group=dist.group.WORLD, **settings)
 
 
-def smooth(**settings: Any) -> Callable[[nn.Module], Any]:
-    return lambda m: SmoothFish(0.5, 0.05, m, **settings)
+def smooth(gamma: float = 0.5, **settings: Any) -> Callable[[nn.Module], Any]:
+    return lambda m: SmoothFish(gamma, 0.05, m, **settings)
 
 
 def exact(agreement: str, **settings: Any) -> Callable[[nn.Module], Any]:
@@ -106,13 +106,12 @@ VARIANTS = {
     "fish-workers": Variant(fish(track_alignment=True), adamw, loader="workers", loop=True, steps=200),
     "fish-streams": Variant(fish(), sgd, loader="streams", loop=True, steps=200),
     "smooth-fish": Variant(smooth(track_alignment=True), adamw, steps=200),
-    "smooth-fish-symmetric": Variant(smooth(symmetric=True), both, steps=200),
+    "smooth-fish-symmetric": Variant(smooth(0.02, symmetric=True), both, steps=200),  # with more it diverges here
     "smooth-fish-workers": Variant(smooth(), sgd, loader="workers", steps=80),
     "idgm-inner_product": Variant(exact("inner_product", hvp_domains=2), adamw, steps=150),
     "idgm-variance-forward": Variant(exact("variance", hvp="forward"), sgd, steps=100),
     "idgm-cosine-finite_difference": Variant(exact("cosine", hvp="finite_difference"), both, steps=100),
     "fish-walks": Variant(fish_of_ranks(track_alignment=True), adamw, split="walks", steps=150),
-    "fish-walks-reset": Variant(fish_of_ranks(inner_state="reset"), sgd, split="walks", steps=150),
     "smooth-fish-walks": Variant(smooth_of_ranks(), adamw, split="walks", steps=150),
     "idgm-domains": Variant(exact_of_ranks(), adamw, split="domains", steps=150),
 }

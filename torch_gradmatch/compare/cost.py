@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
+from torch_gradmatch.compare.copies import copy_optimizer
 from torch_gradmatch.compare.peak_memory import peak_memory
 from torch_gradmatch.compare.trial import Trial
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
-from torch_gradmatch.wrapped.twin import copy_optimizer
+from torch_gradmatch.slow.inner_state import wants_closure
 
 __all__ = ["ERM", "Cost", "costs", "describe"]
 
@@ -77,10 +78,10 @@ class _Pair:
 
     def run_erm(self) -> None:
         """Carry out one iteration of ordinary training from wherever the parameters are."""
-        traits = self.trial.traits
-        if not traits.asks_first:
+        needs_closure = wants_closure(self.optimizer)
+        if not needs_closure or hasattr(self.optimizer, "first_step"):  # SAM moves before it calls the closure
             self.trial.differentiate_mean_loss()
-        if traits.needs_closure:
+        if needs_closure:
             self.optimizer.step(lambda: float(self.trial.differentiate_mean_loss()))
         else:
             self.optimizer.step()

@@ -37,6 +37,7 @@ from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch
+from torch_gradmatch.slow.inner_state import wants_closure
 
 __all__ = ["ExactTerm", "Fidelity", "agreement_of", "direction_beyond_erm", "fidelity", "name_of", "random_orders"]
 
@@ -233,7 +234,7 @@ def fidelity(
     Returns:
         What was found, or None for an optimizer that evaluates gradients itself (LBFGS).
     """
-    if trial.traits.needs_closure:
+    if wants_closure(trial.optimizer):
         return None
     if isinstance(method, IDGM) and method.hvp_domains is None:
         orders = [range(len(trial.batches))]  # no walk: the order changes nothing

@@ -24,7 +24,7 @@ from torch_gradmatch.compare.journal import Journal, Key
 from torch_gradmatch.compare.recipes import SHARED, Choice, LogUniform, Recipe, Settings, default_recipes, draw_settings
 from torch_gradmatch.compare.selection import rows_of, select
 from torch_gradmatch.data._labels import indices_by_domain
-from torch_gradmatch.wrapped.members import shown_name
+from torch_gradmatch.slow.inner_state import shown_name
 
 __all__ = ["leave_one_domain_out"]
 

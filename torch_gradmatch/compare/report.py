@@ -26,8 +26,8 @@ from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch
-from torch_gradmatch.wrapped.members import shown_name
-from torch_gradmatch.wrapped.several import as_one
+from torch_gradmatch.several import SeveralOptimizers
+from torch_gradmatch.slow.inner_state import shown_name
 
 __all__ = ["Comparison", "Cost", "Row", "compare", "default_methods"]
 
@@ -83,11 +83,11 @@ def default_methods(model: nn.Module, lr: float, domains: int) -> dict[str, Meth
         "Fish": Fish(model=model),
         "SmoothFish": SmoothFish(gamma=1.0, inner_lr=lr, model=model),
         "SmoothFish, symmetric": SmoothFish(gamma, inner_lr=lr, model=model, symmetric=True),
-        "IDGM": IDGM(model, gamma),
-        "IDGM, keep_graphs": IDGM(model, gamma, keep_graphs=True),
-        "IDGM, hvp_domains=1": IDGM(model, gamma, hvp_domains=1),
-        "IDGM, forward": IDGM(model, gamma, hvp="forward"),
-        "IDGM, finite_difference": IDGM(model, gamma, hvp="finite_difference"),
+        "IDGM": IDGM(model, gamma, "inner_product"),
+        "IDGM, keep_graphs": IDGM(model, gamma, "inner_product", keep_graphs=True),
+        "IDGM, hvp_domains=1": IDGM(model, gamma, "inner_product", hvp_domains=1),
+        "IDGM, forward": IDGM(model, gamma, "inner_product", hvp="forward"),
+        "IDGM, finite_difference": IDGM(model, gamma, "inner_product", hvp="finite_difference"),
     }
 
 
@@ -171,7 +171,7 @@ def compare(
             "not at the beginning of a warm-up"
         )
     named = _named(default_methods(model, lr, domains) if methods is None else methods)
-    IDGM(model, 0.0).start(plain, {})  # refuses parameters that are not in the model
+    IDGM(model, 0.0).start(plain)  # refuses parameters that are not in the model
     with Trial(model, loss_fn, batches, plain) as trial, torch.enable_grad(), warnings.catch_warnings():
         _refuse_nonfinite(trial)
         warnings.filterwarnings("ignore", "SmoothFish matches nothing")  # the table says it
@@ -196,7 +196,7 @@ def compare(
 
 def _plain_optimizer(optimizer: Optimizer | Sequence[Optimizer] | None, model: nn.Module) -> Optimizer:
     if isinstance(optimizer, list | tuple):
-        return as_one(optimizer)
+        return SeveralOptimizers(optimizer)
     if optimizer is None:
         return torch.optim.SGD(model.parameters(), lr=0.01)
     if isinstance(optimizer, GradMatch):

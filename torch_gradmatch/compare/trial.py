@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,13 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_loss
-from torch_gradmatch._random_state import RandomState, devices_of
+from torch_gradmatch.compare.copies import copy_optimizer
+from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
-from torch_gradmatch.slow.buffers import unfollowed
-from torch_gradmatch.slow.saved_buffers import BufferSlots, SavedBuffers
-from torch_gradmatch.wrapped.traits import Traits, traits_of
-from torch_gradmatch.wrapped.twin import copy_optimizer
+from torch_gradmatch.slow.buffers import Buffers
 
 __all__ = ["Trial"]
 
@@ -25,7 +22,7 @@ __all__ = ["Trial"]
 class Trial:
     """A model, a loss and one batch of each of S domains, at the model's present parameters.
 
-    As a context manager: on leaving it parameters, buffers, ``.grad``, training modes, hooks and every random state
+    As a context manager: on leaving it parameters, buffers, ``.grad``, training modes and every random state
     are bit for bit what they were on entering, and the optimizer was never touched: steps are taken by copies.
 
     Args:
@@ -54,25 +51,19 @@ class Trial:
         self._all_parameters = list(dict.fromkeys([*self.parameters, *model.parameters()]))
         self._random_of_domain: list[RandomState] | None = None
 
-    @cached_property
-    def traits(self) -> Traits:
-        """What the optimizer is like."""
-        return traits_of(self.optimizer)
-
     def __enter__(self) -> Trial:
         self._random = RandomState.capture(self.devices)
         self._gradients = [p.grad for p in self._all_parameters]
         self._values = [p.detach().clone() for p in self._all_parameters]
-        self._buffers = SavedBuffers(BufferSlots(self.model))
+        self._places = Buffers(self.model)
+        self._buffers = self._places.save()
         self._training = [(owner, owner.training) for owner in self.model.modules()]
-        self._follow_again = unfollowed(self.model)
         for p in self._all_parameters:
             p.grad = None  # what is there is left alone, not zeroed
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.reset()
-        self._follow_again()
         for p, gradient in zip(self._all_parameters, self._gradients, strict=True):
             p.grad = gradient
         self._random.restore()
@@ -83,7 +74,7 @@ class Trial:
         for p, value in zip(self._all_parameters, self._values, strict=True):
             p.copy_(value)
             p.grad = None
-        self._buffers.restore()
+        self._places.restore(self._buffers)
         for owner, training in self._training:
             owner.training = training
         torch.clear_autocast_cache()

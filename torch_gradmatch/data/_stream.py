@@ -8,8 +8,8 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from torch.utils.data import Dataset, IterableDataset
 
+from torch_gradmatch._checks import add_note
 from torch_gradmatch.data._labels import _check_label, shown
-from torch_gradmatch.methods.base import add_note
 
 __all__ = ["DomainStream", "check_loaders", "check_saves", "check_state"]
 

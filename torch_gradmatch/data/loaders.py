@@ -118,7 +118,10 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
     """Raise unless a training loop over this loader matches the gradients of as many domains as the optimizer expects.
 
     For frameworks, whose loop calls ``optimizer.step()`` out of sight: called once before training, on every rank, with
-    ``torch.distributed`` initialized where there are several. What several ranks serve together has to fit, too:
+    ``torch.distributed`` initialized where there are several. :func:`~torch_gradmatch.meta_batches` are for a loop of
+    ``meta_step``, any other loader is for one of ``step()``, which needs ``Fish(inner_steps=S)``.
+
+    What several ranks serve together has to fit, too:
 
     - ``DomainBatchSampler(split="walks")`` if each rank walks by itself: ``Fish`` with a ``process_group``, or
       ``SmoothFish`` with one and ``parallel="walks"``;
@@ -136,8 +139,9 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
     Raises:
         TypeError: If there is no ``GradMatch``.
         ValueError: If the numbers of domains differ, gradients of several domains would be added up in one inner
-            step, the method takes no inner steps, the loader has no ``DomainBatchSampler``, or one for another data
-            set, or the ranks' batches do not fit the method.
+            step, ``step()`` would never match gradients (a method other than ``Fish``, or ``Fish`` without
+            ``inner_steps``, over a loader that is no ``meta_batches``), the loader has no ``DomainBatchSampler``, or
+            one for another data set, or the ranks' batches do not fit the method.
 
     Example:
         >>> import torch
@@ -168,6 +172,11 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         raise ValueError(
             f"{type(method).__name__} matches gradients in meta_step(loss_fn, batches) only, and step() is ordinary "
             f"training: iterate over meta_batches(loader, {_batches_per_group(sampler)}) and call meta_step"
+        )
+    if isinstance(method, Fish) and method.inner_steps is None and not lists:
+        raise ValueError(
+            "Fish without inner_steps never interpolates in a loop of step(): "
+            f"pass Fish(inner_steps={domains}), or iterate over meta_batches(loader, {domains}) and call meta_step"
         )
     if isinstance(method, Fish) and method.inner_steps not in (None, domains):
         raise ValueError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Generic, TypeVar, cast
 
+from torch.utils.data import BatchSampler
+
 from torch_gradmatch._checks import check_int
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import DomainLoader
@@ -46,8 +48,9 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
     ``DomainLoader`` resumed in the middle of a group is refused with ``RuntimeError`` when iteration starts.
 
     Args:
-        loader: Any iterable of batches; to have one domain each, a ``DataLoader`` with a ``DomainBatchSampler``, or a
-            ``DomainLoader``.
+        loader: Any iterable of batches that have one domain each: a ``DataLoader`` with a ``DomainBatchSampler`` or a
+            batch sampler class of your own, a ``DomainLoader``, or any other whose batches torch's ``BatchSampler``
+            does not cut: that mixes domains, shuffled or not.
         domains_per_step: S; where the sampler has ``split="domains"``, S / R, its ``batches_per_group``. ``None`` takes
             it from the loader's ``DomainBatchSampler``, or the ``DomainLoader``.
 
@@ -56,8 +59,8 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
 
     Raises:
         ValueError: If S is no positive integer or not that of the loader or its ``DomainBatchSampler``, is not given
-            where the loader has neither, the loader does not keep its sampler's order, or the sampler's domains are not
-            those of the loader's data set.
+            where the loader has neither, the loader's batches are cut by torch's ``BatchSampler``, the loader does not
+            keep its sampler's order, or the sampler's domains are not those of the loader's data set.
 
     Example:
         >>> list(meta_batches(["a", "b", "c", "d", "e"], 2))
@@ -69,6 +72,7 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
     while not isinstance(source, DomainBatchSampler | DomainLoader) and hasattr(source, "batch_sampler"):
         source = source.batch_sampler  # under the shards that a framework makes of it
     if not isinstance(source, DomainBatchSampler | DomainLoader):
+        _check_not_mixed(loader)
         if domains_per_step is None:
             raise ValueError(
                 "domains_per_step should be an integer of at least 1 (got None) over a loader that is no DomainLoader "
@@ -89,6 +93,23 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
     if isinstance(source, DomainBatchSampler):
         _check_dataset(loader, source)
     return _MetaBatches(loader, own, source)
+
+
+def _check_not_mixed(loader: Any) -> None:
+    """Raise ``ValueError`` if a loader's batches are cut by torch's own ``BatchSampler``, which knows no domains."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    if sampler is None:
+        sampler = getattr(loader, "sampler", None)  # cuts batches where batch_size=None, if it is a batch sampler
+    while hasattr(sampler, "split_batches"):  # Accelerate's shards of it; a class of the user's may group by domain
+        sampler = sampler.batch_sampler
+    if not isinstance(sampler, BatchSampler) or not type(sampler).__module__.startswith(("torch.", "torchdata.")):
+        return
+    if not isinstance(sampler.sampler, DomainBatchSampler):
+        raise ValueError(
+            f"loader should serve batches of one domain each (got {type(loader).__name__} over torch's BatchSampler, "
+            "which cuts batches whatever the domains): pass DataLoader(dataset, batch_sampler=DomainBatchSampler(...)) "
+            "or a DomainLoader, or call meta_step with a mapping or list of one batch per domain that you built by hand"
+        )
 
 
 def _batches_per_group(source: DomainBatchSampler | DomainLoader[Any]) -> int:

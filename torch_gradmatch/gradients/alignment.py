@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from torch_gradmatch._checks import check_bool, check_loss, named_batches, naming
-from torch_gradmatch._foreach import clone_all
+from torch_gradmatch._checks import check_bool, check_loss, evaluating, named_batches, naming
+from torch_gradmatch.gradients.backward import gradient_of
 from torch_gradmatch.gradients.dots import dots, products_with_other_ranks, products_with_rest
 from torch_gradmatch.gradients.flat import FlatVectors, Vector, WeightedSum, as_like
 from torch_gradmatch.gradients.pairs import cosines_of_pairs, plot_matrix
 from torch_gradmatch.gradients.rest import WithRest
+from torch_gradmatch.parallel.foreach import clone_all, is_sharded
 from torch_gradmatch.parallel.reduction import sum_, sums_of_numbers
 
 if TYPE_CHECKING:
@@ -468,8 +469,9 @@ def gradient_alignment(
 ) -> Alignment:
     """Measure how well the gradients of several domains agree at the present parameters.
 
-    Touches no ``.grad``. The model runs as ``loss_fn`` runs it: in training mode BatchNorm statistics move and dropout
-    draws random numbers.
+    The gradients are taken by ``backward()``, as in training. The ``.grad`` of the parameters given is afterwards what
+    it was; other parameters that require a gradient and take part in a loss accumulate it. The model runs as
+    ``loss_fn`` runs it: in training mode BatchNorm statistics move and dropout draws random numbers.
 
     Args:
         parameters: The parameters to differentiate by; those that need no gradient are left out.
@@ -499,10 +501,13 @@ def gradient_alignment(
     if not wanted:
         raise ValueError("parameters holds no tensor that requires a gradient: pass those that are to be trained")
     alignment = GradientAlignment(pairs=pairs)
+    if any(map(is_sharded, wanted)):
+        alignment.reserve(wanted)
     with naming(domains):
         for index, batch in enumerate(batches):
-            loss = check_loss(loss_fn(batch), index)
-            alignment.add(torch.autograd.grad(loss, wanted, allow_unused=True))
+            with evaluating(index):
+                loss = loss_fn(batch)
+            alignment.add(gradient_of(check_loss(loss, index), wanted))
     if not len(alignment):
         raise ValueError("batches is empty: one batch of each domain is needed")
     return replace(alignment.result(), domains=domains)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_gradmatch._foreach import clone_all, clone_kind
+from torch_gradmatch.gradients.dots import dots
+from torch_gradmatch.parallel.foreach import clone_all, clone_kind
 from torch_gradmatch.parallel.shards import Spread, local_of, spread_of
 
 __all__ = ["FlatVectors", "WeightedSum", "as_like"]
@@ -426,6 +427,26 @@ class WeightedSum:
         self._check_layout()
         for total, part in zip(self._vector, self._flat.scratch, strict=True):
             total.add_(part, alpha=weight)
+
+    @torch.no_grad()
+    def add_sum(self, other: WeightedSum, weight: float) -> None:
+        """Add another sum.
+
+        Args:
+            other: Of the same gradients.
+            weight: Its weight.
+        """
+        for total, part in zip(self.vector, other.vector, strict=True):
+            total.add_(part, alpha=weight)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Return the Euclidean norm, over all elements on whatever rank they are.
+
+        Returns:
+            Shape ().
+        """
+        return dots([(self.vector, self.vector)], self._flat.spreads)[0].sqrt()
 
     @torch.no_grad()
     def tensors(self, like: Sequence[Tensor]) -> list[Tensor | None]:

@@ -24,24 +24,24 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.profiler import record_function
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from torch_gradmatch._checks import (
     check_bool,
-    check_hvp_domains,
+    check_int,
     check_loss,
     check_num_domains,
     check_number,
     check_reached,
+    evaluating,
 )
-from torch_gradmatch._foreach import clone_all, detach_all, in_transform, is_sharded, local_of
-from torch_gradmatch._random_state import RandomState, devices_of
 from torch_gradmatch.gradients.agreement import (
     AGREEMENTS,
     Agreement,
@@ -52,8 +52,10 @@ from torch_gradmatch.gradients.agreement import (
 )
 from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
+from torch_gradmatch.gradients.backward import check_backward
 from torch_gradmatch.gradients.flat import Vector, WeightedSum
 from torch_gradmatch.gradients.hvp import (
+    Check,
     Linearization,
     check_hvp,
     differentiable_attention,
@@ -62,7 +64,9 @@ from torch_gradmatch.gradients.hvp import (
     sum_of_products,
 )
 from torch_gradmatch.gradients.over_ranks import Alone
+from torch_gradmatch.gradients.random_state import RandomState, devices_of
 from torch_gradmatch.gradients.repeats import check_repeats, precision
+from torch_gradmatch.parallel.foreach import clone_all, detach_all, in_transform, is_sharded, local_of
 from torch_gradmatch.parallel.ranks import Ranks
 from torch_gradmatch.parallel.shards import groups_of, sharded_like
 
@@ -110,6 +114,7 @@ class IDGMGradient(NamedTuple):
         losses_again: What was found where a loss was evaluated once more at the same parameters, by number of the
             domain, each of shape ().
         tolerance: By how much of the mean loss these may differ from the losses and count as rounding.
+        gamma: As given, or as found; None where none could be found.
     """
 
     gradient: Params
@@ -120,6 +125,7 @@ class IDGMGradient(NamedTuple):
     buffers: Any
     losses_again: dict[int, Tensor]
     tolerance: float
+    gamma: float | None
 
 
 class _Closure(nn.Module):
@@ -276,6 +282,7 @@ class _Domain:
         self._devices = devices | devices_of(batch)
         self._random: RandomState | None = None
         self._is_next = True
+        self._evaluated = False
         self.replays = True  # whether it will be evaluated more than once
         self.buffers: Any = None
         self.buffers_after: Any = None
@@ -294,7 +301,9 @@ class _Domain:
             self._random.restore()
         elif self.replays:
             self._random = RandomState.capture(self._devices)
-        loss, buffers = self._pure(tree_unflatten(leaves, self._structure), self.buffers, self._batch)
+        with evaluating(self._index, again=self._evaluated):
+            loss, buffers = self._pure(tree_unflatten(leaves, self._structure), self.buffers, self._batch)
+        self._evaluated = True
         if self._is_next:  # a plain evaluation at the parameters, not one inside a transform or displaced
             self.buffers_after, self._is_next = buffers, False
             return check_loss(loss, self._index)
@@ -305,9 +314,10 @@ def idgm_grad(
     loss_fn: Callable[..., Any],
     params: Params,
     batches: Iterable[Any],
-    gamma: float,
+    gamma: float | None,
     agreement: str | Agreement = "inner_product",
     *,
+    strength: float = 0.1,
     hvp: str = "reverse",
     hvp_domains: int | None = None,
     keep_graphs: bool = False,
@@ -316,6 +326,7 @@ def idgm_grad(
     cosines: bool = False,
     sums: GradientAlignment | None = None,
     check: bool = True,
+    compare: bool = False,
     over: Alone | None = None,
 ) -> IDGMGradient:
     r"""Return the gradient of :func:`idgm_loss` by two passes: :math:`\bar G - \gamma\sum_i H_i v_i`.
@@ -325,12 +336,23 @@ def idgm_grad(
     does not grow with S; a function of the gradients holds all S of them. Random numbers (dropout) and buffers are the
     same in both passes, and afterwards as one pass leaves them.
 
+    First derivatives are taken by ``backward()`` into ``.grad``, so that hooks and reentrant checkpointing work; only a
+    gradient that is differentiated again goes by ``torch.autograd.grad``. The ``.grad`` of ``params`` is afterwards
+    what it was; other parameters that require a gradient and take part in a loss accumulate it.
+
+    Gamma has the units of 1/loss (with the cosine, of the loss) and depends on the width of the network: .1 of the
+    gradient's length is gamma 3e-4 on one pretrained network and 2e-3 to 1e-1 on small ones. A strength has no units,
+    :math:`|\gamma \sum_i H_i v_i| = \mathtt{strength} \cdot |\bar G|`.
+
     Args:
         loss_fn: As described above.
         params: Where to differentiate.
         batches: One of each of S >= 2 domains.
-        gamma: Strength of the matching, at least 0; at 0 there is no second pass.
+        gamma: Strength of the matching, at least 0; at 0 there is no second pass. None to find it here by
+            ``strength``, from the length of both parts over all parameters; that waits for an accelerator once. If one
+            of them is zero, none is found and the gradient is :math:`\bar G`.
         agreement: As in :func:`idgm_loss`.
+        strength: How long the matching part is to be, as a multiple of the mean gradient; for ``gamma=None``.
         hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see :mod:`torch_gradmatch.gradients.hvp`. The
             last moves the parameters for the time of an evaluation.
         hvp_domains: In the second pass take only this many domains, drawn at random, and weigh them by
@@ -345,6 +367,8 @@ def idgm_grad(
             released. None for new ones; else they are with cosines where these are needed.
         check: Whether to refuse a loss that is not the same in both passes; waits for an accelerator once. Without it
             the result says what they were.
+        compare: Whether to compare the first gradient that is differentiated again with one by ``backward()`` of the
+            same evaluation, and to refuse what differs; waits for an accelerator.
         over: How other processes share the evaluations; ``batches`` are then this rank's.
 
     Returns:
@@ -354,7 +378,8 @@ def idgm_grad(
         RuntimeError: If an operation lacks the derivative that ``hvp`` needs.
         TypeError: If a loss or the agreement's value is no tensor.
         ValueError: If there are fewer than two batches, a loss is not a scalar, depends on no parameter or is another
-            one when it is evaluated again, or another argument is out of range.
+            one when it is evaluated again, a gradient is another one by ``backward()``, or another argument is out of
+            range.
 
     Example:
         >>> import torch
@@ -363,15 +388,19 @@ def idgm_grad(
         >>> found = idgm_grad(loss, torch.tensor(1.0), [2.0, 4.0], gamma=0.1)
         >>> found.gradient, found.agreement
         (tensor(-2.4000), tensor(12.))
+        >>> found = idgm_grad(loss, torch.tensor(1.0), [2.0, 4.0], gamma=None, strength=0.1)  # -4 - gamma (-16)
+        >>> found.gradient, found.gamma
+        (tensor(-3.6000), 0.025)
     """
     batches = list(batches)
     flat, structure = tree_flatten(params)
     if over is None:
         over = Alone(Ranks(groups_of(flat), next((p.device for p in flat), torch.device("cpu"))))
     domains = check_num_domains(over.domains(len(batches)))
-    gamma = check_number("gamma", gamma, at_least=0)
+    gamma = None if gamma is None else check_number("gamma", gamma, at_least=0)
+    strength = check_number("strength", strength, above=0)
     check_hvp(hvp, flat)
-    number = domains if hvp_domains is None else check_hvp_domains(hvp_domains, domains)
+    number = domains if hvp_domains is None else _check_hvp_domains(hvp_domains, domains)
     chosen = list(range(len(batches)))
     if number < domains:
         chosen = over.chosen(sorted(torch.randperm(domains, generator=generator)[:number].tolist()))
@@ -396,15 +425,27 @@ def idgm_grad(
     if sharded or over.reduces:
         sums.reserve(leaves)
     phi = running_agreement(agreement, sums, domains, params)
-    passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp, over)
+    agrees = None
+    if check_bool("compare", compare) and not in_transform():
+        agrees = partial(check_backward, names=_names(params))
+    passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp, over, agrees)
     try:
         with differentiable_attention(hvp) if chosen else nullcontext():
             losses, buffers_after = passes.first(phi, sums, chosen, keep_graphs=keep_graphs)
             losses = over.merge(phi, sums, losses)
             value, measured = phi.value(), sums.result()
             compares, with_rest = cosines and not sums.pairs, dict[int, Tensor]()
-            direction = sums.mean(over.mean_weight if chosen else 1.0)
-            if chosen:
+            if not chosen:
+                direction = sums.mean()
+            elif gamma is None:
+                direction, matching = sums.mean(), sums.mean(0.0)  # the gradients of all ranks are in the sums
+                with_rest = passes.second(phi, sums, chosen, matching, domains / number, compares=compares)
+                over.finish_products(matching)
+                # Equal gradients have no spread to be lowered, and what is there is rounding.
+                squares = measured.grad_norms.square().mean() if agreement in ("variance", "cosine") else None
+                gamma = _add_matching(direction, matching, strength, squares, over)
+            else:
+                direction = sums.mean(over.mean_weight)
                 with_rest = passes.second(phi, sums, chosen, direction, -gamma * domains / number, compares=compares)
                 over.finish_products(direction)
             if not sums.pairs:
@@ -436,7 +477,41 @@ def idgm_grad(
         buffers=None if buffers is None else over.buffers(buffers_after),
         losses_again=losses_again,
         tolerance=tolerance,
+        gamma=gamma,
     )
+
+
+def _check_hvp_domains(value: object, domains: int) -> int:
+    """Return ``value`` as an ``int`` if so many domains can be drawn."""
+    number = check_int("hvp_domains", value, at_least=1)
+    if number > domains:
+        raise ValueError(f"hvp_domains should be at most the number of domains, {domains} (got {number})")
+    return number
+
+
+def _names(params: Params) -> list[str]:
+    """Return each parameter's key, or its number in a list; the keys of nested structures joined by a slash."""
+    paths = [path for path, _ in tree_flatten_with_path(params)[0]]
+    return ["/".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path) or "0" for path in paths]
+
+
+def _add_matching(
+    direction: WeightedSum, matching: WeightedSum, strength: float, squares: Tensor | None, over: Alone
+) -> float | None:
+    """Add to the mean gradient the matching part, as long as ``strength`` says, and return the gamma that does it."""
+    mean = direction.norm()
+    epsilon = torch.finfo(mean.dtype).eps
+    spread = torch.ones_like(mean) if squares is None else 1 - mean.square() / squares.to(mean)
+    norms = torch.stack([mean, matching.norm().to(mean), spread]).tolist()
+    of_mean, of_matching, spread_ = over.ranks.gather(norms)[0]  # the same bits on all ranks, whatever they compute
+    if not (math.isfinite(of_mean) and math.isfinite(of_matching)):
+        direction.add_sum(matching, math.nan)  # also where only the squares overflow: whoever steps refuses it
+        return None
+    gamma: float = strength * of_mean / of_matching if of_matching and spread_ > 64 * epsilon else 0.0
+    if not 0 < gamma <= torch.finfo(torch.float32).max:
+        return None
+    direction.add_sum(matching, -gamma)
+    return gamma
 
 
 class _TwoPasses:
@@ -455,8 +530,10 @@ class _TwoPasses:
         buffers: Any,
         hvp: str,
         over: Alone,
+        check: Check | None,
     ) -> None:
         self._over = over
+        self._check = check
         self._leaves = leaves
         self._buffers = buffers
         self._hvp = hvp
@@ -465,6 +542,10 @@ class _TwoPasses:
         self._kept: dict[int, tuple[Linearization, Vector]] = {}
         self._held: dict[int, Vector] = {}  # gradients that a second evaluation here would not find
         self.losses_again: dict[int, Tensor] = {}
+
+    def _linearize(self, domain: _Domain) -> Linearization:
+        check, self._check = self._check, None  # one gradient tells
+        return linearize(self._hvp, domain, self._leaves, check)
 
     def first(
         self, phi: RunningAgreement, sums: GradientAlignment, chosen: Sequence[int], *, keep_graphs: bool
@@ -488,7 +569,7 @@ class _TwoPasses:
             gradient: Vector
             with record_function("GradMatch.domain_gradient"):
                 if keeps:
-                    linearization = linearize(self._hvp, domain, self._leaves)
+                    linearization = self._linearize(domain)
                     loss, gradient = linearization.gradient()
                 else:
                     loss, gradient = first_order(domain, self._leaves)
@@ -547,7 +628,7 @@ class _TwoPasses:
             domain = self._domains[i]
             domain.enter(buffers if chains else domain.buffers)
             with record_function("GradMatch.hessian_vector_product"):
-                linearization = linearize(self._hvp, domain, self._leaves)
+                linearization = self._linearize(domain)
                 self.losses_again[i], gradient = linearization.gradient()
                 buffers = domain.buffers_after
                 reduced = self._held.pop(i, gradient)

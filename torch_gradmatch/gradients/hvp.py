@@ -38,8 +38,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice
-from torch_gradmatch._foreach import by_kind, clone_all, copy_all_
-from torch_gradmatch.parallel.shards import is_sharded, sharded_gradient, total_norm
+from torch_gradmatch.gradients.backward import by_autograd, by_backward, gradient_of
+from torch_gradmatch.parallel.foreach import by_kind, clone_all, copy_all_
+from torch_gradmatch.parallel.shards import is_sharded, total_norm
 
 __all__ = [
     "HVPS",
@@ -53,6 +54,7 @@ __all__ = [
 
 Loss = Callable[[list[Tensor]], Tensor]
 Vector = Sequence[Tensor | None]  # one tensor for each leaf; None where the loss does not depend on it
+Check = Callable[..., None]  # (gradient, by backward, is_coarse=False)
 
 
 def check_hvp(hvp: object, parameters: Iterable[Tensor]) -> str:
@@ -69,7 +71,7 @@ def check_hvp(hvp: object, parameters: Iterable[Tensor]) -> str:
         ValueError: If it is none of the three; or if a parameter is a ``DTensor``, as ``fully_shard`` makes them, and
             it is not the last.
     """
-    kind = check_choice("hvp", hvp, HVPS)
+    kind: str = check_choice("hvp", hvp, HVPS)
     if kind != "finite_difference" and any(map(is_sharded, parameters)):
         raise ValueError(
             f"hvp={kind!r} takes second derivatives, and there are none through torch.distributed.fsdp.fully_shard, "
@@ -117,28 +119,23 @@ def first_order(loss: Loss, leaves: list[Tensor], *, create_graph: bool = False)
 
     Args:
         loss: Maps the leaves to a scalar.
-        leaves: Tensors that require a gradient.
-        create_graph: Whether the gradient is to be differentiated again.
+        leaves: Tensors that require a gradient; their ``.grad`` is afterwards what it was.
+        create_graph: Whether the gradient is to be differentiated again: by ``torch.autograd.grad`` then, and else by
+            ``backward()``; see :func:`~torch_gradmatch.gradients.backward.gradient_of`.
 
     Returns:
         The loss, detached, and one dense tensor for each leaf, None where the loss does not depend on it; of a
         ``DTensor`` the local shard.
     """
     value = loss(leaves)
-    if any(map(is_sharded, leaves)):
-        return value.detach(), sharded_gradient(value, leaves)
-    return value.detach(), _differentiate(value, leaves, create_graph=create_graph)
-
-
-def _differentiate(value: Tensor, leaves: list[Tensor], *, create_graph: bool) -> list[Tensor | None]:
-    gradient = torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True)
-    return [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradient]
+    return value.detach(), by_autograd(value, leaves, create_graph=True) if create_graph else gradient_of(value, leaves)
 
 
 # How torch says that an operation cannot be differentiated again, or not in forward mode.
 _MISSING_DERIVATIVE = re.compile(
     "is not implemented|not been implemented|once_differentiable|double backward"
-    "|does not support it|must implement the jvp|different number of tensors was saved|donated buffer",
+    "|does not support it|must implement the jvp|different number of tensors was saved|donated buffer"
+    "|incompatible with .grad",
     re.IGNORECASE,
 )
 
@@ -149,13 +146,15 @@ class Linearization(ABC):
     Args:
         loss: Maps the leaves to a scalar; gives the same value each time.
         leaves: The point: tensors that require a gradient.
+        check: Called once, where a gradient is differentiated again, with that one and the one by ``backward()``.
     """
 
     remedy = ""  # what to do if an operation lacks a derivative
 
-    def __init__(self, loss: Loss, leaves: list[Tensor]) -> None:
+    def __init__(self, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> None:
         self.loss = loss
         self.leaves = leaves
+        self.check = check
 
     def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
         """Evaluate the loss and its gradient.
@@ -197,14 +196,16 @@ class _Reverse(Linearization):
         "(for attention the MATH kernel of scaled_dot_product_attention, or an 'eager' one)."
     )
 
-    def __init__(self, loss: Loss, leaves: list[Tensor]) -> None:
-        super().__init__(loss, leaves)
+    def __init__(self, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> None:
+        super().__init__(loss, leaves, check)
         self._graph: list[Tensor | None] | None = None
 
     def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
         value = self.loss(self.leaves)
         with self.explaining():
-            self._graph = _differentiate(value, self.leaves, create_graph=True)
+            self._graph = by_autograd(value, self.leaves, create_graph=True)
+        if self.check is not None:
+            self.check(self._graph, by_backward(value, self.leaves, retain_graph=True))
         return value.detach(), self._graph
 
     def take_graph(self) -> list[Tensor | None]:
@@ -300,6 +301,17 @@ class _Forward(Linearization):
         'has none: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.'
     )
 
+    def __init__(self, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> None:
+        super().__init__(loss, leaves, check)
+        self._by_backward: list[Tensor | None] | None = None
+        self._value = torch.zeros(())
+
+    def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
+        value, gradient = super().gradient()
+        if self.check is not None:
+            self._by_backward, self._value = gradient, value
+        return value, gradient
+
     def product(self, vector: Vector) -> list[Tensor | None]:
         _prepare_forward_mode()
         with self.explaining(), forward_ad.dual_level():
@@ -309,14 +321,21 @@ class _Forward(Linearization):
             ]
             # With create_graph some backward passes (SiLU's) are made of operations that have forward derivatives.
             both = [*duals, *self.leaves]
-            every = torch.autograd.grad(self.loss(duals), both, allow_unused=True, create_graph=True)
+            loss = self.loss(duals)
+            every = torch.autograd.grad(loss, both, allow_unused=True, create_graph=True)
             gradient, past = every[: len(duals)], every[len(duals) :]
             if any(g is not None for g, d, x in zip(past, duals, self.leaves, strict=True) if d is not x):
                 raise RuntimeError(
                     'hvp="forward" puts other tensors into the model for a while, and the loss uses a parameter past '
                     'the model: use hvp="reverse"'
                 )
-            tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient]
+            parts = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in gradient]
+            primals, tangents = zip(*parts, strict=True)
+        # A loss that is not the same twice has another gradient, and is refused for that.
+        same = torch.isclose(loss.detach(), self._value, rtol=2**-4) if self._by_backward is not None else False
+        if self.check is not None and self._by_backward is not None and same:
+            # Dual leaves are new tensors, without the parameters' hooks.
+            self.check(primals, self._by_backward, is_coarse=True)
         return [None if t is None else t.detach() for t in tangents]
 
 
@@ -410,13 +429,14 @@ def sum_of_products(linearizations: list[Linearization], vectors: list[list[Tens
     return total
 
 
-def linearize(hvp: str, loss: Loss, leaves: list[Tensor]) -> Linearization:
+def linearize(hvp: str, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> Linearization:
     """Make what gives a loss's gradient and Hessian-vector products at one point. Evaluates nothing yet.
 
     Args:
         hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``.
         loss: Maps the leaves to a scalar.
         leaves: Tensors that require a gradient.
+        check: As for :class:`Linearization`.
 
     Returns:
         The linearization.
@@ -424,7 +444,7 @@ def linearize(hvp: str, loss: Loss, leaves: list[Tensor]) -> Linearization:
     Raises:
         ValueError: If ``hvp`` is none of the three.
     """
-    return HVPS[check_choice("hvp", hvp, HVPS)](loss, leaves)
+    return HVPS[check_choice("hvp", hvp, HVPS)](loss, leaves, check)
 
 
 def differentiable_attention(hvp: str) -> AbstractContextManager[Any]:

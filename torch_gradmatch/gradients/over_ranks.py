@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from torch_gradmatch._foreach import clone_all, local_of
 from torch_gradmatch.gradients.agreement import RunningAgreement
 from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.flat import Vector, WeightedSum
+from torch_gradmatch.parallel.foreach import clone_all, local_of
 from torch_gradmatch.parallel.ranks import Ranks
 from torch_gradmatch.parallel.reduction import average_, max_, sum_, sums_of_numbers
 

@@ -54,10 +54,10 @@ def check_repeats(losses: Sequence[float], again: Mapping[int, float], tolerance
         if math.isfinite(losses[index]) and not abs(value - losses[index]) <= tolerance * size:
             raise ValueError(
                 f"the loss of {name_of(index)} is not the same twice: {losses[index]:.7g}, and {value:.7g} when it is "
-                "evaluated again at the same parameters and with the same random numbers, as this method has to. "
-                "Something in it changes from one call to the next: class weights or statistics that it counts, a "
-                "counter of calls, a teacher that it updates, a generator of your own (those of torch, numpy and "
-                "Python are set back), buffers of a model that was not passed as model=. Take that out of loss_fn, or "
-                "use what evaluates each loss once: IDGM with keep_graphs=True and hvp='reverse', SmoothFish at gamma "
-                "1, or Fish"
+                "evaluated for the second time, at the same parameters and with the same random numbers, as this "
+                "method has to. Something in it changes from one call to the next: a batch that loss_fn changes in "
+                "place, class weights or statistics that it counts, a counter of calls, a teacher that it updates, a "
+                "generator of your own (those of torch, numpy and Python are set back), buffers of a model that was "
+                "not passed as model=. Take that out of loss_fn, or use what evaluates each loss once: IDGM with "
+                "keep_graphs=True and hvp='reverse', SmoothFish at gamma 1, or Fish"
             )

@@ -10,76 +10,64 @@ with the mean inner product over pairs for :math:`\phi`. The gradient of this go
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from torch_gradmatch._checks import (
-    check_bool,
-    check_choice,
-    check_int,
-    check_model,
-    check_number,
-    check_tracking,
-    naming,
-    optional,
-)
-from torch_gradmatch.gradients.agreement import (
-    AGREEMENTS,
-    Agreement,
-    check_agreement,
-    cosine,
-    inner_product,
-    variance,
-)
-from torch_gradmatch.gradients.alignment import GradientAlignment
+from torch_gradmatch import _checks as checks
+from torch_gradmatch.gradients import agreement as agreements
+from torch_gradmatch.gradients.agreement import Agreement, check_agreement
+from torch_gradmatch.gradients.evaluation import Evaluation
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
 from torch_gradmatch.gradients.hvp import HVPS, check_hvp
-from torch_gradmatch.gradients.over_ranks import Alone
 from torch_gradmatch.gradients.repeats import check_repeats
-from torch_gradmatch.methods.base import MetaStep, Method, report_of
-from torch_gradmatch.methods.direction import Direction, DirectionStep
-from torch_gradmatch.methods.together import shown_settings
-from torch_gradmatch.parallel.ranks import check_process_group
+from torch_gradmatch.gradients.report import report_of
+from torch_gradmatch.methods.base import COMMON_CHECKS
+from torch_gradmatch.methods.direction import Direction, DirectionLoop, DirectionMethod
 from torch_gradmatch.parallel.shards import is_sharded, reshard
 
 __all__ = ["IDGM"]
 
-# gamma times the inner product over the loss. Where an IDGM that works has at most about 1 (for a quadratic loss more
-# than 1 means unbounded below), one that diverges passes 10 soon after it begins to; see tests/test_idgm.py.
-EXPLODED = 10.0
 
-
-@dataclass
-class IDGM(Method):
+@dataclass(repr=False)
+class IDGM(DirectionMethod):
     r"""Minimize :math:`\frac1S\sum_i L_i - \gamma\,\phi(G_1,\ldots,G_S)` itself (equation 4), by ``meta_step``.
+
+    **Strength, not gamma.** :math:`\gamma` has the units of 1/loss (variance, inner product) and depends on the size of
+    the network: on small networks 2e-3 to 1e-1 make the matching term a tenth as long as the mean gradient, on a
+    pretrained one 3e-4, and 1 drives all gradients to zero. So it is found by default: at the first meta-iteration, so
+    that :math:`|\gamma\,\partial\phi/\partial\theta|` is ``strength`` times :math:`|\bar G|`. It is kept from then on,
+    stands in ``MetaStep.gamma`` and in the optimizer's state dict.
 
     **The inner product is unbounded**: with gamma too large the objective falls for ever while the gradients grow, and
     the model diverges; or, where the gradients cannot grow, training settles where they are large and agree, because
     nothing is learnt. Warm up by ordinary training. Near ``fish_gamma(lr, S)`` it does about what Fish does.
-    ``agreement="variance"`` and ``"cosine"`` are bounded; variance with gamma around 1 trains well.
+    ``agreement="variance"`` (the default) and ``"cosine"`` are bounded.
+
+    Gradients that are differentiated again are taken by ``torch.autograd.grad``, all others by ``backward()``. At the
+    first meta-iteration both are compared, and a parameter where they differ is refused by name.
 
     Attributes:
         model: The model. Its parameters and buffers are passed functionally (``torch.func.functional_call``), so that
             BatchNorm's statistics move once for each domain and meta-iteration, as in a plain forward pass.
-        gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training.
-        agreement: :math:`\phi`: ``"inner_product"`` (the paper's), ``"variance"``, ``"cosine"``, or a function that
+        gamma: :math:`\gamma \ge 0`; 0 is ordinary training. None to find it by ``strength``.
+        agreement: :math:`\phi`: ``"variance"``, ``"inner_product"`` (the paper's), ``"cosine"``, or a function that
             takes the list of the domains' gradients, each a dictionary by parameter name, and returns a scalar, the
             larger the better they agree.
+        strength: How long the matching term is at the first meta-iteration, relative to the mean gradient. Changed
+            later, gamma is found anew at the next one.
         hvp: How the products of Hessian and vector are taken: ``"reverse"`` (double backward), ``"forward"``
             (``jvp`` of ``grad``), or ``"finite_difference"`` for models without second derivatives.
         hvp_domains: Take them for this many domains only, drawn anew each time from torch's random state; unbiased.
         keep_graphs: Keep every domain's graph instead of evaluating it twice: faster, and memory grows with S.
         nonfinite: ``"raise"`` refuses a loss or gradient with NaN or infinity and a diverging inner product before
-            anything is changed (waits for an accelerator once in a meta-iteration); ``"ignore"`` does not look.
+            anything is changed (synchronizes once in a meta-iteration); ``"ignore"`` does not look.
             Either way a loss that is not the same in both passes is refused; by ``"ignore"`` it is looked for in
             meta-iterations number 1, 2, 4, 8 and so on.
         track_alignment: Measure the mean cosine of the gradients, too, and of each with the sum of the others, where
@@ -105,7 +93,7 @@ class IDGM(Method):
         >>> import torch
         >>> from torch_gradmatch import IDGM, GradMatch
         >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 1.0, "variance"))
+        >>> optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 1.0))
         >>> domains = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
         >>> report = optimizer.meta_step(lambda x: model(x).sum(), domains)
         >>> report.inner_product, report.grad_norms
@@ -113,8 +101,9 @@ class IDGM(Method):
     """
 
     model: nn.Module
-    gamma: float
-    agreement: str | Agreement = "inner_product"
+    gamma: float | None = None
+    agreement: str | Agreement = "variance"
+    strength: float = 0.1
     hvp: Literal["reverse", "forward", "finite_difference"] = "reverse"
     hvp_domains: int | None = None
     keep_graphs: bool = False
@@ -123,214 +112,129 @@ class IDGM(Method):
     process_group: ProcessGroup | None = None
     parallel: Literal["domains", "data"] = "domains"
 
-    checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
-        "model": partial(check_model, "model"),
-        "gamma": partial(check_number, "gamma", at_least=0),
-        "agreement": check_agreement,
-        "hvp": partial(check_choice, "hvp", choices=HVPS),
-        "hvp_domains": optional(partial(check_int, "hvp_domains", at_least=1)),
-        "keep_graphs": partial(check_bool, "keep_graphs"),
-        "track_alignment": check_tracking,
-        "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
-        "process_group": check_process_group,
-        "parallel": partial(check_choice, "parallel", choices=("domains", "data")),
+    checks: ClassVar[Mapping[str, Callable[[Any], Any]]] = COMMON_CHECKS | {
+        "model": partial(checks.check_model, "model"),
+        "gamma": checks.optional(partial(checks.check_number, "gamma", at_least=0)),
+        "agreement": lambda value: (check_agreement(value), value)[1],
+        "strength": partial(checks.check_number, "strength", above=0),
+        "hvp": partial(checks.check_choice, "hvp", choices=HVPS),
+        "hvp_domains": checks.optional(partial(checks.check_int, "hvp_domains", at_least=1)),
+        "keep_graphs": partial(checks.check_bool, "keep_graphs"),
+        "parallel": partial(checks.check_choice, "parallel", choices=("domains", "data")),
     }
+    bypasses_backward: ClassVar[bool] = True
 
-    if not TYPE_CHECKING:  # which would accept any name for the sake of this
-
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "hvp" and "model" in vars(self):
-                check_hvp(value, self.model.parameters())
-            super().__setattr__(name, value)
-
-    def __repr__(self) -> str:
-        settings = shown_settings(self)
-        model = settings.pop("model")
-        return f"IDGM({model}, {', '.join(f'{name}={value!r}' for name, value in settings.items())})"
-
-    def check_sharing(self) -> None:
-        """Raise if the ranks cannot share the work as the settings say.
-
-        Raises:
-            ValueError: If each has domains of its own and a setting needs the gradients of all.
-        """
-        if self.process_group is None or self.parallel == "data":
-            return
-        asked = None
-        if check_agreement(self.agreement) not in AGREEMENTS.values():
-            asked = "agreement as a function"
-        elif self.track_alignment == "pairs":
-            asked = "track_alignment='pairs'"
-        elif self.hvp_domains is not None:
-            raise ValueError(
-                f"hvp_domains={self.hvp_domains} draws from all domains, but with parallel='domains' each rank has its "
-                "own, and those of which none is drawn would wait. Pass hvp_domains=None, or parallel='data'"
-            )
-        if asked is not None:
-            raise ValueError(
-                f"{asked} needs the gradients of all domains in one place, and with parallel='domains' each rank holds "
-                "its own and their sum only: pass parallel='data'"
-            )
-
-    def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> IDGMStep:  # noqa: ARG002
-        """Make the loop that carries these settings out for one optimizer.
-
-        Args:
-            optimizer: The wrapped optimizer.
-            state: Not used: no tensor of a parameter is kept from one meta-iteration to the next.
-
-        Returns:
-            The loop.
+    def check(self, loop: DirectionLoop) -> None:
+        """Raise if the settings do not fit the optimizer. See ``DirectionMethod.check``.
 
         Raises:
             ValueError: If the optimizer has a parameter that the model does not hold, or the model is of
                 ``fully_shard`` and ``hvp`` takes second derivatives, or ranks cannot share the work as the settings
                 say.
         """
-        self.check_sharing()
-        loop = IDGMStep(self, optimizer)
+        needs_all = {
+            "agreement as a function": check_agreement(self.agreement) not in agreements.AGREEMENTS.values(),
+            "track_alignment='pairs'": self.track_alignment == "pairs",
+            f"hvp_domains={self.hvp_domains}": self.hvp_domains is not None,
+        }
+        if self.process_group is not None and self.parallel == "domains" and any(needs_all.values()):
+            raise ValueError(
+                f"{next(name for name, needs in needs_all.items() if needs)} needs the gradients of all domains in one "
+                "place, and with parallel='domains' each rank holds its own and their sum only: pass parallel='data'"
+            )
         check_hvp(self.hvp, loop.parameters())
-        loop.names()
-        return loop
+        self._names(loop.parameters())
 
-
-class IDGMStep(DirectionStep):
-    """IDGM at work on one optimizer.
-
-    Args:
-        method: The settings.
-        optimizer: The wrapped optimizer.
-    """
-
-    def __init__(self, method: IDGM, optimizer: Optimizer) -> None:
-        super().__init__(optimizer, method)
-        self.method = method
-        self.first_loss: float | None = None  # its size, in the first meta-iteration
-        self._sums = GradientAlignment(cosines=False)
-
-    def names(self) -> list[str]:
-        """Return the model's name of every parameter of the optimizer, in order.
-
-        Returns:
-            The names.
-
-        Raises:
-            ValueError: If the model does not hold one.
-        """
-        parameters = self.parameters()
+    def _names(self, parameters: Sequence[Tensor]) -> list[str]:
+        """Return the model's name of each of the optimizer's parameters, or raise if it does not hold one."""
         if any(map(is_sharded, parameters)):
-            reshard(self.method.model)  # which an evaluation may have left with whole parameters
-        name_of = {id(p): name for name, p in self.method.model.named_parameters()}
-        for position, p in enumerate(parameters):
-            if id(p) not in name_of:
-                raise ValueError(
-                    f"parameter number {position} of the optimizer, of shape {tuple(p.shape)}, is not in the model "
-                    f"{type(self.method.model).__name__}: IDGM(model) needs the module that holds all of them (put "
-                    "several into a torch.nn.ModuleList)"
-                )
+            reshard(self.model)  # which an evaluation may have left with whole parameters
+        name_of = {id(p): name for name, p in self.model.named_parameters()}
+        missing = [(i, tuple(p.shape)) for i, p in enumerate(parameters) if id(p) not in name_of]
+        if missing:
+            raise ValueError(
+                f"parameter number {missing[0][0]} of the optimizer, of shape {missing[0][1]}, is not in the model "
+                f"{type(self.model).__name__}: IDGM(model) needs the module that holds all of them (put several into a "
+                "torch.nn.ModuleList)"
+            )
         return [name_of[id(p)] for p in parameters]
 
-    def evaluate(
-        self,
-        loss_fn: Callable[[Any], Tensor],
-        batches: Sequence[Any],
-        over: Alone,
-        *,
-        check: bool = True,
-        scale: float = 1.0,
-    ) -> Direction:
-        """Work out the gradient of the objective. See ``DirectionStep.evaluate``."""
-        method = self.method
-        method.check_sharing()
-        name_of = dict(zip(self.parameters(), self.names(), strict=True))
-        params = {name_of[p]: p for p in self.trainable()}
-        agreement, gamma, of_agreement = _scaled(method.agreement, method.gamma, scale)
-        cosines = bool(method.track_alignment) or check_agreement(method.agreement) is cosine
-        self._sums = self.running_sums(self._sums, cosines=cosines, pairs=method.track_alignment == "pairs")
+    def direction(self, given: Evaluation) -> Direction:
+        """Work out the gradient of the objective. See ``DirectionMethod.direction``."""
+        gamma = self.gamma
+        if gamma is None and given.memory.get("strength") == self.strength:
+            gamma = given.memory.get("gamma")
+        agreement, by_scale, of_agreement = _scaled(self.agreement, given.scale)
+        names, is_new = self._names(given.parameters), self.hvp not in given.kept
         found = idgm_grad(
-            functional_loss(method.model, loss_fn),
-            params,
-            batches,
-            gamma,
+            functional_loss(self.model, given.loss_fn),
+            dict(zip(names, given.parameters, strict=True)),
+            given.batches,
+            None if gamma is None else gamma * by_scale,
             agreement,
-            hvp=method.hvp,
-            hvp_domains=method.hvp_domains,
-            keep_graphs=method.keep_graphs,
-            cosines=bool(method.track_alignment),
-            sums=self._sums,
-            buffers=dict(method.model.named_buffers()),
+            strength=self.strength,
+            hvp=self.hvp,
+            hvp_domains=self.hvp_domains,
+            keep_graphs=self.keep_graphs,
+            cosines=bool(self.track_alignment),
+            sums=given.sums(
+                cosines=bool(self.track_alignment) or check_agreement(self.agreement) is agreements.cosine,
+                pairs=self.track_alignment == "pairs",
+            ),
+            buffers=dict(self.model.named_buffers()),
             check=False,
-            over=over,
+            compare=is_new,
+            over=given.over,
         )
-        losses, phi = found.losses / scale, found.agreement / of_agreement
-        with nullcontext() if over.names is None else naming(over.names):
-            if check and method.nonfinite == "raise":
-                self._refuse_divergence(found, losses, phi, scale, over)
-            elif check and self.is_due() and found.losses_again:
-                again = {i: float(loss) / scale for i, loss in found.losses_again.items()}
-                check_repeats(losses.tolist(), again, found.tolerance)
+        used = 0.0 if found.gamma is None else found.gamma / by_scale
+        losses, phi = found.losses / given.scale, found.agreement / of_agreement
+        with nullcontext() if given.over.names is None else checks.naming(given.over.names):
+            self._check(given, found, losses, phi, used)
+        if is_new and found.gamma != 0:
+            given.kept[self.hvp] = True  # compared
+        if self.gamma is None and gamma is None and found.gamma is not None:
+            given.memory.update(gamma=used, strength=self.strength)
         return Direction(
-            gradient=[found.gradient[n] if n in params and found.reached[n] else None for n in name_of.values()],
-            objective=losses.mean() - method.gamma * phi.to(losses.device),
-            report=report_of(found.losses, found.alignment, scale),
+            gradient=[found.gradient[name] if found.reached[name] else None for name in names],
+            objective=losses.mean() - used * phi.to(losses.device),
+            report=replace(report_of(found.losses, found.alignment, given.scale), gamma=used),
             buffers=found.buffers,
         )
 
-    def _refuse_divergence(self, found: IDGMGradient, losses: Tensor, phi: Tensor, scale: float, over: Alone) -> None:
-        method = self.method
+    def _check(self, given: Evaluation, found: IDGMGradient, losses: Tensor, phi: Tensor, gamma: float) -> None:
+        """Raise if something is not finite or diverges, or if a loss evaluated again is another."""
+        if not given.checks:
+            return
+        if self.nonfinite == "ignore":
+            if given.is_due and found.losses_again:
+                second = {i: float(loss) / given.scale for i, loss in found.losses_again.items()}
+                check_repeats(losses.tolist(), second, found.tolerance)
+            return
         gradient = [g for g, reached in zip(found.gradient.values(), found.reached.values(), strict=True) if reached]
         again = [loss.to(losses.device) for loss in found.losses_again.values()]
-        others = [phi, torch.stack(again)] if again else [phi]
-        first, (norm, agreement, *second) = self.read_finite(losses, gradient, *others, over=over)
-        check_repeats(first, {i: v / scale for i, v in zip(found.losses_again, second, strict=True)}, found.tolerance)
-        loss = sum(first) / len(first)
+        first, (norm, agreement, *values) = given.read_finite(losses, gradient, [phi, *again])
+        second = {i: v / given.scale for i, v in zip(found.losses_again, values, strict=True)}
+        check_repeats(first, second, found.tolerance)
+        is_unbounded = check_agreement(self.agreement) is agreements.inner_product
         if not (math.isfinite(norm) and math.isfinite(agreement)):
-            if scale != 1.0:
+            if given.scale != 1.0:
                 return  # gradients that overflowed: the scaler skips the step and lowers the scale
+            remedy = (
+                "lower gamma, or use agreement='variance', which is bounded"
+                if is_unbounded
+                else "an operation may have no finite second derivative here (norm() or sqrt() of zero): look at the "
+                "losses, or lower gamma"
+            )
             raise RuntimeError(
                 f"IDGM diverged: the agreement of the gradients is {agreement} and the direction has norm {norm}, with "
-                f"gamma={method.gamma}. Nothing was changed: lower gamma, or use agreement='variance', which is "
-                "bounded"
+                f"gamma={gamma:.3g}. Nothing was changed: {remedy}"
             )
-        first_loss = abs(loss) if self.first_loss is None else self.first_loss
-        matching = method.gamma * agreement
-        exploded = matching > EXPLODED * max(abs(loss), first_loss)
-        if exploded and check_agreement(method.agreement) is inner_product:
-            history = "; earlier meta-iterations have led here, so go back to a checkpoint"
-            raise RuntimeError(
-                f"IDGM diverges: gamma times the inner product is {matching:.3g} but the mean loss {loss:.3g} (in the "
-                f"first meta-iteration {first_loss:.3g}), with gamma={method.gamma}. The inner product is unbounded, "
-                "and training would only raise the gradients. Nothing was changed by this meta_step()"
-                f"{'' if self.first_loss is None else history}. Lower gamma, or use agreement='variance', which is "
-                "bounded"
-            )
-
-    def meta_step(
-        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any], step: Callable[..., Any], scaler: Any = None
-    ) -> MetaStep:
-        """Carry out one meta-iteration. See ``GradMatch.meta_step``."""
-        report = super().meta_step(loss_fn, batches, step, scaler)
-        if self.first_loss is None and self.method.nonfinite == "raise":
-            assert report.losses is not None
-            self.first_loss = abs(float(report.losses.mean()))
-        return report
-
-    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        """Return what the check against divergence compares with. See ``MetaLoop.state_dict``."""
-        return {"first_loss": self.first_loss}
-
-    def check_state_dict(self, state: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if the state is malformed. See ``MetaLoop.check_state_dict``."""
-        if "first_loss" not in state or not isinstance(state["first_loss"], float | None):
-            raise ValueError("the state dict's 'first_loss' is missing or malformed")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
-        super().load_state_dict(state)
-        self.first_loss = state["first_loss"]
+        if is_unbounded:
+            remedy = f"Lower gamma (it is {gamma:.3g}), or use agreement='variance', which is bounded"
+            given.refuse_explosion(sum(first) / len(first), gamma * agreement, remedy)
 
 
-def _scaled(agreement: str | Agreement, gamma: float, scale: float) -> tuple[str | Agreement, float, float]:
+def _scaled(agreement: str | Agreement, scale: float) -> tuple[str | Agreement, float, float]:
     r"""Return what to ask for where every loss is multiplied by c, so that the gradient found is c times the true one.
 
     Inner product and variance are quadratic in the gradients: :math:`\frac{\gamma}{c}\phi(cG) = c\gamma\phi(G)`. The
@@ -338,21 +242,20 @@ def _scaled(agreement: str | Agreement, gamma: float, scale: float) -> tuple[str
 
     Args:
         agreement: phi.
-        gamma: The strength of the matching.
         scale: c.
 
     Returns:
-        Agreement and gamma to ask for, and what the agreement's value is to be divided by.
+        Agreement to ask for, what gamma is to be multiplied by, and what the agreement's value is to be divided by.
     """
     phi = check_agreement(agreement)
     if scale == 1.0:
-        return agreement, gamma, 1.0
-    if phi in (inner_product, variance):
-        return agreement, gamma / scale, scale**2
-    if phi is cosine:
-        return agreement, gamma * scale, 1.0
+        return agreement, 1.0, 1.0
+    if phi in (agreements.inner_product, agreements.variance):
+        return agreement, 1.0 / scale, scale**2
+    if phi is agreements.cosine:
+        return agreement, scale, 1.0
 
     def of_true_gradients(gradients: Sequence[Any]) -> Tensor:
         return phi([tree_map(lambda g: g / scale, gradient) for gradient in gradients])
 
-    return of_true_gradients, gamma * scale, 1.0
+    return of_true_gradients, scale, 1.0

@@ -40,8 +40,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -49,37 +48,24 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
 
-from torch_gradmatch._checks import (
-    check_bool,
-    check_choice,
-    check_model,
-    check_num_domains,
-    check_number,
-    check_tracking,
-    name_of,
-    optional,
-)
+from torch_gradmatch import _checks as checks
 from torch_gradmatch.gradients.agreement import fish_gamma
 from torch_gradmatch.gradients.alignment import GradientAlignment
-from torch_gradmatch.gradients.flat import Vector
-from torch_gradmatch.gradients.over_ranks import Alone
+from torch_gradmatch.gradients.evaluation import Evaluation
+from torch_gradmatch.gradients.flat import Vector, WeightedSum
 from torch_gradmatch.gradients.repeats import check_repeats, precision
-from torch_gradmatch.methods.base import Method, report_of
-from torch_gradmatch.methods.direction import Direction, DirectionStep
-from torch_gradmatch.methods.evaluations import Evaluations
-from torch_gradmatch.methods.together import shown_settings
-from torch_gradmatch.parallel.ranks import check_process_group
+from torch_gradmatch.gradients.report import report_of
+from torch_gradmatch.gradients.walk import Walk
+from torch_gradmatch.methods.base import COMMON_CHECKS
+from torch_gradmatch.methods.direction import Direction, DirectionMethod
 from torch_gradmatch.parallel.shards import sharded_like, total_norm
-from torch_gradmatch.slow.saved_buffers import ForwardBuffers
-from torch_gradmatch.slow.weights import SlowWeights
 
 __all__ = ["SmoothFish"]
 
 
-@dataclass
-class SmoothFish(Method):
+@dataclass(repr=False)
+class SmoothFish(DirectionMethod):
     r"""Match gradients by :math:`\bar G + \gamma(\tilde G - \bar G)`: first derivatives, free choice of strength.
 
     Costs S gradients in a meta-iteration over S domains at gamma 1, which is what ordinary training on the same batches
@@ -96,9 +82,10 @@ class SmoothFish(Method):
             step of a difference of gradients: the direction is exact to :math:`O(\alpha)`, and where it is so small
             that the difference is lost in rounding a warning says so, in the first meta-iterations.
         model: The model, if it has buffers (BatchNorm's statistics): they then move once for each domain and
-            meta-iteration; without it with every gradient.
-        nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity before anything is changed (waits for
-            an accelerator once in a meta-iteration); ``"ignore"`` does not look.
+            meta-iteration; without it with every gradient. A model in ``DistributedDataParallel``, which averages the
+            gradients by itself, is passed as such.
+        nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity, and a matching term that outgrows the
+            loss, before anything is changed (synchronizes once in a meta-iteration); ``"ignore"`` does not look.
         track_alignment: Measure the mean cosine of the gradients, too, and of each with the sum of those before it;
             costs one more vector of the size of the parameters. ``"pairs"`` measures the cosine of each pair of
             domains, too, and copies every gradient for it: S times the parameters.
@@ -146,199 +133,161 @@ class SmoothFish(Method):
     process_group: ProcessGroup | None = None
     parallel: Literal["walks", "data"] = "walks"
 
-    checks: ClassVar[Mapping[str, Callable[[Any], object]]] = {
-        "gamma": partial(check_number, "gamma", at_least=0),
-        "inner_lr": partial(check_number, "inner_lr", above=0),
-        "model": optional(partial(check_model, "model")),
-        "track_alignment": check_tracking,
-        "nonfinite": partial(check_choice, "nonfinite", choices=("raise", "ignore")),
-        "symmetric": partial(check_bool, "symmetric"),
-        "process_group": check_process_group,
-        "parallel": partial(check_choice, "parallel", choices=("walks", "data")),
+    checks: ClassVar[Mapping[str, Callable[[Any], Any]]] = COMMON_CHECKS | {
+        "gamma": partial(checks.check_number, "gamma", at_least=0),
+        "inner_lr": partial(checks.check_number, "inner_lr", above=0),
+        "symmetric": partial(checks.check_bool, "symmetric"),
+        "parallel": partial(checks.check_choice, "parallel", choices=("walks", "data")),
     }
 
-    def __repr__(self) -> str:
-        return f"SmoothFish({', '.join(f'{name}={value!r}' for name, value in shown_settings(self).items())})"
-
-    def start(self, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> SmoothFishStep:
-        """Make the loop that carries these settings out for one optimizer.
-
-        Args:
-            optimizer: The wrapped optimizer.
-            state: Where to keep the slow weights.
-
-        Returns:
-            The loop.
-        """
-        return SmoothFishStep(self, optimizer, state)
-
-
-class SmoothFishStep(DirectionStep):
-    """SmoothFish at work on one optimizer.
-
-    Args:
-        method: The settings.
-        optimizer: The wrapped optimizer.
-        state: Where to keep the slow weights.
-    """
-
-    def __init__(self, method: SmoothFish, optimizer: Optimizer, state: MutableMapping[Tensor, Any]) -> None:
-        super().__init__(optimizer, method)
-        self.method = method
-        self.weights = SlowWeights(state)
-        self._sums = GradientAlignment(cosines=bool(method.track_alignment))
-
-    def evaluate(
-        self,
-        loss_fn: Callable[[Any], Tensor],
-        batches: Sequence[Any],
-        over: Alone,
-        *,
-        check: bool = True,
-        scale: float = 1.0,
-    ) -> Direction:
-        """Work out the direction. See ``DirectionStep.evaluate``."""
-        domains, method = check_num_domains(len(batches)), self.method
-        fish = fish_gamma(method.inner_lr, domains)
-        walks_only = method.gamma == 1 and not method.symmetric
-        # The direction is G_bar + weight (mean gradient of the walks - G_bar).
-        weight = method.gamma / fish if method.symmetric else method.gamma
-        tracked = method.track_alignment
-        sums = self._sums = self.running_sums(self._sums, cosines=bool(tracked), pairs=tracked == "pairs")
-        run = Evaluations(loss_fn, batches, self.trainable(), self.model, method.inner_lr / scale, over)
-        if over.reduces or run.sharded:
-            sums.reserve(run.parameters)
-        again: Tensor | None = None
+    def direction(self, given: Evaluation) -> Direction:
+        """Work out the direction. See ``DirectionMethod.direction``."""
+        domains, over = len(given.batches), given.over
+        weight = self._weight(domains)
+        sums = given.sums(cosines=bool(self.track_alignment), pairs=self.track_alignment == "pairs")
+        step = self.inner_lr / given.scale
+        walk = Walk(given.loss_fn, given.batches, given.parameters, over, self.model, step)
+        if over.reduces or walk.sharded:
+            sums.reserve(walk.parameters)
+        again: dict[int, Tensor] = {}
         try:
-            if walks_only:
-                self.weights.snapshot(run.parameters, None)
-                gradient = run.first(0)
+            if self._is_one_walk:
+                gradient = walk.first(0)
+                walk.begin()  # a lazy parameter is made by now
                 sums.add(gradient)
                 for index in range(1, domains):
-                    run.move(gradient)
+                    walk.move(gradient)
                     del gradient  # before the next graph grows
-                    gradient = run.first(index)
+                    gradient = walk.first(index)
                     sums.add(gradient)
                 del gradient
-                after = run.finish()
-                self.weights.rollback()
+                walk.end()
+                after = walk.finish()
                 total = sums.mean()
             else:
-                walks = [range(domains), range(domains - 1, -1, -1)] if method.symmetric else [range(domains)]
-                begins = {}  # the first gradient of each walk, which is that at theta
-                for index in range(domains):
-                    gradient = run.first(index, keep_buffers=method.symmetric)
-                    sums.add(gradient)
-                    if weight > 0 and any(walk[0] == index for walk in walks):
-                        begins[index] = gradient
-                    del gradient
-                after = run.finish()
-                if check and weight > 0 and self.is_due():
-                    with ForwardBuffers() if self.model is None else nullcontext() as others:
-                        again = run.loss(0)
-                        if others is not None:
-                            others.restore()
-                total = sums.mean(weight=1 - weight)
-                for walk in reversed(walks) if weight > 0 else ():
-                    self.weights.snapshot(run.parameters, None)
-                    gradient = begins.pop(walk[0])
-                    total.add(gradient, weight / (len(walks) * domains))
-                    for index in walk[1:]:
-                        run.move(gradient)
-                        del gradient
-                        gradient = run.again(index)
-                        total.add(gradient, weight / (len(walks) * domains))
-                    del gradient
-                    self.weights.rollback()
-            # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
-            if again is not None and self._looked <= 4 and weight > 1 / 32:
-                self._check_resolution(total.tensors(like=run.shards), run.parameters, weight)
+                begins = self._gradients_here(walk, sums)
+                after = walk.finish()
+                if given.checks and weight > 0 and given.is_due:
+                    again[0] = walk.loss(0)
+                total = self._walks(walk, sums.mean(weight=1 - weight), begins)
+            losses = torch.stack([loss.to(walk.losses[0].device, walk.losses[0].dtype) for loss in walk.losses])
             measured = sums.result()
-            losses = torch.stack([loss.to(run.losses[0].device, run.losses[0].dtype) for loss in run.losses])
-            losses, losses_again = over.losses(losses, {} if again is None else {0: again})
-            direction = total.tensors(like=run.shards)
-            if check:  # before it is reduced, so that the rank that is to blame says so
-                self._check(run, losses, direction, losses_again, weight, scale)
-            if over.finish_walks(total):
-                direction = total.tensors(like=run.shards)
-            sums.reset(release=True)
-            buffers = None if after is None else dict(over.buffers(after.values()))
+            losses, again = over.losses(losses, again)
+            if given.checks:  # before it is reduced, so that the rank that is to blame says so
+                self._check(walk, given, sums, losses, total.tensors(like=walk.shards), again)
+            over.finish_walks(total)
+            direction = total.tensors(like=walk.shards)
+            buffers = None if after is None else dict(over.buffers(after))
         finally:
-            self.weights.rollback()
-            torch.clear_autocast_cache()
-            run.close()
-        report = report_of(losses, measured, scale)
-        assert report.losses is not None
-        assert report.inner_product is not None
-        # What the direction lowers, to first order and in the mean over orders: the mean loss less gamma GIP. Those
-        # along a walk are themselves lower by twice as much.
-        strength = -fish if walks_only else weight * fish
-        pairs = zip(run.parameters, direction, strict=True)
-        found = {p: None if d is None else sharded_like(d, p) for p, d in pairs}
-        return Direction(
-            gradient=[found.get(p) for p in self.parameters()],
-            objective=report.losses.mean() - strength * report.inner_product.to(losses.device),
-            report=report,
-            buffers=buffers,
-        )
+            walk.close()
+            sums.reset(release=True)
+        report = report_of(losses, measured, given.scale)
+        objective = losses.mean() / given.scale - self._strength(domains) * measured.inner_product / given.scale**2
+        pairs = zip(walk.parameters, direction, strict=True)
+        return Direction([None if d is None else sharded_like(d, p) for p, d in pairs], objective, report, buffers)
 
-    def _check_resolution(self, direction: Vector, parameters: Sequence[Tensor], weight: float) -> None:
-        """Warn if the walks' gradients differ from those at their start by no more than rounding does.
+    @property
+    def _is_one_walk(self) -> bool:
+        return self.gamma == 1 and not self.symmetric
 
-        Args:
-            direction: What this rank found.
-            parameters: Of which it holds all or a shard.
-            weight: Of the difference in it.
+    def _weight(self, domains: int) -> float:
+        r"""Return w of the direction :math:`\bar G + w(\tilde G - \bar G)`."""
+        return self.gamma / fish_gamma(self.inner_lr, domains) if self.symmetric else self.gamma
+
+    def _strength(self, domains: int) -> float:
+        """Return the gamma of the exact objective that is lowered, to first order and in the mean over orders.
+
+        The losses along a walk are themselves lower by twice as much.
         """
-        domains, found, lengths, differences, like = len(self._sums), [], [], [], []
-        for index, d in enumerate(direction):  # one at a time: a whole vector would be the most memory of all
-            if d is not None:
-                mean = self._sums.total(index, like=d) / domains
-                found.append(d)
-                like.append(parameters[index])
-                lengths.append(torch.linalg.vector_norm(mean))
-                differences.append(torch.linalg.vector_norm(d - mean))
-        length, difference = float(total_norm(lengths, like)), float(total_norm(differences, like)) / weight
-        if difference < min(32 * precision(found), 0.02) * length:
-            warnings.warn(
-                f"SmoothFish matches nothing: along the walk the mean gradient changes by {difference / length:.1g} of "
-                f"its length, which is rounding. Raise inner_lr (it is {self.method.inner_lr:g}) or train in a wider "
-                "dtype; if every loss is linear in the parameters, there is nothing to be matched",
-                stacklevel=2,
-            )
+        fish = fish_gamma(self.inner_lr, domains)
+        return -fish if self._is_one_walk else self._weight(domains) * fish
+
+    def _gradients_here(self, walk: Walk, sums: GradientAlignment) -> dict[int, Vector]:
+        """Take in every domain's gradient where the parameters are; return those with which a walk begins."""
+        domains, begins = len(walk.batches), {}
+        for index in range(domains):
+            gradient = walk.first(index, keep_buffers=self.symmetric)
+            sums.add(gradient)
+            if self.gamma > 0 and (index == 0 or (self.symmetric and index == domains - 1)):
+                begins[index] = gradient
+            del gradient
+        return begins
+
+    def _walks(self, walk: Walk, total: WeightedSum, begins: dict[int, Vector]) -> WeightedSum:
+        """Add the mean gradient along one walk, or along one and its reverse."""
+        domains = len(walk.batches)
+        share = self._weight(domains) / domains / max(1, len(begins))
+        for first in sorted(begins, reverse=True):
+            walk.begin()
+            gradient = begins.pop(first)
+            total.add(gradient, share)
+            for index in range(1, domains) if first == 0 else range(domains - 2, -1, -1):
+                walk.move(gradient)
+                del gradient
+                gradient = walk.again(index)
+                total.add(gradient, share)
+            del gradient
+            walk.end()
+        return total
 
     def _check(
         self,
-        run: Evaluations,
+        walk: Walk,
+        given: Evaluation,
+        sums: GradientAlignment,
         losses: Tensor,
         direction: Vector,
         again: Mapping[int, Tensor],
-        weight: float,
-        scale: float,
     ) -> None:
-        """Raise if something is not finite, or if a loss evaluated again is another. Waits once for an accelerator."""
-        method = self.method
-        if method.nonfinite == "raise":
+        """Raise if something is not finite or diverges, or if a loss evaluated again is another; synchronizes once."""
+        domains, scale, second = len(losses), given.scale, list(again.values())
+        weight = self._weight(domains)
+        if self.nonfinite == "raise":
+            found = [sharded_like(d, p) for d, p in zip(direction, walk.parameters, strict=True) if d is not None]
             try:
-                found = [sharded_like(d, p) for d, p in zip(direction, run.parameters, strict=True) if d is not None]
-                norm, *second = self.read_finite(losses, found, *again.values(), over=run.over)[1]
+                first, (norm, product, *_) = given.read_finite(losses, found, [sums.result().inner_product])
             except ValueError as error:
                 infinite = torch.isfinite(losses).logical_not().nonzero()
                 index = int(infinite[0]) if len(infinite) else None  # or it is another rank's
-                if index is not None and method.gamma == 1 and not method.symmetric and run.is_finite_at_start(index):
-                    raise self._diverged(f"the loss of {name_of(index)} is {losses[index].item()} along it") from error
-                raise
+                if index is None or not self._is_one_walk or not walk.is_finite_at_start(index):
+                    raise
+                if scale != 1.0 and not math.isfinite(float(total_norm(found))):
+                    return  # gradients that overflowed led the walk there: the scaler skips the step, the scale falls
+                name = checks.name_of(index)
+                raise self._diverged(f"the loss of {name} is {losses[index].item()} along it") from error
             if not math.isfinite(norm) and scale == 1.0:  # else the scaler skips the step
                 raise self._diverged("the direction holds NaN or infinity")
-        else:
-            second = [float(loss) for loss in again.values()]
+            if math.isfinite(product) and not self._is_one_walk:
+                remedy = f"Lower gamma (it is {self.gamma:g}) or inner_lr (it is {self.inner_lr:g})"
+                matching = self._strength(domains) * product / scale**2
+                given.refuse_explosion(sum(first) / domains / scale, matching, remedy)
         if second:
             # An error of the gradients counts in the direction with this weight.
-            tolerance = math.sqrt(precision([*run.parameters, losses])) / max(1.0, weight)
-            check_repeats((losses.double() / scale).tolist(), {0: second[0] / scale}, tolerance)
+            tolerance = math.sqrt(precision([*walk.parameters, losses])) / max(1.0, weight)
+            check_repeats((losses.double() / scale).tolist(), {0: float(second[0]) / scale}, tolerance)
+            # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
+            if given.number < 4 and weight > 1 / 32:
+                self._check_resolution(walk, sums, direction, weight)
+
+    def _check_resolution(self, walk: Walk, sums: GradientAlignment, direction: Vector, weight: float) -> None:
+        """Warn if the walks' gradients differ from those at their start by no more than rounding does."""
+        pairs = zip(direction, sums.mean().tensors(like=walk.shards), walk.parameters, strict=True)
+        means, differences = [], []
+        for d, mean, p in pairs:
+            if d is not None and mean is not None:
+                means.append(sharded_like(mean, p))
+                differences.append(sharded_like(d - mean, p))
+        length, difference = float(total_norm(means)), float(total_norm(differences)) / weight
+        if difference < min(32 * precision(means), 0.02) * length:
+            warnings.warn(
+                f"SmoothFish matches nothing: along the walk the mean gradient changes by {difference / length:.1g} of "
+                f"its length, which is rounding. Raise inner_lr (it is {self.inner_lr:g}) or train in a wider "
+                "dtype; if every loss is linear in the parameters, there is nothing to be matched",
+                stacklevel=7,
+            )
 
     def _diverged(self, how: str) -> RuntimeError:
         return RuntimeError(
-            f"the inner walk of SmoothFish diverged: {how}, with inner_lr={self.method.inner_lr} and "
-            f"gamma={self.method.gamma}. Nothing was changed: lower inner_lr or gamma and go on"
+            f"the inner walk of SmoothFish diverged: {how}, with inner_lr={self.inner_lr} and gamma={self.gamma}. "
+            "Nothing was changed: lower inner_lr or gamma and go on"
         )

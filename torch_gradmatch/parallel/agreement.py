@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from torch_gradmatch._foreach import local_of
+from torch_gradmatch.parallel.foreach import local_of
 from torch_gradmatch.parallel.ranks import Ranks
 
 __all__ = ["check_same_parameters"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,9 +111,12 @@ class Ranks:
             yield
         except Exception as error:
             if self and not is_told(error):
-                with suppress(Exception):  # of the others, if they cannot be reached: the error itself says more
+                try:
                     self.agree(error)
-            raise
+                except Exception as told:
+                    if told.__cause__ is error:  # another rank's error came first and led to this one
+                        raise
+            raise  # also if the others cannot be reached: the error itself says more
         self.agree(None, facts)
 
     def gather(self, value: Any) -> list[Any]:

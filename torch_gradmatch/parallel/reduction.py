@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from torch_gradmatch._foreach import by_kind, copy_all_, local_of
 from torch_gradmatch.parallel.collective import in_collective
+from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
 
 __all__ = ["average_", "max_", "sum_", "sums_of_numbers"]
 

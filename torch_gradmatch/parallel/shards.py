@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils import get_total_norm
 
-from torch_gradmatch._foreach import is_sharded, local_of
 from torch_gradmatch.parallel.collective import in_collective
+from torch_gradmatch.parallel.foreach import is_sharded, local_of
 
 __all__ = [
     "Spread",
     "groups_of",
     "is_sharded",
     "local_of",
+    "placed_like",
     "reshard",
-    "sharded_gradient",
     "sharded_like",
     "spread_of",
     "sum_over_shards",
@@ -138,34 +138,16 @@ def total_norm(tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) 
     return get_total_norm(norms)
 
 
-def sharded_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradient of a loss by parameters of which some are sharded, by ``backward()``.
-
-    ``fully_shard`` computes with other tensors than the parameters, gathered for the time of their use, so that
-    ``torch.autograd.grad`` finds no way to them; ``backward()`` leaves the shards of the gradient in ``.grad``.
-    Parameters that are not listed but take part in the loss get a ``.grad``, as in any training loop.
+def placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient with the placements of its parameter.
 
     Args:
-        loss: Shape (); its graph is freed.
-        parameters: Where to differentiate; their ``.grad`` is afterwards what it was.
+        gradient: Any.
+        parameter: The parameter; a ``DTensor`` if the gradient is one.
 
     Returns:
-        For each parameter the local shard of its gradient, or all of it if the parameter is not sharded; None where
-        the loss does not depend on it.
+        The gradient itself where it has them.
     """
-    kept = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    try:
-        loss.backward()
-        found = [p.grad for p in parameters]
-    finally:
-        for p, gradient in zip(parameters, kept, strict=True):
-            p.grad = gradient
-    return [None if g is None else local_of(_placed_like(g, p)) for g, p in zip(found, parameters, strict=True)]
-
-
-def _placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
     sharded: Any = gradient
     like: Any = parameter
     if is_sharded(gradient) and sharded.placements != like.placements:

@@ -21,8 +21,6 @@ import torch
 __all__ = ["NativeStatus", "native_status"]
 
 SWITCH = "TORCH_GRADMATCH_NATIVE"
-# Where a function is gone, takes other arguments, or refuses.
-WHATEVER_TORCH_RAISES = (AttributeError, TypeError, ValueError, RuntimeError)
 _PACKAGE = Path(__file__).parents[1]
 # Without pip's cache, which may have what it built in isolation, where there is no torch.
 _FLAGS = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
@@ -63,15 +61,14 @@ def _kept_from_the_build() -> dict[str, Any]:
         return {}
 
 
-def _lost(reason: str) -> NativeStatus:
+def _warned(kernel: str, reason: str) -> str:
     """Say once, at import, that something is missing which was meant to be there."""
-    warnings.warn(f"torch_gradmatch goes on without its native kernel: {reason}", RuntimeWarning, stacklevel=2)
-    return NativeStatus(False, False, reason)
+    warnings.warn(f"torch_gradmatch goes on without its {kernel} kernel: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
-def _lost_cuda(reason: str) -> tuple[bool, str]:
-    warnings.warn(f"torch_gradmatch goes on without its CUDA kernel: {reason}", RuntimeWarning, stacklevel=2)
-    return False, reason
+def _lost(reason: str) -> NativeStatus:
+    return NativeStatus(False, False, _warned("native", reason))
 
 
 def _load() -> NativeStatus:
@@ -87,16 +84,16 @@ def _load() -> NativeStatus:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         return _lost(f"the extension does not load with torch {torch.__version__}: {error.__cause__ or error}")
-    operators = torch.ops.torch_gradmatch
-    if not all(hasattr(operators, operator) for operator in ("interpolate_", "interpolate_taken_")):
+    try:  # a pair is missing, which the CPU kernel refuses by a ValueError; on a GPU this would initialize CUDA
+        torch.ops.torch_gradmatch.interpolate_([torch.empty(0, device="cpu")], [], 0.0)
+    except ValueError:
+        pass
+    except (AttributeError, RuntimeError):
         return _lost(f"{library.name} was built from another version of torch_gradmatch: build it anew")
-    # An operator can be asked whether it leaves an empty pair. On a GPU that would initialize CUDA.
-    empty = torch.empty(0, device="cpu")
-    cpu = operators.interpolate_taken_([empty], [empty], 0.0) == []
     if torch.version.cuda is None:
-        return NativeStatus(cpu, False, f"{library.name} loaded")
+        return NativeStatus(True, False, f"{library.name} loaded")
     cuda, about = _load_cuda()
-    return NativeStatus(cpu, cuda, f"{library.name} loaded; {about}")
+    return NativeStatus(True, cuda, f"{library.name} loaded; {about}")
 
 
 # ------------------------------------------------------------------------------------------------------------- CUDA
@@ -108,17 +105,17 @@ def _load_cuda() -> tuple[bool, str]:
     if library is None:
         kept = _kept_from_the_build()
         about = f"there is no CUDA kernel: {kept.get('cuda') or 'its library was not built'}"
-        return _lost_cuda(about) if "cuda" in kept.get("lost", ()) else (False, about)
+        return False, _warned("CUDA", about) if "cuda" in kept.get("lost", ()) else about
     try:
         torch.ops.load_library(str(library))
         asked = ctypes.CDLL(str(library))
         runtime: int = asked.torch_gradmatch_cuda_runtime_version()
         driver: int = asked.torch_gradmatch_cuda_driver_version()
         obstacle = asked.torch_gradmatch_cuda_obstacle
-    except (OSError, RuntimeError) as error:
-        return _lost_cuda(f"{library.name} does not load with torch {torch.__version__}: {error.__cause__ or error}")
-    except AttributeError as error:
-        return _lost_cuda(f"{library.name} was built from another version of torch_gradmatch, build it anew: {error}")
+    except (OSError, RuntimeError, AttributeError) as error:
+        stale = "was built from another version of torch_gradmatch, build it anew"
+        how = stale if isinstance(error, AttributeError) else f"does not load with torch {torch.__version__}"
+        return False, _warned("CUDA", f"{library.name} {how}: {error.__cause__ or error}")
     obstacle.restype = ctypes.c_char_p
     global _OBSTACLE
     _OBSTACLE = obstacle
@@ -152,12 +149,6 @@ def cuda_obstacle(index: int) -> str:
 
 
 _STATUS = _load()
-
-
-def give_up(reason: str) -> None:
-    """Go on without the kernel. Only the import of ``ops`` calls this, before anyone can have asked."""
-    global _STATUS
-    _STATUS = NativeStatus(False, False, reason)
 
 
 def native_status() -> NativeStatus:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import accumulate
 from operator import is_
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_gradmatch._foreach import by_kind, is_sharded, local_of
+from torch_gradmatch.parallel.foreach import copy_all_, local_of
 from torch_gradmatch.parallel.shards import sharded_like
 
 __all__ = ["SlowCopies", "check_copies", "slow_dtype"]
@@ -36,41 +35,37 @@ def slow_dtype(fast: Tensor, meta_dtype: torch.dtype | None) -> torch.dtype:
         >>> slow_dtype(torch.zeros(1, dtype=torch.float64), torch.float32)
         torch.float64
     """
-    if meta_dtype is None or not (fast.is_floating_point() or fast.is_complex()):
+    if meta_dtype is None or meta_dtype == fast.dtype or not (fast.is_floating_point() or fast.is_complex()):
         return fast.dtype
-    return _promoted(fast.dtype, meta_dtype)
+    return torch.promote_types(fast.dtype, meta_dtype)
 
 
-@cache
-def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    return torch.promote_types(one, other)  # which goes through torch's dispatcher
-
-
-def check_copies(what: str, copies: Mapping[Any, Any], originals: Mapping[Any, Tensor], *needed: Any) -> None:
+def check_copies(what: str, copies: object, originals: Mapping[Any, Tensor]) -> None:
     """Raise if copies read from a state dict are not those of some tensors.
 
     Args:
         what: What each is, for the message.
         copies: By position or name.
         originals: The tensors of which they should be copies.
-        needed: Positions or names for which there has to be one.
 
     Raises:
-        ValueError: Names the first that does not fit or is missing.
+        ValueError: Names the first that does not fit.
     """
+    if not isinstance(copies, Mapping):
+        raise ValueError(f"the state dict's {what}s are missing or malformed (got {copies!r:.80})")
     for key, value in copies.items():
         if key not in originals:
             raise ValueError(f"the state dict holds the {what} {key!r}, which does not exist here")
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the {what} {key!r} in the state dict should be a tensor (got {type(value).__name__})")
-        if value.shape != originals[key].shape:
-            raise ValueError(
-                f"the {what} {key!r} has shape {tuple(value.shape)} in the state dict and "
-                f"{tuple(originals[key].shape)} here"
-            )
-    for key in needed:
-        if key not in copies:
-            raise ValueError(f"the state dict lacks the {what} {key!r}")
+        like = originals[key]
+        if not isinstance(value, Tensor) or _kind(value) != _kind(like):
+            raise ValueError(f"the {what} {key!r} in the state dict should be a tensor like it (got {value!r:.80})")
+        if value.shape != like.shape:
+            shapes = f"shape {tuple(value.shape)} in the state dict and {tuple(like.shape)} here"
+            raise ValueError(f"the {what} {key!r} has {shapes}")
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.layout, tensor.is_meta, tensor.is_floating_point(), tensor.is_complex()
 
 
 class SlowCopies:
@@ -90,17 +85,17 @@ class SlowCopies:
             placements of one that is sharded.
     """
 
+    @torch.inference_mode(False)  # a copy made in inference mode could not be written to outside
+    @torch.no_grad()
     def __init__(
         self, fast: Sequence[Tensor], slow: Sequence[Tensor | None], meta_dtype: torch.dtype | None = None
     ) -> None:
         self.fast = list(fast)
         self.slow = [_copy_like(f, s, slow_dtype(f, meta_dtype)) for f, s in zip(fast, slow, strict=True)]
         self._meta_dtype = meta_dtype
-        self._kinds = _kinds(fast)
-        plain = [(f, s) if s.dtype == f.dtype else (None, None) for f, s in zip(fast, self.slow, strict=True)]
-        self._plain_pairs = ([f for f, _ in plain], [s for _, s in plain])
-        self._plain = [lists for _, lists in by_kind(*self._plain_pairs)]
-        self._is_sharded = any(map(is_sharded, fast))
+        self._kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in fast]
+        pairs = list(zip(self.fast, self.slow, strict=True))
+        self._plain = [(f, s) for f, s in pairs if s.dtype == f.dtype]
         self._wide: list[_WideCopies] = []
         for indices in self._buckets():
             wide = _WideCopies([self.fast[i] for i in indices], [self.slow[i] for i in indices])
@@ -119,12 +114,11 @@ class SlowCopies:
                 buckets.setdefault((*kind, elements[kind] // BUCKET), []).append(i)
         return list(buckets.values())
 
-    def fits(self, fast: Sequence[Tensor], slow: Sequence[Tensor | None], meta_dtype: torch.dtype | None) -> bool:
-        """Return whether these are copies of just these tensors, and still the ones that their owner holds.
+    def fits(self, fast: Sequence[Tensor], meta_dtype: torch.dtype | None) -> bool:
+        """Return whether these are copies of just these tensors, with the memory that they have now.
 
         Args:
             fast: The tensors to copy now.
-            slow: The copies that the owner holds.
             meta_dtype: As in :func:`slow_dtype`.
 
         Returns:
@@ -133,29 +127,23 @@ class SlowCopies:
         return (
             len(fast) == len(self.fast)
             and all(map(is_, fast, self.fast))
-            and all(map(is_, slow, self.slow))
             and meta_dtype == self._meta_dtype
-            and self._kinds == _kinds(fast)
+            and self._kinds == [(t.shape, t.stride(), t.dtype, t.device) for t in fast]
         )
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the copies up to what the tensors hold now."""
-        # fully_shard may give a parameter another local tensor, in its first forward pass for instance.
-        for fast, slow in [lists for _, lists in by_kind(*self._plain_pairs)] if self._is_sharded else self._plain:
-            torch._foreach_copy_(slow, fast)
+        copy_all_([s for _, s in self._plain], [f for f, _ in self._plain])
         for wide in self._wide:
             wide.refresh()
 
 
-def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-    return [(t.shape, t.dtype, t.device) for t in tensors]
-
-
-@torch.no_grad()
 def _copy_like(fast: Tensor, slow: Tensor | None, dtype: torch.dtype) -> Tensor:
     if slow is None or slow.shape != fast.shape or slow.dtype != dtype or slow.device != fast.device:
         return sharded_like(local_of(fast).detach().to(dtype, copy=True), fast)
+    if slow.stride() != fast.stride():  # the kernel takes pairs of the same strides
+        return sharded_like(torch.empty_like(local_of(fast), dtype=dtype).copy_(local_of(slow)), fast)
     return slow
 
 
@@ -173,7 +161,7 @@ class _WideCopies:
         self.slow = [
             self._vector.as_strided(s.shape, s.stride(), begin) for s, begin in zip(slow, begins, strict=False)
         ]
-        self._flat_fast: list[Tensor | None] = [None] * len(self._fast)
+        self._views: dict[int, Tensor] = {}  # of tensors without gaps, as vectors; made once
 
     def refresh(self) -> None:
         fast = torch.cat([self._flat_of(i) for i in range(len(self._fast))])
@@ -181,15 +169,15 @@ class _WideCopies:
         self._vector.copy_(torch.where(kept, self._vector, fast))
 
     def _flat_of(self, index: int) -> Tensor:
-        """Return a tensor's elements in the order of its copy's, as a view that is made once."""
-        fast, flat = local_of(self._fast[index]), self._flat_fast[index]
-        if flat is not None and flat.data_ptr() == fast.data_ptr():
-            return flat
-        slow = self.slow[index]
+        """Return a tensor's elements in the order of its copy's."""
+        fast, slow = local_of(self._fast[index]), self.slow[index]
+        view = self._views.get(index)
+        if view is not None and view.data_ptr() == fast.data_ptr():
+            return view
         if fast.stride() == slow.stride():
-            flat = self._flat_fast[index] = _flat(fast.detach())
-            return flat
-        return _flat(torch.empty_like(slow, dtype=fast.dtype).copy_(fast))  # a view with gaps
+            view = self._views[index] = _flat(fast.detach())
+            return view
+        return _flat(torch.empty_like(slow, dtype=fast.dtype).copy_(fast))
 
 
 def _flat(dense: Tensor) -> Tensor:

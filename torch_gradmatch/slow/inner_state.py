@@ -1,336 +1,232 @@
-"""The inner optimizer's state: reset for ``Fish(inner_state="reset")``, saved and restored around a meta-iteration.
+"""What the wrapped optimizer keeps from one step to the next: reset for ``Fish(inner_state="reset")``, and restored.
 
 The official code of Fish builds a new inner optimizer in every meta-iteration (``reload_inner_optim`` false). Here the
-same optimizer is made new again, so that schedulers, hooks and the user's own reference to it stay valid.
+same optimizer returns to what it was when it was wrapped, so that schedulers, hooks and the user's own reference to it
+stay valid.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Mapping
-from operator import is_
+import inspect
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from torch_gradmatch._foreach import by_kind, clone_all
-from torch_gradmatch._random_state import RandomState
-from torch_gradmatch.slow.finite import find_nonfinite
-from torch_gradmatch.wrapped.members import NO_SETTINGS, members, shown_name
-from torch_gradmatch.wrapped.traits import STEPS, Traits
-from torch_gradmatch.wrapped.twin import build_again, constructor_arguments
-from torch_gradmatch.wrapped.values import copy_plain, same
-from torch_gradmatch.wrapped.watched import Twin
+from torch_gradmatch.parallel.foreach import clone_all, copy_all_, find_nonfinite
 
-__all__ = ["InnerState", "resets_all"]
+__all__ = ["InnerState", "check_points", "members", "shown_name", "wants_closure"]
+
+_MISSING = object()
+
+# Optimizers whose next steps undo an interpolation, because they keep other points of parameter space (some only with
+# certain options), and that lack the modes by which a schedule-free optimizer is known.
+# tests/methods/test_every_optimizer.py finds them.
+KEEPS_POINTS = frozenset({"A2Grad", "AccSGD", "DAdaptAdaGrad", "DAdaptSGD", "EmoFact", "EmoLynx", "EmoNavi", "FOCUS"})
+KEEPS_POINTS |= {"FTRL", "Lookahead", "MADGRAD", "Ranger", "Ranger21", "SRMM", "TRAC"}
+KEEPS_POINTS |= {"AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"}
+# Optimizers whose step() takes a closure by default None and raises without one.
+ASKS_FOR_LOSS = frozenset({"AliG"})
 
 
-class _Member:
-    """One of the optimizers whose state is kept, and how it looked when it was new.
+def members(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and all those that it holds (those of SAM, Lookahead or several in one), each once.
 
     Args:
-        optimizer: The optimizer.
-        counters: Names of those of its attributes that its steps change.
-        accepted: What constructors take: entries of groups that are hyperparameters and no counters.
+        optimizer: Any.
+
+    Returns:
+        The optimizers, itself first.
+
+    Example:
+        >>> import torch
+        >>> outer, inner = (torch.optim.SGD([torch.zeros(1)], lr=0.1) for _ in range(2))
+        >>> outer.base = inner
+        >>> [member is inner for member in members(outer)]
+        [False, True]
     """
-
-    def __init__(self, optimizer: Optimizer, counters: tuple[str, ...], accepted: frozenset[str]) -> None:
-        self.optimizer = optimizer
-        self.accepted = accepted
-        self.takes_any = constructor_arguments(optimizer)[1]
-        self.counters = counters
-        self.rebuilds_state = False
-        self.new_state: dict[Any, Any] = {}
-        self.new_groups: list[dict[str, Any]] = []
-        self.new_attributes: dict[str, Any] = {}
-
-    def counting(self, group: dict[str, Any], *, hyperparameters: bool = False) -> dict[str, Any]:
-        """Copy the entries of a group that may turn out to be counters, with or without what is a hyperparameter."""
-        skipped = NO_SETTINGS | (frozenset() if hyperparameters else self.accepted)
-        return {k: copy.deepcopy(v) for k, v in group.items() if k not in skipped}
-
-    def attributes(self) -> dict[str, Any]:
-        """Copy the attributes that count."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        held = vars(self.optimizer)
-        return copy_plain({name: held[name] for name in self.counters if name in held}, parameters)
-
-    def put_counters(self, groups: list[dict[str, Any]], attributes: dict[str, Any], names: set[str]) -> None:
-        """Set the counters of groups and object."""
-        for group, values in zip(self.optimizer.param_groups, groups, strict=False):
-            for key in names:
-                if key in values:
-                    group[key] = copy.deepcopy(values[key])
-                else:
-                    group.pop(key, None)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        vars(self.optimizer).update(copy_plain(attributes, parameters))
+    found = [optimizer]
+    for member in found:
+        for value in vars(member).values():
+            for held in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(held, Optimizer) and not any(held is known for known in found):
+                    found.append(held)
+    return found
 
 
-class InnerState:
-    """What the wrapped optimizer keeps from one step to the next: in ``state``, and as counters in groups and object.
+def shown_name(optimizer: Optimizer) -> str:
+    """Return what a message should call an optimizer: its class, or of several in one all theirs."""
+    several = vars(optimizer).get("optimizers")
+    if isinstance(several, list) and several and all(isinstance(one, Optimizer) for one in several):
+        return " with ".join(map(shown_name, several))
+    return type(optimizer).__name__
 
-    It knows how the optimizer looked when it was built. Its per-parameter state then is what its constructor makes:
-    nothing for most classes, the initial sums for Adagrad. Some optimizers also count in their parameter groups
-    (``step``, Prodigy's ``d``, schedule-free's ``weight_sum``). An entry of a group is such a counter if the
-    optimizer's own ``step`` adds or changes it and its constructor takes no argument of that name; everything else in
-    the groups, above all what a scheduler changed, is left alone. Counters that are attributes of the object are those
-    that a twin's steps have changed. Optimizers inside the optimizer (Lookahead's, SAM's) are treated alike.
 
-    An optimizer whose constructor cannot be called again from what it keeps goes back to what it was when it was
-    wrapped.
+def wants_closure(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer's ``step`` cannot do without a closure, by its signature and its class.
+
+    SAM and its kind, which have the two halves of a step as ``first_step`` and ``second_step``, take a closure that is
+    None by default and raise then.
+    """
+    if hasattr(optimizer, "first_step") or type(optimizer).__name__ in ASKS_FOR_LOSS:
+        return True
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def check_points(optimizer: Optimizer, *, can_reset: bool) -> None:
+    """Raise if an optimizer cannot go on through the interpolations of Fish with the state that it has by then.
+
+    An optimizer that keeps points of parameter space (schedule-free, Lookahead) would step from where they were left,
+    and an interpolation that moves the parameters alone would be undone by its next step.
 
     Args:
         optimizer: The wrapped optimizer.
-        resets: Whether :meth:`reset` may be called, for which the optimizer is built once more here.
-        keep_state: Whether that fallback includes the per-parameter state (a copy, if there is any by now) or leaves
-            it empty.
-        counters: For each member (see :func:`~torch_gradmatch.wrapped.members.members`) the names of the object's
-            attributes that its steps change.
+        can_reset: Whether a reset would leave it without such points.
+
+    Raises:
+        ValueError: Names what works.
+    """
+    for member in members(optimizer):
+        has_modes = callable(getattr(member, "train", None)) and callable(getattr(member, "eval", None))
+        if has_modes or {cls.__name__ for cls in type(member).__mro__} & KEEPS_POINTS:
+            reset = 'Fish(inner_state="reset"), ' if can_reset else ""
+            raise ValueError(
+                f"{type(member).__name__} keeps points of parameter space in its state, which Fish would have to "
+                f"interpolate as well: use {reset}SmoothFish or IDGM, or wrap the plain optimizer that it is made of"
+            )
+
+
+def _holders(member: Optimizer) -> list[dict[str, Any]]:
+    """Return the dictionaries in which an optimizer may count its steps: its attributes, and its groups."""
+    return [vars(member), *member.param_groups]
+
+
+class _Snapshot:
+    """State, groups and numbers of some optimizers at one moment.
+
+    Tensors are restored in place: a captured graph, or another optimizer that shares them, goes on with the same ones.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], *, by_reference: bool = False) -> None:
+        parameters = {id(p): p for m in optimizers for group in m.param_groups for p in group["params"]}
+        leaves = [leaf for m in optimizers for leaf in tree_leaves(dict(m.state))]
+        for m in optimizers:  # entries of groups that are no hyperparameters
+            leaves += [v for g in m.param_groups for k, v in g.items() if k not in getattr(m, "defaults", {})]
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+        self.tensors: list[Tensor] = [t for key, t in tensors.items() if key not in parameters]
+        self._values = [] if by_reference else clone_all(self.tensors)
+        self._kept: list[Tensor] = [*parameters.values(), *self.tensors]  # are never copied themselves
+        self._states = [copy.deepcopy(dict(m.state), {id(t): t for t in self._kept}) for m in optimizers]
+        self.numbers = [[dict(holder) for holder in _holders(m)] for m in optimizers]
+
+    def restore(self, optimizers: Sequence[Optimizer], counters: set[tuple[bool, str]]) -> None:
+        """Put it back.
+
+        Args:
+            optimizers: The optimizers.
+            counters: Which entries of groups, and which numbers among the attributes.
+        """
+        if self._values:
+            copy_all_(self.tensors, self._values)
+        for member, state, numbers in zip(optimizers, self._states, self.numbers, strict=True):
+            member.state.clear()
+            member.state.update(copy.deepcopy(state, {id(t): t for t in self._kept}))
+            for holder, before in zip(_holders(member), numbers, strict=False):
+                for name in (name for of_group, name in counters if of_group is (holder is not vars(member))):
+                    if name in before:
+                        holder[name] = before[name]
+                    else:
+                        holder.pop(name, None)
+
+
+class InnerState:
+    """The wrapped optimizer's state as it was when it was wrapped, and before a ``meta_step``.
+
+    Besides ``state``, some optimizers count in their groups (Prodigy's ``d``, schedule-free's ``weight_sum``) or in
+    attributes. What a step changes there is such a counter; everything else, above all what a scheduler changed, is
+    left alone.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        resets: Whether :meth:`reset` will be called, for which a state that there is by now is copied.
 
     Attributes:
-        counters: Names of the entries of groups that count.
-        resets: As given.
+        counters: The counters seen so far: whether it is an entry of a group (or an attribute), and its name.
+        saved: What :meth:`save` saved.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        resets: bool,
-        keep_state: bool = True,
-        counters: Mapping[str, tuple[str, ...]] | None = None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.resets = resets
-        inside = members(optimizer)
-        # A group belongs to the optimizer that holds another as well as to that one.
-        self._accepted = frozenset().union(*(constructor_arguments(member)[0] for member in inside.values()))
-        self._members = {p: _Member(m, (counters or {}).get(p, ()), self._accepted) for p, m in inside.items()}
-        self.counters: set[str] = {"step"} - self._accepted
-        self._written: set[str] = set()  # hyperparameters that its steps change as a scheduler would
-        self._saved: _Saved | None = None
-        if not resets:
-            return
-        random_state = RandomState.capture({p.device for group in optimizer.param_groups for p in group["params"]})
-        new = build_again(optimizer)
-        random_state.restore()
-        of_new = {} if new is None else members(new)
-        for path, member in self._members.items():
-            fresh = of_new.get(path)
-            member.rebuilds_state = fresh is not None and len(fresh.state) > 0
-            if fresh is None and keep_state:
-                member.new_state = {p: copy.deepcopy(entry) for p, entry in member.optimizer.state.items()}
-            member.new_groups = [member.counting(group) for group in (fresh or member.optimizer).param_groups]
-            newest = member if fresh is None else _Member(fresh, member.counters, self._accepted)
-            member.new_attributes = newest.attributes()
-            if fresh is not None and member.optimizer.state and not member.takes_any:
-                # Trained before: counters may have moved already. A mode is no counter.
-                for group, values in zip(member.optimizer.param_groups, member.new_groups, strict=True):
-                    moved = {k for k, v in values.items() if k in group and not same(group[k], v)}
-                    self.counters |= {k for k in moved if not isinstance(values[k], bool)}
+    def __init__(self, optimizer: Optimizer, *, resets: bool) -> None:
+        self.counters: set[tuple[bool, str]] = set()
+        # Several optimizers as one have no state of their own.
+        self._members = [m for m in members(optimizer) if isinstance(m.state, MutableMapping)]
+        self._wrapped = _Snapshot(self._members, by_reference=not resets)
+        self.can_reset = resets or self.was_new
+        self.saved: _Snapshot | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_saved": None}  # lives within one meta-iteration
+    @property
+    def was_new(self) -> bool:
+        """Whether the optimizer had no state when it was wrapped."""
+        return not self._wrapped.tensors
 
-    def before_step(self) -> list[dict[str, Any]]:
-        """Note the groups before a step of the wrapped optimizer.
-
-        Returns:
-            What :meth:`after_step` wants.
-        """
-        groups = self.optimizer.param_groups
-        if self.resets:
-            for member in self._members.values():
-                for group in member.optimizer.param_groups[len(member.new_groups) :]:
-                    member.new_groups.append(member.counting(group))
-        return [dict(group) for group in groups]
-
-    def after_step(self, before: list[dict[str, Any]]) -> None:
-        """Learn from a step of the wrapped optimizer which entries of the groups it counts in.
+    def watch(self, step: Callable[[], Any]) -> Any:
+        """Take a step and note which counters it changes.
 
         Args:
-            before: What :meth:`before_step` returned.
+            step: Takes it.
+
+        Returns:
+            What it returns.
         """
-        accepted = self._accepted
-        for old, group in zip(before, self.optimizer.param_groups, strict=False):
-            for key, value in group.items():
-                if key in old and old[key] is value:
-                    continue
-                if key not in NO_SETTINGS and not (key in old and same(old[key], value)):
-                    (self._written if key in accepted else self.counters).add(key)
+        for m, numbers in zip(self._members, self._wrapped.numbers, strict=True):
+            numbers += [dict(holder) for holder in _holders(m)[len(numbers) :]]  # of groups that were added since
+        holders = [holder for m in self._members for holder in _holders(m)]
+        before = [dict(holder) for holder in holders]
+        returned = step()
+        for holder, old in zip(holders, before, strict=True):
+            is_group = "params" in holder
+            for name, value in holder.items():
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if value is not old.get(name, _MISSING) and (is_group or is_number):
+                    self.counters.add((is_group, name))
+        return returned
 
     def reset(self) -> None:
-        """Make the wrapped optimizer new, with the hyperparameters it has now.
+        """Return the optimizer to what it was when it was wrapped, with the hyperparameters that it has now."""
+        self._wrapped.restore(self._members, self.counters - {(True, "lr")})  # which is the user's
 
-        Raises:
-            RuntimeError: If its constructor makes state but refuses the present hyperparameters.
-        """
-        of_new: dict[str, Optimizer] = {}
-        if any(member.rebuilds_state for member in self._members.values()):
-            new = build_again(self.optimizer)
-            if new is None:
-                raise RuntimeError(
-                    f"{shown_name(self.optimizer)} could not be built again with its present hyperparameters; "
-                    'use inner_state="carry"'
-                )
-            of_new = members(new)
-        done: set[int] = set()  # two members may share one state
-        for path, member in self._members.items():
-            state = member.optimizer.state
-            if id(state) not in done:
-                done.add(id(state))
-                fresh = member.new_state
-                new_state = {p: copy.deepcopy(entry) for p, entry in fresh.items()}
-                if member.rebuilds_state:
-                    new_state = dict(of_new[path].state)
-                state.clear()
-                state.update(new_state)
-            member.put_counters(member.new_groups, member.new_attributes, self.counters)
-
-    def is_empty(self) -> bool:
-        """Return whether there is nothing that :meth:`reset` could reset."""
-        counts = any(name in group for group in self.optimizer.param_groups for name in self.counters)
-        return not counts and not any(member.optimizer.state for member in self._members.values())
-
-    def is_nonfinite(self) -> bool:
-        """Return whether the state holds NaN or infinity, from which no later step could recover."""
-        states = [member.optimizer.state for member in self._members.values()]
-        entries = [entry for state in states for entry in state.values() if isinstance(entry, dict)]
-        tensors = [v for entry in entries for v in entry.values() if isinstance(v, Tensor)]
-        return bool(find_nonfinite([t for t in tensors if t.is_floating_point() or t.is_complex()]))
-
-    # ------------------------------------------------------------------------------------------- for a meta-iteration
-
-    def save(self, *, by_reference: bool = False) -> None:
-        """Save the state, so that :meth:`restore` can undo the inner steps of a meta-iteration.
+    def save(self, *, resets: bool) -> None:
+        """Save the state, so that :meth:`restore` can undo the steps of a meta-iteration.
 
         Args:
-            by_reference: Copy no tensor, since the state is about to be reset: then the steps write into others.
+            resets: Whether :meth:`reset` comes next. If that leaves an empty state, the steps write into new tensors
+                and nothing has to be copied.
         """
-        self._saved = _Saved(list(self._members.values()), by_reference, self._saved)
+        self.saved = _Snapshot(self._members, by_reference=resets and self.was_new)
 
     def restore(self) -> bool:
-        """Return to the state saved, the very same tensors with the values that they had.
+        """Return to what was saved.
 
         Returns:
-            Whether there was one.
+            Whether anything was.
         """
-        if self._saved is None or self._saved.is_spent:
+        if self.saved is None:
             return False
-        self._saved.restore(self.counters | self._written)
-        self._saved.spend()
+        self.saved.restore(self._members, self.counters)
         return True
 
-    def forget(self) -> None:
-        """Do without the state saved; its memory is for the next."""
-        if self._saved is not None:
-            self._saved.spend()
+    def nonfinite(self) -> list[Tensor]:
+        """Return what holds NaN or infinity in the state, from which no later step could recover."""
+        leaves = [leaf for m in self._members for leaf in tree_leaves(dict(m.state))]
+        found = [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+        return [found[i] for i in find_nonfinite(found)]
 
-
-def resets_all(optimizer: Optimizer, traits: Traits) -> bool:
-    """Return whether :meth:`InnerState.reset` makes an optimizer new: whether it then steps as at first.
-
-    Seen at a twin, which takes the same steps twice, with a reset in between.
-
-    Args:
-        optimizer: The wrapped optimizer, which is not touched.
-        traits: What it is like; it has to be known.
-
-    Returns:
-        False if it keeps something where no reset reaches.
-    """
-    if type(optimizer).__module__.startswith("torch.optim."):
-        return True  # every one of them is a test
-    random_state = RandomState.capture({p.device for group in optimizer.param_groups for p in group["params"]})
-    try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            twin = Twin(optimizer, traits.dtype, traits.manner)
-            state = InnerState(twin.optimizer, resets=True, counters=traits.counters)
-            walks = []
-            for _ in range(2):
-                before = state.before_step()
-                begin = [p.detach().clone() for p in twin.points]
-                twin.run(STEPS[-1])
-                walks.append([p.detach().clone() for p in twin.points])
-                state.after_step(before)
-                with torch.no_grad():
-                    for p, value in zip(twin.points, begin, strict=True):
-                        p.copy_(value)
-                state.reset()
-    except Exception:  # noqa: BLE001  any class of optimizer, any reason: nobody knows
-        return False
-    finally:
-        random_state.restore()
-    return all(map(torch.equal, *walks))
-
-
-class _Saved:
-    """A copy of what some optimizers keep, all tensors in one operation.
-
-    Args:
-        kept: The optimizers.
-        by_reference: Copy no tensor.
-        older: Whose memory to use again if it fits.
-    """
-
-    def __init__(self, kept: list[_Member], by_reference: bool, older: _Saved | None) -> None:
-        self.is_spent = False
-        self._kept = [
-            (m, m.attributes(), [m.counting(group, hyperparameters=True) for group in m.optimizer.param_groups])
-            for m in kept
-        ]
-        self._entries: list[tuple[Any, Any, Any, dict[Any, Any]]] = []
-        self._tensors: list[Tensor] = []
-        states = {id(m.optimizer.state): m.optimizer.state for m in kept}
-        self._states = list(states.values())
-        for state in self._states:
-            for key, entry in state.items():
-                values: dict[Any, Any] = {}
-                for name, value in entry.items() if isinstance(entry, dict) else ():
-                    if isinstance(value, Tensor):
-                        self._tensors.append(value)
-                        values[name] = value
-                    else:
-                        values[name] = value if by_reference else copy.deepcopy(value)
-                self._entries.append((state, key, entry if isinstance(entry, dict) else copy.deepcopy(entry), values))
-        self._copies: list[Tensor] = []
-        self._by_kind: list[list[list[Tensor]]] = []  # copies and tensors
-        if by_reference:
-            return
-        if older is not None and older.is_of(self._tensors):
-            self._copies, self._by_kind = older._copies, older._by_kind
-            with torch.no_grad():
-                for copies, tensors in self._by_kind:
-                    torch._foreach_copy_(copies, tensors)
-        else:
-            self._copies = clone_all(self._tensors)
-            self._by_kind = [lists for _, lists in by_kind(self._copies, self._tensors)]
-
-    def is_of(self, tensors: list[Tensor]) -> bool:
-        """Return whether the copies here are of just these tensors."""
-        return len(tensors) == len(self._copies) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-
-    def restore(self, counters: set[str]) -> None:
-        for state in self._states:
-            state.clear()
-        for state, key, entry, values in self._entries:
-            if isinstance(entry, dict):
-                entry.clear()
-                entry.update(values)
-            state[key] = entry
-        with torch.no_grad():
-            for copies, tensors in self._by_kind:
-                torch._foreach_copy_(tensors, copies)
-        for member, attributes, groups in self._kept:
-            member.put_counters(groups, attributes, counters)
-
-    def spend(self) -> None:
-        self.is_spent = True
-        self._entries, self._kept, self._states = [], [], []
-        if not self._copies:
-            self._tensors = []
+    def recover(self) -> None:
+        """Reset a state that holds NaN or infinity; without a copy of what it was when wrapped set that to zero."""
+        if self.can_reset:
+            self.reset()
+        for tensor in self.nonfinite():
+            tensor.zero_()

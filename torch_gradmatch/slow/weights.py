@@ -1,174 +1,306 @@
-r"""The slow copy :math:`\theta` of the parameters that the inner loop leaves behind.
+r"""The slow copy :math:`\theta` of what an inner loop moves: parameters, and the model's buffers if they are followed.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, Algorithm 1. The official code
 deep-copies the whole model in every meta-iteration; here the model's own parameters are the fast weights
 :math:`\tilde\theta` and only one copy of those that can move is kept.
+
+A forward pass moves buffers (BatchNorm's statistics) and may write to parameters (``max_norm``) before any optimizer is
+called. So both are copied by ``zero_grad()`` and ``meta_step()`` while no inner loop is open, and buffers also when the
+optimizer is wrapped and at the end of an inner loop. The last copy before the first step is the slow one; for a
+BatchNorm that moved before ``zero_grad()`` and not since, because the forward pass came first, it is the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import gc
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from torch_gradmatch._checks import check_entry
-from torch_gradmatch._foreach import copy_all_, local_of
-from torch_gradmatch.parallel.shards import sharded_like
+from torch_gradmatch.parallel.foreach import clone_all, copy_all_, find_nonfinite
+from torch_gradmatch.slow.buffers import Buffers
 from torch_gradmatch.slow.copies import SlowCopies, check_copies, slow_dtype
-from torch_gradmatch.slow.layout import SLOW
 
-__all__ = ["SlowWeights"]
+__all__ = ["Slow"]
+
+_OPEN: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Slow]] = weakref.WeakKeyDictionary()
+"""Whose inner loop moves the buffers of a model."""
 
 
-class SlowWeights:
-    """The slow weights of one optimizer, kept in ``state[parameter]["slow"]``.
+@dataclass
+class _Kept:
+    """Copies that stay for their memory, and for the digits that tensors round away."""
+
+    of: dict[Tensor, Tensor] = field(default_factory=dict)
+    copies: SlowCopies | None = None
+
+    def take(self, tensors: Sequence[Tensor], meta_dtype: torch.dtype | None) -> None:
+        """Copy what the tensors hold now."""
+        if self.copies is None or not self.copies.fits(tensors, meta_dtype):
+            self.copies = SlowCopies(tensors, [self.of.get(t) for t in tensors], meta_dtype)
+            self.of = dict(zip(tensors, self.copies.slow, strict=True))
+        self.copies.refresh()
+
+    def load(self, pairs: Sequence[tuple[Tensor, Tensor]], meta_dtype: torch.dtype | None) -> None:
+        """Take over copies from a checkpoint, given with their tensors."""
+        self.of = {t: s.detach().to(t.device, slow_dtype(t, meta_dtype), copy=True) for t, s in pairs}
+        self.copies = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"of": self.of, "copies": None}  # how they lie in memory is found out again
+
+
+class Slow:
+    """The slow weights and slow buffers of one optimizer.
 
     A parameter that neither requires a gradient nor has one cannot be moved by the inner loop, so it has no copy
     until that changes: a frozen backbone costs nothing.
 
     Args:
-        state: Where the copies live, keyed by parameter (``GradMatch.state``).
+        model: The model whose buffers to follow, those that it has now; None for none.
 
     Attributes:
-        fast: The parameters of the open inner loop, in the order in which they joined it.
+        model: As given.
+        places: Where its buffers are.
+        fast: The parameters of which there are copies, in the order in which they joined.
+        is_open: Whether an inner loop is: from its first step until it is closed.
+        is_shown: Whether we are inside :meth:`shown`.
     """
 
-    def __init__(self, state: MutableMapping[Tensor, Any]) -> None:
-        self.state = state
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.places = None if model is None else Buffers(model)
         self.fast: list[Tensor] = []
-        self._considered: list[Tensor] | None = None  # the optimizer's parameters at the last snapshot
-        self._outside: list[Tensor] = []  # those that the inner loop cannot move so far
-        self._copies: SlowCopies | None = None  # of the parameters that were there when the inner loop began
+        self.is_open = self.is_shown = False
+        self._weights, self._buffers, self._spare = _Kept(), _Kept(), _Kept()
+        self._saved: list[tuple[Tensor | None, Tensor | None]] = []  # of each place the buffer and its slow value
+        self._zeroed: tuple[list[tuple[Tensor | None, Tensor | None]], list[int | None]] | None = None
+        self._constant: set[str] | None = None  # those that held infinity or NaN: there is nothing to interpolate
+        self._marks: list[tuple[Tensor, int, int]] = []  # of the parameters when the buffers were copied
 
     def __getstate__(self) -> dict[str, Any]:
-        # How the copies lie in memory is found out again; copied or unpickled, they would be others than the state's.
-        return {**vars(self), "_copies": None}
+        return {**vars(self), "_marks": [], "_zeroed": None}  # a copied tensor has another version
 
     @property
-    def slow(self) -> list[Tensor]:
-        """The slow weights of the open inner loop, in the order of :attr:`fast`."""
-        return [self.state[p][SLOW] for p in self.fast]
+    def weights(self) -> list[Tensor]:
+        """The slow weights, in the order of :attr:`fast`."""
+        return [self._weights.of[p] for p in self.fast]
 
-    def copy_of(self, parameter: Tensor) -> Tensor | None:
-        """Return the slow copy of a parameter.
+    # ----------------------------------------------------------------------------------------------- how it begins
 
-        Args:
-            parameter: One of the optimizer's.
-
-        Returns:
-            A tensor of its shape, or None if it has no copy.
-        """
-        entry = self.state.get(parameter)
-        copy: Tensor | None = None if entry is None else entry.get(SLOW)
-        return copy
-
-    def snapshot(self, parameters: list[Tensor], meta_dtype: torch.dtype | None) -> None:
-        """Copy the present value of every parameter that can move and has not joined the inner loop yet.
-
-        Called before each inner step: the first call of an inner loop copies everything, later ones what was unfrozen
-        or added to the optimizer in between.
+    def rest(self, parameters: Sequence[Tensor], meta_dtype: torch.dtype | None) -> None:
+        """Copy the buffers, and note the parameters, where no inner loop is open.
 
         Args:
-            parameters: All the optimizer's parameters; the same list as before if they are the same.
+            parameters: All the optimizer's.
             meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
         """
-        if parameters is not self._considered:
-            joined = set(self.fast)
-            self._considered, self._outside = parameters, [p for p in parameters if p not in joined]
-        if not self._outside:
+        made = [p for p in parameters if not is_lazy(p)]
+        self._marks = [(p, p._version, p.data_ptr() if type(p) is nn.Parameter else 0) for p in made]
+        if self.places is None:
             return
-        joining = [p for p in self._outside if p.requires_grad or p.grad is not None]
-        if not joining:
-            return
-        if len(joining) == len(self._outside):
-            self._outside = []
-        else:
-            joined = set(joining)
-            self._outside = [p for p in self._outside if p not in joined]
-        old = [self.copy_of(p) for p in joining]
-        copies = self._copies
-        if copies is None or not copies.fits(joining, old, meta_dtype):
-            copies = SlowCopies(joining, old, meta_dtype)
-            for p, slow in zip(joining, copies.slow, strict=True):
-                self.state[p][SLOW] = slow
-        copies.refresh()
+        tensors = self.places.tensors()
+        self._buffers.take([b for b in tensors if b is not None], meta_dtype)
+        self._saved, self._zeroed = [(b, None if b is None else self._buffers.of[b]) for b in tensors], None
+        if self._constant is None:
+            floating = {n: b for n, b in self.places.named().items() if _is_floating(b) and not b.is_meta}
+            self._constant = {list(floating)[i] for i in find_nonfinite(list(floating.values()))}
+
+    def take(self, parameters: Sequence[Tensor], meta_dtype: torch.dtype | None, *, by_zero_grad: bool = False) -> None:
+        """Copy everything: an inner loop may begin.
+
+        Args:
+            parameters: As for :meth:`rest`.
+            meta_dtype: As for :meth:`rest`.
+            by_zero_grad: Whether its first forward pass may have come before.
+        """
+        self.fast = [p for p in parameters if (p.requires_grad or p.grad is not None) and not is_lazy(p)]
+        self._weights.take(self.fast, meta_dtype)
+        before = self._saved
+        if by_zero_grad:  # and not into the memory of the copy before
+            self._buffers, self._spare = self._spare, self._buffers
+        self.rest(parameters, meta_dtype)
+        if by_zero_grad and self.places is not None:
+            self._zeroed = before, self.places.norms()
+
+    def open(self, parameters: Sequence[Tensor], meta_dtype: torch.dtype | None) -> None:
+        """Begin an inner loop with the step about to be taken, at the copies made before its first forward pass.
+
+        If every single parameter was written to since, a checkpoint was loaded, and all is copied anew: a forward pass
+        writes to a few at most.
+
+        Args:
+            parameters: As for :meth:`rest`.
+            meta_dtype: As for :meth:`rest`.
+
+        Raises:
+            RuntimeError: If another optimizer is in an inner loop that moves the same buffers.
+        """
+        written = (p._version != v or (at and p.data_ptr() != at) for p, v, at in self._marks)
+        if self._marks and all(written):
+            self.take(parameters, meta_dtype)
+        self.join(parameters, meta_dtype)
+        if self._zeroed is not None and self.places is not None:
+            saved, norms = self._zeroed
+            came_first = [n is not None and n == now for n, now in zip(norms, self.places.norms(), strict=True)]
+            pairs = zip(came_first, saved, self._saved, strict=True)
+            self._saved, self._zeroed = [before if first else last for first, before, last in pairs], None
+        if self.model is not None:
+            others = _OPEN.get(self.model, lambda: None)
+            if others() not in (None, self):
+                gc.collect()  # one that is used no more may still be in a cycle
+            if others() not in (None, self):
+                raise RuntimeError(
+                    "another GradMatch with the same model= is in an inner loop, and the buffers of that model can be "
+                    "interpolated by one of them only: wrap both optimizers as one, GradMatch([first, second], "
+                    "Fish(model=model)), or call interpolate() or rollback() of the other"
+                )
+            _OPEN[self.model] = weakref.ref(self)
+        self.is_open = True
+
+    def join(self, parameters: Sequence[Tensor], meta_dtype: torch.dtype | None) -> None:
+        """Copy what has no copy yet: everything, or parameters that were unfrozen or added in the inner loop.
+
+        Args:
+            parameters: As for :meth:`rest`.
+            meta_dtype: As for :meth:`rest`.
+        """
+        known = self._weights.of if self.fast else {}
+        new = [p for p in parameters if p not in known]
+        joining = [p for p in new if (p.requires_grad or p.grad is not None) and not is_lazy(p)]
         if not self.fast:
-            self._copies = copies  # most often the next inner loop begins with the same parameters
-        self.fast += joining
+            self.fast = joining
+            self._weights.take(joining, meta_dtype)
+        elif joining:
+            copies = SlowCopies(joining, [None] * len(joining), meta_dtype)
+            self._weights.of.update(zip(joining, copies.slow, strict=True))
+            self.fast += joining
 
-    def close(self) -> None:
-        """End the inner loop: the next snapshot copies everything anew."""
-        self.fast = []
-        self._considered = None
+    # ------------------------------------------------------------------------------------------------- how it ends
 
-    @torch.no_grad()
-    def rollback(self) -> None:
-        """Set the fast weights back to the slow ones and end the inner loop."""
-        copy_all_(self.fast, self.slow)
-        self.close()
-
-    @torch.no_grad()
-    def complete(self, parameters: list[Tensor], meta_dtype: torch.dtype | None) -> None:
-        """Let every parameter that can move have a copy, also where no inner loop holds one: its present value.
-
-        Args:
-            parameters: The optimizer's.
-            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
-        """
-        for p in parameters:
-            if p.requires_grad and self.copy_of(p) is None:
-                copy = local_of(p).detach().to(slow_dtype(p, meta_dtype), copy=True)
-                self.state[p][SLOW] = sharded_like(copy, p)
-
-    def state_dict(self, parameters: list[Tensor]) -> dict[str, Any]:
-        """Return the slow weights by position.
-
-        Args:
-            parameters: Whose slow weights to save.
+    def moving_buffers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the floating-point buffers that an interpolation is to move.
 
         Returns:
-            ``"slow_weights"``, tensors that are not copied, and ``"held"``, the positions of those that belong to an
-            inner loop in progress.
+            Slow value and buffer by name. Left out is what keeps its latest value: a buffer whose shape changed, and
+            one that held infinity or NaN (a mask, an observer's initial range), between which there is no way half.
         """
-        in_loop = set(self.fast)
-        copies = {i: self.copy_of(p) for i, p in enumerate(parameters)}
+        assert self.places is not None
+        now, slow = self.places.named(), self._slow_buffers()
         return {
-            "slow_weights": {i: c for i, c in copies.items() if c is not None},
-            "held": [i for i, p in enumerate(parameters) if p in in_loop],
+            name: (slow[name], b)
+            for name, b in now.items()
+            if name in slow and b.shape == slow[name].shape and _is_floating(b) and name not in (self._constant or ())
         }
 
-    @staticmethod
-    def check_state_dict(state: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Check all that :meth:`load_state_dict` will read.
+    def _slow_buffers(self) -> dict[str, Tensor]:
+        names = () if self.places is None else self.places.names
+        return {name: slow for name, (_, slow) in zip(names, self._saved, strict=True) if slow is not None}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set parameters back to the slow weights, also those whose shape was changed, and buffers to the slow ones."""
+        _write(self.fast, self.weights)
+        if self.places is not None:
+            self.places.restore(self._saved)
+
+    def close(self) -> None:
+        """End the inner loop; everything stays as it is."""
+        self.fast, self.is_open = [], False
+        if self.model is not None:
+            _OPEN.pop(self.model, None)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Let parameters and buffers hold the slow values inside the block, if an inner loop is open."""
+        if self.is_shown or not self.is_open:
+            yield
+            return
+        values, buffers = clone_all(self.fast), None if self.places is None else self.places.save()
+        self.is_shown = True
+        try:
+            self.restore()
+            torch.clear_autocast_cache()  # which has the values of before
+            yield
+        finally:
+            _write(self.fast, values)
+            if self.places is not None and buffers is not None:
+                self.places.restore(buffers)
+            torch.clear_autocast_cache()
+            self.is_shown = False
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self, parameters: Mapping[Any, Tensor]) -> dict[str, Any]:
+        """Return what a checkpoint has to hold: all of it in an inner loop, else copies wider than their tensors.
+
+        Args:
+            parameters: All the optimizer's, by name.
+
+        Returns:
+            The copies themselves.
+        """
+        weights, buffers = self._weights.of, {} if self.places is None else self.places.named()
+        shown = {n: (weights[p], p) for n, p in parameters.items() if p in weights}
+        slow = {n: (s, buffers.get(n, s)) for n, s in self._slow_buffers().items()}
+        kept = [{n: s for n, (s, t) in d.items() if self.is_open or s.dtype != t.dtype} for d in (shown, slow)]
+        return {"is_open": self.is_open, "slow_weights": kept[0], "slow_buffers": kept[1]}
+
+    def check_state_dict(self, state: Mapping[str, Any], parameters: Mapping[Any, Tensor]) -> None:
+        """Raise if :meth:`load_state_dict` could not use a state.
 
         Args:
             state: What :meth:`state_dict` once returned.
-            parameters: Those to load it for.
+            parameters: As for it.
 
         Raises:
-            ValueError: If it cannot be loaded; the message names the first entry.
+            ValueError: Names the first entry that does not fit.
         """
-        check_entry(state, "slow_weights", dict)
-        check_entry(state, "held", list)
-        if len(set(state["held"])) < len(state["held"]):
-            raise ValueError(f"the state dict's 'held' should have each parameter once (got {state['held']!r:.80})")
-        originals = dict(enumerate(parameters))
-        check_copies("slow weights of parameter", state["slow_weights"], originals, *state["held"])
+        check_copies("slow weights of parameter", state.get("slow_weights"), parameters)
+        buffers = {} if self.places is None else self.places.named()
+        check_copies("slow value of buffer", state.get("slow_buffers"), buffers)
+        missing = set(buffers) - set(state["slow_buffers"])
+        if state["is_open"] and missing:
+            raise ValueError(f"the state dict lacks the slow value of buffer {min(missing)!r}")
 
-    def load_state_dict(self, state: dict[str, Any], parameters: list[Tensor], meta_dtype: torch.dtype | None) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], parameters: Mapping[Any, Tensor], meta_dtype: torch.dtype | None
+    ) -> None:
         """Continue from a state that :meth:`check_state_dict` found good. Its tensors are copied.
 
         Args:
-            state: What :meth:`state_dict` once returned.
-            parameters: Those to load it for.
-            meta_dtype: As in :func:`torch_gradmatch.slow.copies.slow_dtype`.
+            state: What :meth:`state_dict` once returned; empty if there is nothing of ours.
+            parameters: As for it.
+            meta_dtype: As for :meth:`rest`.
         """
-        for entry in self.state.values():
-            entry.pop(SLOW, None)
-        for i, copy in state["slow_weights"].items():
-            p = parameters[i]
-            self.state[p][SLOW] = copy.detach().clone().to(p.device, slow_dtype(p, meta_dtype))
         self.close()
-        self.fast = [parameters[i] for i in state["held"]]
+        self._weights.load([(parameters[n], s) for n, s in state.get("slow_weights", {}).items()], meta_dtype)
+        if self.places is not None:
+            now = self.places.named()
+            self._buffers.load([(now[n], s) for n, s in state.get("slow_buffers", {}).items()], meta_dtype)
+        if state.get("is_open"):
+            tensors = [] if self.places is None else self.places.tensors()
+            self._saved = [(b, None if b is None else self._buffers.of.get(b)) for b in tensors]
+            self.fast, self._marks = list(self._weights.of), []
+            self.open((), meta_dtype)
+        else:
+            self.rest(list(parameters.values()), meta_dtype)
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+@torch.no_grad()
+def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into parameters, also into those whose shape was changed."""
+    for p, value in zip(tensors, values, strict=True):
+        if p.shape != value.shape:
+            p.data = value.to(p.dtype, copy=True)
+    copy_all_(tensors, values)

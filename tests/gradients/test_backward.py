@@ -1,0 +1,370 @@
+"""First derivatives go by ``backward()``, and a gradient that is differentiated again is compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _ranks import on_ranks
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from torch_gradmatch.gradients.alignment import gradient_alignment
+from torch_gradmatch.gradients.backward import check_backward, gradient_of
+from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
+
+GAMMA = 0.3
+SECOND = ["reverse", "forward"]
+
+
+def model_and_batches() -> tuple[nn.Sequential, list[Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    return model, [torch.randn(6, 4, dtype=torch.float64) + i for i in range(3)]
+
+
+def squared(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(x).square().mean()
+
+
+def checkpointed(model: nn.Sequential, *, use_reentrant: bool) -> Callable[[Tensor], Tensor]:
+    def loss(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()  # as enable_input_require_grads of PEFT has it
+        return model[2](checkpoint(model[:2], x, use_reentrant=use_reentrant)).square().mean()
+
+    return loss
+
+
+def idgm(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], **settings: Any) -> IDGMGradient:
+    settings = {"gamma": GAMMA, "agreement": "variance", "buffers": {}} | settings
+    return idgm_grad(functional_loss(model, loss), dict(model.named_parameters()), batches, **settings)
+
+
+def assert_same(found: IDGMGradient, expected: IDGMGradient) -> None:
+    for name, gradient in expected.gradient.items():
+        torch.testing.assert_close(found.gradient[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def scaling(factor: float | Tensor) -> Callable[[Tensor], None]:
+    """A hook for once the gradient is in ``.grad``."""
+
+    def hook(p: Tensor) -> None:
+        p.grad.mul_(factor)
+
+    return hook
+
+
+def with_old_gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """Give some parameters a ``.grad``, which is to be there afterwards."""
+    for p in list(model.parameters())[1:]:
+        p.grad = torch.full_like(p, 9.0)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_old_gradients(model: nn.Module, old: dict[str, Tensor | None]) -> None:
+    assert all(p.grad is old[name] for name, p in model.named_parameters())
+    assert all(bool((g == 9.0).all()) for g in old.values() if g is not None)
+
+
+# ------------------------------------------------------------------------------------------------ first derivatives
+
+
+def test_reentrant_checkpointing_is_measured_as_any_other():
+    model, batches = model_and_batches()
+    old = with_old_gradients(model)
+    found, expected = (
+        gradient_alignment(model.parameters(), checkpointed(model, use_reentrant=r), batches) for r in (True, False)
+    )
+    torch.testing.assert_close(found.inner_product, expected.inner_product)
+    torch.testing.assert_close(found.grad_norms, expected.grad_norms)
+    assert_old_gradients(model, old)
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
+def test_finite_differences_go_through_reentrant_checkpointing(keep_graphs: bool):
+    model, batches = model_and_batches()
+    old = with_old_gradients(model)
+    found, expected = (
+        idgm(
+            model,
+            batches,
+            checkpointed(model, use_reentrant=r),
+            hvp="finite_difference",
+            compare=True,
+            keep_graphs=keep_graphs,
+        )
+        for r in (True, False)
+    )
+    assert_same(found, expected)
+    assert_old_gradients(model, old)
+
+
+@pytest.mark.parametrize("agreement", ["inner_product", "variance", "cosine"])
+def test_finite_differences_respect_a_hook_that_changes_grad(agreement: str):
+    """A mask: what is left are the products of the parameters that are left."""
+    model, batches = model_and_batches()
+    model[0].weight.register_post_accumulate_grad_hook(scaling(0))
+    found = idgm(model, batches, squared(model), hvp="finite_difference", agreement=agreement)
+    assert not found.gradient["0.weight"].any()
+    other, _ = model_and_batches()
+    rest = {name: p for name, p in other.named_parameters() if name != "0.weight"}
+    expected = idgm_grad(functional_loss(other, squared(other)), rest, batches, GAMMA, agreement, buffers={})
+    for name, gradient in expected.gradient.items():
+        torch.testing.assert_close(found.gradient[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_the_probe_sees_what_a_hook_leaves():
+    w = torch.tensor([1.0, 1.0], requires_grad=True)
+    w.register_post_accumulate_grad_hook(scaling(torch.tensor([1.0, 0.0])))
+    batches = [torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])]
+    assert gradient_alignment([w], lambda x: (w * x).sum(), batches).inner_product == 3.0
+    assert w.grad is None
+
+
+def test_the_probe_lets_other_parameters_accumulate():
+    w, other = (torch.tensor([1.0], requires_grad=True) for _ in range(2))
+    other.grad = torch.tensor([5.0])
+    gradient_alignment([w], lambda x: (w * x + other).sum(), [torch.tensor([3.0]), torch.tensor([1.0])])
+    assert w.grad is None
+    assert other.grad.tolist() == [7.0]
+
+
+def test_grad_is_put_back_when_the_backward_pass_raises():
+    w = torch.tensor([1.0], requires_grad=True)
+    w.grad = old = torch.tensor([5.0])
+
+    def fails(gradient: Tensor) -> Tensor:
+        raise KeyError("hook")
+
+    w.register_hook(fails)
+    with pytest.raises(KeyError, match="hook"):
+        gradient_of((w * 2).sum(), [w])
+    assert w.grad is old
+
+
+def test_by_tensors_that_were_computed_from_others():
+    theta = torch.tensor([1.0, 2.0], requires_grad=True)
+    hidden = theta * 2
+    assert gradient_of(hidden.square().sum(), [hidden])[0].tolist() == [4.0, 8.0]
+    assert theta.grad is None
+
+
+def test_gradients_are_dense():
+    weight = torch.ones(3, 2, requires_grad=True)
+    loss = nn.functional.embedding(torch.tensor([0, 2]), weight, sparse=True).sum()
+    assert gradient_of(loss, [weight])[0].tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
+
+
+def through_distributed_data_parallel() -> None:
+    """Differences of gradients that DistributedDataParallel averages in one place, and the refusal of derivatives."""
+    model, batches = model_and_batches()
+    expected = idgm(model, batches, squared(model))
+    rank = torch.distributed.get_rank()
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    parts = [b[3 * rank : 3 * rank + 3] for b in batches]
+    for keep_graphs in (False, True):
+        found = idgm(model, parts, squared(wrapped), hvp="finite_difference", keep_graphs=keep_graphs)
+        for name, gradient in expected.gradient.items():
+            torch.testing.assert_close(found.gradient[name], gradient, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match=r"parameter '0.weight' .and of 3 more.*DistributedDataParallel"):
+        idgm(model, parts, squared(wrapped), compare=True, keep_graphs=True)
+
+
+def test_finite_differences_through_distributed_data_parallel():
+    on_ranks(2, through_distributed_data_parallel)
+
+
+def through_fully_shard() -> None:
+    """What is measured, and the gamma that is found, are of whole gradients and not of this rank's shards."""
+    model, batches = model_and_batches()
+    expected = gradient_alignment(model.parameters(), squared(model), batches, pairs=True)
+    objective = idgm(model, batches, squared(model), gamma=None)
+    fully_shard(model)
+    found = gradient_alignment(model.parameters(), squared(model), batches, pairs=True)
+    for name in ("inner_product", "cosine", "grad_norms", "cosines"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    sharded = idgm(model, batches, squared(model), gamma=None, hvp="finite_difference", compare=True)
+    assert sharded.gamma == pytest.approx(objective.gamma, rel=1e-6)
+    for name, gradient in objective.gradient.items():
+        torch.testing.assert_close(sharded.gradient[name].full_tensor(), gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_through_fully_shard():
+    on_ranks(2, through_fully_shard)
+
+
+# --------------------------------------------------------------------------------------------------- the comparison
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
+@pytest.mark.parametrize("hvp", SECOND)
+def test_a_hook_that_changes_grad_is_refused(hvp: str, keep_graphs: bool):
+    model, batches = model_and_batches()
+    old = with_old_gradients(model)
+    model[2].bias.register_post_accumulate_grad_hook(scaling(0.5))
+    message = "gradient of parameter '2.bias' by backward.. is another one than by torch.autograd.grad"
+    with pytest.raises(ValueError, match=message):
+        idgm(model, batches, squared(model), hvp=hvp, keep_graphs=keep_graphs, compare=True)
+    assert_old_gradients(model, old)
+
+
+@pytest.mark.parametrize("hvp", SECOND)
+def test_reentrant_checkpointing_is_refused(hvp: str):
+    model, batches = model_and_batches()
+    with pytest.raises(ValueError, match=r"'0.weight' \(and of 1 more\).*use_reentrant=False works.*finite_diff"):
+        idgm(model, batches, checkpointed(model, use_reentrant=True), hvp=hvp, compare=True)
+    idgm(model, batches, checkpointed(model, use_reentrant=False), hvp="reverse", compare=True)
+
+
+def test_reentrant_checkpointing_between_parameters_is_explained():
+    """torch itself refuses it there, and does not know what else there is."""
+    model, batches = model_and_batches()
+
+    def loss(x: Tensor) -> Tensor:
+        return checkpoint(model[1:], model[0](x), use_reentrant=True).square().mean()
+
+    with pytest.raises(RuntimeError, match=r'use hvp="finite_difference".*incompatible with .grad'):
+        idgm(model, batches, loss, compare=True)
+
+
+def test_hooks_of_tensors_count_in_double_backward_only():
+    model, batches = model_and_batches()
+    model[0].weight.register_hook(lambda g: g * 0.5)
+    with pytest.raises(ValueError, match=r"'0.weight' by backward.*with hvp='forward' register_hook"):
+        idgm(model, batches, squared(model), hvp="forward", compare=True)
+    found = idgm(model, batches, squared(model), hvp="reverse", compare=True)
+    assert_same(found, idgm(model, batches, squared(model), hvp="reverse", keep_graphs=True))
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
+@pytest.mark.parametrize("hvp", [*SECOND, "finite_difference"])
+def test_comparing_changes_nothing_and_evaluates_no_loss_again(hvp: str, keep_graphs: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 2))
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    batches, calls, found = [torch.randn(6, 4) + i for i in range(3)], [], []
+    old = with_old_gradients(model)
+
+    def loss(x: Tensor) -> Tensor:
+        calls.append(1)
+        return nn.Sequential(*model)(x).square().mean()
+
+    for compare in (False, True):
+        torch.manual_seed(1)
+        found.append(
+            idgm(
+                model,
+                batches,
+                loss,
+                hvp=hvp,
+                keep_graphs=keep_graphs,
+                compare=compare,
+                buffers=dict(model.named_buffers()),
+            )
+        )
+        calls.append(0)
+    assert_same(found[1], found[0])
+    number = calls.index(0)
+    assert len(calls) == 2 * (number + 1)
+    if hvp == "reverse" and keep_graphs:
+        assert number == 3
+    assert_old_gradients(model, old)
+
+
+def test_of_a_batch_that_loss_fn_empties_each_is_evaluated_once():
+    model, batches = model_and_batches()
+    wrapped = [{"x": x} for x in batches]
+    found = idgm(model, wrapped, lambda b: squared(model)(b.pop("x")), keep_graphs=True, compare=True)
+    assert_same(found, idgm(model, batches, squared(model)))
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"a": torch.ones(2)}, "a"),
+        ([torch.ones(2)], "0"),
+        (torch.ones(2), "0"),
+        ({"a": [torch.ones(1), torch.ones(2)]}, "a/0"),
+    ],
+    ids=["dictionary", "list", "tensor", "nested"],
+)
+def test_the_parameter_is_named(params: Any, name: str):
+    leaves, structure = torch.utils._pytree.tree_flatten(params)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    leaves[0].register_post_accumulate_grad_hook(scaling(2))
+
+    def loss(p: Any, x: float) -> Tensor:
+        return torch.stack([(x * leaf).square().sum() for leaf in torch.utils._pytree.tree_leaves(p)]).sum()
+
+    given = torch.utils._pytree.tree_unflatten(leaves, structure)
+    with pytest.raises(ValueError, match=f"gradient of parameter '{name}' by"):
+        idgm_grad(loss, given, [1.0, 2.0], GAMMA, compare=True)
+
+
+def test_nothing_is_compared_where_nothing_is_differentiated_again():
+    model, batches = model_and_batches()
+    model[2].bias.register_post_accumulate_grad_hook(scaling(0.0))
+    found = idgm(model, batches, squared(model), gamma=0.0, compare=True)
+    assert not found.gradient["2.bias"].any()
+    assert found.gradient["0.bias"].any()
+
+
+def test_what_counts_as_a_difference():
+    one, zero = torch.ones(3), torch.zeros(3)
+    rounding = one * (1 + 1e-6)
+    for gradient, expected in [
+        ([one, None], [rounding, None]),
+        ([one, None], [one, zero]),
+        ([one, zero], [one, None]),
+        ([one, zero + 1e-6], [one, zero]),  # a bias before BatchNorm has nothing but rounding
+        ([one.half()], [one.half() * 1.01]),
+        ([one * torch.inf], [one * torch.inf]),  # a scale that overflows is another check's
+        ([one * torch.nan], [one]),
+        ([None], [None]),
+    ]:
+        check_backward(gradient, expected, "ab"[: len(expected)])
+    for gradient, expected in [
+        ([one, None], [one, one * 1e-3]),
+        ([one, one], [one, None]),
+        ([one, one], [one, one * 1.001]),
+        ([one, 1e-3 * one], [one, 1.01e-3 * one]),
+        ([one, one.to(torch.complex64)], [one, one * 1j]),
+    ]:
+        with pytest.raises(ValueError, match="gradient of parameter 'b' by"):
+            check_backward(gradient, expected, "ab"[: len(expected)])
+
+
+# ------------------------------------------------------------------------------------------------------- evaluations
+
+
+@pytest.mark.parametrize("hvp", [*SECOND, "finite_difference"])
+def test_an_error_of_a_second_evaluation_says_so(hvp: str):
+    model, batches = model_and_batches()
+    wrapped = [{"x": x} for x in batches]
+    with pytest.raises(KeyError) as caught:
+        idgm(model, wrapped, lambda b: squared(model)(b.pop("x")), hvp=hvp)
+    (note,) = caught.value.__notes__
+    assert "batch 2 for the second time: does it change its batch (pop" in note or "batch 0 for the second" in note
+
+
+def test_an_error_of_a_first_evaluation_names_the_batch():
+    model, batches = model_and_batches()
+
+    def loss(b: dict[str, Tensor]) -> Tensor:
+        return squared(model)(b["x"])
+
+    wrapped = {"north": {"x": batches[0]}, "south": {}}
+    with pytest.raises(KeyError) as caught:
+        gradient_alignment(model.parameters(), loss, wrapped)
+    assert caught.value.__notes__ == ["raised when loss_fn was called with batch 1 (domain 'south')"]
+
+
+def test_a_batch_that_changes_is_among_the_causes():
+    model, batches = model_and_batches()
+    message = r"the loss of batch \d is not the same twice: .* for the second time, .*a batch that loss_fn changes in"
+    with pytest.raises(ValueError, match=message):
+        idgm(model, batches, lambda x: squared(model)(x.mul_(0.9)))

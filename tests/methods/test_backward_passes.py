@@ -1,0 +1,199 @@
+"""What hangs on a backward pass counts under every method: hooks, and blocks that accumulate into ``.grad`` themselves.
+
+Where a gradient has to be differentiated again (IDGM in reverse and forward mode) and cannot have it, the parameter is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _second_order import METHODS, nothing_changes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from torch_gradmatch import GradMatch, MetaStep
+
+SECOND = ["IDGM", "IDGM-kept", "IDGM-forward"]
+FIRST = [method for method in METHODS if method not in SECOND]
+Loss = Callable[[Tensor], Tensor]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def domains() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [0.5 * torch.randn(6, 4, generator=generator, dtype=torch.float64) + 0.2 * i for i in range(3)]
+
+
+def wrap(method: str, model: nn.Module) -> GradMatch:
+    return GradMatch(torch.optim.Adam(model.parameters(), lr=0.05), METHODS[method](model))
+
+
+def trained(method: str, prepare: Callable[[nn.Sequential], Loss]) -> tuple[dict[str, Tensor], MetaStep]:
+    """Return a model's parameters after three meta-iterations, and what the last of them reports."""
+    model = network()
+    loss_fn, optimizer = prepare(model), wrap(method, model)
+    for _ in range(3):
+        report = optimizer.meta_step(loss_fn, domains())
+    return dict(model.state_dict()), report
+
+
+def assert_same_training(method: str, first: Callable[[nn.Sequential], Loss], second: Any) -> None:
+    (ours, report), (theirs, expected) = trained(method, first), trained(method, second)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(report.losses, expected.losses)
+    if expected.inner_product is not None:
+        torch.testing.assert_close(report.inner_product, expected.inner_product)
+        torch.testing.assert_close(report.grad_norms, expected.grad_norms)
+
+
+# --------------------------------------------------------------------- blocks that accumulate into .grad themselves
+
+
+class Reversible(torch.autograd.Function):
+    """x + block(x) that keeps no graph of the block and evaluates it again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.block = block
+        return x + block(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = x + ctx.block(x)
+        y.backward(gradient)
+        return x.grad, None
+
+
+def checkpointed(model: nn.Sequential, *, use_reentrant: bool) -> Loss:
+    """The embeddings frozen, and their outputs made to require a gradient, as PEFT has it."""
+    return lambda x: (
+        model[2](checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=use_reentrant)).square().mean()
+    )
+
+
+def reversible(model: nn.Sequential, *, is_block: bool) -> Loss:
+    def loss(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return model[2](Reversible.apply(x, model[:2]) if is_block else x + model[:2](x)).square().mean()
+
+    return loss
+
+
+BLOCKS: dict[str, tuple[Callable[[nn.Sequential], Loss], Callable[[nn.Sequential], Loss]]] = {
+    "checkpoint": (lambda m: checkpointed(m, use_reentrant=True), lambda m: checkpointed(m, use_reentrant=False)),
+    "reversible": (lambda m: reversible(m, is_block=True), lambda m: reversible(m, is_block=False)),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("method", FIRST)
+def test_a_block_that_accumulates_by_itself_trains_as_one_that_does_not(method: str, kind: str):
+    assert_same_training(method, *BLOCKS[kind])
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("method", SECOND)
+def test_where_it_cannot_be_differentiated_again_it_is_refused_by_name(method: str, kind: str):
+    model = network()
+    optimizer = wrap(method, model)
+    message = r"parameter '0.weight' \(and of 1 more\) by backward.*use_reentrant=False works.*SmoothFish and Fish"
+    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
+        optimizer.meta_step(BLOCKS[kind][0](model), domains())
+    if method != "IDGM-forward":  # which takes neither kind of checkpoint
+        optimizer.meta_step(BLOCKS[kind][1](model), domains())
+
+
+@pytest.mark.parametrize("begins", ["after gamma 0", "after a resume"])
+@pytest.mark.parametrize("method", SECOND)
+def test_it_is_refused_wherever_second_derivatives_begin(method: str, begins: str):
+    """Not in the first meta-iteration alone: this is the first that differentiates twice, here or in this process."""
+    model = network()
+    optimizer = wrap(method, model)
+    accumulates, does_not = (prepare(model) for prepare in BLOCKS["reversible"])
+    if begins == "after gamma 0":
+        strength, optimizer.method.gamma = optimizer.method.gamma, 0.0
+        optimizer.meta_step(accumulates, domains())
+        optimizer.method.gamma = strength
+    else:
+        optimizer.meta_step(does_not, domains())
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = wrap(method, model)
+        optimizer.load_state_dict(state)
+    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"parameter '0.weight'"):
+        optimizer.meta_step(accumulates, domains())
+
+
+# ---------------------------------------------------------------------------------------------- hooks on parameters
+
+
+def plain(model: nn.Sequential) -> Loss:
+    return lambda x: model(x).square().mean()
+
+
+def mask() -> Tensor:
+    """Freezes the first two rows of a weight."""
+    return torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+
+
+def hooked(model: nn.Sequential) -> Loss:
+    model[0].weight.register_hook(lambda gradient: gradient * mask())
+    return plain(model)
+
+
+def hooked_after(model: nn.Sequential) -> Loss:
+    def masks(p: Tensor) -> None:
+        p.grad.mul_(mask())
+
+    model[0].weight.register_post_accumulate_grad_hook(masks)
+    return plain(model)
+
+
+@pytest.mark.parametrize("method", FIRST)
+def test_a_mask_in_a_hook_freezes_rows_whichever_hook_it_is(method: str):
+    masked, start = trained(method, hooked_after)[0], network().state_dict()
+    still = (masked["0.weight"] == start["0.weight"]).all(dim=1)
+    assert still.tolist() == [True, True, False, False]
+    assert_same_training(method, hooked_after, hooked)
+
+
+@pytest.mark.parametrize(
+    ("method", "prepare"),
+    [*((method, hooked_after) for method in SECOND), ("IDGM-forward", hooked)],
+    ids=[*(f"{method}, after accumulating" for method in SECOND), "IDGM-forward, of tensors"],
+)
+def test_a_mask_that_would_be_lost_is_refused_by_name(method: str, prepare: Callable[[nn.Sequential], Loss]):
+    model = network()
+    loss_fn, optimizer = prepare(model), wrap(method, model)
+    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"parameter '0.weight' by backward"):
+        optimizer.meta_step(loss_fn, domains())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused_and_nothing_has_moved(method: str):
+    """It leaves no gradient to match."""
+    model = network()
+    optimizer = wrap(method, model)
+    before = copy.deepcopy(model.state_dict())
+    inner = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def steps(p: Tensor) -> None:
+        inner[p].step()
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(steps)
+    with pytest.raises(ValueError, match=r"loss of batch 0 depends on none of the parameters|parameter '0.weight'"):
+        optimizer.meta_step(plain(model), domains())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -1,0 +1,167 @@
+"""What the slow weights are copies of: the parameters before the first forward pass of an inner loop."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from _models import assert_identical
+from torch import Tensor, nn
+
+from torch_gradmatch import Fish, GradMatch
+
+
+def words() -> nn.Sequential:
+    """A model whose forward pass writes a parameter: rows longer than ``max_norm`` are shortened."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(6, 3, max_norm=0.5), nn.Linear(3, 1))
+
+
+def wrap(model: nn.Module, **settings: Any) -> GradMatch[Fish]:
+    return GradMatch(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), Fish(0.25, model=model, **settings))
+
+
+def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+BATCHES = torch.arange(6).reshape(3, 2)  # each domain has words of its own
+
+
+def test_the_slow_copy_is_older_than_a_forward_pass_that_writes_parameters():
+    model = words()
+    optimizer = wrap(model)
+    for ends in (optimizer.rollback, optimizer.interpolate):
+        with torch.no_grad():
+            model[0].weight.normal_(std=3.0)
+        before = copy.deepcopy(model.state_dict())
+        optimizer.zero_grad()
+        loss_fn(model, BATCHES[0]).backward()
+        assert not torch.equal(model[0].weight, before["0.weight"])
+        optimizer.step()
+        with optimizer.slow_weights():
+            assert_identical(dict(model.state_dict()), dict(before))
+        fast = copy.deepcopy(model.state_dict())
+        ends()
+        fraction = 0.0 if ends == optimizer.rollback else 0.25
+        expected = {name: slow + fraction * (fast[name] - slow) for name, slow in before.items()}
+        torch.testing.assert_close(dict(model.state_dict()), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_failing_meta_step_undoes_what_forward_passes_have_written(fails_at: int):
+    model = words()
+    optimizer = wrap(model)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def failing(batch: Tensor) -> Tensor:
+        return loss_fn(model, batch) * (float("nan") if torch.equal(batch, BATCHES[fails_at]) else 1.0)
+
+    with pytest.raises(ValueError, match=f"batch {fails_at} is nan"):
+        optimizer.meta_step(failing, BATCHES)
+    assert_identical((dict(model.state_dict()), optimizer.state_dict()), (dict(before[0]), before[1]))
+    optimizer.meta_step(lambda batch: loss_fn(model, batch), BATCHES)
+    assert not torch.equal(model[0].weight, before[0]["0.weight"])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "one frozen"])
+def test_a_checkpoint_loaded_between_zero_grad_and_the_first_step_is_what_the_walk_begins_at(frozen: bool):
+    """It writes every parameter, which no forward pass does."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model[0].bias.requires_grad_(not frozen)
+    loaded = {name: value + 1 for name, value in model.state_dict().items()}
+    optimizer = wrap(model)
+    optimizer.zero_grad()
+    model.load_state_dict(loaded)
+    loss_fn(model, torch.randn(4, 2)).backward()
+    optimizer.step()
+    optimizer.rollback()
+    assert_identical(dict(model.named_parameters()), {name: loaded[name] for name, _ in model.named_parameters()})
+
+
+@pytest.mark.parametrize("surgery", ["load_state_dict", "data", "in place"])
+def test_surgery_between_two_meta_iterations_is_honoured(surgery: str):
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=1.0), Fish(0.5, inner_steps=1))
+    model.weight.grad = torch.ones(1, 2)
+    optimizer.step()
+    new = torch.full((1, 2), 7.0)
+    if surgery == "load_state_dict":
+        model.load_state_dict({"weight": new})
+    elif surgery == "data":
+        model.weight.data = new
+    else:
+        model.weight.data.copy_(new)
+    optimizer.step()
+    assert model.weight.tolist() == [[6.5, 6.5]]
+
+
+def test_a_wide_copy_follows_a_parameter_whose_strides_change():
+    """Of the same shape and memory: it was off by 2.58 once."""
+    results = []
+    for meta_dtype in (None, torch.float64):
+        w = nn.Parameter(torch.arange(9.0).reshape(3, 3) / 4)
+        optimizer = GradMatch(torch.optim.SGD([w], lr=0.5), Fish(0.5, inner_steps=1, meta_dtype=meta_dtype))
+        for _ in range(2):
+            w.grad = torch.arange(9.0).reshape(3, 3)
+            optimizer.step()
+            w.data = w.data.t()
+            w.grad = None
+        results.append(w.detach().clone())
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_there_is_a_way_out_after_a_change_of_shape_in_the_middle_of_an_inner_loop():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = GradMatch(torch.optim.SGD([w], lr=0.5), Fish(0.5))
+    w.grad = torch.ones(3)
+    optimizer.step()
+    w.data = torch.zeros(4)
+    with pytest.raises(RuntimeError, match=r"has shape \(4,\) and had \(3,\) when the inner loop began: call rollback"):
+        optimizer.interpolate()
+    optimizer.rollback()
+    assert w.tolist() == [1.0, 1.0, 1.0]
+    w.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.interpolate()
+    assert w.tolist() == [0.75, 0.75, 0.75]
+
+
+def test_unfreezing_in_the_middle_of_an_inner_loop():
+    frozen, free = nn.Parameter(torch.ones(1), requires_grad=False), nn.Parameter(torch.ones(1))
+    optimizer = GradMatch(torch.optim.SGD([frozen, free], lr=1.0), Fish(0.5, inner_steps=2))
+    free.grad = torch.ones(1)
+    optimizer.step()
+    frozen.requires_grad_()
+    frozen.grad = torch.ones(1)
+    optimizer.step()
+    assert frozen.item() == 0.5
+    assert free.item() == 0.0
+
+
+def test_a_frozen_parameter_with_a_left_over_gradient_moves_and_is_interpolated():
+    """torch's optimizers look at the gradient only; so must the slow weights."""
+    parameter = nn.Parameter(torch.ones(1), requires_grad=False)
+    parameter.grad = torch.ones(1)
+    optimizer = GradMatch(torch.optim.SGD([parameter], lr=1.0), Fish(0.5, inner_steps=1))
+    optimizer.step()
+    assert parameter.item() == 0.5
+
+
+def test_slow_weights_kept_for_their_digits_do_not_open_an_inner_loop_when_loaded():
+    """Between two inner loops a state dict holds wider slow weights, and surgery after loading still counts."""
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0), Fish(0.5, inner_steps=1, meta_dtype=torch.float32))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["gradmatch"]["slow_weights"][0].dtype == torch.float32
+    optimizer.load_state_dict(state)
+    with torch.no_grad():
+        parameter.fill_(3.0)
+    optimizer.rollback()
+    assert parameter.tolist() == [3.0, 3.0]
+    optimizer.step()
+    assert parameter.tolist() == [3.0, 3.0]

@@ -1,0 +1,223 @@
+r"""The ranks that carry out the meta-iterations of one optimizer together: one object, absent on one process.
+
+Walks on several ranks: every rank walks through the domains by itself, and the meta-update goes to their mean,
+
+.. math:: \theta \leftarrow \theta + \epsilon\,\Bigl(\frac1R\sum_r \tilde\theta_r - \theta\Bigr).
+
+One all-reduce of the parameters for a whole meta-iteration, where DDP has one for each of its S steps. What is reduced
+is the displacement :math:`\tilde\theta_r - \theta`, in the dtype of the slow weights: it has digits that
+:math:`\tilde\theta_r` rounds away.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from torch_gradmatch.parallel.agreement import check_same_parameters
+from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
+from torch_gradmatch.parallel.ranks import Ranks
+from torch_gradmatch.parallel.reduction import average_, max_
+from torch_gradmatch.parallel.shards import groups_of, sharded_like
+
+__all__ = ["Together", "mean_of_walks", "ranks_around"]
+
+
+def ranks_around(parameters: Sequence[Tensor], method: Any) -> Together | None:
+    """Find out who trains the same parameters.
+
+    A model in ``DistributedDataParallel`` is known by its type, where the method was given it as ``model``; one of
+    ``fully_shard`` by its parameters.
+
+    Args:
+        parameters: The optimizer's.
+        method: The settings, with ``model`` and ``process_group`` where the method has them.
+
+    Returns:
+        The ranks, or None if this process trains them alone.
+
+    Raises:
+        ValueError: If the model reduces gradients by itself where it should not, or cannot be told about shards.
+    """
+    model: nn.Module | None = getattr(method, "model", None)
+    given: ProcessGroup | None = getattr(method, "process_group", None)
+    averaged_by = None
+    if isinstance(model, DistributedDataParallel):
+        averaged_by = model.process_group
+    elif given is not None and isinstance(model, DataParallel):
+        raise ValueError(
+            f"{type(method).__name__}(process_group=...) does not support a model in DataParallel: pass and call the "
+            "plain module"
+        )
+    elif type(model).__name__ == "FullyShardedDataParallel":
+        raise ValueError(
+            "the model is in a FullyShardedDataParallel (FSDP1), whose parameters do not say which shards they are: "
+            "use torch.distributed.fsdp.fully_shard"
+        )
+    groups = [*groups_of(parameters), *([] if averaged_by is None else [averaged_by])]
+    if given is None and not groups:
+        return None
+    device = next((p.device for p in parameters), torch.device("cpu"))
+    found = Together(groups, given, device, averages_gradients=averaged_by is not None)
+    return found if found.ranks or given is not None else None
+
+
+class Together:
+    """Several ranks, or the one of a process group of one.
+
+    Args:
+        joined: Groups whose ranks are joined in every forward and backward pass, by ``DistributedDataParallel`` or
+            ``fully_shard``.
+        given: The method's ``process_group``.
+        device: Where the parameters are.
+        averages_gradients: Whether ``DistributedDataParallel`` does.
+
+    Attributes:
+        given: As given.
+        group: The same; None also for a group of one.
+        ranks: All that raise together what one of them does.
+        in_step: Whether no rank may leave out a forward or backward pass, because it is a collective.
+        averages_gradients: As given.
+    """
+
+    def __init__(
+        self, joined: Sequence[ProcessGroup], given: ProcessGroup | None, device: torch.device, averages_gradients: bool
+    ) -> None:
+        self.given = given
+        self.group = given if given is not None and given.size() > 1 else None
+        self.ranks = Ranks([*([] if given is None else [given]), *joined], device)  # the given one is the innermost
+        self.in_step = bool(Ranks(joined, device))
+        self.averages_gradients = averages_gradients
+        self._same: Sequence[Tensor] = ()  # the parameters that were found the same on all ranks
+
+    def begin(
+        self, facts: Mapping[str, object], parameters: list[Tensor], number: int = 0, error: Exception | None = None
+    ) -> list[int]:
+        """Agree to begin a meta-iteration.
+
+        Args:
+            facts: What should be the same on all ranks, with the names that a message is to use.
+            parameters: The optimizer's.
+            number: Any that the other ranks should know.
+            error: Why this rank cannot begin, if it cannot.
+
+        Returns:
+            The numbers of all ranks.
+
+        Raises:
+            ValueError: On all ranks, if they have other facts or do not hold the same parameters.
+        """
+        numbers = self.ranks.agree(error, facts, number)
+        self.check_same(parameters)
+        return numbers
+
+    def check_same(self, parameters: list[Tensor]) -> None:
+        """Raise on all ranks if they do not hold the same parameters; look only once at the same ones.
+
+        Args:
+            parameters: The optimizer's.
+        """
+        same = len(self._same) == len(parameters) and all(map(is_, self._same, parameters))
+        if self.group is not None and not same:
+            check_same_parameters(parameters, self.group, self.ranks)
+        self._same = parameters
+
+    def has_same(self, parameters: Sequence[Tensor]) -> None:
+        """Note which parameters are known to be the same on all ranks: they are compared if others come.
+
+        Args:
+            parameters: Those; none if ranks may have gone separate ways.
+        """
+        self._same = parameters
+
+    def facts(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], settings: Mapping[str, object]
+    ) -> dict[str, object]:
+        """Return what should be the same on all ranks, with the words of a message.
+
+        Args:
+            optimizer: The wrapped optimizer.
+            parameters: Its parameters.
+            settings: Of the method.
+
+        Returns:
+            The facts by name.
+        """
+        groups = optimizer.param_groups
+        return {
+            "method": str(dict(settings)),
+            "optimizer": type(optimizer).__qualname__,
+            "learning rates": [group["lr"] for group in groups if isinstance(group.get("lr"), float | int)],
+            "shapes of parameters": [(tuple(p.shape), p.requires_grad) for p in parameters],
+        }
+
+    @torch.no_grad()
+    def average_walks(
+        self,
+        slow: Sequence[Tensor],
+        fast: Sequence[Tensor],
+        latest: Sequence[tuple[Tensor, Tensor]],
+        buffers: Iterable[Tensor],
+    ) -> list[Tensor]:
+        """Return where the walks of all ranks have led in the mean, and let all else that they moved be their mean.
+
+        Args:
+            slow: Where they began, the same on every rank.
+            fast: Where this rank's has led; tensors of the slow ones' dtypes are overwritten.
+            latest: Slow value and buffer of those that take the mean itself.
+            buffers: All buffers, also those. Of integers the largest is taken.
+
+        Returns:
+            The mean of each fast tensor, the same bits on every rank: itself, or a new one where that is narrower than
+            the slow one, or shares memory.
+        """
+        group = self.group
+        assert group is not None
+        ends = [*fast, *(end for _, end in latest)]
+        means = mean_of_walks([*slow, *(start for start, _ in latest)], ends, group)
+        copy_all_(ends[len(fast) :], means[len(fast) :])
+        averaged = {id(end) for end in ends}
+        left = [b for b in buffers if id(b) not in averaged]
+        average_([b for b in left if b.is_floating_point() or b.is_complex()], group)
+        max_([b for b in left if not (b.is_floating_point() or b.is_complex())], group)
+        return means[: len(fast)]
+
+
+@torch.no_grad()
+def mean_of_walks(slow: Sequence[Tensor], fast: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Return where the walks of all ranks have led in the mean, the same bits on every rank.
+
+    Args:
+        slow: Where they began, the same on every rank.
+        fast: Where this rank's has led; tensors of the slow ones' dtypes are overwritten.
+        group: The ranks.
+
+    Returns:
+        The means: the fast tensors themselves; new ones for those that are narrower than the slow ones, and for those
+        that share memory.
+    """
+    storages = Counter(local_of(f).untyped_storage().data_ptr() for f in fast)
+    ends = []
+    for s, f in zip(slow, fast, strict=True):
+        shard = local_of(f)
+        if f.dtype != s.dtype:
+            ends.append(sharded_like(shard.to(s.dtype), f))
+        elif storages[shard.untyped_storage().data_ptr()] > 1:  # weights tied by their storage: not twice in place
+            ends.append(sharded_like(shard.clone(), f))
+        else:
+            ends.append(f)
+    pairs = [lists for _, lists in by_kind(ends, slow)]
+    for at_end, at_start in pairs:
+        torch._foreach_sub_(at_end, at_start)
+    average_(ends, group)
+    for at_end, at_start in pairs:
+        torch._foreach_add_(at_end, at_start)
+    return ends
