@@ -13,7 +13,8 @@ batch ahead, so :class:`ResumableLoader` counts what the loop received, and is r
 - A sampler that splits by itself (``num_replicas``, ``rank``) needs no ``drop_last``; leave its loader out of
   ``prepare``, and keep ``split_batches``, without which Accelerate steps the schedule once for every process.
 - In the middle of an inner loop the model holds the fast weights. Evaluate it, and save it as a model, in a ``with
-  gradmatch.slow_weights()`` block; ``save_state``, to resume from, belongs outside.
+  gradmatch.slow_weights()`` block; ``save_state``, to resume from, belongs outside, and under FSDP2, which saves by
+  ``torch.distributed.checkpoint``, between two inner loops: ``--save-every`` is a multiple of the domains here.
 - A step that fp16's GradScaler skips moves nothing and counts as an inner step. The schedule counts it, too.
 """
 
@@ -79,8 +80,11 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
     if options.resume:
         accelerator.load_state(str(directory))
 
+    # IDGM averages over the processes itself: it is given, and loss_fn calls, the module inside Accelerate's.
+    called = accelerator.unwrap_model(model) if method == "exact" else model
+
     def loss_fn(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return torch.nn.functional.cross_entropy(called(batch[0]), batch[1])
 
     seen = []
     for epoch in range(int(loader.state_dict()["epoch"]), options.epochs):
@@ -137,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--directory", type=Path, default=Path("out/accelerate"), help="for checkpoints")
     parser.add_argument("--log", type=Path, metavar="DIR", help="write losses and agreement there, for TensorBoard")
-    parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints")
+    parser.add_argument("--save-every", type=int, default=12 * DOMAINS, help="steps between two checkpoints")
     parser.add_argument("--eval-every", type=int, default=50, help="steps between two evaluations")
     parser.add_argument("--stop-at", type=int, help="stop after so many steps, the model as it is by then")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each method")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class SeveralOptimizers(Optimizer):
     @property  # type: ignore[override]
     def state(self) -> Mapping[Any, Any]:
         """What they keep for each parameter, to be read; each keeps its own."""
-        return _JoinedState(self.optimizers)
+        return MappingProxyType({p: entry for one in self.optimizers for p, entry in one.state.items()})
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -199,22 +200,3 @@ def _can_be_joined(state_dict: dict[str, Any], optimizer: Optimizer) -> bool:
         return False
     numbers = {index for group in state_dict["param_groups"] for index in group["params"]}
     return numbers <= set(range(_size(optimizer))) and numbers.issuperset(state_dict["state"])
-
-
-class _JoinedState(Mapping[Any, Any]):
-    """The states of several optimizers as one, to be read."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = optimizers
-
-    def __getitem__(self, parameter: Any) -> Any:
-        for one in self._optimizers:
-            if parameter in one.state:
-                return one.state[parameter]
-        raise KeyError(parameter)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (parameter for one in self._optimizers for parameter in one.state)
-
-    def __len__(self) -> int:
-        return sum(len(one.state) for one in self._optimizers)

@@ -143,11 +143,8 @@ class Wrapper(Optimizer):
             shapes = own.get("shapes") if isinstance(own, dict) else None
             if not isinstance(shapes, dict):
                 raise ValueError(f"the state dict's {OWN!r} or its 'shapes' are missing or malformed (got {own!r:.80})")
-            theirs, ours, parameters = (
-                own.get("method"),
-                type(self._loop.method).__name__,
-                self._loop.named_parameters(),
-            )
+            theirs, ours = own.get("method"), type(self._loop.method).__name__
+            parameters = self._loop.named_parameters()
             if theirs != ours:
                 raise ValueError(f"the state dict was saved by method {theirs!r}; this optimizer uses {ours}")
             for name in shapes.keys() - parameters.keys():

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader
 
 STEPS, SAVED = 39, 22  # two epochs of 16 steps and seven more; in an inner loop of the second
+BETWEEN = 20  # two inner loops of the second epoch
 SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SIZES = [256, 192, 100, 130]  # of the domains, where their last batches are smaller
 
@@ -145,7 +146,8 @@ def in_accelerate(directory: Path) -> dict[str, Any]:
         found["sharded"] = train("Fish", "sharded", *to_the_end)
         assert len(kinds) == 1
         assert kinds.pop().__name__ == "DTensor"
-        train("Fish", "sharded", "--stop-at", str(SAVED), "--save-every", str(SAVED))
+        found["sharded, in mid-loop"] = raised(lambda: train("Fish", "mid-loop", "--save-every", str(SAVED)))
+        train("Fish", "sharded", "--stop-at", str(BETWEEN), "--save-every", str(BETWEEN))
         found["sharded, resumed"] = train("Fish", "sharded", *to_the_end, "--resume")
     sharded, PartialState().distributed_type = False, as_it_is
     if SIZE > 1:

@@ -80,6 +80,7 @@ def test_accelerate(tmp_path: Path) -> None:
     assert {f"loss/domain {domain}" for domain in range(4)} <= two["exact"]["measured"].keys()
     assert_close(two["sharded"], two["fish"], "sharded")
     assert_exactly(two["sharded, resumed"], two["sharded"])
+    assert_says(two["sharded, in mid-loop"], "KeyError", "save between two inner loops (optimizer.inner_step is 0)")
     assert_says(two["apart"], "ValueError: loader gives 2 processes batches of 2 different", "split_batches=True")
     assert_says(two["twice"], "which is a part already", "accelerator.prepare(model, optimizer) without it")
     assert_says(two["uneven"], "the last batch of 2 of 4 domains is smaller", "Pass drop_last=True")
