@@ -108,7 +108,6 @@ class SeveralOptimizers(Optimizer):
     def _refuse(self, instead: str, _value: object) -> None:
         if self._linked:
             raise RuntimeError(f"{len(self.optimizers)} optimizers are wrapped as one: {instead}")
-        return
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters.
