@@ -99,6 +99,26 @@ def test_meta_dtype_keeps_buffers_moving_in_low_precision():
     assert run(torch.float32) == pytest.approx(1.0 + 200 * 0.01 * 0.0625, abs=0.02)
 
 
+def test_zero_grad_keeps_the_digits_of_slow_buffers():
+    """What it copies anew between two inner loops is what the copy before rounds to."""
+
+    def run(zero_grad: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).bfloat16()
+        optimizer = GradMatch(
+            SGD(model.parameters(), lr=0.1), Fish(0.1, inner_steps=3, model=model, meta_dtype=torch.float32)
+        )
+        for _ in range(60):
+            (optimizer if zero_grad == "ours" else optimizer.optimizer).zero_grad()
+            model(torch.randn(6, 3).bfloat16() + 1.0).square().mean().backward()
+            optimizer.step()
+        return {name: slow.clone() for name, slow in optimizer.state_dict()["gradmatch"]["slow_buffers"].items()}
+
+    ours = run("ours")
+    assert ours["1.running_mean"].dtype is torch.float32
+    torch.testing.assert_close(ours, run("the wrapped optimizer's"), rtol=0, atol=0)
+
+
 def in_bf16() -> tuple[nn.Module, GradMatch[Fish], Callable[[range], None]]:
     """A network, its optimizer with slow copies in fp32, and the loop that trains it."""
     model = network().bfloat16()

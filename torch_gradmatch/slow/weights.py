@@ -47,6 +47,13 @@ class _Kept:
             self.of = dict(zip(tensors, self.copies.slow, strict=True))
         self.copies.refresh()
 
+    def follow(self, last: _Kept) -> None:
+        """Take over the digits of other copies, for :meth:`take` to keep."""
+        if self.of.keys() == last.of.keys() and all(s.shape == last.of[t].shape for t, s in self.of.items()):
+            copy_all_(list(self.of.values()), [last.of[t] for t in self.of])
+        else:
+            self.of, self.copies = {t: s.clone() for t, s in last.of.items()}, None
+
     def load(self, pairs: Sequence[tuple[Tensor, Tensor]], meta_dtype: torch.dtype | None) -> None:
         """Take over copies from a checkpoint, given with their tensors."""
         self.of = {t: s.detach().to(t.device, slow_dtype(t, meta_dtype), copy=True) for t, s in pairs}
@@ -125,6 +132,8 @@ class Slow:
         before = self._saved
         if by_zero_grad:  # and not into the memory of the copy before
             self._buffers, self._spare = self._spare, self._buffers
+            if meta_dtype is not None:
+                self._buffers.follow(self._spare)
         self.rest(parameters, meta_dtype)
         if by_zero_grad and self.places is not None:
             self._zeroed = before, self.places.norms()
