@@ -106,7 +106,7 @@ def sweep(
                 methods["SmoothFish"] = SmoothFish(1.0, rate, model, nonfinite="ignore")
                 methods[SYMMETRIC] = SmoothFish(gamma, rate, model, nonfinite="ignore", symmetric=True)
             if against == "batch size":
-                methods["IDGM, hvp_domains=1"] = IDGM(model, gamma, "inner_product", hvp_domains=1)
+                methods["IDGM, one_pass"] = IDGM(model, gamma, "inner_product", one_pass=True)
                 methods["IDGM, finite_difference"] = IDGM(model, gamma, "inner_product", hvp="finite_difference")
             trial.optimizer.param_groups[0]["lr"] = rate
             for name, method in methods.items():

@@ -24,7 +24,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "IDGM": {"color": ORANGE, "marker": "^"},
     "Exact": {"color": ORANGE, "marker": "^"},
     "IDGM, keep_graphs": {"color": ORANGE, "marker": "v", "linestyle": "--"},
-    "IDGM, hvp_domains=1": {"color": AMBER, "marker": "P"},
+    "IDGM, one_pass": {"color": AMBER, "marker": "P"},
     "IDGM, forward": {"color": GREEN, "marker": "<", "linestyle": "--"},
     "IDGM, finite_difference": {"color": GREEN, "marker": ">"},
     "create_graph": {"color": PINK, "marker": "X"},
@@ -179,7 +179,7 @@ def fidelity_by_batch(path: Path, measured: Rows, networks: Sequence[str], rate:
     )
     figure, ((*axes,),) = panels(networks, title, "batch size of a domain", "relative error")
     for ax, network in zip(axes, networks, strict=True):
-        for method in ("Fish", "IDGM, hvp_domains=1", "IDGM, finite_difference"):
+        for method in ("Fish", "IDGM, one_pass", "IDGM, finite_difference"):
             x, low, middle, high = over_repeats(
                 [r for r in rows if (r["network"], r["method"]) == (network, method)], "error"
             )

@@ -33,7 +33,7 @@ METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "IDGM, forward": lambda model: IDGM(model, GAMMA, "inner_product", hvp="forward"),
     "IDGM, finite_difference": lambda model: IDGM(model, GAMMA, "inner_product", hvp="finite_difference"),
     "IDGM, keep_graphs": lambda model: IDGM(model, GAMMA, "inner_product", keep_graphs=True),
-    "IDGM, hvp_domains=1": lambda model: IDGM(model, GAMMA, "inner_product", hvp_domains=1),
+    "IDGM, one_pass": lambda model: IDGM(model, GAMMA, "inner_product", one_pass=True),
 }
 
 

@@ -49,7 +49,7 @@ METHODS: dict[str, Callable[[nn.Module, float], Method]] = {
     SYMMETRIC: lambda model, gamma: SmoothFish(gamma, SYMMETRIC_LR, model, symmetric=True),
     "IDGM": lambda model, gamma: IDGM(model, gamma, "inner_product"),
     "IDGM, keep_graphs": lambda model, gamma: IDGM(model, gamma, "inner_product", keep_graphs=True),
-    "IDGM, hvp_domains=1": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp_domains=1),
+    "IDGM, one_pass": lambda model, gamma: IDGM(model, gamma, "inner_product", one_pass=True),
     "IDGM, forward": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp="forward"),
     "IDGM, finite_difference": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp="finite_difference"),
 }

@@ -74,8 +74,8 @@ typehints_document_rtype_none = False
 # makes and takes by itself.
 nitpick_ignore_regex = [("py:class", r"torch_gradmatch\.(\w+\.)*_\w+(\.\w+)*")]
 nitpick_ignore = [
-    ("py:class", "torch_gradmatch.gradients.flat.WeightedSum"),
-    ("py:class", "torch_gradmatch.gradients.over_ranks.Alone"),
+    ("py:class", "torch_gradmatch.parallel.sharing.Sharing"),
+    ("py:class", "torch_gradmatch.slow.buffers.Buffers"),
 ]
 
 # Where others document what signatures name: the site builds offline, so without their inventories.

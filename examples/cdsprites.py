@@ -145,7 +145,7 @@ def make_fish(model: nn.Module, config: Config) -> Optimizer:
     Returns:
         The wrapped optimizer; every N-th step ends a meta-iteration.
     """
-    method = Fish(meta_lr=config.meta_lr, inner_steps=config.domains, inner_state="reset", track_alignment=True)
+    method = Fish(meta_lr=config.meta_lr, inner_steps=config.domains, inner_state="reset", track_alignment="pairs")
     if config.inner_optimizer == "adam":
         return GradMatch(make_adam(model, config), method)
     return GradMatch(torch.optim.SGD(model.parameters(), lr=config.inner_lr), method)
@@ -157,7 +157,7 @@ def make_exact(model: nn.Module, config: Config) -> Optimizer:
     Returns:
         The wrapped optimizer.
     """
-    method = IDGM(model, config.gamma, strength=config.strength, keep_graphs=True, track_alignment=True)
+    method = IDGM(model, config.gamma, strength=config.strength, keep_graphs=True, track_alignment="pairs")
     return GradMatch(make_adam(model, config), method)
 
 
@@ -167,7 +167,7 @@ def make_smooth_fish(model: nn.Module, config: Config) -> Optimizer:
     Returns:
         The wrapped optimizer.
     """
-    method = SmoothFish(gamma=config.smooth_gamma, inner_lr=config.inner_lr, track_alignment=True)
+    method = SmoothFish(gamma=config.smooth_gamma, inner_lr=config.inner_lr, track_alignment="pairs")
     return GradMatch(make_adam(model, config), method)
 
 
@@ -178,7 +178,7 @@ def make_symmetric(model: nn.Module, config: Config) -> Optimizer:
         The wrapped optimizer.
     """
     gamma = config.smooth_gamma * fish_gamma(config.inner_lr, config.domains)
-    method = SmoothFish(gamma=gamma, inner_lr=config.inner_lr, track_alignment=True, symmetric=True)
+    method = SmoothFish(gamma=gamma, inner_lr=config.inner_lr, track_alignment="pairs", symmetric=True)
     return GradMatch(make_adam(model, config), method)
 
 

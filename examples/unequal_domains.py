@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     domains = sampler.domains_per_step
     optimizer = GradMatch(
         [torch.optim.Muon(matrices, lr=LEARNING_RATES[0]), torch.optim.AdamW(rest, lr=LEARNING_RATES[1])],
-        Fish(meta_lr=0.5, inner_steps=domains, model=model, track_alignment=True),
+        Fish(meta_lr=0.5, inner_steps=domains, model=model, track_alignment="pairs"),
     )
     total_steps = sampler.total_batches(options.epochs) // (domains if options.meta_step else 1)
     # Muon calls it momentum and AdamW betas: OneCycleLR can cycle neither, since not all groups have it.

@@ -155,12 +155,6 @@ def with_rest(gradients: list[Tensor]) -> Tensor:
     return torch.stack(cosines).nan_to_num()
 
 
-def with_those_before(gradients: list[Tensor]) -> Tensor:
-    """The cosine of each gradient with the sum of those before; NaN for the first, 0 if one of the two is zero."""
-    found = [with_rest([sum(gradients[:i]), g])[1] for i, g in enumerate(gradients) if i]
-    return torch.stack([gradients[0].new_tensor(torch.nan), *found])
-
-
 def agreement_of(name: str, gradients: list[Tensor]) -> Tensor:
     """The three agreements as they are written, on flat gradients."""
     if name == "inner_product":

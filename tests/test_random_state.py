@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from torch_gradmatch.gradients.random_state import RandomState, devices_of
+from torch_gradmatch.gradients.replay import RandomState, devices_of
 
 
 def draw() -> list[float]:

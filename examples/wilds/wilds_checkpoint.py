@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_gradmatch.gradients.random_state import RandomState
+from torch_gradmatch.gradients.replay import RandomState
 
 __all__ = ["random_state", "restore_random_state", "save_whole"]
 

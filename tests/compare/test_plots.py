@@ -31,14 +31,9 @@ def test_plot_draws_every_curve_thin_and_its_running_mean_thick():
     plt.close("all")
 
 
-def along(cosines: torch.Tensor) -> torch.Tensor:
-    """What vectors of length 1 have to report that have these cosines with the rest."""
-    return torch.stack([cosines, torch.ones_like(cosines), torch.ones_like(cosines)], dim=1)
-
-
 def test_the_agreement_of_each_domain_is_drawn_by_name_the_lowest_last():
     w = torch.nn.Parameter(torch.zeros(2))
-    optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(track_alignment=True))
+    optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(track_alignment="pairs"))
     directions = {"north": [1.0, 0.0], "south": [-1.0, 0.1], "west": [1.0, 0.5]}
     steps = {}
     for position, order in enumerate([("north", "west", "south"), ("south", "west", "north"), ("west", "north")]):
@@ -47,17 +42,19 @@ def test_the_agreement_of_each_domain_is_drawn_by_name_the_lowest_last():
     _, axes = plt.subplots()
     assert plot_agreement_by_domain(agreement_by_domain(steps), axes, smoothing=0)[-1] == "south"
     drawn = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines() if line.get_label()[0] != "_"}
-    assert drawn == {"north": [10, 20], "west": [0, 10], "south": [0]}  # NaN where it was the first
+    assert drawn == {"north": [0, 10, 20], "west": [0, 10, 20], "south": [0, 10]}
     by_name = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-    assert by_name["south"] == pytest.approx([-1.95 / (1.01 * 4.25) ** 0.5])  # (-1, .1) with (2, .5)
-    many = MetaStep(domains=tuple(range(12)), _with_rest=(along(torch.linspace(1, -1, 12)),))
+    assert by_name["south"] == pytest.approx([-1.95 / (1.01 * 4.25) ** 0.5] * 2)  # (-1, .1) with (2, .5)
+    along = torch.linspace(0.9, 0.1, 12)  # how far each goes where all go
+    cosines = (along[:, None] * along).fill_diagonal_(1.0)
+    many = MetaStep(grad_norms=torch.ones(12), cosines=cosines, domains=tuple(range(12)))
     many_axes = plt.subplots()[1]
     assert plot_agreement_by_domain(agreement_by_domain({0: many, 1: many}), many_axes) == list(range(12))
     assert [text.get_text() for text in many_axes.get_legend().get_texts()] == ["0", "1", "2", "9", "10", "11"]
     with pytest.raises(ValueError, match=r"the report at 3 lacks agreement_with_rest: pass the method track_alignment"):
         agreement_by_domain({3: MetaStep(domains=("a",))})
     with pytest.raises(ValueError, match=r"the report at 3 lacks the domains' names"):
-        agreement_by_domain({3: MetaStep(_with_rest=(along(torch.ones(1)),))})
+        agreement_by_domain({3: MetaStep(grad_norms=torch.ones(1), cosines=torch.ones(1, 1))})
     with pytest.raises(ValueError, match="curves hold no measurement"):
         plot_agreement_by_domain({}, axes)
     plt.close("all")

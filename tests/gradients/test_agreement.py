@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from torch_gradmatch import agreement, fish_gamma
-from torch_gradmatch.gradients.agreement import AGREEMENTS, running_agreement
+from torch_gradmatch.gradients.agreement import AGREEMENTS, NamedAgreement, OwnAgreement
 from torch_gradmatch.gradients.alignment import GradientAlignment
 
 drawn = {"domains": st.integers(2, 7), "size": st.integers(2, 12), "seed": st.integers(0, 2**32)}
@@ -24,6 +24,19 @@ law = settings(deadline=None, max_examples=25)
 def draw(domains: int, size: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randn(domains, size, generator=generator, dtype=torch.float64))
+
+
+def taken_in(chosen: Any, gradients: list[list[Tensor | None]], like: Any = None) -> NamedAgreement | OwnAgreement:
+    """An agreement in its running form, with every gradient in it."""
+    sums = GradientAlignment()
+    named = isinstance(chosen, str)
+    running: Any = NamedAgreement(AGREEMENTS[chosen], sums, len(gradients)) if named else OwnAgreement(chosen, like)
+    for gradient in gradients:
+        sums.add(gradient)
+        if not named:
+            running.add(gradient)
+    running.found = lambda: running.value(sums.result())
+    return running
 
 
 def spread(gradient: Tensor) -> dict[str, Any]:
@@ -46,12 +59,8 @@ def test_running_form_has_the_value_and_the_derivative(name: str, domains: int, 
     gradients = [g.requires_grad_() for g in draw(domains, size, seed)]
     expected = agreement_of(name, gradients)
     cotangents = torch.autograd.grad(expected, gradients)
-    sums = GradientAlignment()
-    running = running_agreement(name, sums, domains, like=[gradients[0][:1], gradients[0][1:]])
-    for g in gradients:
-        running.add([g[:1], g[1:]])
-        sums.add([g[:1], g[1:]])
-    torch.testing.assert_close(running.value(), expected.detach(), rtol=1e-9, atol=1e-12)
+    running = taken_in(name, [[g[:1], g[1:]] for g in gradients])
+    torch.testing.assert_close(running.found(), expected.detach(), rtol=1e-9, atol=1e-12)
     for i, (g, v) in enumerate(zip(gradients, cotangents, strict=True)):
         found = torch.cat(running.cotangent(i, [g[:1], g[1:]]))
         torch.testing.assert_close(found, v, rtol=1e-9, atol=1e-12)
@@ -103,18 +112,15 @@ def test_identical_gradients_agree_completely(domains: int, size: int, seed: int
     torch.testing.assert_close(agreement.cosine(gradients), torch.ones((), dtype=torch.float64))
 
 
-def test_variance_of_nearly_equal_gradients_does_not_cancel():
-    """In single precision |G|^2 has no digit left for the difference; Welford's sums do not need it."""
+def test_variance_of_nearly_equal_gradients_keeps_digits():
+    """In single precision |G|^2 has few digits left for the difference; its sums are in double."""
     generator = torch.Generator().manual_seed(0)
-    common, small = torch.ones(100) * 100, [1e-2 * torch.randn(100, generator=generator) for _ in range(4)]
-    gradients = [common + d for d in small]
-    sums = GradientAlignment()
-    running = running_agreement("variance", sums, 4, like=[common])
-    for g in gradients:
-        running.add([g])
-        sums.add([g])
+    common = torch.randn(1_000_000, generator=generator)
+    gradients = [common + 1e-2 * torch.randn(1_000_000, generator=generator) for _ in range(4)]
     expected = agreement_of("variance", [g.double() for g in gradients])
-    torch.testing.assert_close(running.value().double(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        taken_in("variance", [[g] for g in gradients]).found().double(), expected, rtol=5e-3, atol=0
+    )
 
 
 def test_a_zero_gradient_is_orthogonal_to_all_and_has_no_cosine_derivative():
@@ -123,11 +129,7 @@ def test_a_zero_gradient_is_orthogonal_to_all_and_has_no_cosine_derivative():
     torch.testing.assert_close(value, mean_pairwise_cosine([g.detach() for g in gradients]))
     derivative = torch.autograd.grad(value, gradients)
     assert all(bool(torch.isfinite(d).all()) for d in derivative)
-    sums = GradientAlignment()
-    running = running_agreement("cosine", sums, 3, like=[gradients[0]])
-    for g in gradients:
-        running.add([g])
-        sums.add([g])
+    running = taken_in("cosine", [[g] for g in gradients])
     assert running.cotangent(0, [gradients[0]])[0].tolist() == [0.0, 0.0, 0.0]
     torch.testing.assert_close(running.cotangent(1, [gradients[1]])[0], derivative[1])
 
@@ -141,15 +143,11 @@ def test_a_domain_without_gradient_for_a_parameter_counts_as_zero(name: str):
     chosen: Any = agreement.variance if name == "own" else name
     if name == "own":
         chosen = lambda gradients: agreement.variance(gradients)  # noqa: E731  another object: not recognized
-    sums = GradientAlignment()
-    running = running_agreement(chosen, sums, 2, like=[first[0], second[0]])
     given_gradients = [[first[0], second[0]], [first[1], None]]
-    for gradient in given_gradients:
-        running.add(gradient)
-        sums.add(gradient)
+    running = taken_in(chosen, given_gradients, like=[first[0], second[0]])
     flat = [torch.cat([first[i], second[i]]).requires_grad_() for i in range(2)]
     expected = agreement_of("variance" if name == "own" else name, flat)
-    torch.testing.assert_close(running.value(), expected.detach())
+    torch.testing.assert_close(running.found(), expected.detach())
     cotangents = torch.autograd.grad(expected, flat)
     torch.testing.assert_close(running.cotangent(0, given_gradients[0])[1], cotangents[0][3:])
     assert running.cotangent(1, given_gradients[1])[1] is None
@@ -161,11 +159,7 @@ def test_complex_gradients_count_as_pairs_of_reals():
     pairs = [torch.view_as_real(g).reshape(-1) for g in gradients]
     for name in NAMES:
         torch.testing.assert_close(AGREEMENTS[name](gradients), agreement_of(name, pairs))
-    sums = GradientAlignment()
-    running = running_agreement("cosine", sums, 3, like=gradients[:1])
-    for g in gradients:
-        running.add([g])
-        sums.add([g])
+    running = taken_in("cosine", [[g] for g in gradients])
     leaves = [p.requires_grad_() for p in pairs]
     expected = torch.autograd.grad(mean_pairwise_cosine(leaves), leaves)
     found = running.cotangent(1, [gradients[1]])[0]
@@ -175,11 +169,7 @@ def test_complex_gradients_count_as_pairs_of_reals():
 def test_half_precision_is_summed_in_single():
     gradients = [torch.full((5000,), 1.0, dtype=torch.bfloat16) for _ in range(3)]
     assert agreement.inner_product(gradients).item() == 5000.0
-    sums = GradientAlignment()
-    running = running_agreement("inner_product", sums, 3, like=gradients[:1])
-    for g in gradients:
-        running.add([g])
-        sums.add([g])
+    running = taken_in("inner_product", [[g] for g in gradients])
     cotangent = running.cotangent(0, gradients[:1])[0]
     assert cotangent.dtype == torch.bfloat16
     assert cotangent[0].item() == pytest.approx(2 / 3, rel=1e-2)
@@ -192,7 +182,7 @@ def test_pairs_need_two_gradients(name: str):
 
 
 def test_an_unknown_name_is_shown_with_the_choices():
-    with pytest.raises(ValueError, match=r"'inner_product', 'variance', 'cosine'.*got 'covariance'.*or a function"):
+    with pytest.raises(ValueError, match=r"'inner_product', 'variance', 'cosine', or a function.*got 'covariance'"):
         agreement.check_agreement("covariance")
 
 
@@ -207,27 +197,22 @@ def test_an_unknown_name_is_shown_with_the_choices():
     ids=["number", "vector", "detached", "complex"],
 )
 def test_an_own_function_must_return_a_differentiable_scalar(function: Any, error: type[Exception], message: str):
-    sums = GradientAlignment()
-    running = running_agreement(function, sums, 2, like=[torch.ones(2)])
-    for _ in range(2):
-        running.add([torch.ones(2)])
-        sums.add([torch.ones(2)])
+    running = taken_in(function, [[torch.ones(2)]] * 2, like=[torch.ones(2)])
     with pytest.raises(error, match=message):
-        running.value()
+        running.found()
 
 
 def test_named_agreements_hold_no_gradients():
     """Only sums: what was added is free again."""
     for name in NAMES:
         sums = GradientAlignment()
-        running = running_agreement(name, sums, 4, like=[torch.ones(3)])
         alive = []
         for seed in range(4):
             gradient = torch.randn(3, generator=torch.Generator().manual_seed(seed))
-            running.add([gradient])
             sums.add([gradient])
             alive.append(weakref.ref(gradient))
             del gradient
+        assert NamedAgreement(AGREEMENTS[name], sums, 4).value(sums.result()).isfinite()
         assert [reference() for reference in alive] == [None] * 4
 
 
@@ -246,6 +231,23 @@ def test_the_reference_is_that_of_the_alignment():
     torch.testing.assert_close(agreement.inner_product(gradients), mean_pairwise_inner_product(gradients))
 
 
-def test_the_cosine_needs_sums_with_cosines():
-    with pytest.raises(ValueError, match="needs running sums with cosines"):
-        running_agreement("cosine", GradientAlignment(cosines=False), 2, like=[torch.ones(2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_paired_by_key_and_not_by_order(name: str):
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    expected = AGREEMENTS[name]([torch.cat([x, y]), torch.cat([y, x])])
+    torch.testing.assert_close(AGREEMENTS[name]([{"a": x, "b": y}, {"b": x, "a": y}]), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_keys_and_shapes_are_refused(name: str):
+    with pytest.raises(ValueError, match=r"shapes of the first, \[\(2,\)\] \(got \[\(1,\)\]"):
+        AGREEMENTS[name]([torch.ones(2), torch.ones(1)])
+    with pytest.raises(ValueError, match="Node keys mismatch"):
+        AGREEMENTS[name]([{"a": torch.ones(2)}, {"b": torch.ones(2)}])
+
+
+def test_half_precision_does_not_overflow():
+    gradients = [torch.full((4,), 300.0, dtype=torch.float16) for _ in range(3)]
+    assert agreement.inner_product(gradients).item() == 4 * 300.0**2
+    assert agreement.variance(gradients).item() == 0.0
+    assert agreement.cosine(gradients).item() == pytest.approx(1.0)

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from torch_gradmatch.gradients.alignment import gradient_alignment
-from torch_gradmatch.gradients.backward import check_backward, gradient_of
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
+from torch_gradmatch.gradients.hvp import check_backward, gradient_of
 
 GAMMA = 0.3
 SECOND = ["reverse", "forward"]
@@ -84,8 +84,8 @@ def test_reentrant_checkpointing_is_measured_as_any_other():
     assert_old_gradients(model, old)
 
 
-@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
-def test_finite_differences_go_through_reentrant_checkpointing(keep_graphs: bool):
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two_passes", "one_pass"])
+def test_finite_differences_go_through_reentrant_checkpointing(one_pass: bool):
     model, batches = model_and_batches()
     old = with_old_gradients(model)
     found, expected = (
@@ -95,7 +95,7 @@ def test_finite_differences_go_through_reentrant_checkpointing(keep_graphs: bool
             checkpointed(model, use_reentrant=r),
             hvp="finite_difference",
             compare=True,
-            keep_graphs=keep_graphs,
+            one_pass=one_pass,
         )
         for r in (True, False)
     )
@@ -166,8 +166,9 @@ def through_distributed_data_parallel() -> None:
     rank = torch.distributed.get_rank()
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     parts = [b[3 * rank : 3 * rank + 3] for b in batches]
-    for keep_graphs in (False, True):
-        found = idgm(model, parts, squared(wrapped), hvp="finite_difference", keep_graphs=keep_graphs)
+    for one_pass in (False, True):
+        found = idgm(model, parts, squared(wrapped), hvp="finite_difference", one_pass=one_pass)
+        expected = idgm(model, batches, squared(model), one_pass=one_pass)
         for name, gradient in expected.gradient.items():
             torch.testing.assert_close(found.gradient[name], gradient, rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match=r"parameter '0.weight' .and of 3 more.*DistributedDataParallel"):
@@ -200,15 +201,17 @@ def test_through_fully_shard():
 # --------------------------------------------------------------------------------------------------- the comparison
 
 
-@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
-@pytest.mark.parametrize("hvp", SECOND)
-def test_a_hook_that_changes_grad_is_refused(hvp: str, keep_graphs: bool):
+WAYS = {way: {"hvp": way} for way in SECOND} | {way: {way: True} for way in ("keep_graphs", "one_pass")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_that_changes_grad_is_refused(way: str):
     model, batches = model_and_batches()
     old = with_old_gradients(model)
     model[2].bias.register_post_accumulate_grad_hook(scaling(0.5))
     message = "gradient of parameter '2.bias' by backward.. is another one than by torch.autograd.grad"
     with pytest.raises(ValueError, match=message):
-        idgm(model, batches, squared(model), hvp=hvp, keep_graphs=keep_graphs, compare=True)
+        idgm(model, batches, squared(model), **WAYS[way], compare=True)
     assert_old_gradients(model, old)
 
 
@@ -240,9 +243,9 @@ def test_hooks_of_tensors_count_in_double_backward_only():
     assert_same(found, idgm(model, batches, squared(model), hvp="reverse", keep_graphs=True))
 
 
-@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
-@pytest.mark.parametrize("hvp", [*SECOND, "finite_difference"])
-def test_comparing_changes_nothing_and_evaluates_no_loss_again(hvp: str, keep_graphs: bool):
+@pytest.mark.parametrize("way", [*WAYS, "finite_difference"])
+def test_comparing_changes_nothing_and_evaluates_no_loss_again(way: str):
+    """But for finite differences, of which one more product is taken."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 2))
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
@@ -260,8 +263,7 @@ def test_comparing_changes_nothing_and_evaluates_no_loss_again(hvp: str, keep_gr
                 model,
                 batches,
                 loss,
-                hvp=hvp,
-                keep_graphs=keep_graphs,
+                **WAYS.get(way, {"hvp": way}),
                 compare=compare,
                 buffers=dict(model.named_buffers()),
             )
@@ -269,8 +271,8 @@ def test_comparing_changes_nothing_and_evaluates_no_loss_again(hvp: str, keep_gr
         calls.append(0)
     assert_same(found[1], found[0])
     number = calls.index(0)
-    assert len(calls) == 2 * (number + 1)
-    if hvp == "reverse" and keep_graphs:
+    assert len(calls) == 2 * (number + 1) + 2 * (way == "finite_difference")
+    if way in ("keep_graphs", "one_pass"):
         assert number == 3
     assert_old_gradients(model, old)
 

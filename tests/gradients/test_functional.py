@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_gradmatch import functional
-from torch_gradmatch.gradients.alignment import GradientAlignment
 from torch_gradmatch.gradients.functional import (
     domain_gradients,
     functional_loss,
@@ -109,20 +108,18 @@ def seeded(seed: int = 3) -> None:
     torch.manual_seed(seed)
 
 
-@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
-@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("hvp", ["reverse", "kept", "forward", "finite_difference"])
 @pytest.mark.parametrize("chosen", AGREEMENTS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_two_passes_are_naive_double_backward(name: str, chosen: str, hvp: str, keep_graphs: bool):
+def test_two_passes_are_naive_double_backward(name: str, chosen: str, hvp: str):
     """Gradient, value, losses, buffers and the random numbers left, to 1e-9 (finite differences: to 1e-6)."""
     model, shape = network(name)
     batches, loss = batches_for(shape), loss_for(model)
     params, buffers = trainable(model), dict(model.named_buffers())
     phi = own_agreement if chosen == "own" else chosen
     seeded()
-    found = idgm_grad(
-        functional_loss(model, loss), params, batches, GAMMA, phi, hvp=hvp, keep_graphs=keep_graphs, buffers=buffers
-    )
+    way = {"keep_graphs": True} if hvp == "kept" else {"hvp": hvp}
+    found = idgm_grad(functional_loss(model, loss), params, batches, GAMMA, phi, **way, buffers=buffers)
     next_number = torch.rand(())
     oracle = copy.deepcopy(model)
     seeded()
@@ -345,50 +342,75 @@ def test_variance_and_inner_product_differ_by_the_squares(domains: int, seed: in
     torch.testing.assert_close(matching("variance"), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
-@pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine", "own"])
-def test_a_subset_of_products_is_unbiased(chosen: str, number: int, keep_graphs: bool, monkeypatch: pytest.MonkeyPatch):
-    """The mean over all subsets of the domains is the full gradient."""
-    model, shape = network("cnn")  # with BatchNorm: every domain must find its buffers again
-    batches = batches_for(shape)
-    phi = own_agreement if chosen == "own" else chosen
-    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
-    full = idgm_grad(pure, params, batches, GAMMA, phi, buffers=buffers)
-    subsets = list(itertools.combinations(range(len(batches)), number))
+def reversed_too(one: Any, other: Any) -> Any:
+    """The mean direction of an order of the domains and its reverse."""
+    return {n: (one.gradient[n] + other.gradient[n]) / 2 for n in one.gradient}
+
+
+@pytest.mark.parametrize("hvp", ["reverse", "forward"])
+@pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine"])
+@pytest.mark.parametrize("name", ["mlp", "transformer", "tied"])
+def test_one_pass_over_an_order_and_its_reverse_is_two_passes(name: str, chosen: str, hvp: str):
+    model, shape = network(name)
+    model.eval()  # without dropout a domain's loss does not depend on its place
+    batches, params = batches_for(shape), trainable(model)
+    pure, buffers = functional_loss(model, loss_for(model)), dict(model.named_buffers())
+    two = idgm_grad(pure, params, batches, GAMMA, chosen, buffers=buffers)
+    one, other = (
+        idgm_grad(pure, params, order, GAMMA, chosen, hvp=hvp, one_pass=True, buffers=buffers)
+        for order in (batches, batches[::-1])
+    )
+    for n, g in reversed_too(one, other).items():
+        torch.testing.assert_close(g, two.gradient[n], rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(one.agreement, two.agreement)
+    assert torch.equal(one.losses, two.losses)
+    assert max(float((one.gradient[n] - two.gradient[n]).abs().max()) for n in params) > 1e-6  # one order is another
+
+
+@law
+@given(seed=st.integers(0, 2**32), chosen=st.sampled_from(["inner_product", "variance", "cosine"]))
+def test_one_pass_is_unbiased_over_the_orders(seed: int, chosen: str):
+    theta, batches = drawn(seed, 4)
+    found = [
+        idgm_grad(regression, theta, list(order), GAMMA, chosen, one_pass=True).gradient
+        for order in itertools.permutations(batches)
+    ]
+    expected = idgm_grad(regression, theta, batches, GAMMA, chosen).gradient
+    torch.testing.assert_close(torch.stack(found).mean(dim=0), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
+def test_one_pass_moves_buffers_and_random_numbers_once_for_each_domain(hvp: str):
+    model, shape = network("cnn")
+    model = nn.Sequential(*model[:2], nn.Dropout(0.3), *model[2:])
+    batches, params, buffers = batches_for(shape), trainable(model), dict(model.named_buffers())
+    pure, calls = functional_loss(model, loss_for(model)), []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return pure(*arguments)
+
     found = []
-    for subset in subsets:
-        rest = [i for i in range(len(batches)) if i not in subset]
-        monkeypatch.setattr(torch, "randperm", lambda n, generator, s=(*subset, *rest): torch.tensor(s))
-        found.append(
-            idgm_grad(pure, params, batches, GAMMA, phi, hvp_domains=number, keep_graphs=keep_graphs, buffers=buffers)
-        )
-    for n in params:
-        mean = torch.stack([f.gradient[n] for f in found]).mean(dim=0)
-        torch.testing.assert_close(mean, full.gradient[n], rtol=1e-9, atol=1e-11)
-    for n in buffers:
-        torch.testing.assert_close(found[0].buffers[n], full.buffers[n])
-    largest = max(float((f.gradient[n] - full.gradient[n]).norm()) for f in found for n in params)
-    assert largest > 1e-6  # a subset is not the whole
+    for settings_ in ({"one_pass": True, "hvp": hvp}, {"keep_graphs": True}):
+        seeded()
+        found.append((idgm_grad(counted, params, batches, GAMMA, buffers=buffers, **settings_), torch.rand(())))
+        calls.append(0)
+    (one, after), (kept, expected) = found
+    assert torch.equal(after, expected)
+    assert torch.equal(one.losses, kept.losses)
+    for n, b in one.buffers.items():
+        torch.testing.assert_close(b, kept.buffers[n])
+    # Before the first domain there is none, so its product is that with zero, which is no difference of gradients.
+    assert calls.index(0) == {"reverse": 4, "forward": 8, "finite_difference": 12 - 2}[hvp]
 
 
-def test_subsets_are_drawn_evenly_and_reproducibly():
-    theta, batches = drawn(0, 4)
-    counts = dict.fromkeys(range(4), 0)
-
-    def marked(t: Tensor, numbered: tuple[int, Any]) -> Tensor:
-        counts[numbered[0]] += 1
-        return regression(t, numbered[1])
-
-    def gradient(generator: torch.Generator) -> Tensor:
-        return idgm_grad(marked, theta, list(enumerate(batches)), GAMMA, hvp_domains=1, generator=generator).gradient
-
-    generator = torch.Generator().manual_seed(0)
-    gradients = [gradient(generator) for _ in range(400)]
-    again = [counts[i] - 400 for i in range(4)]  # evaluations beyond the first pass
-    assert again[3] == 0  # where the last domain is drawn its graph is still there
-    assert all(70 < count < 130 for count in (*again[:3], 400 - sum(again)))  # 100 expected, standard deviation 8.7
-    assert torch.equal(gradient(torch.Generator().manual_seed(0)), gradients[0])
+def test_one_pass_by_strength():
+    theta, batches = drawn(1, 4)
+    found = idgm_grad(regression, theta, batches, None, "variance", strength=0.2, one_pass=True)
+    mean = idgm_grad(regression, theta, batches, 0.0).gradient
+    torch.testing.assert_close((found.gradient - mean).norm(), 0.2 * mean.norm())
+    again = idgm_grad(regression, theta, batches, found.gamma, "variance", one_pass=True)
+    torch.testing.assert_close(again.gradient, found.gradient)
 
 
 # ------------------------------------------------------------------------------------------------- functional_loss
@@ -510,8 +532,10 @@ def test_a_loss_that_is_a_module_is_not_taken_for_a_part_of_the_model():
         ({"gamma": True}, r"gamma .*got True"),
         ({"agreement": "covariance"}, "agreement should be one of"),
         ({"hvp": "exact"}, "hvp should be one of"),
-        ({"hvp_domains": 0}, r"hvp_domains should be an integer of at least 1 \(got 0\)"),
-        ({"hvp_domains": 4}, r"hvp_domains should be at most the number of domains, 3 \(got 4\)"),
+        ({"one_pass": 1}, r"one_pass should be True or False \(got 1\)"),
+        ({"one_pass": True, "keep_graphs": True}, "one_pass=True keeps no graph"),
+        ({"one_pass": True, "agreement": own_agreement}, "with one_pass=True .*needs every domain.s whole gradient"),
+        ({"keep_graphs": True, "hvp": "forward"}, "keep_graphs=True needs hvp='reverse'"),
     ],
     ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
 )
@@ -577,32 +601,60 @@ def test_the_cosine_is_measured_where_it_is_asked_for(chosen: str):
     assert torch.equal(plain.gradient, asked.gradient)
 
 
-@pytest.mark.parametrize("chosen", AGREEMENTS)
-def test_running_sums_serve_again(chosen: str):
-    model, shape = network("tied")
-    pure, params = functional_loss(model, loss_for(model)), trainable(model)
-    phi = own_agreement if chosen == "own" else chosen
-    sums = GradientAlignment()
-    sums.add([torch.full_like(p, float("nan")) for p in params.values()])
-    for domains in (2, 4):
-        batches = batches_for(shape, domains)
-        expected = idgm_grad(pure, params, batches, GAMMA, phi, cosines=True, buffers={})
-        found = idgm_grad(pure, params, batches, GAMMA, phi, buffers={}, sums=sums)
-        for n in params:
-            torch.testing.assert_close(found.gradient[n], expected.gradient[n], rtol=1e-12, atol=1e-14)
-        assert found.reached == expected.reached
-        torch.testing.assert_close(found.alignment.cosine, expected.alignment.cosine)
-        assert all(part.untyped_storage().nbytes() == 0 for part in sums._flat.scratch)  # released
-
-
-def test_running_sums_without_cosines_cannot_measure_them():
+def test_a_parameter_under_two_names_is_refused():
     theta, batches = drawn(0, 3)
-    sums = GradientAlignment(cosines=False)
-    for settings_ in ({"cosines": True}, {"agreement": "cosine"}):
-        with pytest.raises(ValueError, match="needs running sums with cosines"):
-            idgm_grad(regression, theta, batches, GAMMA, sums=sums, **settings_)
-    with pytest.raises(ValueError, match=r"cosines should be True or False \(got 1\)"):
-        idgm_grad(regression, theta, batches, GAMMA, cosines=1)
+    with pytest.raises(ValueError, match="params holds a tensor twice"):
+        idgm_grad(lambda p, b: regression(p[0] + p[1], b), [theta, theta], batches, GAMMA)
+
+
+def test_a_mapping_of_batches_is_its_batches():
+    theta, batches = drawn(0, 3)
+    found = idgm_grad(regression, theta, dict(zip("abc", batches, strict=True)), GAMMA)
+    assert torch.equal(found.gradient, idgm_grad(regression, theta, batches, GAMMA).gradient)
+
+
+def test_a_functional_loss_without_buffers_says_what_it_needs():
+    model, shape = network("mlp")
+    with pytest.raises(ValueError, match=r"pass buffers=dict\(model.named_buffers\(\)\)"):
+        idgm_grad(functional_loss(model, loss_for(model)), trainable(model), batches_for(shape), GAMMA)
+    with pytest.raises(TypeError, match=r"should return the loss and the new buffers.*got Tensor"):
+        idgm_grad(lambda p, b, x: regression(p, x), drawn(0, 3)[0], drawn(0, 3)[1], GAMMA, buffers={})
+
+
+def test_functional_loss_follows_the_models_tensors_and_refuses_unknown_names():
+    model = nn.Linear(2, 1, bias=False)
+    pure = functional_loss(model, lambda x: model(x).sum())
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.load_state_dict({"weight": torch.zeros(1, 2)}, assign=True)
+    assert pure({}, {}, torch.ones(1, 2))[0].item() == 0.0
+    assert pure(params, {}, torch.ones(1, 2))[0].item() == pytest.approx(float(params["weight"].sum()))
+    with pytest.raises(ValueError, match="Linear has no parameter or buffer 'wieght'"):
+        pure({"wieght": params["weight"]}, {}, torch.ones(1, 2))
+
+
+class WithoutGraph(torch.autograd.Function):
+    """A backward pass that leaves no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(w, x)
+        return (x @ w).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        w, x = ctx.saved_tensors
+        with torch.no_grad():
+            return (2 * grad * x.T @ (x @ w)).detach(), None
+
+
+@pytest.mark.parametrize("settings_", [{}, {"keep_graphs": True}, {"one_pass": True}], ids=str)
+def test_gradients_without_graph_are_refused_and_not_taken_for_a_zero_hessian(settings_: dict[str, Any]):
+    theta, batches = drawn(0, 3)
+    with pytest.raises(RuntimeError, match="no gradient depends on any parameter, so that there is nothing to match"):
+        idgm_grad(lambda w, b: WithoutGraph.apply(w, b[0]), theta, batches, GAMMA, **settings_)
+    found = idgm_grad(lambda w, b: WithoutGraph.apply(w, b[0]), theta, batches, GAMMA, hvp="finite_difference")
+    expected = idgm_grad(lambda w, b: (b[0] @ w).square().sum(), theta, batches, GAMMA)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-6, atol=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from torch_gradmatch.gradients.hvp import HVPS, hessian_vector_product, linearize
+from torch_gradmatch.gradients.hvp import HVPS, hessian_vector_product
 
 EXACT = ["reverse", "forward"]
 ALL = [*EXACT, "finite_difference"]
@@ -111,24 +111,26 @@ def test_sparse_gradients_become_dense(hvp: str):
 
 
 @pytest.mark.parametrize("hvp", ALL)
-def test_a_linearization_evaluates_nothing_before_it_is_asked(hvp: str):
-    calls = []
-    leaves = [torch.ones(2, requires_grad=True)]
+@pytest.mark.parametrize("length", [1e-25, 1e-10, 1.0, 1e10, 1e20])
+def test_very_long_and_very_short_vectors(hvp: str, length: float):
+    theta = torch.tensor([1.0, 2.0])
+    found = hessian_vector_product(lambda p: (p**3).sum(), theta, length * torch.tensor([1.0, -1.0]), hvp)
+    torch.testing.assert_close(found / length, torch.tensor([6.0, -12.0]), rtol=1e-2, atol=0)
 
-    def loss(parts: list[Tensor]) -> Tensor:
-        calls.append(1)
-        return parts[0].pow(3).sum()
 
-    linearization = linearize(hvp, loss, leaves)
-    assert not calls
-    value, gradient = linearization.gradient()
-    assert len(calls) == 1
-    assert value.item() == 2.0
-    assert not value.requires_grad
-    assert gradient[0].tolist() == [3.0, 3.0]
-    assert gradient[0].requires_grad == (hvp == "reverse")  # by double backward it is of use with its graph only
-    linearization.product([torch.ones(2)])
-    assert len(calls) == {"reverse": 1, "forward": 2, "finite_difference": 3}[hvp]
+@pytest.mark.parametrize("hvp", ALL)
+def test_a_vector_of_another_shape_is_refused(hvp: str):
+    with pytest.raises(ValueError, match=r"shapes of params, .*\[\(3,\)\] \(got .*\[\(1,\)\]"):
+        hessian_vector_product(lambda p: (p**3).sum(), torch.ones(3), torch.ones(1), hvp)
+
+
+def test_zero_and_not_a_number():
+    theta = torch.tensor([1.0, 2.0])
+    loss = lambda p: (p**3).sum()  # noqa: E731
+    assert hessian_vector_product(loss, theta, torch.zeros(2), "finite_difference").tolist() == [0.0, 0.0]
+    for bad in (float("nan"), float("inf")):
+        found = hessian_vector_product(loss, theta, torch.tensor([1.0, bad]), "finite_difference")
+        assert not found.isfinite().any()
 
 
 # ------------------------------------------------------------------------------------------- missing derivatives
@@ -213,7 +215,7 @@ def test_bad_arguments():
         ValueError, match=r"hvp should be one of 'reverse', 'forward', 'finite_difference' \(got 'exact'\)"
     ):
         hessian_vector_product(torch.sum, torch.ones(2), torch.ones(2), "exact")
-    with pytest.raises(ValueError, match="vector should have the structure of params"):
+    with pytest.raises(ValueError, match="vector should have the structure and shapes of params"):
         hessian_vector_product(lambda p: p["a"].sum(), {"a": torch.ones(2)}, torch.ones(2))
 
 

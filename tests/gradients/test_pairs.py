@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _reference import mean_pairwise_cosine, pairwise_cosines
+from _reference import mean_pairwise_cosine, pairwise_cosines, with_rest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_gradmatch.gradients.alignment import GradientAlignment, gradient_alignment
-from torch_gradmatch.gradients.pairs import cosines_of_pairs, plot_matrix
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex128]
 
@@ -56,25 +55,27 @@ def test_cosines_are_those_of_each_pair_by_itself(domains: list[list[Tensor | No
     torch.testing.assert_close(measured.cosine.double(), mean_pairwise_cosine(vectors), rtol=0, atol=2e-5)
 
 
+def cosines_of_pairs(domains: list[list[Tensor | None]]) -> Tensor:
+    alignment = GradientAlignment(pairs=True)
+    for gradient in domains:
+        alignment.add(gradient)
+    return alignment.result().cosines
+
+
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32), order=st.permutations(range(4)), factor=st.floats(0.1, 10))
 def test_they_follow_the_order_and_not_the_size(seed: int, order: list[int], factor: float):
     vectors = list(torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-    plain = cosines_of_pairs([{0: g} for g in vectors])
-    moved = cosines_of_pairs([{0: factor * vectors[i]} for i in order])
+    plain = cosines_of_pairs([[g] for g in vectors])
+    moved = cosines_of_pairs([[factor * vectors[i]] for i in order])
     torch.testing.assert_close(moved, plain[order][:, order])
     torch.testing.assert_close(plain, plain.T, rtol=0, atol=1e-15)
 
 
 def test_sparse_gradients_count():
     dense = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    found = cosines_of_pairs([{0: dense.to_sparse()}, {0: torch.tensor([[3.0, 0.0], [1.0, 0.0]])}])
+    found = cosines_of_pairs([[dense.to_sparse()], [torch.tensor([[3.0, 0.0], [1.0, 0.0]])]])
     torch.testing.assert_close(found[0, 1], torch.tensor(1 / 50**0.5))
-
-
-def test_no_gradient_is_an_error():
-    with pytest.raises(RuntimeError, match="no gradient was measured"):
-        cosines_of_pairs([{}, {}])
 
 
 def test_the_gradients_are_copies():
@@ -83,6 +84,51 @@ def test_the_gradients_are_copies():
     gradient.copy_(torch.tensor([0.0, 1.0]))
     alignment.add([gradient])
     assert alignment.result().cosines.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+# ---------------------------------------------------------------------------------------------------------- the rest
+
+
+@st.composite
+def lengths(draw: st.DrawFn) -> list[Tensor]:
+    """Gradients of 1 to 7 domains, of very different lengths, some of them zero."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    sizes = draw(st.lists(st.sampled_from([0.0, 1e-4, 1.0, 1e3]), min_size=1, max_size=7))
+    return [torch.randn(5, generator=generator, dtype=torch.float64) * size for size in sizes]
+
+
+def rest_of(gradients: list[Tensor]) -> Tensor:
+    alignment = GradientAlignment(pairs=True)
+    for g in gradients:
+        alignment.add([g[:2], None, g[2:]])
+    return alignment.result().agreement_with_rest
+
+
+@settings(deadline=None)
+@given(gradients=lengths())
+def test_the_gram_matrix_tells_the_cosine_with_the_sum_of_the_others(gradients: list[Tensor]):
+    torch.testing.assert_close(rest_of(gradients), with_rest(gradients), rtol=0, atol=1e-9)
+
+
+def test_without_pairs_nothing_is_said_of_the_rest():
+    alignment = GradientAlignment()
+    alignment.add([torch.ones(2)])
+    assert alignment.result().agreement_with_rest is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_cancels_counts_as_zero_and_not_as_rounding(dtype: torch.dtype):
+    a, b = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    found = rest_of([a, 3 * a, -4 * a + 1e-5 * b, b])  # the first three's rest says nothing in single precision
+    assert float(found[3]) == pytest.approx(0.0 if dtype == torch.float32 else 1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_neither_underflows_nor_overflows(scale: float):
+    gradients = [scale * g for g in torch.randn(3, 5, generator=torch.Generator().manual_seed(0))]
+    torch.testing.assert_close(
+        rest_of(gradients).double(), with_rest([g.double() for g in gradients]), rtol=0, atol=1e-5
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -107,8 +153,6 @@ def test_gradient_alignment_draws_the_pairs_with_their_names():
         assert gradient_alignment([w], lambda x: (w * x).sum(), list(domains.values()), pairs=True).plot(mine) is mine
         assert [t.get_text() for t in mine.get_xticklabels()] == ["0", "1", "2"]
         plt.close(mine.figure)
-        with pytest.raises(ValueError, match="3 rows of 3 numbers"):
-            plot_matrix([[1.0]], ["a", "b", "c"], "cosine")
     finally:
         plt.close(axes.figure)
 

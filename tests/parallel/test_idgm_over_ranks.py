@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
-from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm, with_rest
+from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm
 from _spread import (
     Batch,
     Collectives,
@@ -37,6 +37,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
+from torch_gradmatch.gradients.functional import idgm_grad
 
 AGREEMENTS = ("inner_product", "variance", "cosine")
 HVPS = {"reverse": 1e-12, "forward": 1e-12, "finite_difference": 1e-5}
@@ -65,7 +66,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def one_step(name: str, batches: list[Batch], **settings: Any) -> Any:
     model = build(name)
     report = by(model, sgd(model), **settings).meta_step(partial(loss_of, model), batches)
-    found = vars(report) | {"agreement_with_rest": report.agreement_with_rest}
+    found = vars(report)
     found |= {"gradients": gradients_of(model), "buffers": buffers_of(model)}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -128,7 +129,6 @@ def check(
     torch.testing.assert_close(found["inner_product"], mean_pairwise_inner_product(vectors), **close)
     torch.testing.assert_close(found["cosine"], mean_pairwise_cosine(vectors), **close)
     torch.testing.assert_close(found["grad_norms"], torch.stack([v.norm() for v in vectors]), **close)
-    torch.testing.assert_close(found["agreement_with_rest"], with_rest(vectors), **close)
 
 
 def any_agreement(gradients: list[dict[str, Tensor]]) -> Tensor:
@@ -143,7 +143,7 @@ def by_samples_only() -> dict[str, Any]:
     found = {
         "function": one_step("tied", batches, agreement=any_agreement, parallel="data"),
         "pairs": one_step("tied", batches, track_alignment="pairs", parallel="data"),
-        "drawn": one_step("tied", batches, hvp_domains=2, parallel="data"),
+        "one pass": one_step("tied", batches, one_pass=True, parallel="data"),
     }
     model = build("batch_norm")
     ddp = DistributedDataParallel(model)
@@ -168,7 +168,11 @@ def test_what_needs_all_gradients_works_by_samples_and_ddp_is_the_plain_module()
     vectors = [torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients]
     cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in vectors]) for b in vectors])
     torch.testing.assert_close(found["pairs"]["cosines"], cosines)
-    assert found["drawn"]["losses"].shape == (3,)
+    once = idgm_grad(
+        lambda p, batch: loss_over(model, batch, 2), dict(model.named_parameters()),
+        domain_batches(3, 1), GAMMA, "variance", one_pass=True,
+    )  # fmt: skip
+    torch.testing.assert_close(found["one pass"]["gradients"], tuple(once.gradient.values()), rtol=1e-9, atol=1e-12)
 
     def flat_agreement(flat: list[Tensor]) -> Tensor:
         sizes = [p.numel() for p in parameters]
@@ -218,7 +222,7 @@ def test_two_all_reduces_by_domains_whatever_their_number_and_one_more_than_doma
     for agreement, (reductions, _, _, _) in everywhere[0].items():
         more = parallel == "domains" and agreement == "cosine"
         assert [n for n in reductions if n > size / 4] == [size] * (large + more)
-        assert len(reductions) == large + more + 3  # numbers of the sums, buffers of two kinds
+        assert len(reductions) == large + more + 4  # numbers of the domains, which buffers moved, buffers of two kinds
 
 
 def test_the_parameters_are_compared_once():
@@ -318,15 +322,15 @@ def refusals() -> dict[str, str]:
     chosen: dict[str, dict[str, Any]] = {
         "function": {"agreement": any_agreement},
         "pairs": {"track_alignment": "pairs"},
-        "drawn": {"hvp_domains": 1},
+        "one pass": {"one_pass": True},
         "one domain": {"parallel": "walks"},
     }
     found = {
         name: error_of(lambda settings=settings: by(plain, sgd(plain), **settings)) for name, settings in chosen.items()
     }
     optimizer = by(plain, sgd(plain))
-    optimizer.method.hvp_domains = 1
-    found["drawn later"] = error_of(optimizer.meta_step, partial(loss_of, plain), batches)
+    optimizer.method.one_pass = True
+    found["one pass later"] = error_of(optimizer.meta_step, partial(loss_of, plain), batches)
     before = copy.deepcopy(plain.state_dict())
     optimizer = by(plain, sgd(plain), parallel="data")
     ddp = DistributedDataParallel(plain)
@@ -348,9 +352,9 @@ def test_what_cannot_be_shared_is_refused():
     for found in on_ranks(2, refusals):
         assert "parallel='data'" in found["function"]
         assert "track_alignment='pairs' needs" in found["pairs"]
-        assert "hvp_domains=1" in found["drawn"]
-        assert "parallel='data'" in found["drawn"]
-        assert found["drawn"] == found["drawn later"]
+        assert "one_pass=True needs the gradients of all domains" in found["one pass"]
+        assert "parallel='data'" in found["one pass"]
+        assert found["one pass"] == found["one pass later"]
         assert "parallel should be one of" in found["one domain"]
         assert "gradient of parameter '0.weight'" in found["ddp unseen"]
         assert "DistributedDataParallel (process_group=..., parallel='data'" in found["ddp unseen"]

@@ -12,9 +12,8 @@ from _spread import error_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from torch_gradmatch.parallel.agreement import check_same_parameters
-from torch_gradmatch.parallel.ranks import Ranks, check_process_group
-from torch_gradmatch.parallel.reduction import average_, sum_
+from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, sum_
+from torch_gradmatch.parallel.same import check_same_parameters
 
 
 def agree() -> dict[str, Any]:
@@ -22,13 +21,13 @@ def agree() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     over_mesh = Ranks([mesh.get_group("inner"), mesh.get_group("outer")], torch.device("cpu"))
     return {
-        "numbers": ranks.agree(None, {"number of batches": 3}, 10 + rank),
-        "one": error_of(ranks.agree, ValueError("the loss is nan") if rank == 1 else None),
-        "memory": error_of(ranks.agree, MemoryError("too much") if rank == 0 else None),
-        "facts": error_of(ranks.agree, None, {"method": "Fish()", "batches": 3 + (rank == 1)}),
-        "mesh": over_mesh.agree(number=rank),
+        "numbers": ranks.vote(None, {"number of batches": 3}, 10 + rank),
+        "one": error_of(ranks.vote, ValueError("the loss is nan") if rank == 1 else None),
+        "memory": error_of(ranks.vote, MemoryError("too much") if rank == 0 else None),
+        "facts": error_of(ranks.vote, None, {"method": "Fish()", "batches": 3 + (rank == 1)}),
+        "mesh": over_mesh.vote(number=rank),
         "gathered": over_mesh.gather(rank),
-        "one of a mesh": error_of(over_mesh.agree, ValueError("no") if rank == 3 else None),
+        "one of a mesh": error_of(over_mesh.vote, ValueError("no") if rank == 3 else None),
     }
 
 
@@ -51,9 +50,9 @@ def test_ranks_learn_every_number_and_raise_what_one_of_them_raises():
 def test_one_process_agrees_with_itself():
     alone = Ranks([], torch.device("cpu"))
     assert not alone
-    assert alone.agree(number=7) == [7]
+    assert alone.vote(number=7) == [7]
     with pytest.raises(ValueError, match="mine"):
-        alone.agree(ValueError("mine"))
+        alone.vote(ValueError("mine"))
     assert check_process_group(None) is None
     with pytest.raises(TypeError, match=r"process_group should be .*\(got int\)"):
         check_process_group(3)

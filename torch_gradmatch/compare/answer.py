@@ -151,7 +151,7 @@ def _exact(rows: Mapping[str, Row], methods: Mapping[str, Method]) -> _Way | Non
         time = 0.0 if cost is None else median(cost.of_erm)
         return cost is None or rows[name].error is not None, other, method.hvp == "finite_difference", time
 
-    whole = [n for n, m in methods.items() if isinstance(m, IDGM) and m.hvp_domains is None and m.gamma != 0]
+    whole = [n for n, m in methods.items() if isinstance(m, IDGM) and not m.one_pass and m.gamma != 0]
     if not whole:
         return None
     return _Way(

@@ -31,12 +31,13 @@ from torch import Tensor
 from torch_gradmatch.compare.trial import Trial
 from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, check_agreement, inner_product
 from torch_gradmatch.gradients.functional import functional_loss, idgm_grad
-from torch_gradmatch.gradients.repeats import check_repeats, precision
+from torch_gradmatch.gradients.replay import check_repeats
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch
+from torch_gradmatch.parallel.foreach import precision
 from torch_gradmatch.slow.inner_state import wants_closure
 
 __all__ = ["ExactTerm", "Fidelity", "agreement_of", "direction_beyond_erm", "fidelity", "name_of", "random_orders"]
@@ -146,7 +147,7 @@ class ExactTerm:
     def __init__(self, trial: Trial, hvp: str = "reverse", agreement: str | Agreement = "inner_product") -> None:
         self._phi = check_agreement(agreement)
         losses = trial.losses()
-        check_repeats(losses, dict(enumerate(trial.losses())), math.sqrt(precision(trial.parameters)))
+        check_repeats(losses, trial.losses(), math.sqrt(precision(trial.parameters)))
         self.agreement = name_of(self._phi)
         self.mean = _mean_gradient(trial)
         change = _distance(_mean_gradient(trial, nudge=True), self.mean)
@@ -236,12 +237,12 @@ def fidelity(
     """
     if wants_closure(trial.optimizer):
         return None
-    if isinstance(method, IDGM) and method.hvp_domains is None:
+    if isinstance(method, IDGM) and not method.one_pass:
         orders = [range(len(trial.batches))]  # no walk: the order changes nothing
     cosines = []
     mean: Vector = []
     for number, order in enumerate(orders):
-        torch.default_generator.manual_seed(number)  # what a method draws for itself, as hvp_domains
+        torch.default_generator.manual_seed(number)
         beyond = direction_beyond_erm(trial, method, exact, order, lr_factor)
         cosines.append(_cosine(beyond, exact.term))
         mean = [m.add_(b) for m, b in zip(mean, beyond, strict=True)] if mean else beyond

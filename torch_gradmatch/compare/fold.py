@@ -22,7 +22,7 @@ from torch_gradmatch.compare.recipes import Recipe, Settings
 from torch_gradmatch.data.meta_batches import meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.gradients.alignment import gradient_alignment
-from torch_gradmatch.gradients.random_state import RandomState
+from torch_gradmatch.gradients.replay import RandomState
 from torch_gradmatch.optimizer import GradMatch
 
 __all__ = ["Split", "Task", "train"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch_gradmatch.gradients.alignment import Alignment
-from torch_gradmatch.gradients.report import MetaStep
+from torch_gradmatch.gradients.alignment import Alignment, MetaStep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +62,7 @@ def agreement_by_domain(steps: Mapping[float, MetaStep | Alignment]) -> dict[Any
             ``agreement_with_rest`` and the domains' names. A domain need not be in every one.
 
     Returns:
-        By the domain's name, positions and cosines, without those that are NaN.
+        By the domain's name, positions and cosines.
 
     Raises:
         ValueError: If a report lacks either.
@@ -72,15 +70,14 @@ def agreement_by_domain(steps: Mapping[float, MetaStep | Alignment]) -> dict[Any
     curves: dict[Any, tuple[list[float], list[float]]] = {}
     for position, step in steps.items():
         if step.agreement_with_rest is None or step.domains is None:
-            what = "agreement_with_rest: pass the method track_alignment=True"
+            what = "agreement_with_rest: pass the method track_alignment='pairs'"
             if step.agreement_with_rest is not None:
                 what = "the domains' names: pass meta_step() a mapping, or lists by meta_batches() from a sampler"
             raise ValueError(f"the report at {position} lacks {what}")
         for name, value in zip(step.domains, step.agreement_with_rest.tolist(), strict=True):
-            if not math.isnan(value):
-                positions, values = curves.setdefault(name, ([], []))
-                positions.append(position)
-                values.append(value)
+            positions, values = curves.setdefault(name, ([], []))
+            positions.append(position)
+            values.append(value)
     return curves
 
 

@@ -85,7 +85,7 @@ def default_methods(model: nn.Module, lr: float, domains: int) -> dict[str, Meth
         "SmoothFish, symmetric": SmoothFish(gamma, inner_lr=lr, model=model, symmetric=True),
         "IDGM": IDGM(model, gamma, "inner_product"),
         "IDGM, keep_graphs": IDGM(model, gamma, "inner_product", keep_graphs=True),
-        "IDGM, hvp_domains=1": IDGM(model, gamma, "inner_product", hvp_domains=1),
+        "IDGM, one_pass": IDGM(model, gamma, "inner_product", one_pass=True),
         "IDGM, forward": IDGM(model, gamma, "inner_product", hvp="forward"),
         "IDGM, finite_difference": IDGM(model, gamma, "inner_product", hvp="finite_difference"),
     }

@@ -1,9 +1,9 @@
 r"""How much the gradients of S domains agree: the function :math:`\phi(G_1, \ldots, G_S)` that matching raises.
 
 Each agreement stands here twice. As a plain function of all gradients, which composes with ``torch.func``:
-:func:`inner_product`, :func:`variance`, :func:`cosine`. And as running sums, from which the two-pass engine takes the
-cotangents :math:`v_i = \partial\phi/\partial G_i` while it holds no more than one domain's gradient
-(:func:`running_agreement`).
+:func:`inner_product`, :func:`variance`, :func:`cosine`. And by its cotangents :math:`v_i = \partial\phi/\partial G_i`,
+which for all three are of one form, :math:`v_i = s_i\,(\Sigma + r_i G_i)`, so that sums over the domains are all that
+is kept (:class:`NamedAgreement`).
 
 With :math:`\Sigma = \sum_j G_j`, :math:`\bar G = \Sigma / S`, :math:`u_i = G_i / |G_i|` and :math:`U = \sum_j u_j`:
 
@@ -11,7 +11,7 @@ With :math:`\Sigma = \sum_j G_j`, :math:`\bar G = \Sigma / S`, :math:`u_i = G_i 
 agreement      :math:`\phi`                                        :math:`v_i`
 ============== =================================================== ==========================================
 inner product  :math:`\frac1{S(S-1)}\sum_{i\ne j} G_i\cdot G_j`    :math:`\frac2{S(S-1)}(\Sigma - G_i)`
-variance       :math:`-\frac1S\sum_i|G_i-\bar G|^2`                :math:`-\frac2S(G_i-\bar G)`
+variance       :math:`-\frac1S\sum_i|G_i-\bar G|^2`                :math:`\frac2{S^2}(\Sigma - S\,G_i)`
 cosine         :math:`\frac1{S(S-1)}\sum_{i\ne j} u_i\cdot u_j`    :math:`\frac2{S(S-1)|G_i|}(U-(u_i\cdot U)u_i)`
 ============== =================================================== ==========================================
 
@@ -21,30 +21,32 @@ pairs). It is unbounded above, so a loss that rewards it is unbounded below; the
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice, check_int, check_number
-from torch_gradmatch.gradients.alignment import GradientAlignment
+from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment, accumulate
+from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, by_kind, is_sharded, squared_norm
+from torch_gradmatch.parallel.shards import sharded_like
 
 __all__ = [
     "AGREEMENTS",
     "Agreement",
-    "RunningAgreement",
+    "NamedAgreement",
+    "OwnAgreement",
+    "check_agreement",
     "cosine",
     "fish_gamma",
     "inner_product",
-    "running_agreement",
     "variance",
 ]
 
 Agreement = Callable[[Sequence[Any]], Tensor]
-Vector = Sequence[Tensor | None]  # one tensor for each parameter; None where a loss does not depend on it
 
 
 def fish_gamma(lr: float, num_domains: int) -> float:
@@ -73,20 +75,25 @@ def fish_gamma(lr: float, num_domains: int) -> float:
 # -------------------------------------------------------------------------------------- functions of all the gradients
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Return the real inner product of two gradients, in at least single precision."""
-    products = []
-    for x, y in zip(a, b, strict=True):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        products.append((x.to(wide) * y.to(wide).conj()).real.sum())
-    return torch.stack([p.to(products[0].device, products[0].dtype) for p in products]).sum()
-
-
 def _all_leaves(gradients: Sequence[Any], fewest: int) -> list[list[Tensor]]:
-    leaves = [tree_leaves(g) for g in gradients]
-    if len(leaves) < fewest:
-        raise ValueError(f"gradients should hold the gradients of at least {fewest} domains (got {len(leaves)})")
-    return leaves
+    """Return each gradient's tensors, of one structure and of one order, in at least single precision."""
+    if len(gradients) < fewest:
+        raise ValueError(f"gradients should hold the gradients of at least {fewest} domains (got {len(gradients)})")
+    first, structure = tree_flatten(gradients[0])
+    found = []
+    for gradient in gradients:
+        leaves = structure.flatten_up_to(gradient)  # by key: dictionaries need not have one order
+        shapes = [[tuple(getattr(t, "shape", ())) for t in tensors] for tensors in (first, leaves)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"gradients should all have the shapes of the first, {shapes[0]} (got {shapes[1]!s:.200})")
+        found.append([t.to(WIDE.get(t.dtype, t.dtype)) for t in leaves])
+    return found
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Return the real inner product of two gradients."""
+    products = [(x * y.conj()).real.sum() for x, y in zip(a, b, strict=True)]
+    return torch.stack([p.to(products[0].device, products[0].dtype) for p in products]).sum()
 
 
 def _pairwise(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -102,13 +109,14 @@ def inner_product(gradients: Sequence[Any]) -> Tensor:
     r"""Return the mean inner product over pairs of domains (the GIP), :math:`\frac1{S(S-1)}\sum_{i\ne j}G_i\cdot G_j`.
 
     Args:
-        gradients: The gradient of each of S >= 2 domains: tensors, or dictionaries, lists or tuples of tensors.
+        gradients: The gradient of each of S >= 2 domains: tensors, or dictionaries, lists or tuples of tensors, of the
+            same keys and shapes.
 
     Returns:
         Shape (); differentiable.
 
     Raises:
-        ValueError: If there are fewer than two gradients.
+        ValueError: If there are fewer than two gradients, or they have other shapes.
 
     Example:
         >>> import torch
@@ -128,7 +136,7 @@ def variance(gradients: Sequence[Any]) -> Tensor:
         Shape (); differentiable.
 
     Raises:
-        ValueError: If there is no gradient.
+        ValueError: If there is no gradient, or they have other shapes.
 
     Example:
         >>> import torch
@@ -151,7 +159,7 @@ def cosine(gradients: Sequence[Any]) -> Tensor:
         Shape (); differentiable where no gradient is zero.
 
     Raises:
-        ValueError: If there are fewer than two gradients.
+        ValueError: If there are fewer than two gradients, or they have other shapes.
 
     Example:
         >>> import torch
@@ -167,176 +175,7 @@ def cosine(gradients: Sequence[Any]) -> Tensor:
     return _pairwise(units)
 
 
-# ------------------------------------------------------------------------------------------------------- running sums
-
-
-class RunningAgreement(ABC):
-    """An agreement that takes in one domain's gradient after the other and then hands out cotangents.
-
-    Args:
-        sums: Running sums over the same gradients, kept by the caller; each gradient is added here first.
-        domains: S, the number of gradients to come.
-    """
-
-    def __init__(self, sums: GradientAlignment, domains: int) -> None:
-        self.sums = sums
-        self.domains = domains
-
-    def add(self, gradient: Vector) -> None:  # noqa: B027  most need nothing but the sums
-        """Take in one domain's gradient, before the sums do.
-
-        Args:
-            gradient: One tensor for each parameter, or None.
-        """
-
-    def numbers(self) -> list[Tensor]:
-        """Return what :meth:`merge` needs of every rank.
-
-        Returns:
-            Numbers of which the sums over the ranks are taken.
-        """
-        return []
-
-    def merge(self, between: Tensor, totals: Sequence[Tensor]) -> None:  # noqa: B027  most need nothing but the sums
-        """Take in what the other ranks have taken in, after the sums have.
-
-        Args:
-            between: As :meth:`~torch_gradmatch.alignment.GradientAlignment.merge` returns it.
-            totals: The sums of all ranks' :meth:`numbers`.
-        """
-
-    @abstractmethod
-    def value(self) -> Tensor:
-        """Return phi of all the gradients taken in.
-
-        Returns:
-            Shape ().
-        """
-
-    @abstractmethod
-    def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:
-        """Return v_i, the derivative of phi by one domain's gradient.
-
-        Args:
-            domain: i, from 0.
-            gradient: That domain's gradient, once more: nothing but sums is kept of it.
-
-        Returns:
-            One tensor like each of the gradient's, None where that is None.
-        """
-
-
-class _InnerProduct(RunningAgreement):
-    def value(self) -> Tensor:
-        return self.sums.result().inner_product
-
-    def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:  # noqa: ARG002
-        return self.sums.combined(gradient, -1, 2 / (self.domains * (self.domains - 1)))
-
-
-class _Variance(RunningAgreement):
-    def __init__(self, sums: GradientAlignment, domains: int) -> None:
-        super().__init__(sums, domains)
-        self._squares: list[Tensor] = []
-
-    def add(self, gradient: Vector) -> None:
-        # Welford, 1962: the squared distances from the mean of all, by each gradient's distance from the mean so far.
-        before = len(self.sums)
-        if before:
-            squared = self.sums.squared_distance(gradient, scale=1 / before)
-            self._squares.append(squared * (before / (before + 1)))
-
-    def numbers(self) -> list[Tensor]:
-        return [torch.stack(self._squares).sum() if self._squares else self.sums.norm(0).new_zeros(())]
-
-    def merge(self, between: Tensor, totals: Sequence[Tensor]) -> None:
-        self._squares = [between, totals[0].to(between.dtype)]
-
-    def value(self) -> Tensor:
-        return -torch.stack(self._squares).sum() / self.domains
-
-    def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:  # noqa: ARG002
-        return self.sums.combined(gradient, -self.domains, 2 / self.domains**2)
-
-
-class _Cosine(RunningAgreement):
-    def __init__(self, sums: GradientAlignment, domains: int) -> None:
-        super().__init__(sums, domains)
-        if not sums.cosines:
-            raise ValueError(
-                "agreement='cosine' needs running sums with cosines: pass GradientAlignment() (got "
-                "GradientAlignment(cosines=False))"
-            )
-
-    def value(self) -> Tensor:
-        cosine = self.sums.result().cosine
-        assert cosine is not None
-        return cosine
-
-    def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:
-        norm = self.sums.norm(domain)
-        reciprocal = torch.where(norm > 0, torch.where(norm > 0, norm, 1.0).reciprocal(), 0.0)
-        along = self.sums.dot_unit_total(gradient) * reciprocal
-        scale = 2 / (self.domains * (self.domains - 1)) * reciprocal
-        return self.sums.combined(gradient, -along * reciprocal, scale, unit=True)
-
-
-class _Held(RunningAgreement):
-    """Any differentiable function of the gradients: all of them are held, and its derivative is autograd's."""
-
-    def __init__(self, sums: GradientAlignment, domains: int, function: Agreement, like: Any) -> None:
-        super().__init__(sums, domains)
-        self._function = function
-        self._zeros, self._structure = tree_flatten(like)
-        self._gradients: list[list[Tensor]] = []
-        self._differentiated: tuple[Tensor, list[Tensor]] | None = None
-
-    def add(self, gradient: Vector) -> None:
-        held = [torch.zeros_like(z) if g is None else g.detach() for g, z in zip(gradient, self._zeros, strict=True)]
-        self._gradients.append(held)
-
-    def _differentiate(self) -> tuple[Tensor, list[Tensor]]:
-        """Return phi and its derivative by every tensor of every gradient, one after the other."""
-        if self._differentiated is None:
-            with torch.enable_grad():
-                leaves = [[t.requires_grad_() for t in gradient] for gradient in self._gradients]
-                value = self._function([tree_unflatten(gradient, self._structure) for gradient in leaves])
-                self._check(value)
-                every = [t for gradient in leaves for t in gradient]
-                derivative = torch.autograd.grad(value.reshape(()), every, allow_unused=True, materialize_grads=True)
-            self._differentiated = (value.detach().reshape(()), list(derivative))
-            self._gradients = []
-        return self._differentiated
-
-    def _check(self, value: Any) -> None:
-        name = getattr(self._function, "__name__", repr(self._function))
-        if not isinstance(value, Tensor):
-            raise TypeError(f"agreement {name} should return a scalar tensor (got {type(value).__name__})")
-        if value.numel() != 1 or value.is_complex() or not value.is_floating_point():
-            raise ValueError(
-                f"agreement {name} should return a real scalar tensor (got shape {tuple(value.shape)}, {value.dtype})"
-            )
-        if not value.requires_grad:
-            raise ValueError(
-                f"agreement {name} returned a value that does not depend on the gradients in a differentiable way: "
-                "was it detached or turned into a number?"
-            )
-
-    def value(self) -> Tensor:
-        return self._differentiate()[0]
-
-    def cotangent(self, domain: int, gradient: Vector) -> list[Tensor | None]:
-        derivative = self._differentiate()[1]
-        own = derivative[domain * len(self._zeros) : (domain + 1) * len(self._zeros)]
-        return [None if g is None else v for g, v in zip(gradient, own, strict=True)]
-
-
 AGREEMENTS: dict[str, Agreement] = {"inner_product": inner_product, "variance": variance, "cosine": cosine}
-_RUNNING: list[tuple[Agreement, type[RunningAgreement]]] = [
-    (inner_product, _InnerProduct),
-    (variance, _Variance),
-    (cosine, _Cosine),
-]
 
 
 def check_agreement(agreement: str | Agreement) -> Agreement:
@@ -353,29 +192,139 @@ def check_agreement(agreement: str | Agreement) -> Agreement:
     """
     if callable(agreement):
         return agreement
-    try:
-        return AGREEMENTS[check_choice("agreement", agreement, AGREEMENTS)]
-    except ValueError as error:
-        raise ValueError(f"{error}, or a function of the list of gradients") from None
+    return AGREEMENTS[check_choice("agreement", agreement, AGREEMENTS, ", or a function of the list of gradients")]
 
 
-def running_agreement(agreement: str | Agreement, sums: GradientAlignment, domains: int, like: Any) -> RunningAgreement:
-    """Make the running form of an agreement; that of the three named ones holds no gradients.
+# ---------------------------------------------------------------------------------------------------------- cotangents
+
+
+@dataclass
+class NamedAgreement:
+    """One of the three named agreements, of which sums over the domains are kept.
 
     Args:
-        agreement: The name of one, or a function of the gradients.
-        sums: Running sums, to which the caller adds each gradient after adding it here; for the cosine with cosines.
+        function: :func:`inner_product`, :func:`variance` or :func:`cosine`.
+        sums: Running sums over the same gradients, kept by the caller; for the cosine with those of unit gradients.
         domains: S.
-        like: The parameters: a function gets the gradients in the same structure.
-
-    Returns:
-        The running form.
-
-    Raises:
-        ValueError: If the agreement is unknown, or is the cosine and the sums are without.
     """
-    function = check_agreement(agreement)
-    for named, running in _RUNNING:
-        if function is named:
-            return running(sums, domains)
-    return _Held(sums, domains, function, like)
+
+    function: Agreement
+    sums: GradientAlignment
+    domains: int
+
+    def value(self, measured: Alignment) -> Tensor | None:
+        """Return phi of all the gradients taken in, from what the sums measure."""
+        if self.function is variance and self.sums.of_sum is not None:
+            spread = self.sums.of_sum / self.domains**2 - torch.stack(self.sums.squares).mean()
+            return spread.clamp(max=0.0).to(measured.inner_product.dtype)
+        return measured.cosine if self.function is cosine else measured.inner_product
+
+    @torch.no_grad()
+    def cotangent(self, domain: int, gradient: Vector, *, one_pass: bool = False) -> list[Tensor | None]:
+        r"""Return :math:`v_i = s_i\,(\Sigma + r_i G_i)`, the derivative of phi by one domain's gradient.
+
+        In one pass only the gradients before it are known, and it itself. With twice the sum of those before in the
+        place of the sum of the others, so that :math:`2\Sigma_{\le i} - G_i` is in that of :math:`\Sigma`, an order and
+        its reverse together give :math:`2 v_i`.
+
+        Args:
+            domain: i, from 0, in the order in which the sums took the gradients in.
+            gradient: That domain's gradient, once more: nothing but sums is kept of it.
+            one_pass: Whether those of later domains are not in the sums yet.
+
+        Returns:
+            One tensor like each of the gradient's, None where that is None.
+        """
+        total, size, weight = self.sums.total, self.domains, 2 if one_pass else 1
+        pairs = size * (size - 1)
+        scale: float | Tensor = 2 / pairs
+        ratio: float | Tensor = -weight
+        if self.function is variance:
+            scale, ratio = 2 / size**2, -(size + weight - 1)
+        elif self.function is cosine:
+            total, square = self.sums.units, self.sums.squares[domain]
+            reciprocal = square.clamp(min=1e-60).rsqrt() * (square > 0)
+            scale, ratio = scale * reciprocal, -weight * reciprocal * _along(gradient, total, reciprocal)
+        found: list[Tensor | None] = [None] * len(gradient)
+        for positions, (own, sums) in by_kind(gradient, total):
+            device, dtype = sums[0].device, sums[0].dtype.to_real()
+            of_own, of_all = (c.to(device, dtype) if isinstance(c, Tensor) else c for c in (ratio, scale))
+            wide = own if own[0].dtype == sums[0].dtype else [g.to(sums[0].dtype) for g in own]
+            parts = torch._foreach_mul(wide, of_own)
+            torch._foreach_add_(parts, sums, alpha=weight)
+            torch._foreach_mul_(parts, of_all)
+            for position, part in zip(positions, parts, strict=True):
+                like, part = gradient[position], part.to(own[0].dtype)
+                found[position] = sharded_like(part, like) if like is not None and is_sharded(like) else part
+        return found
+
+
+def _along(gradient: Vector, total: Vector, reciprocal: Tensor) -> Tensor:
+    r"""Return :math:`u_i \cdot U`, by :math:`(|U + u_i|^2 - |U - u_i|^2) / 4`: few operations for all parameters."""
+    unit: list[Tensor | None] = []
+    accumulate(unit, gradient, reciprocal)
+    squares = []
+    for sign in (1.0, -1.0):
+        moved = [None if u is None else t for t, u in zip(total, unit, strict=True)]
+        ends: list[Tensor | None] = []
+        accumulate(ends, moved)
+        add_all_(ends, unit, sign)
+        squares.append(squared_norm([end for end in ends if end is not None]))
+    return (squares[0] - squares[1]) / 4
+
+
+class OwnAgreement:
+    """Any differentiable function of the gradients: all of them are held, and its derivative is autograd's.
+
+    Args:
+        function: Takes the list of the domains' gradients.
+        like: The parameters, in whose structure the function gets each gradient.
+    """
+
+    def __init__(self, function: Agreement, like: Any) -> None:
+        self.function = function
+        self._like, self._structure = tree_flatten(like)
+        self._gradients: list[list[Tensor]] = []
+        self._differentiated: tuple[Tensor, list[Tensor]] | None = None
+
+    def add(self, gradient: Vector) -> None:
+        """Take in one domain's gradient, which is held."""
+        pairs = zip(gradient, self._like, strict=True)
+        self._gradients.append([torch.zeros_like(z) if g is None else g.detach() for g, z in pairs])
+
+    def _differentiate(self) -> tuple[Tensor, list[Tensor]]:
+        """Return phi and its derivative by every tensor of every gradient, one after the other."""
+        if self._differentiated is None:
+            with torch.enable_grad():
+                leaves = [[t.requires_grad_() for t in gradient] for gradient in self._gradients]
+                value = self.function([tree_unflatten(gradient, self._structure) for gradient in leaves])
+                self._check(value)
+                every = [t for gradient in leaves for t in gradient]
+                derivative = torch.autograd.grad(value.reshape(()), every, allow_unused=True, materialize_grads=True)
+            self._differentiated = (value.detach().reshape(()), list(derivative))
+            self._gradients = []
+        return self._differentiated
+
+    def _check(self, value: Any) -> None:
+        name = getattr(self.function, "__name__", repr(self.function))
+        if not isinstance(value, Tensor):
+            raise TypeError(f"agreement {name} should return a scalar tensor (got {type(value).__name__})")
+        if value.numel() != 1 or value.is_complex() or not value.is_floating_point():
+            raise ValueError(
+                f"agreement {name} should return a real scalar tensor (got shape {tuple(value.shape)}, {value.dtype})"
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                f"agreement {name} returned a value that does not depend on the gradients in a differentiable way: "
+                "was it detached or turned into a number?"
+            )
+
+    def value(self, measured: Alignment) -> Tensor:  # noqa: ARG002
+        """Return phi of all the gradients taken in. See :meth:`NamedAgreement.value`."""
+        return self._differentiate()[0]
+
+    def cotangent(self, domain: int, gradient: Vector, *, one_pass: bool = False) -> list[Tensor | None]:
+        """Return the derivative of phi by one domain's gradient. See :meth:`NamedAgreement.cotangent`."""
+        assert not one_pass
+        own = self._differentiate()[1][domain * len(self._like) : (domain + 1) * len(self._like)]
+        return [None if g is None else v for g, v in zip(gradient, own, strict=True)]

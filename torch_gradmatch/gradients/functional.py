@@ -10,8 +10,8 @@ Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104
 Any agreement :math:`\phi` has the gradient :math:`\sum_i H_i v_i` with cotangents :math:`v_i = \partial\phi/\partial
 G_i` and :math:`H_i` the Hessian of :math:`L_i`. :func:`idgm_loss` is the scalar itself, which composes with
 ``torch.func.grad``, ``jvp`` and ``vmap`` and holds the graphs of all domains. :func:`idgm_grad` is the engine for
-training: a first pass for the gradients and the cotangents, a second one with a Hessian-vector product for each domain,
-and one domain's graph alive at a time.
+training (:mod:`torch_gradmatch.gradients.engine`): a first pass for the gradients and the cotangents, a second one
+with a Hessian-vector product for each domain, and one domain's graph alive at a time; or all in one pass.
 
 A loss function is ``loss_fn(params, batch)``, returning a scalar. One with buffers (BatchNorm's statistics, say) is
 ``loss_fn(params, buffers, batch)``, returning the scalar and the new buffers: pass ``buffers``, and they go from one
@@ -20,55 +20,22 @@ domain to the next. :func:`functional_loss` makes the latter of a module and a t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
-from torch.profiler import record_function
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from torch_gradmatch._checks import (
-    check_bool,
-    check_int,
-    check_loss,
-    check_num_domains,
-    check_number,
-    check_reached,
-    evaluating,
-)
-from torch_gradmatch.gradients.agreement import (
-    AGREEMENTS,
-    Agreement,
-    RunningAgreement,
-    check_agreement,
-    cosine,
-    running_agreement,
-)
+from torch_gradmatch._checks import check_bool, check_num_domains, check_number, named_batches
+from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, check_agreement
 from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
-from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment
-from torch_gradmatch.gradients.backward import check_backward
-from torch_gradmatch.gradients.flat import Vector, WeightedSum
-from torch_gradmatch.gradients.hvp import (
-    Check,
-    Linearization,
-    check_hvp,
-    differentiable_attention,
-    first_order,
-    linearize,
-    sum_of_products,
-)
-from torch_gradmatch.gradients.over_ranks import Alone
-from torch_gradmatch.gradients.random_state import RandomState, devices_of
-from torch_gradmatch.gradients.repeats import check_repeats, precision
-from torch_gradmatch.parallel.foreach import clone_all, detach_all, in_transform, is_sharded, local_of
-from torch_gradmatch.parallel.ranks import Ranks
-from torch_gradmatch.parallel.shards import groups_of, sharded_like
+from torch_gradmatch.gradients.alignment import Alignment
+from torch_gradmatch.gradients.engine import Engine
+from torch_gradmatch.gradients.hvp import check_hvp, differentiable_attention
+from torch_gradmatch.gradients.replay import Replay, check_repeats
+from torch_gradmatch.parallel.foreach import clone_all, detach_all, in_transform, is_sharded
 
 __all__ = [
     "DomainGradients",
@@ -111,9 +78,6 @@ class IDGMGradient(NamedTuple):
         alignment: Inner product and norms of the domains' gradients, whatever phi is; the cosine where it was asked
             for or is phi.
         buffers: As the last domain left them, or None.
-        losses_again: What was found where a loss was evaluated once more at the same parameters, by number of the
-            domain, each of shape ().
-        tolerance: By how much of the mean loss these may differ from the losses and count as rounding.
         gamma: As given, or as found; None where none could be found.
     """
 
@@ -123,8 +87,6 @@ class IDGMGradient(NamedTuple):
     agreement: Tensor
     alignment: Alignment
     buffers: Any
-    losses_again: dict[int, Tensor]
-    tolerance: float
     gamma: float | None
 
 
@@ -146,7 +108,7 @@ def functional_loss(
     """Turn a loss function that calls a model as usual into a pure function of parameters and buffers.
 
     While it runs, the model holds the tensors passed; afterwards its own again. Tied weights stay tied. What is not
-    passed is used as the model has it.
+    passed is used as the model has it at that time.
 
     Args:
         model: The model that ``loss_fn`` calls.
@@ -154,7 +116,8 @@ def functional_loss(
 
     Returns:
         ``pure(params, buffers, batch)``, returning the loss and the new buffers; both dictionaries have the names of
-        ``model.named_parameters()`` and ``model.named_buffers()``. The buffers passed are not written to.
+        ``model.named_parameters()`` and ``model.named_buffers()``; another name is a ``ValueError``. The buffers
+        passed are not written to.
 
     Example:
         >>> import torch
@@ -164,9 +127,16 @@ def functional_loss(
         >>> loss, buffers
         (tensor(11.), {})
     """
-    closure, own = _Closure(model, loss_fn), dict(model.named_parameters())
+    closure = _Closure(model, loss_fn)
 
     def pure(params: dict[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Buffers]:
+        own = dict(model.named_parameters(remove_duplicate=False))
+        known = own.keys() | dict(model.named_buffers(remove_duplicate=False)).keys()
+        if not known.issuperset([*params, *buffers]):
+            unknown = [name for name in (*params, *buffers) if name not in known]
+            raise ValueError(
+                f"{type(model).__name__} has no parameter or buffer {unknown[0]!r}: is it another model's?"
+            )
         held = {f"model.{name}": tensor for name, tensor in params.items() if own.get(name) is not tensor}
         copies = zip(buffers, clone_all(list(buffers.values())), strict=True)
         held |= {f"model.{name}": copy for name, copy in copies}
@@ -175,6 +145,7 @@ def functional_loss(
         after = detach_all([held[f"model.{name}"] for name in buffers])
         return loss, dict(zip(buffers, after, strict=True))
 
+    pure.closure = closure  # type: ignore[attr-defined]
     return pure
 
 
@@ -268,46 +239,7 @@ def idgm_loss(
     return objective if buffers is None else (objective, found.buffers)
 
 
-# ---------------------------------------------------------------------------------------------------- the two passes
-
-
-class _Domain:
-    """One domain's loss as a function of the leaves; every evaluation sees the same buffers and random numbers."""
-
-    def __init__(self, pure: PureLoss, structure: Any, batch: Any, index: int, devices: set[torch.device]) -> None:
-        self._pure = pure
-        self._structure = structure
-        self._batch = batch
-        self._index = index
-        self._devices = devices | devices_of(batch)
-        self._random: RandomState | None = None
-        self._is_next = True
-        self._evaluated = False
-        self.replays = True  # whether it will be evaluated more than once
-        self.buffers: Any = None
-        self.buffers_after: Any = None
-
-    def enter(self, buffers: Any) -> None:
-        """Set the buffers that the domain begins with; the next evaluation sets those that it leaves."""
-        self.buffers, self.buffers_after = buffers, None
-        self._is_next = True
-
-    def release(self) -> None:
-        """Hold no buffers any more."""
-        self.buffers = self.buffers_after = None
-
-    def __call__(self, leaves: list[Tensor]) -> Tensor:
-        if self._random is not None:
-            self._random.restore()
-        elif self.replays:
-            self._random = RandomState.capture(self._devices)
-        with evaluating(self._index, again=self._evaluated):
-            loss, buffers = self._pure(tree_unflatten(leaves, self._structure), self.buffers, self._batch)
-        self._evaluated = True
-        if self._is_next:  # a plain evaluation at the parameters, not one inside a transform or displaced
-            self.buffers_after, self._is_next = buffers, False
-            return check_loss(loss, self._index)
-        return loss.reshape(())
+# ------------------------------------------------------------------------------------------------------- the gradient
 
 
 def idgm_grad(
@@ -319,15 +251,12 @@ def idgm_grad(
     *,
     strength: float = 0.1,
     hvp: str = "reverse",
-    hvp_domains: int | None = None,
     keep_graphs: bool = False,
+    one_pass: bool = False,
     buffers: Any = None,
-    generator: torch.Generator | None = None,
     cosines: bool = False,
-    sums: GradientAlignment | None = None,
     check: bool = True,
     compare: bool = False,
-    over: Alone | None = None,
 ) -> IDGMGradient:
     r"""Return the gradient of :func:`idgm_loss` by two passes: :math:`\bar G - \gamma\sum_i H_i v_i`.
 
@@ -355,31 +284,27 @@ def idgm_grad(
         strength: How long the matching part is to be, as a multiple of the mean gradient; for ``gamma=None``.
         hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see :mod:`torch_gradmatch.gradients.hvp`. The
             last moves the parameters for the time of an evaluation.
-        hvp_domains: In the second pass take only this many domains, drawn at random, and weigh them by
-            S/``hvp_domains``: unbiased. None for all.
-        keep_graphs: Keep the graph of each domain's gradient from the first pass (with the two hvps that have none,
-            the gradient), instead of evaluating it again: less time, memory that grows with S.
+        keep_graphs: Keep the graph of each domain's gradient from the first pass, instead of evaluating it again: less
+            time, memory that grows with S. For ``hvp="reverse"``: the other two have no graph.
+        one_pass: Match each domain with those before it, counted twice: unbiased over random orders of the domains, and
+            the mean of an order and its reverse is exact. Each domain is evaluated once (by ``"reverse"``), and one
+            graph is alive. For the named agreements.
         buffers: The first domain's, for a loss function that takes them.
-        generator: Draws the domains for ``hvp_domains``; torch's own if None.
-        cosines: Whether to measure the mean cosine, too, whatever phi is, and each gradient's with the sum of the
-            others: exact for the domains of the second pass, at one pass more over each gradient; NaN for the rest.
-        sums: Running sums to use, so that their layout is made once for many calls. They are reset and afterwards
-            released. None for new ones; else they are with cosines where these are needed.
-        check: Whether to refuse a loss that is not the same in both passes; waits for an accelerator once. Without it
-            the result says what they were.
+        cosines: Whether to measure the mean cosine, too, whatever phi is.
+        check: Whether to refuse a loss that is not the same in both passes; waits for an accelerator once.
         compare: Whether to compare the first gradient that is differentiated again with one by ``backward()`` of the
-            same evaluation, and to refuse what differs; waits for an accelerator.
-        over: How other processes share the evaluations; ``batches`` are then this rank's.
+            same evaluation, and the first difference of gradients with its transpose, and to refuse what differs; waits
+            for an accelerator.
 
     Returns:
         The gradient, in the parameters' dtypes, and what was measured on the way.
 
     Raises:
-        RuntimeError: If an operation lacks the derivative that ``hvp`` needs.
+        RuntimeError: If an operation lacks the derivative that ``hvp`` needs, or no gradient depends on a parameter.
         TypeError: If a loss or the agreement's value is no tensor.
         ValueError: If there are fewer than two batches, a loss is not a scalar, depends on no parameter or is another
-            one when it is evaluated again, a gradient is another one by ``backward()``, or another argument is out of
-            range.
+            one when it is evaluated again, a gradient is another one by ``backward()``, a parameter stands twice in
+            ``params``, or another argument is out of range.
 
     Example:
         >>> import torch
@@ -392,251 +317,104 @@ def idgm_grad(
         >>> found.gradient, found.gamma
         (tensor(-3.6000), 0.025)
     """
-    batches = list(batches)
+    batches = named_batches(batches)[1]
+    if buffers is None and isinstance(getattr(loss_fn, "closure", None), _Closure):
+        raise ValueError("loss_fn is a functional_loss, which takes buffers: pass buffers=dict(model.named_buffers())")
     flat, structure = tree_flatten(params)
-    if over is None:
-        over = Alone(Ranks(groups_of(flat), next((p.device for p in flat), torch.device("cpu"))))
-    domains = check_num_domains(over.domains(len(batches)))
+    check_num_domains(len(batches))
     gamma = None if gamma is None else check_number("gamma", gamma, at_least=0)
     strength = check_number("strength", strength, above=0)
-    check_hvp(hvp, flat)
-    number = domains if hvp_domains is None else _check_hvp_domains(hvp_domains, domains)
-    chosen = list(range(len(batches)))
-    if number < domains:
-        chosen = over.chosen(sorted(torch.randperm(domains, generator=generator)[:number].tolist()))
-    if gamma == 0:
-        chosen = []
+    phi = check_passes(agreement, hvp, keep_graphs=keep_graphs, one_pass=one_pass, parameters=flat)
+    if len({id(p) for p in flat}) < len(flat):
+        raise ValueError("params holds a tensor twice, which would count twice: pass it under one name")
     # A model's own parameters stay themselves: a loss may use them past the model, as a penalty on a list of them does.
     leaves = [leaf if leaf.is_leaf and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in flat]
-    if sums is None:
-        sums = GradientAlignment(cosines=check_bool("cosines", cosines) or check_agreement(agreement) is cosine)
-    elif cosines and not sums.cosines:
-        raise ValueError(
-            "cosines=True needs running sums with cosines: pass GradientAlignment() (got "
-            "GradientAlignment(cosines=False))"
-        )
-    sums.reset()
-    sharded = any(map(is_sharded, leaves))
-    if sharded and check_agreement(agreement) not in AGREEMENTS.values():
-        raise ValueError(
-            f"agreement should be one of {sorted(AGREEMENTS)} where parameters are sharded (got a function): no rank "
-            "holds a whole gradient to hand to it"
-        )
-    if sharded or over.reduces:
-        sums.reserve(leaves)
-    phi = running_agreement(agreement, sums, domains, params)
-    agrees = None
-    if check_bool("compare", compare) and not in_transform():
-        agrees = partial(check_backward, names=_names(params))
-    passes = _TwoPasses(_with_buffers(loss_fn, buffers), leaves, structure, batches, buffers or {}, hvp, over, agrees)
-    try:
-        with differentiable_attention(hvp) if chosen else nullcontext():
-            losses, buffers_after = passes.first(phi, sums, chosen, keep_graphs=keep_graphs)
-            losses = over.merge(phi, sums, losses)
-            value, measured = phi.value(), sums.result()
-            compares, with_rest = cosines and not sums.pairs, dict[int, Tensor]()
-            if not chosen:
-                direction = sums.mean()
-            elif gamma is None:
-                direction, matching = sums.mean(), sums.mean(0.0)  # the gradients of all ranks are in the sums
-                with_rest = passes.second(phi, sums, chosen, matching, domains / number, compares=compares)
-                over.finish_products(matching)
-                # Equal gradients have no spread to be lowered, and what is there is rounding.
-                squares = measured.grad_norms.square().mean() if agreement in ("variance", "cosine") else None
-                gamma = _add_matching(direction, matching, strength, squares, over)
-            else:
-                direction = sums.mean(over.mean_weight)
-                with_rest = passes.second(phi, sums, chosen, direction, -gamma * domains / number, compares=compares)
-                over.finish_products(direction)
-            if not sums.pairs:
-                by_domain = (over.by_domain(with_rest, losses),) if compares else None
-                measured = replace(measured, _with_rest=by_domain)
-            gradient = direction.tensors([local_of(leaf) for leaf in leaves])
-    finally:
-        sums.reset(release=True)
-    losses, losses_again = over.losses(losses, passes.losses_again)
-    # Differences of gradients magnify a change of the loss by one over their step.
-    epsilon = precision([losses, *leaves])
-    tolerance = 64 * epsilon if hvp == "finite_difference" else math.sqrt(epsilon)
-    if check and losses_again and not in_transform():
-        again = torch.stack([loss.to(losses.device, losses.dtype) for loss in losses_again.values()])
-        values = torch.cat([losses, again]).tolist()
-        check_repeats(values[:domains], dict(zip(losses_again, values[domains:], strict=True)), tolerance)
+    state = _State(buffers or {})
+
+    def loss(index: int, point: list[Tensor] | None) -> Tensor:
+        at = tree_unflatten(leaves if point is None else point, structure)
+        if buffers is None:
+            found: Tensor = loss_fn(at, batches[index])
+            return found
+        found, state.value = _parted(loss_fn(at, state.value, batches[index]))
+        return found
+
+    names = _names(params) if check_bool("compare", compare) else None
+    replay = Replay(loss, batches, leaves, state, replays=not (hvp == "reverse" and (keep_graphs or one_pass)))
+    check_bool("cosines", cosines)
+    engine = Engine(replay, leaves, phi, params, hvp, keep_graphs, one_pass, cosines, names=names)
+    found = engine.run(gamma, strength)
+    if check and replay.again and not in_transform():
+        losses, again = torch.stack([found.losses, found.again]).tolist()
+        check_repeats(losses, again, found.tolerance)
     return IDGMGradient(
-        gradient=tree_unflatten(
-            [
-                torch.zeros_like(leaf) if g is None else sharded_like(g, leaf)
-                for g, leaf in zip(gradient, flat, strict=True)
-            ],
-            structure,
-        ),
-        reached=tree_unflatten([g is not None for g in gradient], structure),
-        losses=losses,
-        agreement=value,
-        alignment=measured,
-        buffers=None if buffers is None else over.buffers(buffers_after),
-        losses_again=losses_again,
-        tolerance=tolerance,
-        gamma=gamma,
+        gradient=tree_unflatten(found.direction, structure),
+        reached=tree_unflatten(found.reached, structure),
+        losses=found.losses,
+        agreement=found.agreement,
+        alignment=found.alignment,
+        buffers=None if buffers is None else found.buffers,
+        gamma=found.gamma,
     )
 
 
-def _check_hvp_domains(value: object, domains: int) -> int:
-    """Return ``value`` as an ``int`` if so many domains can be drawn."""
-    number = check_int("hvp_domains", value, at_least=1)
-    if number > domains:
-        raise ValueError(f"hvp_domains should be at most the number of domains, {domains} (got {number})")
-    return number
+class _State:
+    """Buffers that a pure function takes and returns."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def save(self) -> Any:
+        return self.value
+
+    def restore(self, value: Any) -> None:
+        self.value = value
+
+
+def _parted(returned: Any) -> tuple[Tensor, Any]:
+    """Return a loss and the new buffers, or raise if a loss function with buffers returned something else."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(
+            "loss_fn(params, buffers, batch) should return the loss and the new buffers, because buffers was passed "
+            f"(got {type(returned).__name__})"
+        )
+    return returned
+
+
+def check_passes(
+    agreement: str | Agreement, hvp: str, *, keep_graphs: bool, one_pass: bool, parameters: Iterable[Tensor]
+) -> Agreement:
+    """Return the function of an agreement if the engine can match by it as the other settings say.
+
+    Args:
+        agreement: As in :func:`idgm_loss`.
+        hvp: As in :func:`idgm_grad`.
+        keep_graphs: As there.
+        one_pass: As there.
+        parameters: By which the losses are differentiated.
+
+    Returns:
+        phi.
+
+    Raises:
+        ValueError: If not; the message says what goes together.
+    """
+    phi, parameters = check_agreement(agreement), list(parameters)
+    check_hvp(hvp, parameters)
+    if check_bool("keep_graphs", keep_graphs) and hvp != "reverse":
+        raise ValueError(f"keep_graphs=True needs hvp='reverse', because there is no graph to keep with hvp={hvp!r}")
+    if phi not in AGREEMENTS.values() and (one_pass or any(map(is_sharded, parameters))):
+        where = "with one_pass=True" if one_pass else "where parameters are sharded"
+        raise ValueError(
+            f"agreement should be one of {sorted(AGREEMENTS)} {where} (got a function, which needs every domain's "
+            "whole gradient at the same time)"
+        )
+    if check_bool("one_pass", one_pass) and keep_graphs:
+        raise ValueError("one_pass=True keeps no graph: leave out keep_graphs=True, or one_pass")
+    return phi
 
 
 def _names(params: Params) -> list[str]:
     """Return each parameter's key, or its number in a list; the keys of nested structures joined by a slash."""
     paths = [path for path, _ in tree_flatten_with_path(params)[0]]
     return ["/".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path) or "0" for path in paths]
-
-
-def _add_matching(
-    direction: WeightedSum, matching: WeightedSum, strength: float, squares: Tensor | None, over: Alone
-) -> float | None:
-    """Add to the mean gradient the matching part, as long as ``strength`` says, and return the gamma that does it."""
-    mean = direction.norm()
-    epsilon = torch.finfo(mean.dtype).eps
-    spread = torch.ones_like(mean) if squares is None else 1 - mean.square() / squares.to(mean)
-    norms = torch.stack([mean, matching.norm().to(mean), spread]).tolist()
-    of_mean, of_matching, spread_ = over.ranks.gather(norms)[0]  # the same bits on all ranks, whatever they compute
-    if not (math.isfinite(of_mean) and math.isfinite(of_matching)):
-        direction.add_sum(matching, math.nan)  # also where only the squares overflow: whoever steps refuses it
-        return None
-    gamma: float = strength * of_mean / of_matching if of_matching and spread_ > 64 * epsilon else 0.0
-    if not 0 < gamma <= torch.finfo(torch.float32).max:
-        return None
-    direction.add_sum(matching, -gamma)
-    return gamma
-
-
-class _TwoPasses:
-    """The work of :func:`idgm_grad`.
-
-    Attributes:
-        losses_again: Losses that were evaluated a second time at the parameters, by domain.
-    """
-
-    def __init__(
-        self,
-        pure: PureLoss,
-        leaves: list[Tensor],
-        structure: Any,
-        batches: Sequence[Any],
-        buffers: Any,
-        hvp: str,
-        over: Alone,
-        check: Check | None,
-    ) -> None:
-        self._over = over
-        self._check = check
-        self._leaves = leaves
-        self._buffers = buffers
-        self._hvp = hvp
-        self._devices = devices_of(leaves, buffers)
-        self._domains = [_Domain(pure, structure, batch, i, self._devices) for i, batch in enumerate(batches)]
-        self._kept: dict[int, tuple[Linearization, Vector]] = {}
-        self._held: dict[int, Vector] = {}  # gradients that a second evaluation here would not find
-        self.losses_again: dict[int, Tensor] = {}
-
-    def _linearize(self, domain: _Domain) -> Linearization:
-        check, self._check = self._check, None  # one gradient tells
-        return linearize(self._hvp, domain, self._leaves, check)
-
-    def first(
-        self, phi: RunningAgreement, sums: GradientAlignment, chosen: Sequence[int], *, keep_graphs: bool
-    ) -> tuple[Tensor, Any]:
-        """Take in every domain's gradient.
-
-        Returns:
-            The losses, shape (S,), and the buffers that the last domain left.
-        """
-        losses = []
-        buffers = self._buffers
-        last = len(self._domains) - 1
-        # If all domains go through both passes, the second finds their buffers by itself.
-        chains = not keep_graphs and len(chosen) == len(self._domains)
-        for i, domain in enumerate(self._domains):
-            domain.enter(buffers)
-            # Only one graph is alive at a time, and the last domain's may as well be the first of the second pass.
-            keeps = i in chosen and (keep_graphs or i == last)
-            domain.replays = i in chosen and not (keeps and self._hvp == "reverse")
-            linearization: Linearization | None = None
-            gradient: Vector
-            with record_function("GradMatch.domain_gradient"):
-                if keeps:
-                    linearization = self._linearize(domain)
-                    loss, gradient = linearization.gradient()
-                else:
-                    loss, gradient = first_order(domain, self._leaves)
-            check_reached(gradient, i)
-            gradient = self._over.gradient(gradient, self._leaves)
-            if linearization is not None:
-                self._kept[i] = (linearization, gradient)
-            elif self._over.holds and i in chosen:
-                self._held[i] = gradient
-            losses.append(loss)
-            phi.add(gradient)
-            sums.add(gradient)
-            del gradient  # before the next graph grows
-            buffers = domain.buffers_after
-            if i not in chosen or (chains and not keeps):
-                domain.release()
-        return torch.stack([loss.to(losses[0].device, losses[0].dtype) for loss in losses]), buffers
-
-    def second(
-        self,
-        phi: RunningAgreement,
-        sums: GradientAlignment,
-        chosen: Sequence[int],
-        direction: WeightedSum,
-        scale: float,
-        *,
-        compares: bool,
-    ) -> dict[int, Tensor]:
-        r"""Add ``scale`` times :math:`\sum_i H_i v_i` over the chosen domains, at least one, to the direction.
-
-        Returns:
-            If it ``compares``, what the cosine of each one's gradient with the sum of the others' is made of.
-        """
-        with_rest: dict[int, Tensor] = {}
-        random_state = RandomState.capture(self._devices)
-        chains = len(chosen) == len(self._domains)
-        waiting = [i for i in chosen if i not in self._kept]
-        if self._kept and not waiting and self._hvp != "reverse":
-            # All will be evaluated elsewhere only (or as dual numbers): nothing would show that a loss has changed.
-            i = next(iter(self._kept))
-            if any(map(is_sharded, self._leaves)):  # only a backward pass lets fully_shard go on to other parameters
-                self.losses_again[i] = first_order(self._domains[i], self._leaves)[0]
-            else:
-                self.losses_again[i] = self._domains[i](self._leaves).detach()
-        if self._kept:
-            with record_function("GradMatch.hessian_vector_product"):
-                if compares:
-                    with_rest = {i: sums.with_rest(i, gradient) for i, (_, gradient) in self._kept.items()}
-                cotangents = [phi.cotangent(i, gradient) for i, (_, gradient) in self._kept.items()]
-                linearizations = [linearization for linearization, _ in self._kept.values()]
-                self._kept.clear()
-                direction.add(sum_of_products(linearizations, cotangents), scale)
-            del cotangents
-        buffers = self._buffers
-        for i in waiting:
-            domain = self._domains[i]
-            domain.enter(buffers if chains else domain.buffers)
-            with record_function("GradMatch.hessian_vector_product"):
-                linearization = self._linearize(domain)
-                self.losses_again[i], gradient = linearization.gradient()
-                buffers = domain.buffers_after
-                reduced = self._held.pop(i, gradient)
-                if compares:
-                    with_rest[i] = sums.with_rest(i, reduced)
-                products = linearization.product(phi.cotangent(i, reduced))
-            domain.release()
-            direction.add(products, scale)
-            del linearization, gradient, reduced, products  # before the next graph grows
-        random_state.restore()
-        return with_rest

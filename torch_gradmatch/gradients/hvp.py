@@ -19,42 +19,155 @@ r"""Hessian-vector products :math:`Hv` of one loss :math:`L(\theta)`, three ways
     as short 0.003, 0.0004, 0.001, 0.0001 and 0.2, 0.08, 1, 0.2. Where autocast or a ``MixedPrecisionPolicy`` computes
     in half precision the parameters' dtype does not tell the rounding: the step is then too short (error 0.3 with a
     small smooth network in bfloat16), and ``SmoothFish(symmetric=True)``, whose step is ``inner_lr``, does better.
+
+**Fields that are no gradient.** A difference gives :math:`Jv` with the Jacobian J of what ``backward()`` returns, and
+matching needs :math:`J^\mathsf T v`: the same only where that is the gradient of something. With gradient reversal it
+is not: there :math:`w \cdot Jv \ne v \cdot Jw`, which is looked for at the first meta-iteration, with :math:`w = Jv`.
+**Stop-gradients** (``detach()`` of something that depends on the parameters: teachers, BYOL, ``spectral_norm``) make
+the three disagree: double backward and forward mode stop there again, a difference of gradients does not.
+
+First derivatives are taken by ``backward()`` into ``.grad``, as in any training loop, so that what hangs on it works.
+``torch.autograd.grad`` passes by hooks that run once ``.grad`` is there, and by what accumulates into ``.grad`` itself:
+reentrant checkpointing, reversible blocks. Through ``fully_shard``, whose forward passes use other tensors than the
+parameters, it finds no way at all. Only a gradient that is differentiated again has to go by it, and
+:func:`check_backward` tells whether it is the same one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice
-from torch_gradmatch.gradients.backward import by_autograd, by_backward, gradient_of
-from torch_gradmatch.parallel.foreach import by_kind, clone_all, copy_all_
-from torch_gradmatch.parallel.shards import is_sharded, total_norm
+from torch_gradmatch.parallel.foreach import (
+    Vector,
+    add_all_,
+    by_kind,
+    clone_all,
+    copy_all_,
+    in_transform,
+    is_sharded,
+    precision,
+    squared_norm,
+)
+from torch_gradmatch.parallel.shards import placed_like, sharded_like
 
 __all__ = [
     "HVPS",
-    "Linearization",
+    "by_autograd",
+    "check_backward",
     "check_hvp",
+    "check_symmetric",
     "differentiable_attention",
-    "first_order",
+    "explain",
+    "gradient_of",
     "hessian_vector_product",
-    "linearize",
 ]
 
+HVPS = ("reverse", "forward", "finite_difference")
 Loss = Callable[[list[Tensor]], Tensor]
-Vector = Sequence[Tensor | None]  # one tensor for each leaf; None where the loss does not depend on it
-Check = Callable[..., None]  # (gradient, by backward, is_coarse=False)
+
+
+# ---------------------------------------------------------------------------------------------------- first derivatives
+
+
+def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor | None]:
+    """Return the gradient of a loss, by ``backward()`` wherever that is possible.
+
+    It is not inside a transform of ``torch.func``, and not by tensors that were computed from others. Other tensors
+    that require a gradient and take part in the loss accumulate it in their ``.grad``.
+
+    Args:
+        loss: Shape ().
+        leaves: Where to differentiate; their ``.grad`` is afterwards what it was.
+        retain_graph: Whether to keep the graph of the loss.
+
+    Returns:
+        One dense tensor for each leaf, None where the loss does not depend on it; a ``DTensor`` has the placements of
+        its leaf.
+    """
+    if in_transform() or not all(leaf.is_leaf and leaf.requires_grad for leaf in leaves):
+        return by_autograd(loss, leaves)
+    kept = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        loss.backward(retain_graph=retain_graph)
+        found = [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, gradient in zip(leaves, kept, strict=True):
+            leaf.grad = gradient
+    if any(map(is_sharded, leaves)):
+        return [None if g is None else placed_like(g, leaf) for g, leaf in zip(found, leaves, strict=True)]
+    if dist.is_available() and dist.is_initialized():
+        # DistributedDataParallel(gradient_as_bucket_view=True) has the next gradient in the same memory.
+        copies = iter(clone_all([g for g in found if g is not None]))
+        found = [None if g is None else next(copies) for g in found]
+    return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
+
+
+def by_autograd(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
+    """Return the gradient of a loss, by ``torch.autograd.grad``, which frees its graph unless one is created."""
+    found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
+    return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
+
+
+@torch.no_grad()
+def check_backward(gradient: Vector, expected: Vector, names: Sequence[str], *, is_coarse: bool = False) -> None:
+    """Raise if a gradient that is differentiated again is another one than ``backward()`` leaves in ``.grad``.
+
+    A difference counts if it is more than rounding: more than the root of the machine epsilon times the length of the
+    parameter's gradient, and than 64 epsilons times the length of the whole; where it may be that of half precision, a
+    sixteenth and 1/256.
+
+    Args:
+        gradient: The one that is differentiated again.
+        expected: By ``backward()``.
+        names: Of the parameters, for the message.
+        is_coarse: Whether both were computed by other operations, which autocast may have rounded to half precision.
+
+    Raises:
+        ValueError: If one differs; the message names the parameter, what may be the cause and what to do.
+    """
+    given = [g for g in (*gradient, *expected) if g is not None]
+    epsilon = precision(given) if given else 0.0
+    lengths = [_length(g) for g in expected]
+    least = (2**-8 if is_coarse else 64 * epsilon) * sum(length**2 for length in lengths) ** 0.5
+    tolerance = 2**-4 if is_coarse else epsilon**0.5
+    different = [
+        name
+        for name, g, e, length in zip(names, gradient, expected, lengths, strict=True)
+        if _length(g if e is None else e if g is None else g - e) > least + tolerance * length
+    ]
+    if different:
+        others = f" (and of {len(different) - 1} more)" if len(different) > 1 else ""
+        raise ValueError(
+            f"the gradient of parameter {different[0]!r}{others} by backward() is another one than by "
+            "torch.autograd.grad, which IDGM with second derivatives needs. Something changes it on its way into "
+            ".grad, or adds to it there: a hook (register_post_accumulate_grad_hook; with hvp='forward' register_hook, "
+            "too), checkpointing with use_reentrant=True (use_reentrant=False works), a reversible block, "
+            "DistributedDataParallel (process_group=..., parallel='data' do its work). hvp='finite_difference', "
+            "SmoothFish and Fish go by backward()"
+        )
+
+
+def _length(vector: Tensor | None) -> float:
+    return 0.0 if vector is None else float(squared_norm([vector]) ** 0.5)
+
+
+# --------------------------------------------------------------------------------------------------- second derivatives
 
 
 def check_hvp(hvp: object, parameters: Iterable[Tensor]) -> str:
@@ -87,7 +200,7 @@ def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: A
     Args:
         loss: ``loss(params)`` returns a scalar.
         params: Tensors, or dictionaries, lists or tuples of tensors.
-        vector: v, in the same structure.
+        vector: v, in the same structure and of the same shapes.
         hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``.
 
     Returns:
@@ -105,34 +218,40 @@ def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: A
     """
     leaves, structure = tree_flatten(params)
     parts, structure_of_vector = tree_flatten(vector)
-    if structure != structure_of_vector:
-        raise ValueError(f"vector should have the structure of params, {structure} (got {structure_of_vector})")
+    shapes, given = ([tuple(t.shape) for t in tensors] for tensors in (leaves, parts))
+    if structure != structure_of_vector or shapes != given:
+        raise ValueError(
+            f"vector should have the structure and shapes of params, {structure} {shapes} (got {structure_of_vector} "
+            f"{given})"
+        )
+    check_hvp(hvp, leaves)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    with differentiable_attention(check_choice("hvp", hvp, HVPS)):
-        products = linearize(hvp, lambda ls: loss(tree_unflatten(ls, structure)), leaves).product(parts)
-    filled = [torch.zeros_like(leaf) if p is None else p for leaf, p in zip(leaves, products, strict=True)]
-    return tree_unflatten(filled, structure)
+
+    def at(point: list[Tensor]) -> Tensor:
+        return loss(tree_unflatten(point, structure))
+
+    try:
+        with differentiable_attention(hvp):
+            if hvp == "reverse":
+                product = reverse(by_autograd(at(leaves), leaves, create_graph=True), parts, leaves)
+            else:
+                product = forward(at, leaves, parts)[0] if hvp == "forward" else finite_difference(at, leaves, parts)
+    except (RuntimeError, NotImplementedError) as error:
+        explain(error, hvp)
+        raise
+    found = [torch.zeros_like(leaf) if p is None else p for p, leaf in zip(product, leaves, strict=True)]
+    return tree_unflatten([p.detach() for p in found], structure)
 
 
-def first_order(loss: Loss, leaves: list[Tensor], *, create_graph: bool = False) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the value and the gradient of a loss.
-
-    Args:
-        loss: Maps the leaves to a scalar.
-        leaves: Tensors that require a gradient; their ``.grad`` is afterwards what it was.
-        create_graph: Whether the gradient is to be differentiated again: by ``torch.autograd.grad`` then, and else by
-            ``backward()``; see :func:`~torch_gradmatch.gradients.backward.gradient_of`.
-
-    Returns:
-        The loss, detached, and one dense tensor for each leaf, None where the loss does not depend on it; of a
-        ``DTensor`` the local shard.
-    """
-    value = loss(leaves)
-    return value.detach(), by_autograd(value, leaves, create_graph=True) if create_graph else gradient_of(value, leaves)
-
-
+REMEDIES = {
+    "reverse": 'hvp="reverse" differentiates every operation of the model twice, and one has no second derivative: use '
+    'hvp="finite_difference", which needs first derivatives only, or another implementation of the operation '
+    "(for attention the MATH kernel of scaled_dot_product_attention, or an 'eager' one).",
+    "forward": 'hvp="forward" takes forward derivatives of every operation of the model and of its backward pass, and '
+    'one has none: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.',
+}
 # How torch says that an operation cannot be differentiated again, or not in forward mode.
-_MISSING_DERIVATIVE = re.compile(
+MISSING = re.compile(
     "is not implemented|not been implemented|once_differentiable|double backward"
     "|does not support it|must implement the jvp|different number of tensors was saved|donated buffer"
     "|incompatible with .grad",
@@ -140,99 +259,23 @@ _MISSING_DERIVATIVE = re.compile(
 )
 
 
-class Linearization(ABC):
-    """The gradient of one loss at one point, and its Hessian there as a product with vectors.
-
-    Args:
-        loss: Maps the leaves to a scalar; gives the same value each time.
-        leaves: The point: tensors that require a gradient.
-        check: Called once, where a gradient is differentiated again, with that one and the one by ``backward()``.
-    """
-
-    remedy = ""  # what to do if an operation lacks a derivative
-
-    def __init__(self, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> None:
-        self.loss = loss
-        self.leaves = leaves
-        self.check = check
-
-    def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Evaluate the loss and its gradient.
-
-        Returns:
-            As :func:`first_order`. The gradient may have a graph: it is to be read under ``torch.no_grad``.
-        """
-        return first_order(self.loss, self.leaves)
-
-    @abstractmethod
-    def product(self, vector: Vector) -> list[Tensor | None]:
-        """Return the Hessian times a vector; to be called once.
-
-        Args:
-            vector: One tensor for each leaf; None counts as zero.
-
-        Returns:
-            One tensor for each leaf, None for zero.
-
-        Raises:
-            RuntimeError: If an operation lacks a derivative; the message says which and what to do.
-        """
-
-    @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Say what to do where torch says that an operation lacks a derivative."""
-        try:
-            yield
-        except (RuntimeError, NotImplementedError) as error:
-            if self.remedy and _MISSING_DERIVATIVE.search(str(error)):
-                raise RuntimeError(f"{self.remedy} What failed: {str(error).splitlines()[0]}") from error
-            raise
+def explain(error: Exception, hvp: str) -> None:
+    """Raise a ``RuntimeError`` that says what to do where torch says that an operation lacks a derivative."""
+    if hvp in REMEDIES and MISSING.search(str(error)):
+        raise RuntimeError(f"{REMEDIES[hvp]} What failed: {str(error).splitlines()[0]}") from error
 
 
-class _Reverse(Linearization):
-    remedy = (
-        'hvp="reverse" differentiates every operation of the model twice, and one has no second derivative: use '
-        'hvp="finite_difference", which needs first derivatives only, or another implementation of the operation '
-        "(for attention the MATH kernel of scaled_dot_product_attention, or an 'eager' one)."
-    )
-
-    def __init__(self, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> None:
-        super().__init__(loss, leaves, check)
-        self._graph: list[Tensor | None] | None = None
-
-    def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
-        value = self.loss(self.leaves)
-        with self.explaining():
-            self._graph = by_autograd(value, self.leaves, create_graph=True)
-        if self.check is not None:
-            self.check(self._graph, by_backward(value, self.leaves, retain_graph=True))
-        return value.detach(), self._graph
-
-    def take_graph(self) -> list[Tensor | None]:
-        """Hand over the gradient with its graph."""
-        if self._graph is None:
-            self._graph = first_order(self.loss, self.leaves, create_graph=True)[1]
-        graph, self._graph = self._graph, None
-        return graph
-
-    def product(self, vector: Vector) -> list[Tensor | None]:
-        with self.explaining():
-            return _derivative_of(self.take_graph(), vector, self.leaves)
-
-
-def _derivative_of(gradient: Vector, vector: Vector, leaves: list[Tensor]) -> list[Tensor | None]:
-    """Return the derivative of a gradient with graph, times a vector, by the leaves."""
-    # Where the gradient does not depend on the parameters the second derivative is zero.
-    outputs, cotangents = [], []
-    for g, v in zip(gradient, vector, strict=True):
-        if g is not None and g.requires_grad and v is not None:
-            outputs.append(g)
-            cotangents.append(v)
-    if not outputs:
-        return [None] * len(leaves)
+def reverse(gradient: Vector, vector: Vector, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the derivative of a gradient with graph, times a vector, by the leaves; also of several in a row."""
+    pairs = [
+        (g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad and v is not None
+    ]
+    if not pairs:
+        return [None] * len(leaves)  # the gradient depends on no parameter
+    outputs, cotangents = zip(*pairs, strict=True)
     _inspect(outputs)
     products = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-    return [p if p is None or p.layout == torch.strided else p.to_dense() for p in products]
+    return [p if p is None or p.layout is torch.strided else p.to_dense() for p in products]
 
 
 def _inspect(outputs: Sequence[Tensor]) -> None:
@@ -240,9 +283,6 @@ def _inspect(outputs: Sequence[Tensor]) -> None:
 
     torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet
     it and miss that part of the Hessian in silence.
-
-    Args:
-        outputs: The gradient, with its graph.
 
     Raises:
         RuntimeError: If there is one.
@@ -255,22 +295,17 @@ def _inspect(outputs: Sequence[Tensor]) -> None:
             continue
         if node.name() == "torch::autograd::Error":
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        if node.name().startswith("WeightNormInterface"):
-            _warn_of_weight_norm(outputs[0].device)
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
-
-
-def _warn_of_weight_norm(device: torch.device) -> None:
-    if _weight_norm_is_wrong(device):
-        warnings.warn(
-            f"the model has weight_norm, whose second derivative torch {torch.__version__} takes wrongly on "
-            f"{device.type!r}: the Hessian-vector products of its parameters are wrong. Use hvp='finite_difference' or "
-            "SmoothFish(symmetric=True), which need first derivatives only, or write it out as g * v / v.norm()",
-            stacklevel=2,
-        )
+        if node.name().startswith("WeightNormInterface") and _weight_norm_is_wrong(device := outputs[0].device):
+            warnings.warn(
+                f"the model has weight_norm, whose second derivative torch {torch.__version__} takes wrongly on "
+                f"{device.type!r}: the Hessian-vector products of its parameters are wrong. Use "
+                "hvp='finite_difference' or SmoothFish(symmetric=True), which need first derivatives only, or write it "
+                "out as g * v / v.norm()",
+                stacklevel=2,
+            )
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        waiting.extend(new)
 
 
 @cache
@@ -295,156 +330,101 @@ def _prepare_forward_mode() -> None:
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-class _Forward(Linearization):
-    remedy = (
-        'hvp="forward" takes forward derivatives of every operation of the model and of its backward pass, and one '
-        'has none: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.'
-    )
-
-    def __init__(self, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> None:
-        super().__init__(loss, leaves, check)
-        self._by_backward: list[Tensor | None] | None = None
-        self._value = torch.zeros(())
-
-    def gradient(self) -> tuple[Tensor, list[Tensor | None]]:
-        value, gradient = super().gradient()
-        if self.check is not None:
-            self._by_backward, self._value = gradient, value
-        return value, gradient
-
-    def product(self, vector: Vector) -> list[Tensor | None]:
-        _prepare_forward_mode()
-        with self.explaining(), forward_ad.dual_level():
-            duals = [
-                leaf if v is None else forward_ad.make_dual(leaf.detach().requires_grad_(), v.detach())
-                for leaf, v in zip(self.leaves, vector, strict=True)
-            ]
-            # With create_graph some backward passes (SiLU's) are made of operations that have forward derivatives.
-            both = [*duals, *self.leaves]
-            loss = self.loss(duals)
-            every = torch.autograd.grad(loss, both, allow_unused=True, create_graph=True)
-            gradient, past = every[: len(duals)], every[len(duals) :]
-            if any(g is not None for g, d, x in zip(past, duals, self.leaves, strict=True) if d is not x):
-                raise RuntimeError(
-                    'hvp="forward" puts other tensors into the model for a while, and the loss uses a parameter past '
-                    'the model: use hvp="reverse"'
-                )
-            parts = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in gradient]
-            primals, tangents = zip(*parts, strict=True)
-        # A loss that is not the same twice has another gradient, and is refused for that.
-        same = torch.isclose(loss.detach(), self._value, rtol=2**-4) if self._by_backward is not None else False
-        if self.check is not None and self._by_backward is not None and same:
-            # Dual leaves are new tensors, without the parameters' hooks.
-            self.check(primals, self._by_backward, is_coarse=True)
-        return [None if t is None else t.detach() for t in tangents]
+def forward(loss: Loss, leaves: list[Tensor], vector: Vector) -> tuple[list[Tensor | None], Vector, Tensor]:
+    """Return the product in forward mode; and the gradient and the loss that were found on the way."""
+    _prepare_forward_mode()
+    with forward_ad.dual_level():
+        duals = [
+            leaf if v is None else forward_ad.make_dual(leaf.detach().requires_grad_(), v.detach())
+            for leaf, v in zip(leaves, vector, strict=True)
+        ]
+        # With create_graph some backward passes (SiLU's) are made of operations that have forward derivatives.
+        value = loss(duals)
+        every = torch.autograd.grad(value, [*duals, *leaves], allow_unused=True, create_graph=True)
+        gradient, past = every[: len(duals)], every[len(duals) :]
+        if any(g is not None for g, d, x in zip(past, duals, leaves, strict=True) if d is not x):
+            raise RuntimeError(
+                'hvp="forward" puts other tensors into the model for a while, and the loss uses a parameter past '
+                'the model: use hvp="reverse"'
+            )
+        parts = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in gradient]
+        primals, tangents = zip(*parts, strict=True)
+    return [None if t is None else t.detach() for t in tangents], primals, value.detach()
 
 
+ASYMMETRY = 0.5  # relative: with kinks (ReLU) the products of a network that is all right differ so much
 STEP = 0.3  # shorter is better for smooth networks, longer for those with kinks; see above
 
 
-class _FiniteDifference(Linearization):
-    def product(self, vector: Vector) -> list[Tensor | None]:
-        step, reciprocal = self._step(vector)
-        plus, minus = (self._gradient_at(vector, sign * step) for sign in (1, -1))
-        product: list[Tensor | None] = [None] * len(self.leaves)
-        for positions, (a, b) in by_kind(plus, minus):
-            differences = torch._foreach_sub(a, b)
-            torch._foreach_mul_(differences, reciprocal.to(a[0].device, a[0].dtype.to_real()))
-            for position, difference in zip(positions, differences, strict=True):
-                product[position] = difference
-        return product
+def finite_difference(loss: Loss, leaves: list[Tensor], vector: Vector) -> list[Tensor | None]:
+    """Return the product by a central difference of gradients. Synchronizes once.
 
-    def _gradient_at(self, vector: Vector, step: Tensor) -> list[Tensor | None]:
-        """Return the gradient at the displaced leaves.
-
-        They are moved in place and set back, so that everything that uses them sees it: a penalty on them past the
-        model, and what checkpointing computes again in the backward pass.
-        """
-        moving = [x for x, v in zip(self.leaves, vector, strict=True) if v is not None]
-        values = clone_all(moving)
-        try:
-            with torch.no_grad():
-                for _, (xs, vs) in by_kind(self.leaves, vector):
-                    moves = torch._foreach_mul(vs, step.to(xs[0].device, vs[0].dtype.to_real()))
-                    torch._foreach_add_(xs, moves)
-            torch.clear_autocast_cache()
-            return first_order(self.loss, self.leaves)[1]
-        finally:
-            copy_all_(moving, values)
-            torch.clear_autocast_cache()
-
-    def _step(self, vector: Vector) -> tuple[Tensor, Tensor]:
-        """Return h and 1/2h; both zero for a zero vector. Waits for no accelerator."""
-        epsilon = max(torch.finfo(leaf.dtype).eps for leaf in self.leaves)
-        size, length = _norm(self.leaves, self.leaves), _norm(vector, self.leaves)
-        step = STEP * epsilon ** (1 / 3) * (1 + size) / torch.where(length > 0, length, 1.0)
-        zero = torch.zeros_like(step)
-        return torch.where(length > 0, step, zero), torch.where(length > 0, 0.5 / step, zero)
-
-
-@torch.no_grad()
-def _norm(vector: Vector, leaves: Sequence[Tensor]) -> Tensor:
-    if any(map(is_sharded, leaves)):
-        given = [(v, leaf) for v, leaf in zip(vector, leaves, strict=True) if v is not None]
-        return total_norm([v for v, _ in given], [leaf for _, leaf in given])
-    norms = [torch.stack(torch._foreach_norm(group)) for _, (group,) in by_kind(vector)]
-    if not norms:
-        return torch.zeros(())
-    wide = torch.promote_types(norms[0].dtype, torch.float32)
-    return torch.stack([n.to(norms[0].device, wide).square().sum() for n in norms]).sum().sqrt()
-
-
-HVPS: dict[str, type[Linearization]] = {
-    "reverse": _Reverse,
-    "forward": _Forward,
-    "finite_difference": _FiniteDifference,
-}
-
-
-def sum_of_products(linearizations: list[Linearization], vectors: list[list[Tensor | None]]) -> list[Tensor | None]:
-    r"""Return :math:`\sum_i H_i v_i`, by double backward in one traversal of all graphs.
-
-    Args:
-        linearizations: Of several losses by the same leaves, emptied in the course.
-        vectors: As many.
-
-    Returns:
-        As :meth:`Linearization.product`.
+    The leaves are moved in place and set back, so that everything that uses them sees it: a penalty on them past the
+    model, and what checkpointing computes again in the backward pass.
     """
-    first = linearizations[0]
-    if isinstance(first, _Reverse):
-        graphs = [linearization.take_graph() for linearization in linearizations if isinstance(linearization, _Reverse)]
-        linearizations.clear()
-        with first.explaining():
-            gradients, cotangents = ([part for parts in lists for part in parts] for lists in (graphs, vectors))
-            return _derivative_of(gradients, cotangents, first.leaves)
-    total: list[Tensor | None] = [None] * len(first.leaves)
-    while linearizations:
-        product = linearizations.pop().product(vectors.pop())
-        both = by_kind(total, product)
-        total = [b if a is None else a for a, b in zip(total, product, strict=True)]
-        for positions, (a, b) in both:
-            for position, part in zip(positions, torch._foreach_add(a, b), strict=True):
-                total[position] = part
-    return total
+    given = [v for v in vector if v is not None]
+    length = float(squared_norm(given)) ** 0.5 if given else 0.0
+    if not 1e-15 < length < 1e15:  # then squares of its elements may leave the range of a dtype
+        parts = [_whole(v.abs().max()) for v in given if v.numel()]
+        largest = float(torch.stack([part.to(parts[0]) for part in parts]).max()) if parts else 0.0
+        if largest == 0.0 or not math.isfinite(largest):
+            return [None if v is None else v * (largest and math.nan) for v in vector]
+        shorter = finite_difference(loss, leaves, [None if v is None else v / largest for v in vector])
+        return [None if p is None else p * largest for p in shorter]
+    step = STEP * precision(leaves) ** (1 / 3) * (1 + float(squared_norm(leaves)) ** 0.5) / length
+    values, found = clone_all([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None]), []
+    try:
+        for sign in (1, -1):
+            with torch.no_grad():
+                copy_all_([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None], values)
+                add_all_(leaves, vector, sign * step)
+            torch.clear_autocast_cache()
+            found.append(gradient_of(loss(leaves), leaves))
+    finally:
+        with torch.no_grad():
+            copy_all_([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None], values)
+        torch.clear_autocast_cache()
+    product: list[Tensor | None] = [None if plus is None else minus for plus, minus in zip(*found, strict=True)]
+    with torch.no_grad():
+        for positions, (plus, minus) in by_kind(*found):
+            differences = torch._foreach_sub(plus, minus)
+            torch._foreach_mul_(differences, 0.5 / step)
+            for position, part in zip(positions, differences, strict=True):
+                product[position] = sharded_like(part, leaves[position])
+    return product
 
 
-def linearize(hvp: str, loss: Loss, leaves: list[Tensor], check: Check | None = None) -> Linearization:
-    """Make what gives a loss's gradient and Hessian-vector products at one point. Evaluates nothing yet.
+def check_symmetric(loss: Loss, leaves: list[Tensor], vector: Vector, product: Vector) -> None:
+    r"""Raise if the field that is differentiated is no gradient: if :math:`w \cdot Jv \ne v \cdot Jw`, at w = Jv.
 
     Args:
-        hvp: ``"reverse"``, ``"forward"`` or ``"finite_difference"``.
-        loss: Maps the leaves to a scalar.
-        leaves: Tensors that require a gradient.
-        check: As for :class:`Linearization`.
-
-    Returns:
-        The linearization.
+        loss: As for :func:`finite_difference`.
+        leaves: As there.
+        vector: v.
+        product: Jv.
 
     Raises:
-        ValueError: If ``hvp`` is none of the three.
+        ValueError: If they differ by more than the error of differences may be.
     """
-    return HVPS[check_choice("hvp", hvp, HVPS)](loss, leaves, check)
+    again = finite_difference(loss, leaves, product)
+    expected, found = _dot(product, product), _dot(vector, again)
+    if math.isfinite(found) and abs(found - expected) > ASYMMETRY * expected:
+        raise ValueError(
+            "hvp='finite_difference' takes what backward() returns for the gradient of a function, and it is not: "
+            f"w.Hv is {expected:.3g} and v.Hw is {found:.3g}. Something changes gradients on their way: a gradient "
+            "reversal layer, a hook, a detach(). SmoothFish with symmetric=False and Fish take no second derivatives"
+        )
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    """Return the real inner product of two vectors; synchronizes."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return sum(float(_whole((x * y.conj()).sum()).real) for x, y in pairs)
+
+
+def _whole(value: Any) -> Tensor:
+    found: Tensor = value.full_tensor() if is_sharded(value) else value
+    return found
 
 
 def differentiable_attention(hvp: str) -> AbstractContextManager[Any]:

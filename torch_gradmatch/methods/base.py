@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from torch_gradmatch import _checks as checks
-from torch_gradmatch.gradients.report import MetaStep
+from torch_gradmatch.gradients.alignment import MetaStep
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.parallel.ranks import check_process_group
 from torch_gradmatch.parallel.together import Together, ranks_around
@@ -242,7 +242,7 @@ class MetaLoop(ABC):
             error: The reason.
         """
         if self.together is not None:
-            self.together.ranks.agree(error)
+            self.together.ranks.vote(error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` needs, as plain tensors and numbers, parameters by position."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,17 +15,97 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torch_gradmatch._checks import add_note, check_num_domains
-from torch_gradmatch.gradients.evaluation import Evaluation
-from torch_gradmatch.gradients.random_state import RandomState, devices_of
-from torch_gradmatch.gradients.report import MetaStep
-from torch_gradmatch.gradients.sharing import check_ddp, over_ranks, without_reduction
+from torch_gradmatch._checks import add_note, check_num_domains, refuse_loss
+from torch_gradmatch.gradients.alignment import MetaStep
+from torch_gradmatch.gradients.replay import RandomState, devices_of
 from torch_gradmatch.methods.base import MetaLoop, Method, evaluate, shown_settings
-from torch_gradmatch.parallel.foreach import clone_all, copy_all_
-from torch_gradmatch.parallel.reduction import sums_of_numbers
+from torch_gradmatch.parallel.foreach import clone_all, copy_all_, squared_norm
+from torch_gradmatch.parallel.ranks import average_, is_told
+from torch_gradmatch.parallel.sharing import Sharing, check_ddp, share, without_reduction
 from torch_gradmatch.slow.buffers import Buffers
 
-__all__ = ["Direction", "DirectionLoop", "DirectionMethod"]
+__all__ = ["Direction", "DirectionLoop", "DirectionMethod", "Evaluation"]
+
+# Training diverges where the matching term is larger than the loss and has grown so many times beyond the larger of
+# both at the first meta-iteration. Where it works it stays below a third of that: tests/methods/test_smooth_fish.py.
+EXPLODED = 10.0
+
+
+@dataclass
+class Evaluation:
+    """What a method is given to work out a direction with.
+
+    Attributes:
+        loss: Returns the loss of a domain by its number, times ``scale``.
+        batches: One of each domain.
+        parameters: Those of the optimizer that require a gradient.
+        sharing: How ranks share the evaluations; None on one process.
+        places: The model's buffers, if they are followed.
+        scale: That of a ``GradScaler``. The direction is to be multiplied by it, too, and the report is not.
+        checks: Whether to refuse what is not finite or diverges, if the method does so.
+        number: How many meta-iterations there were before.
+        memory: What the method keeps from one meta-iteration to the next, as plain numbers: it is in the state dict.
+        kept: What it keeps in this process only.
+    """
+
+    loss: Callable[[int], Tensor]
+    batches: Sequence[Any]
+    parameters: list[Tensor]
+    sharing: Sharing | None = None
+    places: Buffers | None = None
+    scale: float = 1.0
+    checks: bool = True
+    number: int = 0
+    memory: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to look whether losses are the same twice: in meta-iterations number 1, 2, 4, 8 and so on."""
+        return (self.number + 1) & self.number == 0
+
+    def read_finite(
+        self, losses: Tensor, gradient: Sequence[Tensor], others: Sequence[Tensor] = ()
+    ) -> tuple[list[float], list[float]]:
+        """Read what tells whether an evaluation went well; synchronizes once.
+
+        Args:
+            losses: Of the domains, shape (S,).
+            gradient: The direction found.
+            others: Anything else that is wanted.
+
+        Returns:
+            The losses; and the norm of the gradient and the other numbers, finite or not.
+
+        Raises:
+            ValueError: If a loss is not finite.
+        """
+        wanted = [squared_norm(gradient).sqrt(), *others]
+        parts = [losses.double(), *(w.detach().to(losses.device).double().reshape(-1) for w in wanted)]
+        values = torch.cat(parts).tolist()
+        for index, loss in enumerate(values[: len(losses)]):
+            if not math.isfinite(loss):
+                refuse_loss(index, loss)
+        return values[: len(losses)], values[len(losses) :]
+
+    def refuse_explosion(self, loss: float, matching: float, remedy: str) -> None:
+        """Raise if the matching term outgrows the loss: then it is unbounded, and training raises the gradients alone.
+
+        Args:
+            loss: The mean loss.
+            matching: What the objective takes off it.
+            remedy: What to change.
+
+        Raises:
+            RuntimeError: If it does.
+        """
+        first = self.memory.setdefault("first", max(abs(loss), abs(matching)))
+        if matching > max(abs(loss), EXPLODED * first):
+            raise RuntimeError(
+                f"training diverges: the matching term is {matching:.3g} and the mean loss {loss:.3g} (the larger of "
+                f"both was {first:.3g} in the first meta-iteration). Nothing was changed by this meta_step(), but "
+                f"earlier ones may have led here, so go back to a checkpoint. {remedy}"
+            )
 
 
 @dataclass(frozen=True)
@@ -35,13 +116,13 @@ class Direction:
         gradient: For each trained parameter, what its ``.grad`` is to be; None for no step.
         objective: What the direction lowers, shape ().
         report: What was measured.
-        buffers: The model's buffers after one forward pass of each domain, by name; None to leave them be.
+        buffers: The model's buffers after one forward pass of each domain, saved; None to leave them be.
     """
 
     gradient: Sequence[Tensor | None]
     objective: Tensor
     report: MetaStep
-    buffers: dict[str, Tensor] | None = None
+    buffers: Any = None
 
 
 class DirectionMethod(Method):
@@ -99,6 +180,7 @@ class DirectionLoop(MetaLoop):
         self._check()
 
     def _check(self) -> None:
+        """Raise if the settings do not fit the optimizer."""
         name = type(self.method).__name__
         if any(group.get("maximize") for group in self.optimizer.param_groups):
             raise ValueError(
@@ -110,9 +192,10 @@ class DirectionLoop(MetaLoop):
         if self.together is not None and self.together.averages_gradients:
             check_ddp(self.method, self.together)
         self.method.check(self)
+        self._checked = {**vars(self.method)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": {}}
+        return {**super().__getstate__(), "_kept": {}, "_checked": {}}
 
     def step(self, closure: Callable[[], Any] | None, scaling: Any = None) -> Any:
         """Take a plain step of the wrapped optimizer. See ``GradMatch.step``."""
@@ -138,13 +221,15 @@ class DirectionLoop(MetaLoop):
         for p in every:
             p.grad = None
         try:
-            given = self._begin(loss_fn, batches, parameters, scaler, {} if places is None else places.named())
+            given = self._begin(loss_fn, batches, parameters, scaler, places)
             again = self._again(given) if self.needs_closure else None
             found = self._find(given)
             self._writes |= looks and not all(map(torch.equal, made, values))
             self._assign(given, found)
-            if places is not None and found.buffers is not None:
-                places.assign(found.buffers)
+            if places is not None and saved is not None and found.buffers is not None:
+                if given.sharing is not None:
+                    given.sharing.average_moved_(places.values(saved), places.values(found.buffers))
+                places.restore(found.buffers)
             kept = "state is what its step left" if values else "state and the parameters are what its step left"
             restored = f"{'parameters, ' * bool(values)}.grad{buffers}; the wrapped optimizer's {kept}"
             step() if again is None else step(partial(again, [] if self.evaluates_before else [found]))
@@ -165,7 +250,8 @@ class DirectionLoop(MetaLoop):
         if self.together is not None:
             self.together.has_same(parameters)
         self._number += 1
-        self.last = found.report if given.over.names is None else replace(found.report, domains=given.over.names)
+        names = None if given.sharing is None else given.sharing.names
+        self.last = found.report if names is None else replace(found.report, domains=names)
         return self.last
 
     def _begin(
@@ -174,38 +260,54 @@ class DirectionLoop(MetaLoop):
         batches: Sequence[Any],
         parameters: list[Tensor],
         scaler: Any,
-        buffers: Mapping[str, Tensor],
+        places: Buffers | None,
     ) -> Evaluation:
-        """Agree with the other ranks to begin a meta-iteration."""
+        """Begin a meta-iteration, if all ranks can."""
         trained, error = [p for p in parameters if p.requires_grad], None
         try:
-            self._check()
+            if self._checked != vars(self.method) or any(g.get("maximize") for g in self.optimizer.param_groups):
+                self._check()
         except (ValueError, RuntimeError) as raised:
             if self.together is None:
                 raise
             error = raised  # for the other ranks
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=parameters[0].device)))
-        facts = {**shown_settings(self.method), "scale of the losses": scale}
-        given = (self.optimizer, parameters, buffers.values(), len(batches))
-        over = over_ranks(self.together, self.method, facts, *given, error)
+        sharing, domains = None, len(batches)
+        if self.together is not None:
+            buffers = [] if places is None else places.named().values()
+            facts = {
+                **shown_settings(self.method),
+                "scale of the losses": scale,
+                "gamma found": self.memory.get("gamma"),
+            }
+            given = (self.optimizer, parameters, buffers, domains)
+            sharing = share(self.together, self.method, facts, *given, error)
+            domains = sharing.domains(domains)
         if not trained:
             raise ValueError("no parameter of the optimizer requires a gradient: call requires_grad_() on some")
-        check_num_domains(over.domains(len(batches)))
-        positions = {id(batch): index for index, batch in reversed(list(enumerate(batches)))}
-
-        def loss(batch: Any) -> Tensor:
-            found = evaluate(loss_fn, batch, positions.get(id(batch), 0), trained)
-            return found if scaler is None else scaler.scale(found)
-
-        return Evaluation(loss, batches, trained, over, scale, True, self._number, self.memory, self._kept)
+        check_num_domains(domains)
+        apply: Callable[[Tensor], Tensor] = (lambda loss: loss) if scaler is None else scaler.scale
+        return Evaluation(
+            lambda index: apply(evaluate(loss_fn, batches[index], index, trained)),
+            batches, trained, sharing, places, scale, True, self._number, self.memory, self._kept,
+        )  # fmt: skip
 
     def _find(self, given: Evaluation) -> Direction:
         """Work out the direction and raise on all ranks what one of them raises."""
         for p in self.parameters():
             p.grad = None
-        with given.over.ranks.together(), without_reduction(self.method):
-            found: Direction = self.method.direction(given)
+        found: Direction
+        if given.sharing is None:
+            found = self.method.direction(given)
             return found
+        with given.sharing.ranks.together(), without_reduction(self.method):
+            try:
+                found = self.method.direction(given)
+            except Exception as error:
+                if not is_told(error):
+                    given.sharing.drain()
+                raise
+        return found
 
     def _again(self, given: Evaluation) -> Callable[[list[Direction]], Tensor]:
         """Return a closure for an optimizer that evaluates more than once, always with the same random numbers.
@@ -224,9 +326,9 @@ class DirectionLoop(MetaLoop):
                 now = self._find(replace(given, checks=False))
                 after.restore()
             self._assign(given, now)
-            objective = now.objective.detach()  # by which all ranks have to go on alike
-            for group in given.over.ranks.groups:
-                objective = (sums_of_numbers([objective], group)[0] / group.size()).to(objective.dtype)
+            objective = now.objective.detach().clone()  # by which all ranks have to go on alike
+            for group in () if given.sharing is None else given.sharing.ranks.groups:
+                average_([objective], group)
             return objective
 
         return closure

@@ -28,10 +28,10 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_gradmatch import _checks as checks
-from torch_gradmatch.gradients.report import MetaStep
+from torch_gradmatch.gradients.alignment import MetaStep
 from torch_gradmatch.methods.base import COMMON_CHECKS, Method, evaluate, shown_settings
 from torch_gradmatch.methods.inner_loop import InnerLoop
-from torch_gradmatch.parallel.collective import is_told
+from torch_gradmatch.parallel.ranks import is_told
 
 __all__ = ["Fish"]
 
@@ -61,10 +61,10 @@ class Fish(Method):
         meta_dtype: Keep slow weights in this dtype where it is wider than the parameter's: with bf16 or fp16
             parameters a small ``meta_lr`` moves nothing otherwise.
         track_alignment: Measure how well the inner gradients agree: ``GradMatch.last_meta_step`` and the result of
-            ``meta_step`` then hold inner product, cosine and norms, and the cosine of each domain's gradient with the
-            sum of those before it. Costs three vectors of the size of the parameters.
-            ``"pairs"`` measures the cosine of each pair of domains, too, and copies every gradient for it: S times the
-            parameters. Each gradient is taken where the steps before it have led.
+            ``meta_step`` then hold inner product, cosine and norms. Costs two vectors of the size of the parameters.
+            ``"pairs"`` measures the cosine of each pair of domains, too, and of each with the sum of the others, and
+            copies every gradient for it: S times the parameters. Each gradient is taken where the steps before it have
+            led. What is measured is not in a checkpoint: an inner loop that is resumed in its middle reports nothing.
         nonfinite: ``"raise"`` refuses to interpolate towards parameters or buffers that hold NaN or infinity, so the
             slow weights survive a diverged inner loop (synchronizes once in a meta-iteration). In ``meta_step`` it also
             refuses each domain's loss that is not finite before the step on it (synchronizes once more for each), and
@@ -232,7 +232,7 @@ class FishLoop(InnerLoop):
         checks.add_note(error, f"meta_step() failed: as before the call are {', '.join(restored)}{kept}")
         together = self.together
         if together is not None and not together.in_step and isinstance(error, Exception) and not is_told(error):
-            together.ranks.agree(error)  # where a pass is a collective the others wait in that, and hear of nothing
+            together.ranks.vote(error)  # where a pass is a collective the others wait in that, and hear of nothing
 
 
 def _known_first(evaluate: Callable[[], Tensor], loss: Tensor, parameters: list[Tensor]) -> Callable[[], Tensor]:

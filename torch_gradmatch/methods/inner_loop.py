@@ -18,10 +18,9 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_gradmatch._checks import check_entry, check_int, refuse_loss
-from torch_gradmatch.gradients.alignment import GradientAlignment
-from torch_gradmatch.gradients.report import MetaStep, report_of
+from torch_gradmatch.gradients.alignment import GradientAlignment, MetaStep
 from torch_gradmatch.methods.base import MetaLoop, shown_settings
-from torch_gradmatch.parallel.foreach import copy_all_, find_nonfinite, is_sharded, local_of, read
+from torch_gradmatch.parallel.foreach import copy_all_, find_nonfinite, read
 from torch_gradmatch.slow import ops
 from torch_gradmatch.slow.inner_state import InnerState, check_points
 from torch_gradmatch.slow.weights import Slow
@@ -102,13 +101,8 @@ class InnerLoop(MetaLoop):
         """Begin an inner loop with the step about to be taken, at the copies made before its first forward pass."""
         self.settings = settings = copy.copy(self.method)
         self.slow.open(parameters, settings.meta_dtype)
-        pairs, alignment = settings.track_alignment == "pairs", self._alignment
-        if settings.track_alignment:
-            alignment = GradientAlignment(pairs=pairs) if alignment is None or alignment.pairs != pairs else alignment
-            alignment.reset()
-            if any(map(is_sharded, parameters)):
-                alignment.reserve(parameters)
-        self._alignment = alignment if settings.track_alignment else None
+        tracks = settings.track_alignment
+        self._alignment = GradientAlignment(pairs=tracks == "pairs") if tracks else None
         if settings.inner_state == "reset":
             self.inner_state.reset()
         elif callable(settings.inner_state):
@@ -169,7 +163,7 @@ class InnerLoop(MetaLoop):
         expected = len(alignment) + 1
 
         def measure() -> None:
-            gradients = [None if p.grad is None else local_of(p.grad) for p in self.parameters()]
+            gradients = [p.grad for p in self.parameters()]
             if len(alignment) < expected and any(g is not None for g in gradients):
                 alignment.add(gradients)
 
@@ -211,7 +205,8 @@ class InnerLoop(MetaLoop):
                 self.inner_state.reset()  # so that all ranks are the same now and not only when the next loop begins
         self.last = MetaStep()
         if self._alignment is not None and len(self._alignment) == self.inner_step:
-            self.last = report_of(None, self._alignment.result())
+            found = self._alignment.result()
+            self.last = MetaStep(None, found.inner_product, found.cosine, found.grad_norms, found.cosines)
         self._close()
 
     def _check_end(self, moving: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -272,7 +267,7 @@ class InnerLoop(MetaLoop):
             )
 
     def _close(self) -> None:
-        self.inner_step = 0
+        self.inner_step, self._alignment = 0, None
         self.slow.close()
         self.slow.rest(self.parameters(), self.settings.meta_dtype)
 

@@ -48,18 +48,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.profiler import record_function
 
 from torch_gradmatch import _checks as checks
 from torch_gradmatch.gradients.agreement import fish_gamma
-from torch_gradmatch.gradients.alignment import GradientAlignment
-from torch_gradmatch.gradients.evaluation import Evaluation
-from torch_gradmatch.gradients.flat import Vector, WeightedSum
-from torch_gradmatch.gradients.repeats import check_repeats, precision
-from torch_gradmatch.gradients.report import report_of
-from torch_gradmatch.gradients.walk import Walk
+from torch_gradmatch.gradients.alignment import GradientAlignment, MetaStep, accumulate
+from torch_gradmatch.gradients.engine import with_zeros
+from torch_gradmatch.gradients.hvp import gradient_of
+from torch_gradmatch.gradients.replay import Replay, check_repeats
 from torch_gradmatch.methods.base import COMMON_CHECKS
-from torch_gradmatch.methods.direction import Direction, DirectionMethod
-from torch_gradmatch.parallel.shards import sharded_like, total_norm
+from torch_gradmatch.methods.direction import Direction, DirectionMethod, Evaluation
+from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, clone_all, copy_all_, precision, squared_norm
 
 __all__ = ["SmoothFish"]
 
@@ -86,9 +85,9 @@ class SmoothFish(DirectionMethod):
             gradients by itself, is passed as such.
         nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity, and a matching term that outgrows the
             loss, before anything is changed (synchronizes once in a meta-iteration); ``"ignore"`` does not look.
-        track_alignment: Measure the mean cosine of the gradients, too, and of each with the sum of those before it;
-            costs one more vector of the size of the parameters. ``"pairs"`` measures the cosine of each pair of
-            domains, too, and copies every gradient for it: S times the parameters.
+        track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
+            parameters. ``"pairs"`` measures the cosine of each pair of domains, and of each with the sum of the others,
+            and copies every gradient for it: S times the parameters.
         symmetric: Walk to and fro, for the gradient of the exact objective by the inner product without second
             derivatives.
         process_group: The ranks that train together, ``torch.distributed.group.WORLD`` for all of them; None for one
@@ -142,49 +141,57 @@ class SmoothFish(DirectionMethod):
 
     def direction(self, given: Evaluation) -> Direction:
         """Work out the direction. See ``DirectionMethod.direction``."""
-        domains, over = len(given.batches), given.over
-        weight = self._weight(domains)
-        sums = given.sums(cosines=bool(self.track_alignment), pairs=self.track_alignment == "pairs")
-        step = self.inner_lr / given.scale
-        walk = Walk(given.loss_fn, given.batches, given.parameters, over, self.model, step)
-        if over.reduces or walk.sharded:
-            sums.reserve(walk.parameters)
-        again: dict[int, Tensor] = {}
+        domains, sharing, weight = len(given.batches), given.sharing, self._weight(len(given.batches))
+        walks = 1 + self.symmetric if self.gamma > 0 else 0
+        if sharing is not None:
+            gradients = domains + walks * (domains - 1) * (not self._is_one_walk)
+            own = [(p, p.dtype) for p in given.parameters]
+            wide = [(p, WIDE.get(p.dtype, p.dtype)) for p in given.parameters]
+            data = sharing.kind == "data"
+            sharing.expect(*([own] * gradients if data else [wide]), numbers=2 * domains * data)
+        sums = GradientAlignment(bool(self.track_alignment), self.track_alignment == "pairs")
+        walk = _Walk(given, sums, self.inner_lr / given.scale, symmetric=self.symmetric)
+        total: list[Tensor | None] = []
+        after = None
         try:
             if self._is_one_walk:
-                gradient = walk.first(0)
-                walk.begin()  # a lazy parameter is made by now
-                sums.add(gradient)
-                for index in range(1, domains):
-                    walk.move(gradient)
-                    del gradient  # before the next graph grows
-                    gradient = walk.first(index)
-                    sums.add(gradient)
-                del gradient
-                walk.end()
-                after = walk.finish()
-                total = sums.mean()
+                walk.go(range(domains))
+                after = walk.replay.save()
+                accumulate(total, sums.total, 1 / domains)
             else:
-                begins = self._gradients_here(walk, sums)
-                after = walk.finish()
+                begins = {}
+                for index in range(domains):
+                    gradient = walk.gradient(index)
+                    if self.gamma > 0 and (index == 0 or (self.symmetric and index == domains - 1)):
+                        begins[index] = gradient
+                    del gradient
+                after = walk.replay.save()
                 if given.checks and weight > 0 and given.is_due:
-                    again[0] = walk.loss(0)
-                total = self._walks(walk, sums.mean(weight=1 - weight), begins)
-            losses = torch.stack([loss.to(walk.losses[0].device, walk.losses[0].dtype) for loss in walk.losses])
-            measured = sums.result()
-            losses, again = over.losses(losses, again)
+                    walk.replay.again[0] = walk.loss(0)
+                accumulate(total, sums.total, (1 - weight) / domains)
+                for first in sorted(begins, reverse=True):
+                    order = range(domains) if first == 0 else range(domains - 1, -1, -1)
+                    walk.go(order, begins.pop(first), partial(accumulate, total, factor=weight / domains / walks))
+            reached = [t is not None for t in sums.total]
+            found = walk.replay.stacked()
             if given.checks:  # before it is reduced, so that the rank that is to blame says so
-                self._check(walk, given, sums, losses, total.tensors(like=walk.shards), again)
-            over.finish_walks(total)
-            direction = total.tensors(like=walk.shards)
-            buffers = None if after is None else dict(over.buffers(after))
+                self._check(walk, given, found[0], total)
         finally:
-            walk.close()
-            sums.reset(release=True)
-        report = report_of(losses, measured, given.scale)
-        objective = losses.mean() / given.scale - self._strength(domains) * measured.inner_product / given.scale**2
-        pairs = zip(walk.parameters, direction, strict=True)
-        return Direction([None if d is None else sharded_like(d, p) for p, d in pairs], objective, report, buffers)
+            walk.close(after)
+        if sharing is not None:
+            sharing.reduce_(with_zeros(total, given.parameters), "walks")
+            found, reached = sharing.numbers(given.parameters[0], found, reached)
+        losses, again = (values.to(walk.replay.losses[0].dtype) for values in found)
+        if given.checks and walk.replay.again:
+            self._check_again(given, sums, losses, again, total)
+        measured, losses = sums.result(given.scale), losses / given.scale
+        objective = losses.mean() - self._strength(domains) * measured.inner_product
+        direction = [
+            d.to(p.dtype) if d is not None and is_reached else None
+            for d, p, is_reached in zip(total, given.parameters, reached, strict=True)
+        ]
+        report = MetaStep(losses, measured.inner_product, measured.cosine, measured.grad_norms, measured.cosines)
+        return Direction(direction, objective, report, after[1])
 
     @property
     def _is_one_walk(self) -> bool:
@@ -199,91 +206,58 @@ class SmoothFish(DirectionMethod):
 
         The losses along a walk are themselves lower by twice as much.
         """
-        fish = fish_gamma(self.inner_lr, domains)
+        fish = self.inner_lr * (domains - 1) / 4
         return -fish if self._is_one_walk else self._weight(domains) * fish
 
-    def _gradients_here(self, walk: Walk, sums: GradientAlignment) -> dict[int, Vector]:
-        """Take in every domain's gradient where the parameters are; return those with which a walk begins."""
-        domains, begins = len(walk.batches), {}
-        for index in range(domains):
-            gradient = walk.first(index, keep_buffers=self.symmetric)
-            sums.add(gradient)
-            if self.gamma > 0 and (index == 0 or (self.symmetric and index == domains - 1)):
-                begins[index] = gradient
-            del gradient
-        return begins
+    def _check(self, walk: _Walk, given: Evaluation, losses: Tensor, direction: Vector) -> None:
+        """Raise if something is not finite or diverges; synchronizes once."""
+        if self.nonfinite != "raise":
+            return
+        domains, scale = len(losses), given.scale
+        found = [d for d in direction if d is not None]
+        try:
+            first, (norm, product) = given.read_finite(losses, found, [walk.sums.result().inner_product])
+        except ValueError as error:
+            infinite = torch.isfinite(losses).logical_not().nonzero()
+            index = int(infinite[0])
+            if not self._is_one_walk or not walk.is_finite_at_start(index):
+                raise
+            if scale != 1.0 and not math.isfinite(float(squared_norm(found))):
+                return  # gradients that overflowed led the walk there: the scaler skips the step, the scale falls
+            name = checks.name_of(index)
+            raise self._diverged(f"the loss of {name} is {losses[index].item()} along it") from error
+        if not math.isfinite(norm) and scale == 1.0:  # else the scaler skips the step
+            raise self._diverged("the direction holds NaN or infinity")
+        if math.isfinite(product) and not self._is_one_walk:
+            remedy = f"Lower gamma (it is {self.gamma:g}) or inner_lr (it is {self.inner_lr:g})"
+            matching = self._strength(domains) * product / scale**2
+            given.refuse_explosion(sum(first) / domains / scale, matching, remedy)
 
-    def _walks(self, walk: Walk, total: WeightedSum, begins: dict[int, Vector]) -> WeightedSum:
-        """Add the mean gradient along one walk, or along one and its reverse."""
-        domains = len(walk.batches)
-        share = self._weight(domains) / domains / max(1, len(begins))
-        for first in sorted(begins, reverse=True):
-            walk.begin()
-            gradient = begins.pop(first)
-            total.add(gradient, share)
-            for index in range(1, domains) if first == 0 else range(domains - 2, -1, -1):
-                walk.move(gradient)
-                del gradient
-                gradient = walk.again(index)
-                total.add(gradient, share)
-            del gradient
-            walk.end()
-        return total
-
-    def _check(
-        self,
-        walk: Walk,
-        given: Evaluation,
-        sums: GradientAlignment,
-        losses: Tensor,
-        direction: Vector,
-        again: Mapping[int, Tensor],
+    def _check_again(
+        self, given: Evaluation, sums: GradientAlignment, losses: Tensor, again: Tensor, direction: Vector
     ) -> None:
-        """Raise if something is not finite or diverges, or if a loss evaluated again is another; synchronizes once."""
-        domains, scale, second = len(losses), given.scale, list(again.values())
-        weight = self._weight(domains)
-        if self.nonfinite == "raise":
-            found = [sharded_like(d, p) for d, p in zip(direction, walk.parameters, strict=True) if d is not None]
-            try:
-                first, (norm, product, *_) = given.read_finite(losses, found, [sums.result().inner_product])
-            except ValueError as error:
-                infinite = torch.isfinite(losses).logical_not().nonzero()
-                index = int(infinite[0]) if len(infinite) else None  # or it is another rank's
-                if index is None or not self._is_one_walk or not walk.is_finite_at_start(index):
-                    raise
-                if scale != 1.0 and not math.isfinite(float(total_norm(found))):
-                    return  # gradients that overflowed led the walk there: the scaler skips the step, the scale falls
-                name = checks.name_of(index)
-                raise self._diverged(f"the loss of {name} is {losses[index].item()} along it") from error
-            if not math.isfinite(norm) and scale == 1.0:  # else the scaler skips the step
-                raise self._diverged("the direction holds NaN or infinity")
-            if math.isfinite(product) and not self._is_one_walk:
-                remedy = f"Lower gamma (it is {self.gamma:g}) or inner_lr (it is {self.inner_lr:g})"
-                matching = self._strength(domains) * product / scale**2
-                given.refuse_explosion(sum(first) / domains / scale, matching, remedy)
-        if second:
-            # An error of the gradients counts in the direction with this weight.
-            tolerance = math.sqrt(precision([*walk.parameters, losses])) / max(1.0, weight)
-            check_repeats((losses.double() / scale).tolist(), {0: float(second[0]) / scale}, tolerance)
-            # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
-            if given.number < 4 and weight > 1 / 32:
-                self._check_resolution(walk, sums, direction, weight)
-
-    def _check_resolution(self, walk: Walk, sums: GradientAlignment, direction: Vector, weight: float) -> None:
-        """Warn if the walks' gradients differ from those at their start by no more than rounding does."""
-        pairs = zip(direction, sums.mean().tensors(like=walk.shards), walk.parameters, strict=True)
-        means, differences = [], []
-        for d, mean, p in pairs:
-            if d is not None and mean is not None:
-                means.append(sharded_like(mean, p))
-                differences.append(sharded_like(d - mean, p))
-        length, difference = float(total_norm(means)), float(total_norm(differences)) / weight
-        if difference < min(32 * precision(means), 0.02) * length:
+        """Raise if a loss evaluated again is another, warn if the walks' effect is rounding; synchronizes."""
+        weight = self._weight(len(losses))
+        # An error of the gradients counts in the direction with this weight.
+        tolerance = math.sqrt(precision([*given.parameters, losses])) / max(1.0, weight)
+        check_repeats((losses.double() / given.scale).tolist(), (again.double() / given.scale).tolist(), tolerance)
+        # Later the walk may be lost because there is nothing left to learn; and else it is gamma that is small.
+        if given.number >= 4 or weight <= 1 / 32:
+            return
+        mean: list[Tensor | None] = []
+        accumulate(mean, sums.total, 1 / len(losses))
+        length, coarsest = (
+            _length(mean),
+            precision([p for p, m in zip(given.parameters, mean, strict=True) if m is not None]),
+        )
+        add_all_(mean, direction, -1.0)
+        difference = _length(mean) / weight
+        if difference < min(32 * coarsest, 0.02) * length:
             warnings.warn(
                 f"SmoothFish matches nothing: along the walk the mean gradient changes by {difference / length:.1g} of "
                 f"its length, which is rounding. Raise inner_lr (it is {self.inner_lr:g}) or train in a wider "
                 "dtype; if every loss is linear in the parameters, there is nothing to be matched",
-                stacklevel=7,
+                stacklevel=6,
             )
 
     def _diverged(self, how: str) -> RuntimeError:
@@ -291,3 +265,93 @@ class SmoothFish(DirectionMethod):
             f"the inner walk of SmoothFish diverged: {how}, with inner_lr={self.inner_lr} and gamma={self.gamma}. "
             "Nothing was changed: lower inner_lr or gamma and go on"
         )
+
+
+def _length(vector: Vector) -> float:
+    return float(squared_norm([part for part in vector if part is not None]) ** 0.5)
+
+
+class _Walk:
+    """The evaluations of one meta-iteration, each at whatever point the walk has led to.
+
+    Args:
+        given: Loss function, batches and all else.
+        sums: Take in the gradients of each domain's first evaluation.
+        step: Of the walk.
+        symmetric: Whether there is one to and fro.
+    """
+
+    def __init__(self, given: Evaluation, sums: GradientAlignment, step: float, *, symmetric: bool) -> None:
+        self.parameters = given.parameters
+        self.sharing = given.sharing
+        self.sums = sums
+        self.step = step
+        loss = given.loss
+        point = lambda index, _: loss(index)  # noqa: E731
+        self.replay = Replay(point, given.batches, given.parameters, given.places, chains=not symmetric)
+        self._start: list[Tensor] | None = None
+
+    def gradient(self, index: int) -> list[Tensor | None]:
+        """Return the gradient of a domain at the present parameters, the mean over the ranks that share it."""
+        is_first = index == len(self.replay.losses)
+        with record_function("GradMatch.domain_gradient"):
+            gradient = gradient_of(self.replay(index), self.parameters)
+        if is_first:
+            checks.check_reached(gradient, index)
+        if self.sharing is not None and self.sharing.kind == "data":
+            pairs = zip(gradient, self.parameters, strict=True)
+            gradient = [torch.zeros_like(p) if g is None else g for g, p in pairs]
+            self.sharing.reduce_([g for g in gradient if g is not None], "data")
+        if is_first:
+            self.sums.add(gradient)
+        return gradient
+
+    def go(
+        self,
+        order: range,
+        first: list[Tensor | None] | None = None,
+        take: Callable[[list[Tensor | None]], None] | None = None,
+    ) -> None:
+        """Walk through the domains by SGD, from the parameters and back to them.
+
+        Args:
+            order: Of the domains.
+            first: The gradient of the first one of them, if it is known.
+            take: Called with each one's gradient.
+        """
+        gradient = self.gradient(order[0]) if first is None else first
+        self._start = clone_all(self.parameters)  # a lazy parameter is made by now
+        for index in order:
+            if index != order[0]:
+                with torch.no_grad():
+                    add_all_(self.parameters, gradient, -self.step)
+                torch.clear_autocast_cache()  # around the whole meta_step it would hold the weights before the step
+                del gradient  # before the next graph grows
+                gradient = self.gradient(index)
+            if take is not None:
+                take(gradient)
+        self._return()
+
+    def _return(self) -> None:
+        if self._start is not None:
+            copy_all_(self.parameters, self._start)
+            self._start = None
+            torch.clear_autocast_cache()
+
+    def loss(self, index: int) -> Tensor:
+        """Evaluate a domain's loss at the present parameters as the first time."""
+        loss = self.replay(index)
+        if self.sharing is not None and self.sharing.in_step:
+            gradient_of(loss, self.parameters)  # only a backward pass lets DDP and fully_shard go on
+        return loss.detach()
+
+    def is_finite_at_start(self, index: int) -> bool:
+        """Return whether a loss that was not finite along the walk is so at its start; False if it may not look."""
+        self._return()
+        in_step = self.sharing is not None and self.sharing.in_step
+        return not in_step and bool(torch.isfinite(self.replay(index)))
+
+    def close(self, after: Any) -> None:
+        """Leave parameters and buffers as they were before, random numbers as one evaluation of each domain does."""
+        self._return()
+        self.replay.close(after)

@@ -7,27 +7,37 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "WIDE",
+    "Vector",
+    "add_all_",
     "by_kind",
     "clone_all",
-    "clone_kind",
     "copy_all_",
     "detach_all",
     "find_nonfinite",
     "in_transform",
     "is_sharded",
     "local_of",
+    "over_shards",
+    "precision",
     "read",
+    "squared_norm",
 ]
 
 
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+"""The dtype of sums over tensors of a dtype, if it is another one."""
+CHUNK = 1 << 18  # elements: on a CPU the error of a norm in single precision grows with its length (12 M: 6e-4)
 PLAIN = (Tensor, nn.Parameter)
+Vector = Sequence[Tensor | None]
+"""One tensor for each parameter; None where a loss does not depend on it."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -89,40 +99,36 @@ def clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of tensors, detached and exact whatever the dtype.
 
     Args:
-        tensors: The tensors. Those of a subclass or not strided, and any inside a transform of ``torch.func``, are
-            copied one by one: not all of these have ``foreach`` operators.
+        tensors: The tensors. Those of a subclass or not strided, any inside a transform of ``torch.func``, and all
+            before torch 2.12 are copied one by one: not all of these have ``foreach`` operators.
 
     Returns:
         The copies, in order.
     """
-    plain = not in_transform()
+    clone: Any = getattr(torch, "_foreach_clone", None)
+    plain = clone is not None and not in_transform()
     together = [t if plain and type(t) in PLAIN and t.layout is torch.strided else None for t in tensors]
     copies: dict[int, Tensor] = {}
-    clone = getattr(torch, "_foreach_clone", clone_kind)  # torch 2.12 and later
-    for positions, (group,) in by_kind(together):
+    for positions, (group,) in by_kind(together) if clone is not None else ():
         copies.update(zip(positions, clone(group), strict=True))
     return [copies[i] if i in copies else t.detach().clone() for i, t in enumerate(tensors)]
 
 
 @torch.no_grad()
-def clone_kind(group: list[Tensor]) -> Sequence[Tensor]:
-    """Return copies of plain tensors of one device and dtype.
+def add_all_(totals: Vector, parts: Vector, factor: float | Tensor = 1.0) -> None:
+    """Add ``factor`` times each part to the total in its place.
 
     Args:
-        group: The tensors.
-
-    Returns:
-        The copies, detached and exact.
+        totals: Written to; as wide as the parts or wider. Nothing is added where one is None.
+        parts: As many; None counts as zero.
+        factor: A number, or a tensor of shape ().
     """
-    if hasattr(torch, "_foreach_clone"):  # torch 2.12 and later
-        copies: Sequence[Tensor] = torch._foreach_clone(group)
-        return copies
-    try:
-        copies = torch._foreach_mul(group, True)  # a boolean promotes no dtype
-    except (RuntimeError, NotImplementedError):  # 8-bit floating-point numbers cannot be multiplied
-        return [t.clone() for t in group]
-    torch._foreach_copy_(copies, group)  # the product need not have every bit: of a NaN, of a complex infinity
-    return copies
+    for _, (into, given) in by_kind(totals, parts):
+        if isinstance(factor, Tensor):
+            wide = [g.to(into[0].dtype) for g in given] if given[0].dtype != into[0].dtype else given
+            torch._foreach_add_(into, torch._foreach_mul(wide, factor.to(into[0].device, into[0].dtype.to_real())))
+        else:
+            torch._foreach_add_(into, given, alpha=factor)
 
 
 @torch.no_grad()
@@ -135,6 +141,70 @@ def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """
     for _, (into, out_of) in by_kind(targets, sources):
         torch._foreach_copy_(into, out_of)
+
+
+def precision(tensors: Iterable[Tensor]) -> float:
+    """Return the machine epsilon of the coarsest dtype among some floating or complex tensors, at least one.
+
+    Example:
+        >>> import torch
+        >>> precision([torch.zeros(2), torch.zeros(2, dtype=torch.float64)]) == torch.finfo(torch.float32).eps
+        True
+    """
+    return max(torch.finfo(t.dtype).eps for t in tensors)
+
+
+@torch.no_grad()
+def over_shards(tensors: Sequence[Tensor], found: Callable[[list[int]], Tensor]) -> Tensor:
+    """Sum what is found of the local shards of some tensors over the ranks that hold the others.
+
+    Args:
+        tensors: The tensors; without a ``DTensor`` no rank is asked.
+        found: Called with the positions of tensors that lie on the same ranks: what these add to the sum.
+
+    Returns:
+        The sum, on the first one's device.
+    """
+    alike: dict[Any, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        to: Any = tensor
+        alike.setdefault((to.device_mesh, to.placements) if is_sharded(to) else None, []).append(position)
+    sums = []
+    for layout, positions in alike.items():
+        value: Any = found(positions)
+        if layout is not None:
+            from torch.distributed.tensor import DTensor, Partial, Replicate  # whoever has one, has imported it
+
+            placements = [Replicate() if p.is_replicate() else Partial() for p in layout[1]]
+            value = DTensor.from_local(value, layout[0], placements, run_check=False).full_tensor()
+        sums.append(value)
+    return sums[0] if len(sums) == 1 else torch.stack([value.to(sums[0].device) for value in sums]).sum(dim=0)
+
+
+@torch.no_grad()
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements of some tensors, the whole ones where they are ``DTensor`` s.
+
+    Args:
+        tensors: At least one; dense, real or complex, of any dtypes.
+
+    Returns:
+        Shape (), float64 (float32 on a device that has no other), on the first tensor's device.
+    """
+    if any(map(is_sharded, tensors)):
+        return over_shards(tensors, lambda positions: _squares([local_of(tensors[i]) for i in positions]))
+    return _squares(tensors)
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    found = []
+    for _, (group,) in by_kind(tensors):
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in group]
+        if group[0].device.type == "cpu":
+            real = [part for t in real for part in ((t,) if t.numel() <= CHUNK else t.reshape(-1).split(CHUNK))]
+        norms = torch.stack(torch._foreach_norm(real, 2, WIDE.get(real[0].dtype, real[0].dtype)))
+        found.append((norms if norms.device.type == "mps" else norms.double()).square().sum())
+    return found[0] if len(found) == 1 else torch.stack([part.to(found[0].device) for part in found]).sum()
 
 
 def detach_all(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What the ranks that carry out a meta-iteration together agree on: that all go on, or that all raise."""
+"""What the ranks that carry out a meta-iteration together vote on: that all go on, or that all raise."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch import Tensor
+from torch.distributed import DistError, ProcessGroup
 
-from torch_gradmatch.parallel.collective import in_collective, is_told
+from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
+
+__all__ = ["Ranks", "average_", "check_process_group", "is_told", "max_", "sum_"]
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
-
-__all__ = ["Ranks", "check_process_group"]
+_TOLD = "_torch_gradmatch_told"
+BUCKET = 1 << 26  # bytes reduced in one collective: that much memory is taken beside the tensors
 
 
 def check_process_group(value: object) -> ProcessGroup | None:
@@ -52,6 +55,8 @@ class Ranks:
         device: Where the parameters are.
     """
 
+    votes = 0  # of this process, so that an error that is raised twice is told twice
+
     def __init__(self, groups: Sequence[ProcessGroup], device: torch.device) -> None:
         self.groups = [group for group in dict.fromkeys(groups) if dist.get_world_size(group) > 1]
         self._device = device
@@ -60,7 +65,7 @@ class Ranks:
         """Whether there is more than one."""
         return bool(self.groups)
 
-    def agree(
+    def vote(
         self, error: BaseException | None = None, facts: Mapping[str, object] | None = None, number: int = 0
     ) -> list[int]:
         """Wait for the other ranks; raise on all of them if one brings an error or other facts.
@@ -69,8 +74,7 @@ class Ranks:
         other ranks, for an accelerator only if no group of them can talk through the host.
 
         Args:
-            error: What went wrong on this rank. Where the error of one rank leads to others elsewhere, the number
-                ``error.happened`` says which came first.
+            error: What went wrong on this rank. That of a loss comes first, because it leads to others elsewhere.
             facts: What should be the same on all ranks, with the names that the message is to use.
             number: Any that the other ranks should know.
 
@@ -86,7 +90,8 @@ class Ranks:
                 raise error
             return [number]
         told = "" if facts is None else repr(sorted((name, str(value)) for name, value in facts.items()))
-        with in_collective():
+        Ranks.votes += 1
+        with _in_collective():
             rows = self._gather_numbers([error is not None, zlib.crc32(told.encode()), number])
             if any(row[0] for row in rows):
                 self._raise_together(error)
@@ -98,11 +103,10 @@ class Ranks:
     def together(self, facts: Mapping[str, object] | None = None) -> Iterator[None]:
         """Let an error that one rank raises inside the block be raised on all, each at the end of its block.
 
-        Inside it a rank may :meth:`agree` before a collective: it is there that the others then wait for the one that
-        raised. An error that all know, or one of a collective, is passed on as it is.
+        An error that all know, or one of a collective, is passed on as it is.
 
         Args:
-            facts: As for :meth:`agree`.
+            facts: As for :meth:`vote`.
 
         Yields:
             Once.
@@ -112,22 +116,15 @@ class Ranks:
         except Exception as error:
             if self and not is_told(error):
                 try:
-                    self.agree(error)
+                    self.vote(error)
                 except Exception as told:
                     if told.__cause__ is error:  # another rank's error came first and led to this one
                         raise
             raise  # also if the others cannot be reached: the error itself says more
-        self.agree(None, facts)
+        self.vote(None, facts)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every rank passes, as ``torch.distributed.all_gather_object`` does.
-
-        Args:
-            value: Anything that can be pickled.
-
-        Returns:
-            The values of all ranks, in the order of :meth:`agree`.
-        """
+        """Return what every rank passes, as ``torch.distributed.all_gather_object`` does, in the order of a vote."""
         values = [value]
         for group in self.groups:
             gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -138,22 +135,20 @@ class Ranks:
     def _gather_numbers(self, row: Sequence[int]) -> list[list[int]]:
         table = torch.tensor([row], dtype=torch.int64)
         for group in self.groups:
-            mine = table.to(self._talks_on(group))
+            by_host = torch.device("cpu") in getattr(group, "_device_types", ())
+            mine = table.to(torch.device("cpu") if by_host else self._device)
             every = mine.new_empty((dist.get_world_size(group) * len(mine), len(row)))
             _all_gather(every, mine, group=group)
             table = every
         found: list[list[int]] = table.tolist()
         return found
 
-    def _talks_on(self, group: ProcessGroup) -> torch.device:
-        host = torch.device("cpu")
-        return host if host in getattr(group, "_device_types", ()) else self._device
-
     def _raise_together(self, error: BaseException | None) -> None:
         rank = dist.get_rank()
-        mine = None if error is None else (getattr(error, "happened", 0), rank, type(error).__name__, str(error))
+        order = float("inf") if error is None else getattr(error, "happened", float("inf"))
+        mine = None if error is None else (order, rank, type(error).__name__, str(error))
         first, its_rank, kind, message = min(told for told in self.gather(mine) if told is not None)
-        if error is not None and mine is not None and mine[0] == first:
+        if error is not None and order == first:
             raise error
         kinds: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
         shown = message if kind in {"ValueError", "TypeError", "RuntimeError"} else f"{kind}: {message}"
@@ -169,3 +164,73 @@ class Ranks:
                         f"the ranks should have the same {name}, but it is {first.get(name, 'missing'):.300} on rank "
                         f"{first_rank} and {others.get(name, 'missing'):.300} on rank {rank}"
                     )
+
+
+def is_told(error: BaseException) -> bool:
+    """Return whether an error is no news for the other ranks, or telling them would wait for ever.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True for one that the latest vote raised, for one of a collective after it, and for what looks as if a backend
+        raised it elsewhere.
+    """
+    if vars(error).get(_TOLD) == Ranks.votes or isinstance(error, DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo/", "NCCL"))
+
+
+@contextmanager
+def _in_collective() -> Iterator[None]:
+    """Mark the errors of a collective, after which no other may be tried: the other ranks know, or are out of reach."""
+    try:
+        yield
+    except BaseException as error:
+        vars(error)[_TOLD] = Ranks.votes
+        raise
+
+
+# ------------------------------------------------------------------------------------------------- sums over the ranks
+
+
+@torch.no_grad()
+def sum_(tensors: Sequence[Tensor], group: ProcessGroup, operation: Any = dist.ReduceOp.SUM) -> None:
+    """Replace tensors by their sums over the ranks of a group, the same bits on every rank, in few collectives.
+
+    Args:
+        tensors: As many, of the same shapes and dtypes, on every rank. Of a ``DTensor``, the local shard.
+        group: The ranks.
+        operation: Another one than the sum.
+    """
+    for _, (same,) in by_kind([torch.view_as_real(t) if t.is_complex() else t for t in map(local_of, tensors)]):
+        starts, size = [0], 0
+        for position, t in enumerate(same):
+            if size and size + t.nbytes > BUCKET:
+                starts, size = [*starts, position], 0
+            size += t.nbytes
+        for start, end in zip(starts, [*starts[1:], len(same)], strict=True):
+            parts = same[start:end]
+            alone = len(parts) == 1 and parts[0].is_contiguous()
+            vector = parts[0] if alone else torch.cat([part.reshape(-1) for part in parts])
+            if vector.numel():
+                with _in_collective():
+                    dist.all_reduce(vector, operation, group=group)
+            if not alone:
+                pieces = vector.split([part.numel() for part in parts])
+                copy_all_(parts, [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)])
+
+
+def max_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Replace real tensors by their largest values over the ranks of a group; booleans are true if one is."""
+    numbers = [t.to(torch.uint8) if t.dtype is torch.bool else t for t in tensors]
+    sum_(numbers, group, dist.ReduceOp.MAX)
+    copy_all_(tensors, numbers)
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Replace floating-point tensors by their means over the ranks of a group, the same bits on every rank."""
+    sum_(tensors, group)
+    for _, (same,) in by_kind(tensors):
+        torch._foreach_div_(same, group.size())

@@ -22,13 +22,12 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from torch_gradmatch.parallel.agreement import check_same_parameters
 from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
-from torch_gradmatch.parallel.ranks import Ranks
-from torch_gradmatch.parallel.reduction import average_, max_
+from torch_gradmatch.parallel.ranks import Ranks, average_, max_
+from torch_gradmatch.parallel.same import check_same_parameters
 from torch_gradmatch.parallel.shards import groups_of, sharded_like
 
-__all__ = ["Together", "mean_of_walks", "ranks_around"]
+__all__ = ["Together", "average_buffers_", "mean_of_walks", "ranks_around"]
 
 
 def ranks_around(parameters: Sequence[Tensor], method: Any) -> Together | None:
@@ -49,15 +48,13 @@ def ranks_around(parameters: Sequence[Tensor], method: Any) -> Together | None:
     """
     model: nn.Module | None = getattr(method, "model", None)
     given: ProcessGroup | None = getattr(method, "process_group", None)
-    averaged_by = None
-    if isinstance(model, DistributedDataParallel):
-        averaged_by = model.process_group
-    elif given is not None and isinstance(model, DataParallel):
+    averaged_by = model.process_group if isinstance(model, DistributedDataParallel) else None
+    if given is not None and isinstance(model, DataParallel):
         raise ValueError(
             f"{type(method).__name__}(process_group=...) does not support a model in DataParallel: pass and call the "
             "plain module"
         )
-    elif type(model).__name__ == "FullyShardedDataParallel":
+    if type(model).__name__ == "FullyShardedDataParallel":
         raise ValueError(
             "the model is in a FullyShardedDataParallel (FSDP1), whose parameters do not say which shards they are: "
             "use torch.distributed.fsdp.fully_shard"
@@ -101,56 +98,36 @@ class Together:
     def begin(
         self, facts: Mapping[str, object], parameters: list[Tensor], number: int = 0, error: Exception | None = None
     ) -> list[int]:
-        """Agree to begin a meta-iteration.
+        """Vote on beginning a meta-iteration.
 
         Args:
             facts: What should be the same on all ranks, with the names that a message is to use.
-            parameters: The optimizer's.
+            parameters: The optimizer's, which are compared once.
             number: Any that the other ranks should know.
             error: Why this rank cannot begin, if it cannot.
 
         Returns:
             The numbers of all ranks.
-
-        Raises:
-            ValueError: On all ranks, if they have other facts or do not hold the same parameters.
         """
-        numbers = self.ranks.agree(error, facts, number)
+        numbers = self.ranks.vote(error, facts, number)
         self.check_same(parameters)
         return numbers
 
     def check_same(self, parameters: list[Tensor]) -> None:
-        """Raise on all ranks if they do not hold the same parameters; look only once at the same ones.
-
-        Args:
-            parameters: The optimizer's.
-        """
+        """Raise on all ranks if they do not hold the same parameters; look only once at the same ones."""
         same = len(self._same) == len(parameters) and all(map(is_, self._same, parameters))
         if self.group is not None and not same:
             check_same_parameters(parameters, self.group, self.ranks)
         self._same = parameters
 
     def has_same(self, parameters: Sequence[Tensor]) -> None:
-        """Note which parameters are known to be the same on all ranks: they are compared if others come.
-
-        Args:
-            parameters: Those; none if ranks may have gone separate ways.
-        """
+        """Note which parameters are the same on all ranks; none if these may have gone separate ways."""
         self._same = parameters
 
     def facts(
         self, optimizer: Optimizer, parameters: Sequence[Tensor], settings: Mapping[str, object]
     ) -> dict[str, object]:
-        """Return what should be the same on all ranks, with the words of a message.
-
-        Args:
-            optimizer: The wrapped optimizer.
-            parameters: Its parameters.
-            settings: Of the method.
-
-        Returns:
-            The facts by name.
-        """
+        """Return what should be the same on all ranks, with the words of a message."""
         groups = optimizer.param_groups
         return {
             "method": str(dict(settings)),
@@ -185,10 +162,15 @@ class Together:
         means = mean_of_walks([*slow, *(start for start, _ in latest)], ends, group)
         copy_all_(ends[len(fast) :], means[len(fast) :])
         averaged = {id(end) for end in ends}
-        left = [b for b in buffers if id(b) not in averaged]
-        average_([b for b in left if b.is_floating_point() or b.is_complex()], group)
-        max_([b for b in left if not (b.is_floating_point() or b.is_complex())], group)
+        average_buffers_([b for b in buffers if id(b) not in averaged], group)
         return means[: len(fast)]
+
+
+def average_buffers_(buffers: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Let buffers hold their means over the ranks of a group, each in its dtype; of integers the largest."""
+    is_mean = [b.is_floating_point() or b.is_complex() for b in buffers]
+    average_([b for b, mean in zip(buffers, is_mean, strict=True) if mean], group)
+    max_([b for b, mean in zip(buffers, is_mean, strict=True) if not mean], group)
 
 
 @torch.no_grad()
@@ -208,12 +190,9 @@ def mean_of_walks(slow: Sequence[Tensor], fast: Sequence[Tensor], group: Process
     ends = []
     for s, f in zip(slow, fast, strict=True):
         shard = local_of(f)
-        if f.dtype != s.dtype:
-            ends.append(sharded_like(shard.to(s.dtype), f))
-        elif storages[shard.untyped_storage().data_ptr()] > 1:  # weights tied by their storage: not twice in place
-            ends.append(sharded_like(shard.clone(), f))
-        else:
-            ends.append(f)
+        # A copy also of weights that are tied by their storage: not twice in place.
+        copies = f.dtype != s.dtype or storages[shard.untyped_storage().data_ptr()] > 1
+        ends.append(sharded_like(shard.to(s.dtype, copy=True), f) if copies else f)
     pairs = [lists for _, lists in by_kind(ends, slow)]
     for at_end, at_start in pairs:
         torch._foreach_sub_(at_end, at_start)

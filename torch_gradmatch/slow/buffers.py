@@ -60,6 +60,10 @@ class Buffers:
         copies = iter(clone_all([b for b in tensors if b is not None]))
         return [(b, None if b is None else next(copies)) for b in tensors]
 
+    def values(self, saved: list[tuple[Tensor | None, Tensor | None]]) -> dict[str, Tensor]:
+        """Return the copies that :meth:`save` made, by name."""
+        return {name: value for name, (_, value) in zip(self.names, saved, strict=True) if value is not None}
+
     @torch.no_grad()
     def restore(self, saved: list[tuple[Tensor | None, Tensor | None]]) -> None:
         """Put the same tensors in the same places again, with the values that they had.
