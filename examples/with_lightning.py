@@ -91,7 +91,6 @@ class Classifier(lightning.LightningModule):
         ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank, "split": "batch"}
         accumulate = self.trainer.accumulate_grad_batches
         sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed, accumulate=accumulate, **ranks)
-        sampler.set_epoch(self.current_epoch)  # between two epochs Lightning does not load the loader's state
         self.sampler = sampler
         loader = StatefulDataLoader(self.data, batch_sampler=sampler)
         if self.automatic_optimization:
@@ -129,9 +128,10 @@ class Classifier(lightning.LightningModule):
         """Refuse a loader that does not fit the method."""
         if self.hparams.method != "ERM":
             check_loader(self.optimizers(), self.trainer.train_dataloader, self.trainer.accumulate_grad_batches)
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """Go to the next epoch also where ``limit_train_batches`` has cut the one before short, and training resumes."""
+        """Go to the epoch that follows where Lightning resumes between two, or has cut the one before short."""
         if self.sampler.state_dict()["epoch"] < self.current_epoch:
             self.sampler.set_epoch(self.current_epoch)
 

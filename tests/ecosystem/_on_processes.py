@@ -174,7 +174,8 @@ def in_lightning(directory: Path) -> dict[str, Any]:
         settings: dict[str, Any]
 
         def train_dataloader(self) -> Any:
-            return DataLoader(self.data, batch_sampler=DomainBatchSampler(self.domains, BATCH_SIZE, **self.settings))
+            self.sampler = DomainBatchSampler(self.domains, BATCH_SIZE, **self.settings)
+            return DataLoader(self.data, batch_sampler=self.sampler)
 
     def fit(
         where: str, max_steps: int, resume: bool = False, split: bool = False, model: Any = None, method: str = "Fish"

@@ -150,6 +150,7 @@ def test_it_resumes_where_epochs_differ_in_length(tmp_path, monkeypatch):
                 sampler.set_epoch(epoch)
                 lengths.add(len(sampler))
             assert len(lengths) > 1
+            self.sampler = sampler
             return StatefulDataLoader(torch.utils.data.Subset(self.data, kept), batch_sampler=sampler)
 
     monkeypatch.setitem(globals(), "Recording", Uneven)
