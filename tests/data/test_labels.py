@@ -194,12 +194,12 @@ def test_a_single_domain_is_refused_unless_it_is_said_to_be_wanted(domains, doma
 def test_labels_per_sample_fit_a_data_set_of_as_many_samples_alone(case, data):
     labels, arguments = case
     sampler = DomainBatchSampler(labels, **arguments)
-    sampler._check_dataset(len(labels))
+    sampler.check_dataset(len(labels))
     number = data.draw(st.integers(0, 2 * len(labels)).filter(lambda number: number != len(labels)))
     with pytest.raises(
         ValueError, match=f"domains holds {len(labels)} labels, but .* {number} samples: give one label"
     ):
-        sampler._check_dataset(number)
+        sampler.check_dataset(number)
 
 
 @given(
@@ -212,9 +212,9 @@ def test_a_mapping_fits_a_data_set_that_has_all_its_indices(indices, number):
     sampler = DomainBatchSampler(domains, 1)
     largest = max(map(max, domains.values()))
     if largest < number:
-        sampler._check_dataset(number)
+        sampler.check_dataset(number)
         return
     first = next(label for label, own in domains.items() if max(own) >= number)
     index = max(domains[first])
     with pytest.raises(ValueError, match=rf"domains\['{first}'\] has the index {index}, but .* {number} samples"):
-        sampler._check_dataset(number)
+        sampler.check_dataset(number)

@@ -237,5 +237,5 @@ def test_a_group_that_was_begun_is_refused_by_meta_batches():
 def test_a_stateful_loader_has_to_save_the_place_behind_every_batch():
     module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
     loader = module.StatefulDataLoader(range(21), batch_sampler=small_sampler(), snapshot_every_n_steps=2)
-    with pytest.raises(ValueError, match=r"snapshot_every_n_steps=1 \(got 2\)"):
+    with pytest.raises(ValueError, match=r"snapshot_every_n_steps=1, .* \(got 2\)"):
         meta_batches(loader)

@@ -97,7 +97,7 @@ def _draw(
     others = np.flatnonzero(open_rates)
     times = generator.standard_exponential(others.size) / open_rates[others]
     missing = size - len(group)
-    return group + others[np.argpartition(times, missing - 1)[:missing]].tolist()
+    return [*group, *others[np.argpartition(times, missing - 1)[:missing]].tolist()]
 
 
 @dataclass
@@ -137,7 +137,8 @@ class Groups:
         block, row = epoch, number
         if self.per_epoch is not None:
             block, row = divmod(epoch * self.per_epoch + number, self._per_block)
-        return list(map(int, self._drawn(block)[row]))
+        group: list[int] = self._drawn(block)[row].tolist()
+        return group
 
     def pair(self, epoch: int, number: int) -> tuple[tuple[int, ...], bool]:
         """Return the name of the pair that a group is in, and whether it is the second of the two."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
 
 from torch.utils.data import BatchSampler, DataLoader
@@ -67,67 +68,50 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
         >>> list(meta_batches(["a", "b", "c", "d", "e"], 2))
         [['a', 'b'], ['c', 'd']]
     """
-    if domains_per_step is not None:
-        domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
     source = source_of(loader)
     if source is None:
-        cut_by = next(
-            (found for name in ("batch_sampler", "sampler") if (found := getattr(loader, name, None)) is not None), None
-        )
-        if isinstance(cut_by, BatchSampler) and type(cut_by).__module__.startswith(("torch.", "torchdata.")):
+        cut_by = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
+        known = ("torch.", "torchdata.", "accelerate.")  # a class of the user's may know domains
+        if any(isinstance(found, BatchSampler) and type(found).__module__.startswith(known) for found in cut_by):
             raise ValueError(
-                f"loader should serve batches of one domain each (got {type(loader).__name__} over torch's "
-                "BatchSampler, which cuts batches whatever the domains): pass DataLoader(dataset, "
-                "batch_sampler=DomainBatchSampler(...)) or a DomainLoader, or call meta_step with a mapping or list of "
-                "one batch per domain that you built by hand"
+                f"loader should serve batches of one domain each (got {type(loader).__name__} over a BatchSampler of a "
+                "framework, which knows none): pass DataLoader(dataset, batch_sampler=DomainBatchSampler(...)) or a "
+                "DomainLoader, or call meta_step with a mapping or list of one batch per domain"
             )
         if domains_per_step is None:
-            raise ValueError(
-                "domains_per_step should be an integer of at least 1 (got None) over a loader that is no DomainLoader "
-                f"and has no DomainBatchSampler (got {type(loader).__name__})"
-            )
-        return MetaBatches(loader, domains_per_step, None)
+            raise ValueError("domains_per_step should be given for a loader without a DomainBatchSampler (got None)")
+        return MetaBatches(loader, check_int("domains_per_step", domains_per_step, 1), None)
+    watch(loader, source)
     if isinstance(source, DomainBatchSampler) and source.accumulate > 1:
-        raise ValueError(
-            f"loader should serve one batch of each domain for meta_batches (got accumulate={source.accumulate} in its "
-            "DomainBatchSampler, which is for loops of step()): pass accumulate=1, and a larger batch_size"
-        )
+        raise ValueError(f"meta_batches needs accumulate=1 (got {source.accumulate}), as more is for loops of step()")
     if domains_per_step not in {None, source.batches_per_group}:
         raise ValueError(
             f"domains_per_step should be {source.batches_per_group}, the batches of a group in the loader's "
-            f"{type(source).__name__} (got {domains_per_step}): otherwise a list could hold two batches of one domain"
+            f"{type(source).__name__} (got {domains_per_step!r:.80})"
         )
-    watch(loader, source)
     return MetaBatches(loader, source.batches_per_group, source)
 
 
 def source_of(loader: Any) -> DomainBatchSampler | DomainLoader[Any] | None:
     """Return what decides the domain of each of a loader's batches, None where that is neither of the two."""
-    if isinstance(loader, DataLoader):
-        loader = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    return loader if isinstance(loader, DomainBatchSampler | DomainLoader) else None
+    if isinstance(loader, DomainLoader):
+        return loader
+    found = getattr(loader, "sampler" if getattr(loader, "batch_sampler", None) is None else "batch_sampler", None)
+    return found if isinstance(loader, DataLoader) and isinstance(found, DomainBatchSampler) else None
 
 
 def watch(loader: Any, source: DomainBatchSampler | DomainLoader[Any]) -> None:
     """Raise ``ValueError`` if a loader does not fit its sampler; let the sampler know whether it fetches ahead."""
     if isinstance(source, DomainLoader):
         return
-    if not loader.in_order:
-        raise ValueError("loader should keep its sampler's order (got in_order=False): groups would be mixed")
-    if getattr(loader, "snapshot_every_n_steps", 1) != 1:
-        raise ValueError(
-            f"loader should have snapshot_every_n_steps=1 (got {loader.snapshot_every_n_steps}): resumed elsewhere, it "
-            "serves batches again that the loop does not see"
-        )
-    try:
-        num_samples = len(loader.dataset)
-    except (TypeError, NotImplementedError):
-        pass
-    else:
-        source._check_dataset(num_samples)
-    saves = any(base.__module__.startswith("torchdata.") for base in type(loader).__mro__)
+    for name, needed in (("in_order", True), ("snapshot_every_n_steps", 1)):
+        if (found := getattr(loader, name, needed)) != needed:
+            raise ValueError(f"loader should have {name}={needed}, or its place in a group is unknown (got {found!r})")
+    with suppress(TypeError, NotImplementedError):  # of a data set without a length
+        source.check_dataset(len(loader.dataset))
     in_step = loader.num_workers == 0 and type(loader).__iter__ is DataLoader.__iter__
-    source._runs_ahead = not saves and not in_step
+    saves = any(base.__module__.startswith("torchdata.") for base in type(loader).__mro__)
+    source.runs_ahead = not in_step and not saves
 
 
 class MetaBatches(Generic[Batch]):
@@ -144,18 +128,20 @@ class MetaBatches(Generic[Batch]):
         return len(cast("Sized", self.loader)) // self.domains_per_step
 
     def __iter__(self) -> Iterator[MetaBatch[Batch]]:
+        return self._lists(iter(self.loader))  # a StatefulDataLoader loads its state here
+
+    def _lists(self, iterator: Iterator[Batch]) -> Iterator[MetaBatch[Batch]]:
+        """Yield the batches in lists that know their domains."""
         size, source = self.domains_per_step, self.source
         batches: MetaBatch[Batch] = MetaBatch()
         place = None
-        for batch in self.loader:
+        for batch in iterator:
             if source is not None and place is None:
                 place = epoch, start = source._started
                 number = start // size
                 if start % size:
-                    raise RuntimeError(
-                        f"the loader resumes at batch {start} of epoch {epoch}, in the middle of a group of {size}: "
-                        "save its state dict between two lists of meta_batches"
-                    )
+                    where = f"at batch {start} of epoch {epoch}, in the middle of a group of {size}"
+                    raise RuntimeError(f"the loader resumes {where}: save its state between two lists of meta_batches")
             batches.append(batch)
             del batch  # or a batch the loop is done with stays in memory while the next is fetched
             if len(batches) == size:

@@ -191,7 +191,7 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
         settings = repr((groups, of_samples, [own.size for own in self._indices])).encode()
         batches = size * self.accumulate // (self.num_replicas if self.split == "domains" else 1)
         super().__init__(groups, labels, batches, settings + np.concatenate(self._indices).tobytes())
-        self._runs_ahead = False  # of the loop, does the loader, as meta_batches and check_loader find out
+        self.runs_ahead = False  # of the loop, does the loader, as meta_batches and check_loader find out
 
     def __iter__(self) -> Iterator[list[int]]:
         """Serve the next epoch.
@@ -266,7 +266,7 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
         Raises:
             RuntimeError: In an epoch over a loader that is known to fetch batches ahead of the loop.
         """
-        if self._runs_ahead and self._begun:
+        if self.runs_ahead and self._begun:
             raise RuntimeError(
                 "the loader fetches batches ahead of the loop, so its DomainBatchSampler does not know which batch the "
                 "loop received last: use torchdata's StatefulDataLoader in place of the DataLoader, and save its "
@@ -319,7 +319,7 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
             runs.append(num_batches // self.accumulate)
         return runs
 
-    def _check_dataset(self, num_samples: int) -> None:
+    def check_dataset(self, num_samples: int) -> None:
         """Raise ``ValueError`` unless the domains are of a data set of ``num_samples``. For loaders, which know it."""
         if self._num_labels not in {None, num_samples}:
             raise ValueError(

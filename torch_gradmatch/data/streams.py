@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import repeat
 from typing import Any, Generic, TypeVar, cast
 
 from torch.utils.data import Dataset
@@ -209,7 +208,7 @@ class DomainLoader(Epochs, Generic[Batch]):
 
     def _check_saves(self) -> None:
         """Raise unless every domain's loader can save its place, apart from the others'."""
-        owner_of: dict[int, str | int] = {}
+        seen: set[int] = set()
         for label, loader in zip(self._labels, self._loaders, strict=True):
             named = f"the loader of domain {label!r:.80}, a {type(loader).__name__},"
             if not all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):
@@ -219,14 +218,10 @@ class DomainLoader(Epochs, Generic[Batch]):
                 )
             if not getattr(loader, "in_order", True):
                 raise ValueError(f"{named} should keep its order (got in_order=False): nobody knows its place then")
-            for holder in (loader, getattr(loader, "sampler", None)):
-                generator = getattr(holder, "generator", None)
-                owner = label if generator is None else owner_of.setdefault(id(generator), label)
-                if owner != label:
-                    raise ValueError(
-                        f"{named} has the same generator as that of domain {owner!r:.80}: one state cannot serve two "
-                        "places; give each its own torch.Generator"
-                    )
+            generators = {id(getattr(of, "generator", None)) for of in (loader, getattr(loader, "sampler", None))}
+            if seen & (generators := generators - {id(None)}):
+                raise ValueError(f"{named} shares a generator with another: one state cannot serve two places")
+            seen |= generators
 
 
 def _check_loaders(loaders: Any) -> tuple[tuple[str | int, ...], list[Any]]:
@@ -235,20 +230,15 @@ def _check_loaders(loaders: Any) -> tuple[tuple[str | int, ...], list[Any]]:
         raise TypeError(f"loaders should be a mapping from each domain's label to its loader (got {loaders!r:.80})")
     if len(loaders) < 2:
         raise ValueError(f"loaders should hold the loaders of at least 2 domains (got {len(loaders)})")
-    owner_of: dict[int, object] = {}
-    for label, loader in loaders.items():
-        name = f"loaders[{check_label('loaders', label)!r:.80}]"
+    labels = tuple(check_label("loaders", key) for key in loaders)
+    for label, loader in zip(labels, loaders.values(), strict=True):
         if isinstance(loader, Dataset) or (hasattr(loader, "__getitem__") and not isinstance(loader, list | tuple)):
             raise TypeError(
-                f"{name} is a data set, a {type(loader).__name__}, and should be a loader of batches: pass "
-                "DataLoader(dataset, batch_size=...), with batch_size=None if the data set itself yields batches"
+                f"loaders[{label!r:.80}] is a data set, a {type(loader).__name__}, and should be a loader of batches: "
+                "pass DataLoader(dataset, batch_size=...), with batch_size=None if the data set itself yields batches"
             )
         if not isinstance(loader, Iterable):
-            raise TypeError(f"{name} should be a loader of batches, such as a DataLoader (got {loader!r:.80})")
-        owner = owner_of.setdefault(id(loader), label)
-        if owner != label:
-            raise ValueError(
-                f"{name} is the same object as loaders[{owner!r:.80}]: give every domain a loader of its own, which "
-                "has a place of its own"
-            )
-    return tuple(map(check_label, repeat("loaders"), loaders)), list(loaders.values())
+            raise TypeError(f"loaders[{label!r:.80}] should be a loader of batches (got {loader!r:.80})")
+    if len(set(map(id, loaders.values()))) < len(loaders):
+        raise ValueError("loaders should have an object of its own for every domain, which has a place of its own")
+    return labels, list(loaders.values())
