@@ -41,7 +41,7 @@ from torch_gradmatch.data.sampler import DomainBatchSampler
         changing(r"domain 'a' has 3 samples, which make 2 batches .* fewer than accumulate=3: lower", accumulate=3),
         changing(r"accumulate should be an integer of at least 1 \(got 0\)", accumulate=0),
         changing(
-            r"batches_per_epoch should be a multiple of 4, .* \(got 2\): 4 would do",
+            r"batches_per_epoch should be a multiple of 4, as 4 is \(got 2\)",
             batches_per_epoch=2,
             exhausted="cycle",
             domains_per_step=4,

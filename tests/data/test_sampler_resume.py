@@ -117,7 +117,7 @@ def test_a_copy_has_the_same_state_and_the_same_future(duplicate):
     assert [list(copied), list(copied)] == [list(sampler), list(sampler)]
 
 
-OTHER = "saved with other domains or arguments"
+OTHER = "saved with other domains, arguments or ranks"
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_loaders_and_lists_of_batches_are_taken(loader):
         ({"weighting": {"a": 1, "b": 1, "c": 0}}, r"weighting\['c'\] should be"),
         ({"seed": -1}, "seed should be"),
         ({"order": "sorted"}, "order should be one of"),
-        ({"batches_per_epoch": 4}, r"multiple of 3, the batches of a group \(got 4\): 6 would do"),
+        ({"batches_per_epoch": 4}, r"multiple of 3, as 6 is \(got 4\)"),
         ({"batches_per_epoch": 0}, "batches_per_epoch should be an integer of at least 1"),
     ],
 )

@@ -214,7 +214,7 @@ def test_a_state_is_made_of_plain_numbers_and_strings():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": "0"}, "saved with other domains or arguments"),
+        ({"settings": "0"}, "saved with other domains, arguments or ranks"),
         ({"epoch": -1}, "epoch should be an integer of at least 0"),
         ({"position": 1.0}, "position should be an integer of at least 0"),
         ({"position": 9}, "position 9 is behind the end of epoch 0"),
@@ -234,7 +234,7 @@ def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(change, messa
     with pytest.raises(ValueError, match="should hold exactly"):
         loader.load_state_dict([state])
     for other in ({"seed": 1}, {"order": "random"}, {"weighting": {"a": 1, "b": 1, "c": 2}}):
-        with pytest.raises(ValueError, match="saved with other domains or arguments"):
+        with pytest.raises(ValueError, match="saved with other domains, arguments or ranks"):
             loader.load_state_dict(good_loader(**other).state_dict())
     assert loader.state_dict() == before
     assert list(loader) == list(twin)

@@ -53,10 +53,7 @@ class Epochs:
         if not isinstance(state_dict, Mapping) or set(state_dict) != set(expected):
             raise ValueError(f"the state dict should hold exactly {expected} (got {state_dict!r:.200})")
         if state_dict["settings"] != self._settings:
-            raise ValueError(
-                "the state dict was saved with other domains or arguments (the number of ranks is one): resume with "
-                "the same, or begin an epoch with these"
-            )
+            raise ValueError("the state dict was saved with other domains, arguments or ranks: resume with the same")
         epoch, position = (check_int(f"the state dict's {name}", state_dict[name], 0) for name in expected[:2])
         if position > self._length(epoch):
             raise ValueError(f"the state dict's position {position} is behind the end of epoch {epoch}")
@@ -119,8 +116,6 @@ def check_groups(
     if batches_per_epoch is not None:
         length, group = check_int("batches_per_epoch", batches_per_epoch, 1), size * repeats
         if surplus := length % group:
-            raise ValueError(
-                f"batches_per_epoch should be a multiple of {group}, the batches of a group (got {length}): "
-                f"{length - surplus + group} would do"
-            )
+            fits = length - surplus + group
+            raise ValueError(f"batches_per_epoch should be a multiple of {group}, as {fits} is (got {length})")
     return size

@@ -36,10 +36,7 @@ def indices_by_domain(domains: Any) -> tuple[tuple[str | int, ...], list[IntArra
     strings = {label for label in labels if isinstance(label, str)}
     for label in labels:
         if isinstance(label, int) and abs(label) < 10**18 and str(label) in strings:
-            raise ValueError(
-                f"domains has both the integer {label} and the string '{label}' as labels: if they are one domain, "
-                "make them one type, else rename one"
-            )
+            raise ValueError(f"domains has both the integer {label} and the string '{label}' as labels: rename one")
     return tuple(labels), indices
 
 
@@ -56,10 +53,7 @@ def _from_labels(domains: Any) -> tuple[list[str | int], list[IntArray]]:
             if not _is_label(label):
                 _refuse_label(labels, index)
         if label == -1:
-            raise ValueError(
-                f"domains[{index}] is -1, by which cat.codes of pandas marks a missing label: pass the labels "
-                f"themselves, or {MISSING}"
-            )
+            raise ValueError(f"domains[{index}] is -1, by which cat.codes of pandas marks a missing label: {MISSING}")
         numbers.append(number_of.setdefault(label, len(number_of)))
     if not numbers:
         raise ValueError("domains should hold one label per sample (got none)")
@@ -85,10 +79,7 @@ def _as_list(domains: Any) -> Sequence[Any]:
 
 def _refuse_label(labels: Sequence[Any], index: int) -> NoReturn:
     """Raise for the row that is missing where one is: it makes pandas turn the integers beside it into floats."""
-    missing = (
-        row for row, label in enumerate(labels) if label is None or (isinstance(label, float) and label != label)
-    )
-    index = next(missing, index)
+    index = next((row for row, label in enumerate(labels) if label is None or repr(label) == "nan"), index)
     raise ValueError(
         f"domains[{index}] is {labels[index]!r:.80}: the label of a domain should be a string or an integer; {MISSING}"
     )
@@ -118,10 +109,8 @@ def _from_mapping(domains: Mapping[Any, Any]) -> tuple[list[str | int], list[Int
     for repeat in np.flatnonzero(np.diff(samples[order]) == 0)[:1]:
         owners = np.repeat(np.arange(len(labels)), list(map(len, indices_of)))
         one, other = (labels[owners[position]] for position in order[repeat : repeat + 2])
-        raise ValueError(
-            f"sample {samples[order[repeat]]} is in domains[{one!r:.80}] and again in domains[{other!r:.80}]: give it "
-            "once"
-        )
+        where = f"domains[{one!r:.80}] and again in domains[{other!r:.80}]"
+        raise ValueError(f"sample {samples[order[repeat]]} is in {where}: give it once")
     return labels, indices_of
 
 

@@ -69,10 +69,9 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
     served = getattr(source, "accumulate", 1)
     if check_int("accumulation_steps", accumulation_steps, at_least=1) != served:
         raise ValueError(
-            f"accumulation_steps={accumulation_steps} adds up the gradients of {accumulation_steps} batches before one "
-            f"step, but the {type(source).__name__} serves {served} of a domain in a row, so that a step would not "
-            f"be of one whole domain: pass DomainBatchSampler(accumulate={accumulation_steps}), or set the "
-            f"framework's accumulation to {served}"
+            f"accumulation_steps={accumulation_steps} adds up as many batches before one step, but the "
+            f"{type(source).__name__} serves {served} of a domain in a row: pass "
+            f"DomainBatchSampler(accumulate={accumulation_steps}), or set the framework's accumulation to {served}"
         )
     if isinstance(source, DomainBatchSampler):
         _check_ranks(wrapped.method, source)
@@ -84,11 +83,10 @@ def _source(loader: Any) -> DomainBatchSampler | DomainLoader[Any]:
     if source is None or any(base.__module__.startswith("accelerate.") for base in type(loader).__mro__):
         raise ValueError(
             "loader should be a DataLoader whose batch_sampler is a DomainBatchSampler, a DomainLoader, or "
-            f"meta_batches of one of them, as you made it (got {type(loader).__name__}). A framework that prepares it "
-            "has each process serve other domains, or fetches ahead: leave the loader out of what it prepares, and "
-            "pass num_replicas, rank and split to the DomainBatchSampler (Accelerate: accelerator.prepare(model, "
-            "optimizer) without it; Lightning: Trainer(use_distributed_sampler=False); Trainer of transformers: "
-            "override get_train_dataloader and return the loader itself)"
+            f"meta_batches of one of them, as you made it (got {type(loader).__name__}): leave the loader out of what "
+            "the framework prepares, and pass num_replicas, rank and split to the sampler (Accelerate: "
+            "accelerator.prepare(model, optimizer) without it; Lightning: Trainer(use_distributed_sampler=False); "
+            "Trainer of transformers: override get_train_dataloader and return the loader itself)"
         )
     watch(loader, source)
     return source

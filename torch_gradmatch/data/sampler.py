@@ -164,10 +164,8 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
             raise ValueError(f"batches_per_epoch={batches_per_epoch!r:.80} should come with exhausted='cycle'")
         labels, self._indices = indices_by_domain(domains)
         if len(labels) == 1 and domains_per_step != 1:
-            raise ValueError(
-                f"domains has one label, {labels[0]!r:.80}, for all samples, and there is no other domain to match: "
-                "give every sample the label of its own domain or, for ordinary training, pass domains_per_step=1"
-            )
+            which = f"one label, {labels[0]!r:.80}, for all samples"
+            raise ValueError(f"domains has {which}: for ordinary training, pass domains_per_step=1")
         self._num_labels = None if isinstance(domains, Mapping) else sum(indices.size for indices in self._indices)
         size = check_groups(domains_per_step, batches_per_epoch, len(labels), self.accumulate)
         divided = {"batch": ("batch_size", self.batch_size), "domains": ("domains_per_step", size)}.get(self.split)

@@ -143,12 +143,12 @@ class DomainLoader(Epochs, Generic[Batch]):
                 f"the loader of domain {self._labels[min(self._failed)]!r:.80} raised an error and begins a new pass "
                 "with its next batch: save after that batch"
             )
-        states = {}
-        for domain, loader in enumerate(self._loaders):
-            if domain in self._loaded:
-                states[self._labels[domain]] = copy.deepcopy(self._loaded[domain])
-            else:  # a copy: the batch that is fetched next may change it in place
-                states[self._labels[domain]] = copy.deepcopy(self._of_loader(domain, loader.state_dict))
+        states = {  # copies: the batch that is fetched next may change them in place
+            label: copy.deepcopy(
+                self._loaded[domain] if domain in self._loaded else self._of_loader(domain, loader.state_dict)
+            )
+            for domain, (label, loader) in enumerate(zip(self._labels, self._loaders, strict=True))
+        }
         return {**self._state(), "loaders": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
