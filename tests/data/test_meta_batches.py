@@ -108,6 +108,9 @@ class ByTwos(BatchSampler):
     """A batch sampler of the user's; that it knows domains is up to them."""
 
 
+Shard = type("BatchSamplerShard", (BatchSampler,), {"__module__": "accelerate.data_loader"})
+
+
 class Regrouped:
     """A batch sampler of the user's that makes its own of the batches of another."""
 
@@ -130,6 +133,7 @@ MIXED = {
     "by a batch sampler of torch": lambda: DataLoader(range(8), batch_sampler=torchs()),
     "by a batch sampler of torch, as sampler": lambda: DataLoader(range(8), sampler=torchs(), batch_size=None),
     "of a stream": lambda: DataLoader(Stream(), batch_size=2),
+    "by a framework's shard": lambda: DataLoader(range(8), batch_sampler=Shard(RandomSampler(range(8)), 2, False)),
     "a DomainBatchSampler under torch's": lambda: DataLoader(
         range(8), batch_size=2, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
     ),
