@@ -1,17 +1,15 @@
 """Fish in Accelerate: ``python examples/with_accelerate.py``; ``--exact`` for exact matching, ``--resume`` to go on.
 
-What changes in a loop is the line that builds the optimizer, and two around the prepared loader: Accelerate fetches a
-batch ahead, so :class:`ResumableLoader` counts what the loop received, and is registered to be saved with the rest.
+What changes in a loop is the line that builds the optimizer, and the loader: it is left out of what Accelerate
+prepares, and torchdata's ``StatefulDataLoader`` is registered to be saved with the rest.
 
 - Keep the ``GradMatch`` itself: the optimizer that ``prepare`` returns has no ``meta_step``, ``slow_weights``,
   ``rollback``, ``inner_step`` or ``last_meta_step``. Both step the same object.
-- ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it.
-- It runs under ``accelerate launch`` and torchrun as it is, by DDP or FSDP2: ``split_batches`` gives each process a
-  part of every batch; ``BATCH_SIZE`` is that of all together. Without it they would draw different domains for one
-  step. ``drop_last`` is for the smaller batches that domains may have last, which Accelerate would not split.
-  ``check_loader`` asks for both.
-- A sampler that splits by itself (``num_replicas``, ``rank``) needs no ``drop_last``; leave its loader out of
-  ``prepare``, and keep ``split_batches``, without which Accelerate steps the schedule once for every process.
+- For ``gradient_accumulation_steps=k`` pass ``accumulate=k`` to the sampler: a step then has k batches of one domain.
+- It runs under ``accelerate launch`` and torchrun as it is, by DDP or FSDP2: the sampler gives each process its part of
+  every batch; ``BATCH_SIZE`` is that of all together. A prepared loader would have the processes draw different domains
+  for one step, which ``check_loader`` refuses. ``split_batches`` is for the schedule, which Accelerate would otherwise
+  step once for every process.
 - In the middle of an inner loop the model holds the fast weights. Evaluate it, and save it as a model, in a ``with
   gradmatch.slow_weights()`` block; ``save_state``, to resume from, belongs outside, and under FSDP2, which saves by
   ``torch.distributed.checkpoint``, between two inner loops: ``--save-every`` is a multiple of the domains here.
@@ -29,10 +27,10 @@ import torch.distributed as dist
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, check_loader, meta_batches
 
 LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured synchronizes
 
@@ -59,8 +57,9 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
     accelerator.init_trackers(method)
     data, domains, held_out = make_data()
     model = make_model(0)
-    sampler = DomainBatchSampler(domains, BATCH_SIZE, seed=0, drop_last=True)
-    loader = DataLoader(data, batch_sampler=sampler, num_workers=options.workers, generator=torch.Generator())
+    ranks = {"num_replicas": accelerator.num_processes, "rank": accelerator.process_index, "split": "batch"}
+    sampler = DomainBatchSampler(domains, BATCH_SIZE, seed=0, **ranks)
+    loader = StatefulDataLoader(data, batch_sampler=sampler, num_workers=options.workers, generator=torch.Generator())
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=FISH_LR if method == "Fish" else ERM_LR)
     if method == "Fish":  # this is what changes
@@ -71,12 +70,12 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
         exact = IDGM(model, track_alignment=True, **together)
         optimizer = gradmatch = GradMatch(optimizer, exact)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)  # without the loader
 
-    loader = ResumableLoader(meta_batches(loader, DOMAINS) if method == "exact" else loader)
     accelerator.register_for_checkpointing(loader)
+    batches = meta_batches(loader) if method == "exact" else loader
     if method != "ERM":
-        check_loader(optimizer, loader, accelerator.gradient_accumulation_steps)
+        check_loader(optimizer, batches, accelerator.gradient_accumulation_steps)
     if options.resume:
         accelerator.load_state(str(directory))
 
@@ -84,12 +83,15 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
     called = accelerator.unwrap_model(model) if method == "exact" else model
 
     def loss_fn(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(called(batch[0]), batch[1])
+        x, y = (part.to(accelerator.device) for part in batch)
+        return torch.nn.functional.cross_entropy(called(x), y)
 
     seen = []
-    for epoch in range(int(loader.state_dict()["epoch"]), options.epochs):
+    steps_in_epoch, taken = len(batches), scheduler.scheduler.last_epoch
+    while taken < options.epochs * steps_in_epoch:
         hidden = None if accelerator.is_main_process else True  # None: unless there is a terminal
-        for batch in (bar := tqdm(loader, desc=f"{method} epoch {epoch}", leave=False, disable=hidden)):
+        name = f"{method} epoch {taken // steps_in_epoch}"
+        for batch in (bar := tqdm(batches, desc=name, leave=False, disable=hidden)):
             if method == "exact":
                 loss = gradmatch.meta_step(loss_fn, batch).losses.mean()  # a list, one batch of each domain
             else:

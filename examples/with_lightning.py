@@ -1,14 +1,14 @@
 """Fish in Lightning: ``python examples/with_lightning.py``; ``--exact`` for exact matching, ``--resume`` to go on.
 
 What changes in a LightningModule is the optimizer, and the loader that serves the domains in turn. Lightning stores the
-place of a :class:`ResumableLoader` in its checkpoints, so that training resumes in the middle of an inner loop.
+place of torchdata's ``StatefulDataLoader`` in its checkpoints, so that training resumes in the middle of an inner loop.
 
 - In the middle of an inner loop the model holds the fast weights. :class:`ValidateSlowWeights` has the slow ones
   validated, whatever ``val_check_interval`` is, and ``on_save_checkpoint`` adds them to checkpoints: training resumes
   from ``"state_dict"``, and ``"slow_weights"`` is the model that was validated.
 - ``training_step`` may return None: that batch moves nothing and counts as an inner step, as its turn is over. (Not in
   16-mixed precision, where Lightning then leaves out the step.)
-- ``accumulate_grad_batches`` would add up gradients of several domains; ``check_loader`` refuses it.
+- Under ``accumulate_grad_batches=k`` the sampler serves k batches of a domain in a row, so that a step has one domain.
 - In mixed precision, bf16 also, Lightning refuses to clip gradients for an optimizer that takes part in loss scaling,
   as a GradMatch does: ``configure_gradient_clipping`` clips here.
 - Under ``precision="16-mixed"`` (tested on a CPU) a step that the GradScaler skips moves nothing and counts as an inner
@@ -17,8 +17,7 @@ place of a :class:`ResumableLoader` in its checkpoints, so that training resumes
 - Lightning takes the length of the first epoch for that of all. Where they differ (``domains_per_step`` below the
   number of domains) longer ones are cut off, after a whole group.
 - It runs under torchrun as it is: each process's sampler serves its part of every batch, and ``BATCH_SIZE`` is that of
-  all processes together. Lightning leaves a ResumableLoader alone; a plain DataLoader, over which it would lay a
-  sampler of its own, needs ``Trainer(use_distributed_sampler=False)``.
+  all processes together. ``Trainer(use_distributed_sampler=False)`` has Lightning leave the sampler alone.
 """
 
 from __future__ import annotations
@@ -39,8 +38,9 @@ from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, check_loader, meta_batches
 
 LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured synchronizes
 
@@ -80,17 +80,24 @@ class Classifier(lightning.LightningModule):
         self.automatic_optimization = method != "exact"
         self.model = make_model(seed)
         self.data, self.domains, self.held_out = make_data()
+        self.place: dict[str, Any] | None = None  # in the epoch, from a checkpoint
 
-    def train_dataloader(self) -> ResumableLoader[Any]:
+    def train_dataloader(self) -> Any:
         """Serve the domains in turn; for the exact objective, a batch of each at once.
 
         Returns:
             The loader.
         """
         ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank, "split": "batch"}
-        sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed, **ranks)
-        loader = DataLoader(self.data, batch_sampler=sampler)
-        return ResumableLoader(loader if self.automatic_optimization else meta_batches(loader, DOMAINS))
+        accumulate = self.trainer.accumulate_grad_batches
+        sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed, accumulate=accumulate, **ranks)
+        self.sampler = sampler
+        loader = StatefulDataLoader(self.data, batch_sampler=sampler)
+        if self.automatic_optimization:
+            return loader
+        if self.place is not None:
+            loader.load_state_dict(self.place)
+        return meta_batches(loader)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Serve the held-out domain.
@@ -121,6 +128,12 @@ class Classifier(lightning.LightningModule):
         """Refuse a loader that does not fit the method."""
         if self.hparams.method != "ERM":
             check_loader(self.optimizers(), self.trainer.train_dataloader, self.trainer.accumulate_grad_batches)
+        self.on_train_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Go to the epoch that follows where Lightning resumes between two, or has cut the one before short."""
+        if self.sampler.state_dict()["epoch"] < self.current_epoch:
+            self.sampler.set_epoch(self.current_epoch)
 
     def on_before_batch_transfer(self, batch: Any, _index: int) -> Any:
         """Name the domains of a list in a dictionary: of the list Lightning makes a copy that has lost their names.
@@ -171,15 +184,22 @@ class Classifier(lightning.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Log what the last meta-iteration measured: agreement, and the losses if it was a ``meta_step``."""
-        if self.hparams.method != "ERM" and self.global_step % LOG_EVERY == 0:
-            for name, value in self.optimizers().last_meta_step.scalars("train/").items():
+        report = None if self.hparams.method == "ERM" else self.optimizers().last_meta_step
+        if report is not None and self.global_step % LOG_EVERY == 0:
+            for name, value in report.scalars("train/").items():
                 self.log(name, value, prog_bar=name in ("train/loss", "train/cosine"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the slow weights, as a model to use."""
+        """Add the slow weights, as a model to use; and the place of lists, which Lightning does not know."""
+        if self.hparams.method == "exact":
+            checkpoint["place"] = self.trainer.train_dataloader.loader.state_dict()
         if self.hparams.method == "Fish":
             with self.optimizers().slow_weights():
                 checkpoint["slow_weights"] = copy.deepcopy(self.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the place for the loader that is about to be made."""
+        self.place = checkpoint.get("place")
 
     def on_train_end(self) -> None:
         """Leave the slow weights behind if training stops in the middle of an inner loop."""

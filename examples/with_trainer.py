@@ -10,16 +10,16 @@ of an inner loop are fine for that.
   ones; ``rollback()`` leaves them behind if ``max_steps`` ends in the middle of an inner loop.
 - ``log`` adds how well the gradients agreed in the last meta-iteration that was over: let ``logging_steps`` be a
   multiple of S. The losses are the Trainer's own: ``step`` sees none.
-- ``gradient_accumulation_steps`` would add up gradients of several domains; ``check_loader`` refuses it.
+- Under ``gradient_accumulation_steps=k`` the sampler serves k batches of a domain in a row, so that a step has one
+  domain.
 - The Trainer takes the length of the first epoch for that of all. They differ only with ``domains_per_step`` below the
   number of domains: then a resume in a later epoch may not find its place.
 - With several GPUs in one process the Trainer uses DataParallel, where BatchNorm follows the first one's part of the
   batch: set ``CUDA_VISIBLE_DEVICES=0``, or start one process for each.
-- It runs under torchrun as it is: each process's sampler serves its part of every batch, and ``prepare_data_loader(...,
-  num_processes=1)`` leaves it at that, where ``accelerator.prepare`` would give every process batches of other domains
-  for one step, which ``check_loader`` refuses. (Accelerate's ``split_batches`` would not do: the number of the epoch,
-  by which the Trainer resumes, does not reach the sampler under it.)
-- The exact objective needs ``meta_step`` and so a loop of one's own: see ``with_accelerate.py``.
+- It runs under torchrun as it is: each process's sampler serves its part of every batch, and the loader is returned as
+  it is, where ``accelerator.prepare`` would give every process batches of other domains for one step, which
+  ``check_loader`` refuses.
+- Exact matching needs ``meta_step`` and so a loop of one's own: see ``with_accelerate.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
@@ -41,6 +40,14 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, check_loader
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader that is told the epoch, as the Trainer does where a loader can be: also when it resumes."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is served next."""
+        self.batch_sampler.set_epoch(epoch)
 
 
 class DomainTrainer(Trainer):
@@ -56,14 +63,14 @@ class DomainTrainer(Trainer):
         """Serve the domains in turn.
 
         Returns:
-            The loader, prepared as the Trainer does, but not split again.
+            The loader itself: ``accelerator.prepare`` would split it again.
         """
         size = self.accelerator.num_processes
         batch_size = size * self.args.per_device_train_batch_size
         ranks = {"num_replicas": size, "rank": self.accelerator.process_index, "split": "batch"}
-        sampler = DomainBatchSampler(self.train_dataset.domains, batch_size, **ranks)
-        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
-        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        accumulate = self.args.gradient_accumulation_steps
+        sampler = DomainBatchSampler(self.train_dataset.domains, batch_size, accumulate=accumulate, **ranks)
+        return EpochLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the slow weights.

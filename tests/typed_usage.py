@@ -21,7 +21,7 @@ def settings_that_are_meant_to_change(model: torch.nn.Module, sgd: torch.optim.S
 def several_optimizers_and_domains_by_name(sgd: torch.optim.SGD, adam: torch.optim.Adam) -> dict[str, float]:
     optimizer = GradMatch([sgd, adam], Fish(inner_state=lambda optimizer: optimizer.state.clear()))
     optimizer.method.track_alignment = "pairs"
-    loader = DomainLoader({"north": [torch.zeros(1)], "south": [torch.ones(1)]})
+    loader = DomainLoader({"north": [torch.zeros(1)], "south": [torch.ones(1)]}, batches_per_epoch=2)
     for batches in meta_batches(loader, 2):
         optimizer.meta_step(lambda batch: batch.sum(), batches)
     report = optimizer.meta_step(lambda batch: batch.sum(), {"north": torch.zeros(1), "south": torch.ones(1)})

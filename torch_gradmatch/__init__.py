@@ -9,7 +9,7 @@ from torch_gradmatch.compare.evidence import Evidence
 from torch_gradmatch.compare.leave_one_out import leave_one_domain_out
 from torch_gradmatch.compare.recipes import Recipe
 from torch_gradmatch.compare.report import Comparison, compare
-from torch_gradmatch.data.loaders import ResumableLoader, check_loader
+from torch_gradmatch.data.loaders import check_loader
 from torch_gradmatch.data.meta_batches import meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import DomainLoader
@@ -33,7 +33,6 @@ __all__ = [
     "MetaStep",
     "NativeStatus",
     "Recipe",
-    "ResumableLoader",
     "SmoothFish",
     "__version__",
     "agreement",

@@ -181,7 +181,6 @@ class TrainingData:
         masks = (self._identity_masks if settings.overlapping else self._value_masks)(settings.fields)
         found = {label: torch.nonzero(mask).squeeze(1).numpy() for label, mask in masks.items()}
         self.domains = {label: indices for label, indices in found.items() if indices.size}
-        self.overlapping = settings.overlapping
         self._domains_of: dict[int, set[str]] = {}
         for label, indices in self.domains.items():
             for index in indices.tolist():
@@ -221,10 +220,13 @@ class TrainingData:
         Returns:
             The loader; its ``batch_sampler`` is a ``DomainBatchSampler``.
         """
+        # A sample of several domains stands in the data set once for each, as the sampler gives a sample to one only.
+        samples = np.concatenate(list(self.domains.values()))
+        labels = [label for label, indices in self.domains.items() for _ in indices]
         sampler = DomainBatchSampler(  # in the order of the authors' code
-            self.domains, batch_size, domains_per_step, seed=seed, overlapping=self.overlapping, order="random"
+            labels, batch_size, domains_per_step, seed=seed, order="random"
         )
-        return self._loader(sampler, seed)
+        return self._loader(sampler, seed, samples.tolist())
 
     def shuffled(self, batch_size: int, seed: int) -> DataLoader[Any]:
         """Return a loader of batches from all domains together, for ordinary training.
@@ -236,12 +238,13 @@ class TrainingData:
         Returns:
             The loader. All samples are one domain to its sampler, which can be resumed in the middle of an epoch.
         """
-        return self._loader(DomainBatchSampler({"all": np.arange(len(self.subset))}, batch_size, 1, seed=seed), seed)
+        samples = range(len(self.subset))
+        return self._loader(DomainBatchSampler({"all": samples}, batch_size, 1, seed=seed), seed, samples)
 
-    def _loader(self, sampler: DomainBatchSampler, seed: int) -> DataLoader[Any]:
+    def _loader(self, sampler: DomainBatchSampler, seed: int, samples: Sequence[int]) -> DataLoader[Any]:
         # A generator of its own: a loader otherwise draws from the global one each time it is iterated.
         return DataLoader(
-            _WithPosition(self.subset),
+            _WithPosition(self.subset, samples),
             batch_sampler=sampler,
             num_workers=self._workers,
             collate_fn=_CollateWithPosition(self._collate),
@@ -262,15 +265,16 @@ class TrainingData:
 
 
 class _WithPosition(Dataset[Any]):
-    """A data set whose samples tell their position, by which a log can say which domain was served."""
+    """Samples of a data set that tell their position, by which a log can say which domain was served."""
 
-    def __init__(self, subset: Any) -> None:
-        self.subset = subset
+    def __init__(self, subset: Any, samples: Sequence[int]) -> None:
+        self.subset, self.samples = subset, samples
 
     def __len__(self) -> int:
-        return len(self.subset)
+        return len(self.samples)
 
-    def __getitem__(self, position: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        position = self.samples[index]
         return self.subset[position], position
 
 

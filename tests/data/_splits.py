@@ -40,7 +40,7 @@ def spread(draw, kind=None, even=False):
     arguments = {
         "batch_size": batch_size,
         "domains_per_step": domains_per_step,
-        "weighting": draw(st.sampled_from(["uniform", "proportional", 0.5])),
+        "weighting": draw(st.sampled_from(["uniform", "proportional"])),
         "seed": draw(st.integers(0, 2**40)),
         "drop_last": drop_last,
         "order": draw(st.sampled_from(["flipflop", "random"])),

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
-from _samplers import cycling, loader_of, samplers, small_sampler
+from _samplers import LABELS, cycling, loader_of, samplers, small_sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from torch_gradmatch import DomainBatchSampler, DomainLoader, ResumableLoader, meta_batches
+from torch_gradmatch import DomainBatchSampler, DomainLoader, meta_batches
 from torch_gradmatch.data.meta_batches import MetaBatch
 
 # From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
@@ -29,17 +30,14 @@ def assert_named(groups, labels):
             assert {labels[index] for index in batch} == {domain}
 
 
-@pytest.mark.parametrize("resumable", [False, True], ids=["meta_batches", "ResumableLoader"])
-@pytest.mark.filterwarnings("ignore:an epoch serves:UserWarning")  # some of these epochs serve little
 @given(case=samplers() | cycling(), stop=st.integers(0, 12))
 @settings(deadline=None)
-def test_lists_know_their_domains_also_after_a_break_and_when_resumed(resumable, case, stop):
+def test_lists_know_their_domains_also_after_a_break_and_when_resumed(case, stop):
     labels, arguments = case
 
     def make_loop():
         sampler = DomainBatchSampler(labels, **arguments)
-        loop = meta_batches(loader_of(sampler), sampler.domains_per_step)
-        return sampler, ResumableLoader(loop) if resumable else loop
+        return sampler, meta_batches(loader_of(sampler), sampler.domains_per_step)
 
     sampler, loop = make_loop()
     assert_named(itertools.islice(loop, stop), labels)
@@ -51,18 +49,16 @@ def test_lists_know_their_domains_also_after_a_break_and_when_resumed(resumable,
         assert_named(loop, labels)
 
 
-@pytest.mark.parametrize("resumable", [False, True], ids=["meta_batches", "ResumableLoader"])
 @pytest.mark.parametrize("persistent", [False, True], ids=["", "persistent"])
 @pytest.mark.parametrize("prefetch", [1, 50], ids=["in-the-epoch", "to-its-end"])
-def test_lists_know_their_domains_although_workers_run_ahead(prefetch, persistent, resumable):
+def test_lists_know_their_domains_although_workers_run_ahead(prefetch, persistent):
     labels = ["b"] * 7 + ["a"] * 3 + ["d"] * 1 + ["c"] * 10  # those of small_sampler
     sampler = small_sampler()
     loop = meta_batches(loader_of(sampler, 2, prefetch_factor=prefetch, persistent_workers=persistent), 2)
-    loop = ResumableLoader(loop) if resumable else loop
     assert_named(itertools.islice(loop, 2), labels)
     for _ in range(2):
         assert_named(loop, labels)
-    state = sampler.state_dict()
+    state = sampler.state_dict()  # after the loop's end
     sampler.load_state_dict({**state, "epoch": 3, "position": 4})
     assert_named(loop, labels)
 
@@ -75,37 +71,6 @@ def test_lists_know_their_domains_although_another_epoch_was_chosen():
         if number == 1:
             sampler.set_epoch(7)
     assert number > 2
-
-
-@pytest.mark.parametrize("resumable", [False, True], ids=["meta_batches", "ResumableLoader"])
-def test_lists_of_a_domain_loader_know_their_domains(resumable):
-    class Endless:
-        def __init__(self, label):
-            self.label = label
-
-        def __iter__(self):
-            return itertools.repeat(self.label)
-
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            pass
-
-    def make_loader():
-        return DomainLoader({label: Endless(label) for label in "abcde"}, 3, exhausted="cycle", batches_per_epoch=15)
-
-    loader = make_loader()
-    loop = ResumableLoader(meta_batches(loader, 3)) if resumable else meta_batches(loader, 3)
-    groups = list(itertools.islice(loop, 2))
-    state = loader.state_dict()
-    groups += list(loop)
-    resumed = make_loader()
-    resumed.load_state_dict(state)
-    groups += list(meta_batches(resumed, 3))
-    assert len(groups) == 2 + 5 + 3
-    for group in groups:
-        assert group == list(group.domains)
 
 
 def test_lists_of_any_other_loader_know_none():
@@ -143,16 +108,7 @@ class ByTwos(BatchSampler):
     """A batch sampler of the user's; that it knows domains is up to them."""
 
 
-class Sharded:
-    """Has the attributes of Accelerate's ``BatchSamplerShard``, and those of its loader."""
-
-    split_batches = True
-
-    def __init__(self, batch_sampler):
-        self.batch_sampler = batch_sampler
-
-    def __iter__(self):
-        return iter(self.batch_sampler)
+Shard = type("BatchSamplerShard", (BatchSampler,), {"__module__": "accelerate.data_loader"})
 
 
 class Regrouped:
@@ -177,8 +133,10 @@ MIXED = {
     "by a batch sampler of torch": lambda: DataLoader(range(8), batch_sampler=torchs()),
     "by a batch sampler of torch, as sampler": lambda: DataLoader(range(8), sampler=torchs(), batch_size=None),
     "of a stream": lambda: DataLoader(Stream(), batch_size=2),
-    "sharded": lambda: DataLoader(range(8), batch_sampler=Sharded(Sharded(torchs()))),
-    "dispatched": lambda: Sharded(torchs()),
+    "by a framework's shard": lambda: DataLoader(range(8), batch_sampler=Shard(RandomSampler(range(8)), 2, False)),
+    "a DomainBatchSampler under torch's": lambda: DataLoader(
+        range(8), batch_size=2, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
+    ),
 }
 
 
@@ -190,14 +148,14 @@ def test_batches_that_torch_cuts_mix_domains_and_are_an_error(kind):
         "meta_step with a mapping or list of one batch per domain",
     ]
     for domains_per_step in (2, None):
-        with pytest.raises(ValueError, match="one domain each .*torch's BatchSampler.*" + ".*".join(works)):
+        with pytest.raises(ValueError, match="one domain each .*a BatchSampler of a framework.*" + ".*".join(works)):
             meta_batches(MIXED[kind](), domains_per_step)
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata
 def test_batches_of_a_stateful_loader_mix_domains_too():
     module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
-    with pytest.raises(ValueError, match=r"got StatefulDataLoader over torch's BatchSampler"):
+    with pytest.raises(ValueError, match=r"got StatefulDataLoader over a BatchSampler of a framework"):
         meta_batches(module.StatefulDataLoader(range(8), batch_size=2, shuffle=True), 2)
 
 
@@ -211,10 +169,7 @@ NOT_CUT_BY_TORCH = {
     "a DomainBatchSampler as sampler": lambda: DataLoader(
         torch.arange(8), batch_size=None, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
     ),
-    "a DomainBatchSampler under torch's": lambda: DataLoader(
-        torch.arange(8), batch_size=1, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
-    ),
-    "a DomainLoader of torch's loaders": lambda: DomainLoader({name: DataLoader(range(8), 2) for name in "ab"}),
+    "a DomainLoader of torch's loaders": lambda: DomainLoader({name: DataLoader(range(8), 2) for name in "ab"}, 8),
     "a generator over a loader": lambda: (batch for batch in DataLoader(range(8), batch_size=2)),
     "a list": lambda: [1, 2, 3, 4],
 }
@@ -230,25 +185,122 @@ def test_batches_that_torch_does_not_cut_are_taken(kind):
     [
         (["a", "b"] * 4, "holds 8 labels, but the loader's data set 10 samples"),
         (["a", "b"] * 6, "holds 12 labels, but the loader's data set 10 samples"),
-        ({"a": [0, 1], "b": [2, 10]}, r"domains\['b'\] has the index 10, but the loader's data set has 10 samples"),
+        ({"a": [0, 1], "b": [2, 10]}, r"domains\['b'\] has the index 10, but the loader's data set 10 samples"),
     ],
 )
-@pytest.mark.parametrize("wrap", [lambda loader: meta_batches(loader, 2), ResumableLoader], ids=["lists", "resumable"])
-def test_domains_of_another_data_set_are_an_error(wrap, domains, message):
+@pytest.mark.parametrize("kind", ["batch_sampler", "sampler"])
+def test_domains_of_another_data_set_are_an_error(kind, domains, message):
+    batch_size = {"sampler": {"batch_size": None}, "batch_sampler": {}}[kind]
+    loader = DataLoader(range(10), **batch_size, **{kind: DomainBatchSampler(domains, batch_size=1)})
     with pytest.raises(ValueError, match=message):
-        wrap(DataLoader(range(10), batch_sampler=DomainBatchSampler(domains, batch_size=1)))
+        meta_batches(loader)
 
 
-def test_a_data_set_without_a_length_is_left_alone():
-    class Unsized(torch.utils.data.Dataset):
-        def __getitem__(self, index):
-            return index
+@given(length=st.integers(0, 20), group_size=st.integers(1, 6))
+@settings(deadline=None)
+def test_meta_batches_groups_any_loader(length, group_size):
+    loop = meta_batches(list(range(length)), group_size)
+    for _ in range(2):
+        groups = list(loop)
+        assert len(loop) == len(groups) == length // group_size
+        assert list(itertools.chain(*groups)) == list(range(length // group_size * group_size))
+        assert all(isinstance(group, list) and len(group) == group_size for group in groups)
 
-    loader = DataLoader(Unsized(), batch_sampler=DomainBatchSampler(["a", "b"], batch_size=1))
-    assert len(list(meta_batches(loader, 2))) == len(list(ResumableLoader(loader))) // 2 == 1
+
+def test_meta_batches_has_no_length_where_the_loader_has_none():
+    loop = meta_batches((number for number in range(4)), 2)
+    with pytest.raises(TypeError, match="has no len"):
+        len(loop)
+    assert list(loop) == [[0, 1], [2, 3]]
 
 
-def test_another_number_of_domains_than_the_domain_loaders_is_an_error():
-    loader = DomainLoader({"a": [1], "b": [2], "c": [3]})
-    with pytest.raises(ValueError, match=r"should be 3, as in the DomainLoader \(got 2\)"):
-        meta_batches(loader, 2)
+@pytest.mark.parametrize("domains_per_step", [1, 4])
+def test_meta_batches_refuses_another_number_of_domains(domains_per_step):
+    with pytest.raises(ValueError, match=rf"domains_per_step should be 2, .* \(got {domains_per_step}\)"):
+        meta_batches(loader_of(small_sampler()), domains_per_step)
+
+
+@pytest.mark.parametrize("domains_per_step", [0, -1, 2.0, True])
+def test_meta_batches_refuses_a_number_that_is_none(domains_per_step):
+    with pytest.raises(ValueError, match=rf"domains_per_step .* \(got {domains_per_step!r}\)"):
+        meta_batches([], domains_per_step)
+
+
+def test_meta_batches_refuses_a_loader_that_loses_the_order():
+    with pytest.raises(ValueError, match=r"in_order=True, .* \(got False\)"):
+        meta_batches(loader_of(small_sampler(), num_workers=2, in_order=False), 2)
+
+
+def test_meta_batches_refuses_to_start_in_the_middle_of_a_group():
+    batches = list(small_sampler())
+    sampler = small_sampler()
+    list(itertools.islice(sampler, 3))
+    state_dict = sampler.state_dict()
+    sampler.load_state_dict(state_dict)
+    loop = meta_batches(loader_of(sampler), 2)
+    with pytest.raises(RuntimeError, match="resumes at batch 3 of epoch 0, in the middle of a group of 2: save"):
+        next(iter(loop))
+    sampler.load_state_dict({**state_dict, "position": 2})
+    assert [batch for group in loop for batch in group] == batches[2:]
+
+
+def test_several_batches_of_a_domain_in_a_row_are_refused():
+    sampler = DomainBatchSampler(["a", "b"] * 4, 1, accumulate=2)
+    with pytest.raises(ValueError, match=r"needs accumulate=1 \(got 2\), .* loops of step\(\)"):
+        meta_batches(loader_of(sampler))
+
+
+def test_a_sampler_that_is_no_batch_sampler_is_recognized():
+    sampler = DomainBatchSampler(LABELS, 2, domains_per_step=2, seed=3)
+    loop = meta_batches(DataLoader(torch.arange(21), sampler=sampler, batch_size=None))
+    groups = list(loop)
+    assert [batch.tolist() for group in groups for batch in group] == list(small_sampler())
+    for group in groups:
+        assert [LABELS[int(batch[0])] for batch in group] == list(group.domains)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_fetches_ahead_makes_the_samplers_state_an_error(num_workers):
+    sampler = small_sampler()
+    loop = meta_batches(loader_of(sampler, num_workers, prefetch_factor=50 if num_workers else None))
+    before = sampler.state_dict()
+    assert (before["epoch"], before["position"]) == (0, 0)
+    for number, _ in enumerate(loop, start=1):
+        if num_workers == 0:
+            assert sampler.state_dict()["position"] == 2 * number
+            continue
+        with pytest.raises(RuntimeError, match=r"StatefulDataLoader.*pip install torch_gradmatch\[data\]"):
+            sampler.state_dict()
+    assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
+    next(iter(loop))
+    if num_workers:
+        with pytest.raises(RuntimeError, match="call set_epoch"):
+            sampler.state_dict()
+    sampler.set_epoch(2)
+    assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (2, 0)
+
+
+def test_a_group_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched():
+    batches, alive = [], []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 21
+
+        def __getitems__(self, indices):
+            alive.append(sum(batch() is not None for batch in batches))
+            batch = torch.tensor(indices)
+            batches.append(weakref.ref(batch))
+            return batch
+
+    loader = DataLoader(Rows(), batch_sampler=DomainBatchSampler(LABELS, 1), collate_fn=lambda batch: batch)
+    iterator = iter(meta_batches(loader))
+    while next(iterator, None) is not None:
+        pass
+    assert alive == [0, 1, 2, 3]
+    alive.clear()
+    batches.clear()
+    iterator = iter(meta_batches(DataLoader(Rows(), batch_sampler=small_sampler(), collate_fn=lambda batch: batch)))
+    while next(iterator, None) is not None:
+        pass
+    assert set(alive) == {0, 1}

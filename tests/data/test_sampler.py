@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import itertools
 import pickle
 import random
@@ -11,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,17 +29,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Sampler
 
-from torch_gradmatch.data import _draw, _split
-from torch_gradmatch.data import sampler as sampler_module
 from torch_gradmatch.data._draw import draw_groups
 from torch_gradmatch.data.meta_batches import meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
 
 # From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
-# Domains are drawn of any sizes, so that an epoch may well serve little; test_unequal.py tests that warning.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*multi-threaded.*:DeprecationWarning", "ignore:an epoch serves:UserWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 # The laws of an epoch
 
@@ -215,29 +207,6 @@ def test_a_mapping_serves_only_its_own_samples_in_order_of_its_keys():
     assert sorted(itertools.chain(*DomainBatchSampler(mapping, 2))) == [5, 9, 100]
 
 
-@settings(deadline=None)
-@given(
-    domains=st.dictionaries(st.text(max_size=2), st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=5),
-    seed=st.integers(0, 2**16),
-)
-def test_domains_that_share_samples_each_serve_all_of_their_own(domains, seed):
-    mapping = {label: sorted(indices) for label, indices in domains.items()}
-    served = list(itertools.chain(*DomainBatchSampler(mapping, 2, domains_per_step=1, seed=seed, overlapping=True)))
-    assert sorted(served) == sorted(itertools.chain(*mapping.values()))
-
-
-def test_domains_that_share_no_sample_are_served_alike_with_and_without_overlapping():
-    mapping = {"x": range(7), "y": [9, 8, 30], "z": range(20, 25)}
-    assert list(DomainBatchSampler(mapping, 2)) == list(DomainBatchSampler(mapping, 2, overlapping=True))
-
-
-def test_a_domain_that_has_a_sample_twice_is_an_error_also_where_domains_share_samples():
-    with pytest.raises(ValueError, match=r"sample 4 is in domains\['b'\] and again in domains\['b'\]: give it once$"):
-        DomainBatchSampler({"a": [0, 4], "b": [4, 1, 4]}, 1, overlapping=True)
-    with pytest.raises(ValueError, match=r"give it once or, if domains may share samples, pass overlapping=True$"):
-        DomainBatchSampler({"a": [0, 4], "b": [1, 4]}, 1)
-
-
 def test_numpy_integers_are_accepted_as_arguments():
     sampler = small_sampler(batch_size=np.int64(2), domains_per_step=np.int32(2), seed=np.uint8(3))
     assert list(sampler) == list(small_sampler())
@@ -269,27 +238,8 @@ def test_choosing_an_epoch_ends_the_one_in_progress():
         sampler.set_epoch(epoch)
         assert len(sampler) == length
         assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (epoch, 0)
-        with pytest.raises(ValueError, match="served should be at most 0"):
-            sampler.state_dict(served=1)
         next(iterator)
         assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (epoch, 0)
-
-
-@pytest.mark.parametrize("domains_per_step", [1, 4])
-def test_every_stream_of_random_numbers_has_one_use(monkeypatch, domains_per_step):
-    streams = []
-    random_stream = _draw.random_stream
-
-    def recording(*key):
-        streams.append(key)
-        return random_stream(*key)
-
-    for module in (_draw, _split, sampler_module):
-        monkeypatch.setattr(module, "random_stream", recording)
-    sampler = small_sampler(domains_per_step=domains_per_step)
-    for _ in range(3):
-        list(sampler)
-    assert len(streams) == len(set(streams)) == 3 * (1 + 4)  # the plan and four shuffles
 
 
 def test_length_is_that_of_the_epoch_in_progress_or_else_the_next():
@@ -307,12 +257,11 @@ def test_length_is_that_of_the_epoch_in_progress_or_else_the_next():
         del iterator  # breaking off and letting go ends the epoch
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_length_under_meta_batches_holds_until_the_loop_ends(num_workers):
+def test_length_under_meta_batches_holds_until_the_loop_ends():
     reference = small_sampler(seed=0)
     lengths = [len(list(reference)) // 2 for _ in range(6)]
     assert len(set(lengths)) > 1
-    loop = meta_batches(loader_of(small_sampler(seed=0), num_workers), 2)
+    loop = meta_batches(loader_of(small_sampler(seed=0)), 2)
     for epoch, length in enumerate(lengths):
         assert len(loop) == length
         for position, _ in enumerate(loop):
@@ -362,41 +311,3 @@ def test_it_is_a_sampler_and_uses_no_global_randomness():
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     assert list(small_sampler(weighting="proportional")) == served
-
-
-# Who reads and writes the progress
-
-PROGRESS = {"_progress", "_next", "_plan"} | {
-    field.name for field in dataclasses.fields(sampler_module._Progress) if field.name not in {"epoch", "start"}
-}
-
-
-def progress_attributes(source, inside):
-    """The attributes that hold a sampler's progress and occur inside, or else outside, class DomainBatchSampler."""
-    tree = ast.parse(source)
-    own = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DomainBatchSampler"]
-    within = {id(node) for owner in own for node in ast.walk(owner)}
-    attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in PROGRESS)
-    return {
-        f"line {node.lineno}: {ast.unparse(node)}": node.attr for node in attributes if (id(node) in within) is inside
-    }
-
-
-SOURCES = sorted(  # the others cannot reach a sampler
-    path
-    for path in Path(sampler_module.__file__).parent.glob("*.py")
-    if path.name == "sampler.py" or "data.sampler import" in path.read_text(encoding="utf-8")
-)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_the_sampler_alone_touches_its_progress(path):
-    assert not progress_attributes(path.read_text(encoding="utf-8"), inside=False)
-
-
-def test_a_line_that_touches_the_progress_would_be_found():
-    assert {"loaders.py", "sampler.py"} <= {path.name for path in SOURCES}
-    source = Path(sampler_module.__file__).read_text(encoding="utf-8")
-    assert set(progress_attributes(source, inside=True).values()) == PROGRESS  # the names are still right
-    for line in ("sampler._next = (1, 0)", "loop.sampler._progress.over = True", "progress.handed_out += 1"):
-        assert len(progress_attributes(f"{source}\n\ndef elsewhere():\n    {line}\n", inside=False)) >= 1

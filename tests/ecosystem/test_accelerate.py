@@ -12,14 +12,13 @@ import with_accelerate as example
 from _same import assert_same
 from _spurious_data import DOMAINS, make_data, make_model
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, ResumableLoader, check_loader, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, check_loader, meta_batches
 
 STEPS_IN_EPOCH = 16
 
@@ -45,6 +44,13 @@ def made(monkeypatch):
     return accelerators
 
 
+def without_seeds(state):
+    """A loader's state but for what it seeds its workers with, who draw nothing: it is another in each process."""
+    if isinstance(state, dict):
+        return {key: without_seeds(value) for key, value in state.items() if "seed" not in key}
+    return state
+
+
 def run(made, method: str, directory: Path, *arguments: str):
     options = example.make_parser().parse_args(["--cpu", *arguments])
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -54,7 +60,7 @@ def run(made, method: str, directory: Path, *arguments: str):
         "model": dict(model.state_dict()),
         "optimizer": accelerator._optimizers[0].state_dict(),
         "scheduler": accelerator._schedulers[0].state_dict(),
-        "loader": accelerator._custom_objects[0].state_dict(),
+        "loader": without_seeds(accelerator._custom_objects[0].state_dict()),
     }
     return copy.deepcopy(state), seen
 
@@ -215,34 +221,40 @@ def prepared(accelerator=None, **settings):
     return (accelerator or Accelerator(cpu=True, **settings)).prepare(optimizer, loader)
 
 
-def test_gradient_accumulation_is_an_error():
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    optimizer, loader = prepared(accelerator)
-    with pytest.raises(ValueError, match="accumulation_steps=3"):
-        check_loader(optimizer, loader, accelerator.gradient_accumulation_steps)
-    accelerator.gradient_accumulation_steps = 1
-
-
-def test_processes_that_draw_different_domains_are_an_error():
-    optimizer, _ = prepared()
+def accumulated(k, batch_size):
+    """Train by Fish on what Accelerate adds up of k batches of a domain."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=k)
     data, names, _ = make_data()
-    sampler = DomainBatchSampler(names, batch_size=64)
-    apart = DataLoader(data, batch_sampler=BatchSamplerShard(sampler, num_processes=2))
-    with pytest.raises(ValueError, match="2 processes"):
-        check_loader(optimizer, apart)
-    split = DataLoader(data, batch_sampler=BatchSamplerShard(sampler, num_processes=2, split_batches=True))
-    check_loader(optimizer, split)
+    model = torch.nn.Sequential(torch.nn.Linear(1 + DOMAINS, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    gradmatch = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(0.5, inner_steps=DOMAINS))
+    loader = DataLoader(data, batch_sampler=DomainBatchSampler(names, batch_size, accumulate=k))
+    model, optimizer = accelerator.prepare(model, gradmatch)
+    check_loader(optimizer, loader, accelerator.gradient_accumulation_steps)
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.raises(ValueError, match=rf"accumulation_steps={k + 1} .*accumulate={k + 1}"):
+        check_loader(optimizer, loader, k + 1)
+    accelerator.gradient_accumulation_steps = 1
+    assert gradmatch.inner_step == 0
+    return dict(model.state_dict())
 
 
-def test_the_prepared_loader_does_not_reset_the_epoch():
-    """Accelerate's loader tells the sampler to serve epoch 0, whatever was loaded; without ours it does so here."""
-    _, loader = prepared()
-    resumable = ResumableLoader(loader)
-    resumable.load_state_dict(resumable.state_dict() | {"epoch": 3, "position": 9})
-    taken = sum(1 for _ in resumable)
-    assert taken == STEPS_IN_EPOCH - 9
-    assert resumable.state_dict()["epoch"] == 4
-    assert len(resumable) == STEPS_IN_EPOCH
+def test_gradients_accumulated_in_a_domain_are_those_of_larger_batches():
+    for name, value in accumulated(4, 16).items():
+        torch.testing.assert_close(value, accumulated(1, 64)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_prepared_loader_is_an_error():
+    """Accelerate would fetch a batch ahead, and have each of several processes serve other domains."""
+    with pytest.raises(ValueError, match=r"as you made it .*accelerator.prepare\(model, optimizer\) without it"):
+        check_loader(*prepared())
 
 
 @pytest.mark.parametrize("method", ["ERM", "Fish", "exact"])

@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, MetaStep, ResumableLoader, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, MetaStep, meta_batches
 
 STEPS_IN_EPOCH = 16
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -36,8 +37,8 @@ class Recording(example.Classifier):
     def train_dataloader(self):
         loader = super().train_dataloader()
         if self.workers:
-            loader = ResumableLoader(
-                DataLoader(self.data, batch_sampler=loader.sampler, num_workers=self.workers, prefetch_factor=4)
+            loader = StatefulDataLoader(
+                self.data, batch_sampler=loader.batch_sampler, num_workers=self.workers, prefetch_factor=4
             )
         return loader
 
@@ -83,11 +84,19 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,
             gradient_clip_val=0.5 if model.automatic_optimization else None,
             **settings.get("trainer", {}),
         )
         trainer.fit(model, ckpt_path=None if resume_from is None else f"{directory}/{resume_from}.ckpt")
     return model, trainer
+
+
+def place(loader):
+    """The sampler's place behind the last batch that was handed out, whatever was fetched ahead."""
+    state = getattr(loader, "loader", loader).state_dict()  # under meta_batches, or itself
+    state = state.get("_snapshot", {}).get("_main_snapshot", state)
+    return state["_index_sampler_state"]
 
 
 def state(model, trainer):
@@ -97,7 +106,7 @@ def state(model, trainer):
             "model": model.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-            "loader": trainer.train_dataloader.state_dict(),
+            "loader": place(trainer.train_dataloader),
         }
     )
 
@@ -141,7 +150,8 @@ def test_it_resumes_where_epochs_differ_in_length(tmp_path, monkeypatch):
                 sampler.set_epoch(epoch)
                 lengths.add(len(sampler))
             assert len(lengths) > 1
-            return ResumableLoader(DataLoader(torch.utils.data.Subset(self.data, kept), batch_sampler=sampler))
+            self.sampler = sampler
+            return StatefulDataLoader(torch.utils.data.Subset(self.data, kept), batch_sampler=sampler)
 
     monkeypatch.setitem(globals(), "Recording", Uneven)
     monkeypatch.setattr(example, "Fish", lambda *_, model, **__: Fish(0.05, inner_steps=2, model=model))
@@ -331,7 +341,28 @@ def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):
         fit(tmp_path, 4)
 
 
-def test_gradient_accumulation_is_an_error(tmp_path):
+def test_gradients_accumulated_in_a_domain_are_those_of_a_plain_loop(tmp_path):
+    k, steps = 2, 12
+    model, trainer = fit(tmp_path, steps, every=1000, trainer={"accumulate_grad_batches": k})
+    plain = make_model(0)
+    data, names, _ = make_data()
+    sampler = DomainBatchSampler(names, example.BATCH_SIZE, accumulate=k)
+    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=plain, track_alignment=True)
+    optimizer = GradMatch(torch.optim.AdamW(plain.parameters(), lr=example.FISH_LR), fish)
+    batches = (batch for _ in range(3) for batch in DataLoader(data, batch_sampler=sampler))
+    for (x, y), number in zip(batches, range(1, steps * k + 1), strict=False):
+        (torch.nn.functional.cross_entropy(plain(x), y) / k).backward()
+        if number % k == 0:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert trainer.global_step == steps
+    assert_same(dict(model.model.state_dict()), dict(plain.state_dict()))
+
+
+def test_another_accumulation_than_the_samplers_is_an_error(tmp_path, monkeypatch):
+    sampler = lambda *args, accumulate, **settings: DomainBatchSampler(*args, **settings)  # noqa: E731
+    monkeypatch.setattr(example, "DomainBatchSampler", sampler)
     with pytest.raises(ValueError, match="accumulation_steps=2"):
         fit(tmp_path, 4, trainer={"accumulate_grad_batches": 2})
 

@@ -100,7 +100,28 @@ def test_a_wrong_number_of_domains_is_an_error(tmp_path, monkeypatch):
         train(tmp_path, max_steps=5)
 
 
-def test_gradient_accumulation_is_an_error(tmp_path):
+def test_gradients_accumulated_in_a_domain_are_those_of_a_plain_loop(tmp_path):
+    k, steps = 2, 12
+    found, _ = train(tmp_path, gradient_accumulation_steps=k, max_steps=steps)
+    model, (data, names, _) = make_model(0), make_data()
+    loader = DataLoader(data, batch_sampler=DomainBatchSampler(names, example.BATCH_SIZE, accumulate=k))
+    fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model, track_alignment=True)
+    optimizer = GradMatch(torch.optim.AdamW(model.parameters(), lr=example.FISH_LR), fish)
+    batches = (batch for _ in range(3) for batch in loader)
+    for (x, y), number in zip(batches, range(1, steps * k + 1), strict=False):
+        (torch.nn.functional.cross_entropy(model(x), y) / k).backward()
+        if number % k == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.inner_step == 0
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found["model"][f"network.{name}"], value, rtol=1e-5, atol=1e-6)
+
+
+def test_another_accumulation_than_the_samplers_is_an_error(tmp_path, monkeypatch):
+    sampler = lambda *args, accumulate, **settings: DomainBatchSampler(*args, **settings)  # noqa: E731
+    monkeypatch.setattr(example, "DomainBatchSampler", sampler)
     with pytest.raises(ValueError, match="accumulation_steps=2"):
         train(tmp_path, gradient_accumulation_steps=2, max_steps=5)
 

@@ -34,7 +34,6 @@ from torch_gradmatch import (
     DomainLoader,
     Fish,
     GradMatch,
-    ResumableLoader,
     SmoothFish,
     meta_batches,
 )
@@ -231,8 +230,15 @@ def plain(item: Any) -> Any:
 def sampled(wrap: Callable[[Any], Any], **settings: Any) -> tuple[Any, Any]:
     labels = [domain for domain, size in zip("abc", (7, 12, 20), strict=True) for _ in range(size)]
     sampler = DomainBatchSampler(labels, 3, seed=5, **settings)
-    loader = wrap(DataLoader(range(len(labels)), batch_sampler=sampler, generator=torch.Generator()))
-    return (loader if isinstance(loader, ResumableLoader) else sampler), loader
+    return sampler, wrap(DataLoader(range(len(labels)), batch_sampler=sampler, generator=torch.Generator()))
+
+
+def stateful() -> tuple[Any, Any]:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    sampler, _ = sampled(lambda loader: loader, order="random")
+    loader = StatefulDataLoader(range(39), batch_sampler=sampler, generator=torch.Generator())
+    return loader, loader
 
 
 def streamed(**settings: Any) -> tuple[Any, Any]:
@@ -244,7 +250,7 @@ def streamed(**settings: Any) -> tuple[Any, Any]:
         numbers = range(100 * place, 100 * place + size)
         own = RandomSampler(numbers, generator=torch.Generator().manual_seed(place))
         loaders[label] = StatefulDataLoader(numbers, batch_size=2, sampler=own)
-    loader = DomainLoader(loaders, seed=3, **settings)
+    loader = DomainLoader(loaders, 12, seed=3, **settings)
     return loader, loader
 
 
@@ -253,9 +259,9 @@ PLACES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "sampler-cycle": lambda: sampled(lambda loader: loader, exhausted="cycle", weighting="proportional"),
     "sampler-walks": lambda: sampled(lambda loader: loader, num_replicas=2, rank=1, split="walks"),
     "meta_batches": lambda: sampled(lambda loader: meta_batches(loader, 3), exhausted="cycle"),
-    "resumable-loader": lambda: sampled(ResumableLoader, order="random"),
+    "stateful-loader": stateful,
     "streams": streamed,
-    "streams-cycle": lambda: streamed(exhausted="cycle"),
+    "streams-of-two": lambda: streamed(domains_per_step=2),
 }
 
 

@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
 
-from torch_gradmatch import IDGM, DomainBatchSampler, DomainLoader, Fish, GradMatch, ResumableLoader, SmoothFish
+from torch_gradmatch import IDGM, DomainBatchSampler, DomainLoader, Fish, GradMatch, SmoothFish
 from torch_gradmatch import meta_batches as groups_of
 
 DOMAINS = 4
@@ -190,9 +192,6 @@ class Run:
         """Return what is iterated over, and what knows the place in it."""
         variant, fixed = self.variant, torch.Generator()
         if variant.loader == "streams":
-            from torchdata.stateful_dataloader import StatefulDataLoader
-            from torchdata.stateful_dataloader.sampler import RandomSampler
-
             parts = {}
             for domain in range(DOMAINS):
                 part = TensorDataset(*(t[domain::DOMAINS] for t in self.data.tensors))
@@ -201,19 +200,16 @@ class Run:
                 own = RandomSampler(part, generator=torch.Generator().manual_seed(self.seed + domain))
                 settings = {"sampler": own, "generator": torch.Generator(), **workers(domain % 2)}
                 parts[domain] = StatefulDataLoader(part, batch_size=8, **settings)
-            streams = DomainLoader(parts, seed=self.seed)
+            streams = DomainLoader(parts, 5 * DOMAINS, seed=self.seed)
             return streams, streams
         domains = [i % DOMAINS for i in range(120)]
         ranks = {} if variant.split is None else {"num_replicas": self.size, "rank": self.rank, "split": variant.split}
         sampler = DomainBatchSampler(domains, 5, seed=self.seed, exhausted="cycle", **ranks)
         settings = workers(2 if variant.loader == "workers" else 0)
-        loader: Any = DataLoader(self.data, batch_sampler=sampler, generator=fixed, **settings)
-        if not variant.loop:
-            loader = groups_of(loader, sampler.batches_per_group)
-        if variant.loader == "workers":
-            loader = ResumableLoader(loader)
-            return loader, loader
-        return loader, sampler
+        kind: Any = StatefulDataLoader if variant.loader == "workers" else DataLoader
+        loader = kind(self.data, batch_sampler=sampler, generator=fixed, **settings)
+        place = loader if variant.loader == "workers" else sampler
+        return (loader if variant.loop else groups_of(loader)), place
 
     def state(self) -> dict[str, Any]:
         state = {

@@ -139,7 +139,7 @@ def leave_one_domain_out(
     check_int("processes", processes, at_least=1)
     if not check_number("validation", validation, above=0) < 1:
         raise ValueError(f"validation should be in (0, 1) (got {validation})")
-    labels, indices = indices_by_domain(domains, overlapping=False)
+    labels, indices = indices_by_domain(domains)
     by_domain = {label: of_domain.tolist() for label, of_domain in zip(labels, indices, strict=True)}
     held = _held_out(by_domain, held_out, domains_per_step)
     number = 1 + max(index for of_domain in by_domain.values() for index in of_domain)

@@ -2,108 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any, NoReturn, cast
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
 
-__all__ = ["IntArray", "ListLike", "check_short", "domain_weights", "indices_by_domain", "shown"]
+from torch_gradmatch._checks import check_number
+from torch_gradmatch.data._draw import IntArray
 
-IntArray = npt.NDArray[np.int64]
-Checked = TypeVar("Checked")
-MAX_RATIO = 1e100  # of two domains' weights; draws multiply their sum by floats
+__all__ = ["check_label", "domain_weights", "indices_by_domain"]
 
-
-class _ToList(Protocol):
-    """What NumPy arrays, torch tensors and pandas Series have in common."""
-
-    def tolist(self) -> Any:
-        """Return the elements as a list."""
+MISSING = "give samples without one a label of their own, or leave them out: map labels to indices"
 
 
-class _PolarsToList(Protocol):
-    """What Polars Series have."""
-
-    def to_list(self) -> Any:
-        """Return the elements as a list."""
-
-
-ListLike: TypeAlias = _ToList | _PolarsToList
-
-
-# Values in messages
-
-
-class _ShortRepr(reprlib.Repr):
-    """``repr`` that does not write out what is long, to begin with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to write out integers of more than 4300 digits."""
-        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"<an integer of {x.bit_length()} bits>"
-
-
-_SHORT_REPR = _ShortRepr()
-
-
-def shown(value: object) -> str:
-    """Return a value as an error message shows it.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        At most 200 characters, the whole ``repr`` where that is short.
-    """
-    text = _SHORT_REPR.repr(value)
-    return text if len(text) <= 200 else f"{text[:120]}...{text[-77:]}"
-
-
-class _Shown:
-    """Stands for a value in a message."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return shown(self.value)
-
-
-def check_short(check: Callable[..., Checked], name: str, value: object, *limits: Any) -> Checked:
-    """Return what ``check(name, value, *limits)`` returns; its error message shows a long value shortened.
-
-    Args:
-        check: ``check_int``, ``check_bool`` or ``check_choice``.
-        name: Name of the argument, for the message.
-        value: What the caller passed.
-        *limits: What is accepted.
-
-    Returns:
-        The value.
-    """
-    # What the checks accept is short or a large positive integer.
-    accepted = (isinstance(value, Integral) and int(value) > -(10**80)) or (isinstance(value, str) and len(value) < 80)
-    return check(name, value if accepted else _Shown(value), *limits)
-
-
-# Labels
-
-
-def indices_by_domain(domains: Any, overlapping: bool = False) -> tuple[list[str | int], list[IntArray]]:
+def indices_by_domain(domains: Any) -> tuple[tuple[str | int, ...], list[IntArray]]:
     """Sort the samples of a data set by domain.
 
     Args:
         domains: As in :class:`torch_gradmatch.DomainBatchSampler`.
-        overlapping: Whether a sample may be in several domains (of a mapping), though in each only once.
 
     Returns:
         The labels as ``str`` and ``int``, in the order in which they first appear, and the indices of each one's
@@ -114,44 +32,28 @@ def indices_by_domain(domains: Any, overlapping: bool = False) -> tuple[list[str
         ValueError: If a label or index is missing, malformed or given twice, a string and an integer read the same, or
             a domain is empty.
     """
-    if isinstance(domains, Mapping):
-        labels, indices = _indices_from_mapping(domains, overlapping)
-    else:
-        labels, indices = _indices_from_labels(domains)
+    labels, indices = (_from_mapping if isinstance(domains, Mapping) else _from_labels)(domains)
     strings = {label for label in labels if isinstance(label, str)}
     for label in labels:
-        if not isinstance(label, str) and label.bit_length() < 10_000 and str(label) in strings:
-            raise ValueError(
-                f"domains has both the integer {shown(label)} and the string {shown(str(label))} as labels: if they "
-                "are one domain, make them one type, else rename one"
-            )
-    return labels, indices
+        if isinstance(label, int) and abs(label) < 10**18 and str(label) in strings:
+            raise ValueError(f"domains has both the integer {label} and the string '{label}' as labels: rename one")
+    return tuple(labels), indices
 
 
-def _indices_from_labels(domains: Any) -> tuple[list[str | int], list[IntArray]]:
-    """Return the labels and each one's samples from one label for each sample."""
-    # NumPy, torch and pandas say tolist, Polars says to_list.
-    to_list = getattr(domains, "tolist", None) or getattr(domains, "to_list", None)
-    if isinstance(domains, type | str | bytes) or not (isinstance(domains, Sequence) or callable(to_list)):
-        advice = ": pass a list of what it yields" if isinstance(domains, Iterator) else ""
-        if isinstance(domains, Sampler):
-            advice = (
-                ": a framework has built the sampler again around one of its own. Let it be: Lightning's "
-                "Trainer(use_distributed_sampler=False), and num_replicas=, rank= and split= here"
-            )
-        raise TypeError(
-            f"domains should be a sequence of labels or a mapping from label to indices (got {shown(domains)}){advice}"
-        )
-    if getattr(domains, "ndim", 1) != 1:
-        raise ValueError(
-            f"domains should have one dimension, one label per sample (got shape {shown(tuple(domains.shape))})"
-        )
+def _from_labels(domains: Any) -> tuple[list[str | int], list[IntArray]]:
+    """Read one label for each sample."""
     numbers: list[int] = []
-    number_of: dict[Any, int] = {}
-    for index, label in enumerate(domains if to_list is None else to_list()):
+    number_of: dict[str | int, int] = {}
+    labels = _as_list(domains)
+    for index, given in enumerate(labels):
+        label: Any = given
         if type(label) is not str and type(label) is not int:  # the usual ones cost nothing
-            advice = "; give samples without one a label of their own, or leave them out: map labels to indices"
-            _check_label(f"domains[{index}]", label, advice)
+            if getattr(label, "ndim", None) == 0 and not isinstance(label, np.generic):  # a tensor for each sample
+                label = label.item()
+            if not _is_label(label):
+                _refuse_label(labels, index)
+        if label == -1:
+            raise ValueError(f"domains[{index}] is -1, by which cat.codes of pandas marks a missing label: {MISSING}")
         numbers.append(number_of.setdefault(label, len(number_of)))
     if not numbers:
         raise ValueError("domains should hold one label per sample (got none)")
@@ -159,49 +61,68 @@ def _indices_from_labels(domains: Any) -> tuple[list[str | int], list[IntArray]]
     return [_plain(label) for label in number_of], np.split(np.argsort(numbers, kind="stable"), ends[:-1])
 
 
-def _indices_from_mapping(domains: Mapping[Any, Any], overlapping: bool) -> tuple[list[str | int], list[IntArray]]:
-    """Return the labels and each one's samples from a mapping of the one to the other."""
-    labels: list[str | int] = []
-    indices_of: list[IntArray] = []
+def _as_list(domains: Any) -> Sequence[Any]:
+    """Return the labels of all samples as a sequence, whatever column they come in."""
+    # NumPy, torch and pandas say tolist, Polars to_list, Arrow to_pylist.
+    readers = [getattr(domains, name) for name in ("tolist", "to_list", "to_pylist") if hasattr(domains, name)]
+    if isinstance(domains, type | str | bytes) or not (isinstance(domains, Sequence) or readers):
+        advice = ": pass a list of what it yields" if isinstance(domains, Iterator) else ""
+        if isinstance(domains, Sampler):  # Lightning has built the sampler again around one of its own
+            advice = ": pass Lightning's Trainer(use_distributed_sampler=False), and num_replicas, rank and split here"
+        raise TypeError(
+            f"domains should be a sequence of labels or a mapping from label to indices (got {domains!r:.80}){advice}"
+        )
+    if getattr(domains, "ndim", 1) != 1:
+        raise ValueError(f"domains should have one dimension, one label per sample (got shape {(*domains.shape,)})")
+    return cast("Sequence[Any]", readers[0]() if readers else domains)
+
+
+def _refuse_label(labels: Sequence[Any], index: int) -> NoReturn:
+    """Raise for the row that is missing where one is: it makes pandas turn the integers beside it into floats."""
+    index = next((row for row, label in enumerate(labels) if label is None or repr(label) == "nan"), index)
+    raise ValueError(
+        f"domains[{index}] is {labels[index]!r:.80}: the label of a domain should be a string or an integer; {MISSING}"
+    )
+
+
+def _from_mapping(domains: Mapping[Any, Any]) -> tuple[list[str | int], list[IntArray]]:
+    """Read the samples of each label."""
+    found: dict[str | int, IntArray] = {}
     for key, given in domains.items():
-        _check_label("a key of domains", key)
-        labels.append(_plain(key))
+        label = check_label("domains", key)
         try:
             indices = np.asarray(given)
         except (TypeError, ValueError):  # nested lists of unequal lengths
             indices = np.asarray(None)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
-            raise ValueError(f"domains[{shown(key)}] should be a sequence of sample indices (got {shown(given)})")
-        indices_of.append(indices.astype(np.int64))
-    empty = [label for label, indices in zip(labels, indices_of, strict=True) if not indices.size]
-    if empty or not labels:
-        which = f"domain {shown(empty[0])} is empty, {len(empty)} of {len(labels)} are" if empty else "got no domain"
-        raise ValueError(f"domains should map each label to at least one sample index ({which})")
+            raise ValueError(f"domains[{key!r:.80}] should be a sequence of sample indices (got {given!r:.80})")
+        indices = indices.astype(np.int64)
+        if not indices.size or indices.min() < 0:
+            which = f"got {indices.min()}" if indices.size else "the domain is empty"
+            raise ValueError(f"domains[{key!r:.80}] should hold at least one sample index, none below 0 ({which})")
+        found[label] = indices
+    if not found:
+        raise ValueError("domains should map each label to its samples (got no domain)")
+    labels, indices_of = list(found), list(found.values())
     samples = np.concatenate(indices_of)
-    owners = np.repeat(np.arange(len(labels)), [indices.size for indices in indices_of])
     order = samples.argsort(kind="stable")
-    if samples[order[0]] < 0:
-        owner = labels[owners[order[0]]]
-        raise ValueError(f"domains[{shown(owner)}] should hold indices of at least 0 (got {samples[order[0]]})")
-    # A stable sort keeps each sample's owners in order: the same one twice stands side by side.
-    repeated = np.diff(samples[order]) == 0
-    if overlapping:
-        repeated &= np.diff(owners[order]) == 0
-    for repeat in np.flatnonzero(repeated)[:1]:
+    for repeat in np.flatnonzero(np.diff(samples[order]) == 0)[:1]:
+        owners = np.repeat(np.arange(len(labels)), list(map(len, indices_of)))
         one, other = (labels[owners[position]] for position in order[repeat : repeat + 2])
-        hint = "" if overlapping or one == other else " or, if domains may share samples, pass overlapping=True"
-        raise ValueError(
-            f"sample {samples[order[repeat]]} is in domains[{shown(one)}] and again in domains[{shown(other)}]: "
-            f"give it once{hint}"
-        )
+        where = f"domains[{one!r:.80}] and again in domains[{other!r:.80}]"
+        raise ValueError(f"sample {samples[order[repeat]]} is in {where}: give it once")
     return labels, indices_of
 
 
-def _check_label(name: str, label: object, advice: str = "") -> None:
-    """Raise unless ``label`` is a string or an integer."""
-    accepted = isinstance(label, str | Integral) and not isinstance(label, bool)
-    if not accepted:
-        raise ValueError(f"{name} is {shown(label)}: the label of a domain should be a string or an integer{advice}")
+def check_label(name: str, key: Any) -> str | int:
+    """Return a key of the argument ``name`` as a plain label, if it can be the label of a domain."""
+    if not _is_label(key):
+        raise ValueError(f"a key of {name} is {key!r:.80}: the label of a domain should be a string or an integer")
+    return _plain(key)
+
+
+def _is_label(label: Any) -> bool:
+    return isinstance(label, str | Integral) and not isinstance(label, bool)
 
 
 def _plain(label: Any) -> str | int:
@@ -209,75 +130,32 @@ def _plain(label: Any) -> str | int:
     return str.__str__(label) if isinstance(label, str) else int(label)
 
 
-# Weights
-
-
-def domain_weights(weighting: Any, labels: Sequence[str | int], sizes: Sequence[int]) -> tuple[list[int] | None, str]:
+def domain_weights(
+    weighting: Any, labels: Sequence[str | int], choices: Sequence[str] = ("uniform", "proportional")
+) -> list[float] | None:
     """Return what every domain weighs in a draw.
 
     Args:
         weighting: As in :class:`torch_gradmatch.DomainBatchSampler`.
         labels: The domains' labels.
-        sizes: The samples of each.
+        choices: The words that are accepted.
 
     Returns:
-        Integers in the ratio of the weights, exactly, with no common divisor, or None for ``"proportional"``, whose
-        weights change; and a string that tells the weighting from any other, for a state dict.
+        Positive numbers, or None for ``"proportional"``, whose weights change.
 
     Raises:
         ValueError: If ``weighting`` is none, names other labels than there are or has a weight that is no positive
             finite number.
     """
-    if isinstance(weighting, Mapping):
-        weights = _integers(_weights_by_label(weighting, labels))
-        written = ",".join(format(weight, "x") for weight in weights)
-        return weights, f"weights {hashlib.blake2b(written.encode(), digest_size=16).hexdigest()}"
-    if isinstance(weighting, str) and weighting in {"uniform", "proportional"}:
-        return [1] * len(labels) if weighting == "uniform" else None, str.__str__(weighting)
-    real = isinstance(weighting, Real) and not isinstance(weighting, bool)
-    if not real or not 0 <= weighting <= 1:
+    if isinstance(weighting, str) and weighting in choices:
+        return [1.0] * len(labels) if weighting == "uniform" else None
+    if not isinstance(weighting, Mapping):
         raise ValueError(
-            "weighting should be 'uniform', 'proportional', a number from 0 to 1 or a mapping from every label to a "
-            f"positive weight (got {shown(weighting)})"
+            f"weighting should be one of {', '.join(map(repr, choices))}, or a mapping from every label to a positive "
+            f"weight (got {weighting!r:.80})"
         )
-    exponent = float(weighting)
-    return _integers(float(size) ** exponent for size in sizes), f"exponent {exponent}"
-
-
-def _weights_by_label(weighting: Mapping[Any, Any], labels: Sequence[str | int]) -> list[float]:
-    """Return the weights in the order of the labels."""
     known = set(labels)
-    missing = [label for label in labels if label not in weighting]
-    unknown = [label for label in weighting if label not in known]
-    for which, wrong in (("no weight for", missing), ("a weight for the unknown label", unknown)):
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise ValueError(
-                f"weighting should give a weight to every label of domains and to no other (got {which} "
-                f"{shown(wrong[0])}{more}); the labels are {shown(list(labels))}"
-            )
-    weights: list[float] = []
-    for label in labels:
-        weight = weighting[label]
-        try:
-            number = float(weight) if isinstance(weight, Real) and not isinstance(weight, bool) else math.nan
-        except OverflowError:  # a huge integer
-            number = math.inf
-        if not 0 < number < math.inf:
-            raise ValueError(f"weighting[{shown(label)}] should be a positive finite number (got {shown(weight)})")
-        weights.append(number)
-    if max(weights) > MAX_RATIO * min(weights):
-        raise ValueError(
-            "weighting should hold weights within a factor of 1e100 of one another "
-            f"(got {min(weights)} and {max(weights)})"
-        )
-    return weights
-
-
-def _integers(weights: Iterable[float]) -> list[int]:
-    """Return integers in the same ratios, exactly: a float is an integer over a power of two."""
-    ratios = [weight.as_integer_ratio() for weight in weights]
-    common = max(denominator for _, denominator in ratios)
-    integers = [numerator * (common // denominator) for numerator, denominator in ratios]
-    divisor = math.gcd(*integers)
-    return [integer // divisor for integer in integers]
+    if wrong := [label for label in (*labels, *weighting) if label not in weighting or label not in known]:
+        which = "lacks" if wrong[0] in known else "has the unknown"
+        raise ValueError(f"weighting should have one weight for every label (it {which} {wrong[0]!r:.80})")
+    return [check_number(f"weighting[{label!r:.80}]", weighting[label], above=0) for label in labels]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
 
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from torch_gradmatch._checks import check_int
 from torch_gradmatch.data.sampler import DomainBatchSampler
@@ -39,13 +40,13 @@ class MetaBatch(list[Batch]):
             self.domains = domains
 
 
-def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -> _MetaBatches[Batch]:
+def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -> MetaBatches[Batch]:
     """Group the batches of a loader into lists of S, one for each ``GradMatch.meta_step``.
 
     An incomplete last list is left out; after a ``DomainBatchSampler`` or a ``DomainLoader`` there is none, and the
-    lists are :class:`~torch_gradmatch.data.meta_batches.MetaBatch` with the labels of their domains. The sampler is
-    told what was handed out, so its ``state_dict()`` is right although the loader's workers run ahead. A sampler or
-    ``DomainLoader`` resumed in the middle of a group is refused with ``RuntimeError`` when iteration starts.
+    lists are :class:`~torch_gradmatch.data.meta_batches.MetaBatch` with the labels of their domains. To resume, save
+    the state dict of a ``StatefulDataLoader``, or of the ``DomainLoader``, between two lists: in the middle of a group
+    it is a ``RuntimeError`` when iteration starts.
 
     Args:
         loader: Any iterable of batches that have one domain each: a ``DataLoader`` with a ``DomainBatchSampler`` or a
@@ -60,74 +61,61 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
     Raises:
         ValueError: If S is no positive integer or not that of the loader or its ``DomainBatchSampler``, is not given
             where the loader has neither, the loader's batches are cut by torch's ``BatchSampler``, the loader does not
-            keep its sampler's order, or the sampler's domains are not those of the loader's data set.
+            keep its sampler's order, the sampler serves several batches of a domain in a row, or its domains are not
+            those of the loader's data set.
 
     Example:
         >>> list(meta_batches(["a", "b", "c", "d", "e"], 2))
         [['a', 'b'], ['c', 'd']]
     """
-    if domains_per_step is not None:
-        domains_per_step = check_int("domains_per_step", domains_per_step, at_least=1)
-    source: Any = loader if isinstance(loader, DomainLoader) else getattr(loader, "batch_sampler", None)
-    while not isinstance(source, DomainBatchSampler | DomainLoader) and hasattr(source, "batch_sampler"):
-        source = source.batch_sampler  # under the shards that a framework makes of it
-    if not isinstance(source, DomainBatchSampler | DomainLoader):
-        _check_not_mixed(loader)
-        if domains_per_step is None:
+    source = source_of(loader)
+    if source is None:
+        cut_by = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
+        known = ("torch.", "torchdata.", "accelerate.")  # a class of the user's may know domains
+        if any(isinstance(found, BatchSampler) and type(found).__module__.startswith(known) for found in cut_by):
             raise ValueError(
-                "domains_per_step should be an integer of at least 1 (got None) over a loader that is no DomainLoader "
-                f"and has no DomainBatchSampler (got {type(loader).__name__})"
+                f"loader should serve batches of one domain each (got {type(loader).__name__} over a BatchSampler of a "
+                "framework, which knows none): pass DataLoader(dataset, batch_sampler=DomainBatchSampler(...)) or a "
+                "DomainLoader, or call meta_step with a mapping or list of one batch per domain"
             )
-        return _MetaBatches(loader, domains_per_step, None)
-    own = _batches_per_group(source)
-    if domains_per_step not in {None, own}:
-        which = "DomainLoader" if source is loader else "loader's DomainBatchSampler"
-        if own != source.domains_per_step:
-            which += f", which deals out domains_per_step={source.domains_per_step} batches to the ranks"
+        if domains_per_step is None:
+            raise ValueError("domains_per_step should be given for a loader without a DomainBatchSampler (got None)")
+        return MetaBatches(loader, check_int("domains_per_step", domains_per_step, 1), None)
+    watch(loader, source)
+    if isinstance(source, DomainBatchSampler) and source.accumulate > 1:
+        raise ValueError(f"meta_batches needs accumulate=1 (got {source.accumulate}), as more is for loops of step()")
+    if domains_per_step not in {None, source.batches_per_group}:
         raise ValueError(
-            f"domains_per_step should be {own}, as in the {which} (got {domains_per_step}): "
-            "otherwise a list could hold two batches of one domain"
+            f"domains_per_step should be {source.batches_per_group}, the batches of a group in the loader's "
+            f"{type(source).__name__} (got {domains_per_step!r:.80})"
         )
-    if not getattr(loader, "in_order", True):
-        raise ValueError("loader should keep its sampler's order (got in_order=False): lists would mix groups")
-    if isinstance(source, DomainBatchSampler):
-        _check_dataset(loader, source)
-    return _MetaBatches(loader, own, source)
+    return MetaBatches(loader, source.batches_per_group, source)
 
 
-def _check_not_mixed(loader: Any) -> None:
-    """Raise ``ValueError`` if a loader's batches are cut by torch's own ``BatchSampler``, which knows no domains."""
-    sampler: Any = getattr(loader, "batch_sampler", None)
-    if sampler is None:
-        sampler = getattr(loader, "sampler", None)  # cuts batches where batch_size=None, if it is a batch sampler
-    while hasattr(sampler, "split_batches"):  # Accelerate's shards of it; a class of the user's may group by domain
-        sampler = sampler.batch_sampler
-    if not isinstance(sampler, BatchSampler) or not type(sampler).__module__.startswith(("torch.", "torchdata.")):
+def source_of(loader: Any) -> DomainBatchSampler | DomainLoader[Any] | None:
+    """Return what decides the domain of each of a loader's batches, None where that is neither of the two."""
+    if isinstance(loader, DomainLoader):
+        return loader
+    found = getattr(loader, "sampler" if getattr(loader, "batch_sampler", None) is None else "batch_sampler", None)
+    return found if isinstance(loader, DataLoader) and isinstance(found, DomainBatchSampler) else None
+
+
+def watch(loader: Any, source: DomainBatchSampler | DomainLoader[Any]) -> None:
+    """Raise ``ValueError`` if a loader does not fit its sampler; let the sampler know whether it fetches ahead."""
+    if isinstance(source, DomainLoader):
         return
-    if not isinstance(sampler.sampler, DomainBatchSampler):
-        raise ValueError(
-            f"loader should serve batches of one domain each (got {type(loader).__name__} over torch's BatchSampler, "
-            "which cuts batches whatever the domains): pass DataLoader(dataset, batch_sampler=DomainBatchSampler(...)) "
-            "or a DomainLoader, or call meta_step with a mapping or list of one batch per domain that you built by hand"
-        )
+    for name, needed in (("in_order", True), ("snapshot_every_n_steps", 1)):
+        if (found := getattr(loader, name, needed)) != needed:
+            raise ValueError(f"loader should have {name}={needed}, or its place in a group is unknown (got {found!r})")
+    with suppress(TypeError, NotImplementedError):  # of a data set without a length
+        source.check_dataset(len(loader.dataset))
+    in_step = loader.num_workers == 0 and type(loader).__iter__ is DataLoader.__iter__
+    saves = any(base.__module__.startswith("torchdata.") for base in type(loader).__mro__)
+    source.runs_ahead = not in_step and not saves
 
 
-def _batches_per_group(source: DomainBatchSampler | DomainLoader[Any]) -> int:
-    """Return how many batches of a group this process has."""
-    return source.batches_per_group if isinstance(source, DomainBatchSampler) else source.domains_per_step
-
-
-def _check_dataset(loader: Any, sampler: DomainBatchSampler) -> None:
-    """Raise ``ValueError`` if a sampler's domains are not those of the loader's data set, if that has a length."""
-    try:
-        num_samples = len(loader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):
-        return
-    sampler._check_dataset(num_samples)
-
-
-class _MetaBatches(Generic[Batch]):
-    """What ``meta_batches`` returns."""
+class MetaBatches(Generic[Batch]):
+    """What :func:`meta_batches` returns."""
 
     def __init__(
         self, loader: Iterable[Batch], domains_per_step: int, source: DomainBatchSampler | DomainLoader[Batch] | None
@@ -140,38 +128,27 @@ class _MetaBatches(Generic[Batch]):
         return len(cast("Sized", self.loader)) // self.domains_per_step
 
     def __iter__(self) -> Iterator[MetaBatch[Batch]]:
-        if isinstance(self.source, DomainBatchSampler):
-            return self._of_sampler(self.source)
-        if isinstance(self.source, DomainLoader):
-            return self._of_domain_loader(self.source)
-        return self._groups()
+        return self._lists(iter(self.loader))  # a StatefulDataLoader loads its state here
 
-    def _of_sampler(self, sampler: DomainBatchSampler) -> Iterator[MetaBatch[Batch]]:
-        """Yield lists whose domains the sampler planned, and let it count them as handed out."""
-        epoch, position = -1, 0
-        for batches in sampler._track(self._groups(), self.domains_per_step):
-            if epoch < 0:
-                epoch, position = sampler._current()  # of the iterator that the loader has just started
-                known = epoch < sampler._next_epoch  # unless it has started none
-            if known:
-                batches.domains = sampler._labels_at(epoch, position, self.domains_per_step)
-            position += self.domains_per_step
-            yield batches
-            del batches  # or a group the loop is done with stays in memory while the loader fetches the next
-
-    def _of_domain_loader(self, loader: DomainLoader[Batch]) -> Iterator[MetaBatch[Batch]]:
-        """Yield lists whose domains the loader has just served."""
-        loader._check_between_groups()
-        for batches in self._groups():
-            batches.domains = loader._group_labels()
-            yield batches
-            del batches  # or a group the loop is done with stays in memory while the loader fetches the next
-
-    def _groups(self) -> Iterator[MetaBatch[Batch]]:
-        """Yield the loader's batches in lists of S."""
+    def _lists(self, iterator: Iterator[Batch]) -> Iterator[MetaBatch[Batch]]:
+        """Yield the batches in lists that know their domains."""
+        size, source = self.domains_per_step, self.source
         batches: MetaBatch[Batch] = MetaBatch()
-        for batch in self.loader:
+        place = None
+        for batch in iterator:
+            if source is not None and place is None:
+                place = epoch, start = source._started
+                number = start // size
+                if start % size:
+                    where = f"at batch {start} of epoch {epoch}, in the middle of a group of {size}"
+                    raise RuntimeError(f"the loader resumes {where}: save its state between two lists of meta_batches")
             batches.append(batch)
-            if len(batches) == self.domains_per_step:
+            del batch  # or a batch the loop is done with stays in memory while the next is fetched
+            if len(batches) == size:
+                if source is not None:
+                    batches.domains = source._group_labels(epoch, number)
+                    number += 1
                 yield batches
                 batches = MetaBatch()
+        if isinstance(source, DomainBatchSampler) and source._started is place:
+            source.set_epoch(source._following[0])  # a loader that fetches ahead has come to its end

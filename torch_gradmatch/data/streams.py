@@ -7,132 +7,94 @@ each domain, too. The groups are drawn as in :class:`~torch_gradmatch.DomainBatc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
-from torch_gradmatch._checks import check_choice, check_int
-from torch_gradmatch.data._labels import _plain, check_short, domain_weights, shown
-from torch_gradmatch.data._stream import DomainStream, check_loaders, check_saves, check_state
-from torch_gradmatch.data._walk import DomainWalk
+from torch.utils.data import Dataset
+
+from torch_gradmatch._checks import add_note, check_choice, check_int
+from torch_gradmatch.data._draw import Groups
+from torch_gradmatch.data._epochs import Epochs, check_groups
+from torch_gradmatch.data._labels import check_label, domain_weights
 
 __all__ = ["DomainLoader"]
 
-STATE_VERSION = 1
 Batch = TypeVar("Batch")
+END = object()
 
 
-class DomainLoader(Generic[Batch]):
+class DomainLoader(Epochs, Generic[Batch]):
     """A loader over one loader per domain, whose consecutive groups of S batches come from S distinct domains.
 
     For domains that cannot be indexed, such as one ``IterableDataset`` each. Where they can,
     :class:`~torch_gradmatch.DomainBatchSampler` needs one set of workers, and not one per domain. A group draws S
-    domains without replacement from those that have a batch left and serves them in random order; the next group serves
-    the same domains in reverse order, with their next batches, and so on in pairs, across epochs, too.
+    domains without replacement and serves them in random order; the next group serves the same domains in reverse
+    order, with their next batches, and so on in pairs.
 
-    With ``exhausted="stop"`` an epoch is one pass over the loaders: it ends when fewer than S domains have a batch
-    left, and the next begins with new iterators. What the other domains have left then is not served, fetched or not.
-    Whether a domain has a batch left is known only when it is fetched, so a whole group is, before it is served.
-    With ``exhausted="cycle"`` a loader that has run out is iterated over again, no batch is fetched ahead, and epochs
-    are stretches of one endless sequence: each goes on where the one before ended, in every loader.
+    A loader that has come to its end is iterated over again. So there is no end but the given length of an epoch, and
+    each epoch goes on where the one before ended, in every loader. No batch is fetched before it is served.
 
     Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. Only the
-    iterator that was started last can go on. The draws depend on the arguments and on which domains have a batch left;
-    global random state is neither read nor changed.
+    iterator that was started last can go on. The draws depend only on the arguments and the number of the epoch; global
+    random state is neither read nor changed.
+
+    If a loader raises an error, its pass is over: the next batch of that domain is the first of a new pass, as the note
+    in the error says. The next iterator begins again with the group that was broken off.
 
     To save the place and to go on there, every domain's loader needs ``state_dict`` and ``load_state_dict``, as
-    torchdata's ``StatefulDataLoader`` has them: the next iterator then serves the rest of the pass, which is nothing
-    behind its last batch, and the one after that a new pass. With ``exhausted="stop"`` such a loader is asked for its
-    state before every batch, which for a ``StatefulDataLoader`` without workers takes 0.1 to 0.2 ms.
-
-    ``len(loader)`` is what the iterator in progress, or else the next one, yields in all, after ``load_state_dict``
-    what is left of the epoch. It is a ``TypeError``, as for a ``DataLoader`` over a stream, where there is neither
-    ``batches_per_epoch`` nor a length of every domain's loader; what a ``DataLoader`` over an ``IterableDataset`` gives
-    is a guess, and not used.
+    torchdata's ``StatefulDataLoader`` has them. At the end of a pass a loader may save that nothing is left, or the
+    start of the next pass; both resume alike.
 
     Args:
-        loaders: For each domain's label, string or integer, an iterable of its batches, such as a ``DataLoader``.
+        loaders: For each domain's label, string or integer, an iterable of its batches, such as a ``DataLoader``, or a
+            list or tuple of batches. Whatever else has ``__getitem__`` is a data set, whose rows are no batches.
+        batches_per_epoch: The length of an epoch, a multiple of S.
         domains_per_step: S; ``None`` for all domains.
-        weighting: ``"uniform"`` draws every domain that has a batch left with the same probability, a mapping from
-            every label to a positive number in proportion to that.
+        weighting: ``"uniform"`` draws every domain with the same probability, a mapping from every label to a positive
+            number in proportion to that.
+        order: ``"flipflop"`` serves groups in pairs, the second in the reverse order of the first, also where an epoch
+            ends between the two. ``"random"`` draws every group, each in an order of its own.
         seed: Integer of at least 0.
-        order: ``"flipflop"`` serves groups in pairs, the second in the reverse order of the first; where one of the
-            first's domains has no batch left, the second is drawn anew. ``"random"`` draws every group, each in an
-            order of its own.
-        exhausted: What happens when domains run out, ``"stop"`` or ``"cycle"``, see above.
-        batches_per_epoch: With ``exhausted="cycle"``, the length of an epoch, a multiple of S. By default
-            max(max_d n_d, ⌈(Σ_d n_d) / S⌉) groups, n_d the length of domain d's loader.
 
     Attributes:
         domains_per_step: S.
 
     Raises:
         TypeError: If ``loaders`` is no mapping, or a loader is not iterable, or a data set.
-        ValueError: If an argument is out of range, there are fewer than two domains, two of them have the same loader,
-            or with ``exhausted="cycle"`` the length of an epoch is neither given nor known.
+        ValueError: If an argument is out of range, there are fewer than two domains, or two of them have the same
+            loader.
 
     Example:
         >>> from torch_gradmatch import meta_batches
-        >>> loader = DomainLoader({"north": ["n0", "n1"], "south": ["s0", "s1", "s2"], "west": ["w0", "w1"]})
-        >>> for batches in meta_batches(loader, 3):
+        >>> loader = DomainLoader({"north": ["n0", "n1"], "south": ["s0", "s1", "s2"]}, batches_per_epoch=6)
+        >>> for batches in meta_batches(loader):
         ...     print(sorted(batches), [batch[0] for batch in batches] == [domain[0] for domain in batches.domains])
-        ['n0', 's0', 'w0'] True
-        ['n1', 's1', 'w1'] True
+        ['n0', 's0'] True
+        ['n1', 's1'] True
+        ['n0', 's2'] True
     """
 
     def __init__(
         self,
         loaders: Mapping[str, Iterable[Batch]] | Mapping[int, Iterable[Batch]],
+        batches_per_epoch: int,
         domains_per_step: int | None = None,
         weighting: str | Mapping[str, float] | Mapping[int, float] = "uniform",
-        seed: int = 0,
         order: str = "flipflop",
-        exhausted: str = "stop",
-        batches_per_epoch: int | None = None,
+        seed: int = 0,
     ) -> None:
-        seed = check_short(check_int, "seed", seed, 0)
-        order = check_short(check_choice, "order", order, ("flipflop", "random"))
-        cycle = check_short(check_choice, "exhausted", exhausted, ("stop", "cycle")) == "cycle"
-        check_loaders(loaders)
-        self._streams = [DomainStream(_plain(label), loader, cycle) for label, loader in loaders.items()]
-        self._labels = tuple(stream.label for stream in self._streams)
-        self.domains_per_step = len(self._labels)
-        if domains_per_step is not None:
-            self.domains_per_step = check_short(check_int, "domains_per_step", domains_per_step, 1)
-            if self.domains_per_step > len(self._labels):
-                raise ValueError(
-                    f"domains_per_step should be at most {len(self._labels)}, the number of domains "
-                    f"(got {shown(domains_per_step)})"
-                )
-        if not isinstance(weighting, Mapping) and not (isinstance(weighting, str) and weighting == "uniform"):
-            raise ValueError(
-                "weighting should be 'uniform' or a mapping from every label to a positive weight "
-                f"(got {shown(weighting)})"
-            )
-        weights, weights_id = domain_weights(weighting, self._labels, [1] * len(self._labels))
-        self._fixed_length = self._check_batches_per_epoch(cycle, batches_per_epoch)
-        self._settings: dict[str, Any] = {
-            "labels": list(self._labels),
-            "domains_per_step": self.domains_per_step,
-            "weighting": weights_id,
-            "seed": seed,
-            "order": order,
-            "exhausted": exhausted,
-            "batches_per_epoch": self._fixed_length,
-        }
-        self._walk = DomainWalk(weights or [], self.domains_per_step, order == "flipflop", seed)
-        self._turn = object()  # of the iterator that was started last
-        self._begun = False  # an iterator has begun this epoch, so the next one serves the next epoch
-        self._progress: tuple[int, int] | None = None  # epoch and start of the iterator in progress
-        self._known_length: tuple[int, int] | None = None  # an epoch, and its batches
-
-    @property
-    def labels(self) -> tuple[str | int, ...]:
-        """The domains' labels, in the order of ``loaders``."""
-        return self._labels
-
-    def __len__(self) -> int:
-        start = self._progress[1] if self._progress is not None else (0 if self._begun else self._walk.position)
-        return max(0, self._epoch_length() - start)  # not negative even where a resumed loader is shorter than it was
+        seed = check_int("seed", seed, 0)
+        order = check_choice("order", order, ("flipflop", "random"))
+        labels, self._loaders = _check_loaders(loaders)
+        length = check_int("batches_per_epoch", batches_per_epoch, 1)
+        size = check_groups(domains_per_step, length, len(labels))
+        weights = domain_weights(weighting, labels, choices=("uniform",))
+        groups = Groups([1] * len(labels), size, weights, seed, order == "flipflop", length // size)
+        super().__init__(groups, labels, size, repr((labels, length, size, weights, order, seed)).encode())
+        self._iterators: dict[int, Iterator[Batch]] = {}
+        self._loaded: dict[int, Any] = {}  # states of loaders that have served nothing since they were given them
+        self._failed: set[int] = set()  # loaders that have served nothing since they raised
 
     def __iter__(self) -> Iterator[Batch]:
         """Serve the rest of the epoch after ``load_state_dict``, else the next epoch.
@@ -145,49 +107,49 @@ class DomainLoader(Generic[Batch]):
         Raises:
             RuntimeError: If a loader yields no batch at all, or another iterator was started or a state loaded since.
         """
-        if self._begun:
-            self._begin_next_epoch()
-        walk, streams = self._walk, self._streams
-        turn = self._turn = object()
-        self._begun, self._progress = True, (walk.epoch, walk.position)
-        try:
-            while walk.in_group or walk.next_group(self._has_batch):
-                batch = streams[walk.following].take()
-                walk.advance()
-                # Where the last batch is known to be the last, the place behind it is the next epoch's start.
-                last = not walk.in_group and self._is_known_end()
-                if last:
-                    self._begin_next_epoch()
-                yield batch
-                del batch  # or it stays in memory while the next is fetched
-                if last:
-                    return
-                if turn is not self._turn:
-                    raise RuntimeError(
-                        "this iterator cannot go on: another one was started over the same DomainLoader, or a state "
-                        "loaded, and the domains' loaders have one place each; iterate with one at a time"
-                    )
-            self._begin_next_epoch()
-        finally:
-            if turn is self._turn:
-                self._progress = None
+        turn = None
+        for epoch, position in self._places():
+            turn = turn or self._turn
+            if turn is not self._turn:
+                raise RuntimeError(
+                    "this iterator cannot go on: another one was started over the same DomainLoader, or a state "
+                    "loaded, and the domains' loaders have one place each; iterate with one at a time"
+                )
+            number, place = divmod(position, self.batches_per_group)
+            try:
+                batch = self._next(self._group(epoch, number)[place])
+            except BaseException:
+                self._go_to(epoch, position - place)
+                raise
+            yield batch
+            del batch  # or it stays in memory while the next is fetched
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place behind the last batch that was handed out, and the settings.
+        """Return the place behind the last batch that was handed out, a hash of the settings and the loaders' places.
 
-        Behind the last batch of an epoch whose length is known, that is the start of the next. What a loader draws from
-        global generators is no part of it.
+        What a loader draws from global generators is no part of it.
 
         Returns:
-            Numbers, strings, lists and dicts of them, and by label what the domains' loaders return as their state.
+            Numbers, strings, and by label what the domains' loaders return as their state.
 
         Raises:
             TypeError: If a domain's loader cannot save its place.
             ValueError: If one keeps no order, or two share a generator.
+            RuntimeError: If a loader has raised an error, and has served no batch since.
         """
-        check_saves(self._streams)
-        loaders = {stream.label: stream.state_dict() for stream in self._streams}
-        return {"version": STATE_VERSION, **self._settings, **self._walk.state_dict(), "loaders": loaders}
+        self._check_saves()
+        if self._failed:
+            raise RuntimeError(
+                f"the loader of domain {self._labels[min(self._failed)]!r:.80} raised an error and begins a new pass "
+                "with its next batch: save after that batch"
+            )
+        states = {  # copies: the batch that is fetched next may change them in place
+            label: copy.deepcopy(
+                self._loaded[domain] if domain in self._loaded else self._of_loader(domain, loader.state_dict)
+            )
+            for domain, (label, loader) in enumerate(zip(self._labels, self._loaders, strict=True))
+        }
+        return {**self._state(), "loaders": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
@@ -200,126 +162,83 @@ class DomainLoader(Generic[Batch]):
             TypeError: If a domain's loader cannot find a place again.
             ValueError: If it is malformed or of other arguments; nothing changes then.
         """
-        check_saves(self._streams)
-        walk = copy.copy(self._walk)
-        self._check_state_dict(state_dict)
-        walk.load_state_dict(state_dict)
-        if self._fixed_length is not None and walk.position >= self._fixed_length:
-            raise ValueError(
-                f"the state dict's position should be less than {self._fixed_length}, the batches of an epoch "
-                f"(got {shown(walk.position)})"
+        self._check_saves()
+        loaders = state_dict.get("loaders") if isinstance(state_dict, Mapping) else None
+        if isinstance(state_dict, Mapping) and not (isinstance(loaders, Mapping) and {*loaders} == {*self._labels}):
+            raise ValueError(f"the state dict's loaders should hold a state by every label (got {loaders!r:.200})")
+        self._load_state(state_dict, "loaders")
+        self._iterators, self._failed = {}, set()
+        for domain, loader in enumerate(self._loaders):
+            state = copy.deepcopy(state_dict["loaders"][self._labels[domain]])
+            self._of_loader(domain, partial(loader.load_state_dict, copy.deepcopy(state)))
+            self._loaded[domain] = state
+
+    def _next(self, domain: int) -> Batch:
+        """Return a domain's next batch, of a new pass if this one is over."""
+        # A resumed loader may be at its end, and a generator function in it may take a pass to notice.
+        for _ in range(3 if domain in self._loaded else 2):
+            if domain not in self._iterators:
+                self._iterators[domain] = self._of_loader(domain, lambda: iter(self._loaders[domain]))
+            batch = self._of_loader(domain, lambda: next(self._iterators[domain], END))
+            if batch is not END:
+                self._loaded.pop(domain, None)
+                self._failed.discard(domain)
+                return cast("Batch", batch)
+            del self._iterators[domain]
+        raise RuntimeError(
+            f"the loader of domain {self._labels[domain]!r:.80} yields no batch: it is empty or, like a generator, can "
+            f"be iterated over only once (got {type(self._loaders[domain]).__name__}); pass a DataLoader or leave the "
+            "domain out"
+        )
+
+    def _of_loader(self, domain: int, call: Callable[[], Any]) -> Any:
+        """Return what a loader's call does; let an error say whose it is, and what follows."""
+        try:
+            return call()
+        except BaseException as error:
+            self._iterators.pop(domain, None)
+            self._loaded.pop(domain, None)
+            self._failed.add(domain)
+            add_note(
+                error,
+                f"raised by the loader of domain {self._labels[domain]!r:.80}, whose next batch will be the first of a "
+                "new pass over it",
             )
-        self._turn, self._begun, self._progress, self._known_length = object(), False, None, None
-        for stream in self._streams:
-            stream.load_state_dict(state_dict["loaders"][stream.label])
-        self._walk = walk
+            raise
 
-    def _has_batch(self, domain: int) -> bool:
-        """Return whether a domain has a batch left."""
-        return self._streams[domain].has_batch()
-
-    def _group_labels(self) -> tuple[str | int, ...]:
-        """Return the labels of the latest group."""
-        return tuple(self._labels[domain] for domain in self._walk.group)
-
-    def _check_between_groups(self) -> None:
-        """Raise ``RuntimeError`` if the next iterator starts in the middle of a group. For ``meta_batches``."""
-        if self._walk.in_group and not self._begun:
-            raise RuntimeError(
-                f"the loader resumes at batch {self._walk.position}, in the middle of a group of "
-                f"{self.domains_per_step}: take the state dict under meta_batches, between two lists"
-            )
-
-    def _begin_next_epoch(self) -> None:
-        """Go to the start of the next epoch."""
-        if self._fixed_length is None:
-            for stream in self._streams:
-                stream.leave()
-        self._known_length = (self._walk.epoch, self._walk.position)
-        self._walk.next_epoch()
-        self._begun = False
-
-    def _is_known_end(self) -> bool:
-        """Return whether it is known, without fetching a batch, that no group is left in this epoch."""
-        if self._fixed_length is not None:
-            return self._walk.position == self._fixed_length
-        lengths = [stream.length for stream in self._streams]
-        left = [length is None or stream.taken < length for stream, length in zip(self._streams, lengths, strict=True)]
-        return None not in lengths and sum(left) < self.domains_per_step
-
-    def _epoch_length(self) -> int:
-        """Return the batches of a whole epoch: the one in progress, or else the next one."""
-        if self._fixed_length is not None:
-            return self._fixed_length
-        lengths = self._lengths()
-        size = self.domains_per_step
-        if size == len(lengths):
-            return size * min(lengths)
-        if size == 1:
-            return sum(lengths)
-        walk, broken_off = copy.copy(self._walk), self._begun and self._progress is None
-        if broken_off:
-            walk.next_epoch()
-        epoch = walk.epoch if self._progress is None else self._progress[0]
-        if self._known_length is None or self._known_length[0] != epoch:
-            left = lengths if broken_off else [n - s.taken for n, s in zip(lengths, self._streams, strict=True)]
-            while walk.in_group or walk.next_group(lambda domain: left[domain] > 0):
-                left[walk.following] -= 1
-                walk.advance()
-            self._known_length = (epoch, walk.position)
-        return self._known_length[1]
-
-    def _lengths(self) -> list[int]:
-        """Return the lengths of the domains' loaders."""
-        lengths = []
-        for stream in self._streams:
-            if stream.length is None:
+    def _check_saves(self) -> None:
+        """Raise unless every domain's loader can save its place, apart from the others'."""
+        seen: set[int] = set()
+        for label, loader in zip(self._labels, self._loaders, strict=True):
+            named = f"the loader of domain {label!r:.80}, a {type(loader).__name__},"
+            if not all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):
                 raise TypeError(
-                    f"the length of an epoch is unknown: the loader of domain {shown(stream.label)}, a "
-                    f"{type(stream.loader).__name__}, has none of its own that can be relied on; pass "
-                    "exhausted='cycle' and batches_per_epoch where a length is needed"
+                    f"{named} cannot save its place: it has no state_dict and load_state_dict. Use torchdata's "
+                    "StatefulDataLoader (pip install torch_gradmatch[data]), or a loader that has them"
                 )
-            lengths.append(stream.length)
-        return lengths
+            if not getattr(loader, "in_order", True):
+                raise ValueError(f"{named} should keep its order (got in_order=False): nobody knows its place then")
+            generators = {id(getattr(of, "generator", None)) for of in (loader, getattr(loader, "sampler", None))}
+            if seen & (generators := generators - {id(None)}):
+                raise ValueError(f"{named} shares a generator with another: one state cannot serve two places")
+            seen |= generators
 
-    def _check_batches_per_epoch(self, cycle: bool, batches_per_epoch: object) -> int | None:
-        """Return the length of every epoch, None if it depends on the loaders."""
-        size = self.domains_per_step
-        if not cycle:
-            if batches_per_epoch is not None:
-                raise ValueError(
-                    f"batches_per_epoch should be None with exhausted='stop' (got {shown(batches_per_epoch)}): domains "
-                    "may run out before; pass exhausted='cycle'"
-                )
-            return None
-        if batches_per_epoch is None:
-            try:
-                lengths = self._lengths()
-            except TypeError as error:
-                raise ValueError(f"batches_per_epoch is needed with exhausted='cycle' here: {error}") from None
-            return size * max(*lengths, -(-sum(lengths) // size))
-        length = check_short(check_int, "batches_per_epoch", batches_per_epoch, 1)
-        if length % size:
-            raise ValueError(
-                f"batches_per_epoch should be a multiple of domains_per_step={size} (got {shown(length)}): "
-                f"{shown(-(-length // size) * size)} would do"
+
+def _check_loaders(loaders: Any) -> tuple[tuple[str | int, ...], list[Any]]:
+    """Return the labels and the loaders if every domain is given a loader of its own."""
+    if not isinstance(loaders, Mapping):
+        raise TypeError(f"loaders should be a mapping from each domain's label to its loader (got {loaders!r:.80})")
+    if len(loaders) < 2:
+        raise ValueError(f"loaders should hold the loaders of at least 2 domains (got {len(loaders)})")
+    labels = tuple(check_label("loaders", key) for key in loaders)
+    for label, loader in zip(labels, loaders.values(), strict=True):
+        if isinstance(loader, Dataset) or (hasattr(loader, "__getitem__") and not isinstance(loader, list | tuple)):
+            raise TypeError(
+                f"loaders[{label!r:.80}] is a data set, a {type(loader).__name__}, and should be a loader of batches: "
+                "pass DataLoader(dataset, batch_size=...), with batch_size=None if the data set itself yields batches"
             )
-        return length
-
-    def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise unless a state dict is one, with the settings and the domains of this loader."""
-        expected = ["version", *self._settings, *self._walk.state_dict(), "loaders"]
-        if not isinstance(state_dict, Mapping) or set(state_dict) != set(expected):
-            found = shown(list(state_dict) if isinstance(state_dict, Mapping) else state_dict)
-            raise ValueError(f"the state dict should hold exactly {expected} (got {found})")
-        for name, own in {"version": STATE_VERSION, **self._settings}.items():
-            if type(state_dict[name]) is not type(own) or state_dict[name] != own:
-                raise ValueError(
-                    f"the state dict's {name} is {shown(state_dict[name])}, but this loader's is {shown(own)}: resume "
-                    "with the same domains and arguments"
-                )
-        loaders = state_dict["loaders"]
-        if not isinstance(loaders, Mapping) or set(loaders) != set(self._labels):
-            raise ValueError(f"the state dict's loaders should hold a state by every label (got {shown(loaders)})")
-        for label, state in loaders.items():
-            check_state(label, state)
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"loaders[{label!r:.80}] should be a loader of batches (got {loader!r:.80})")
+    if len(set(map(id, loaders.values()))) < len(loaders):
+        raise ValueError("loaders should have an object of its own for every domain, which has a place of its own")
+    return labels, list(loaders.values())
