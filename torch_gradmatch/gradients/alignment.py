@@ -208,7 +208,7 @@ class GradientAlignment:
         ...     alignment.add([gradient])
         >>> measured = alignment.result()
         >>> measured.inner_product, measured.cosine, measured.grad_norms
-        (tensor(3.), tensor(0.7071), tensor([3.0000, 1.4142]))
+        (tensor(3.0000), tensor(0.7071), tensor([3.0000, 1.4142]))
     """
 
     cosines: bool = True
@@ -356,7 +356,7 @@ def gradient_alignment(
         >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
         >>> domains = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])]
         >>> gradient_alignment([w], lambda x: (w * x).sum(), domains).inner_product
-        tensor(1.)
+        tensor(1.0000)
         >>> north_and_south = dict(zip(["north", "south"], domains))
         >>> gradient_alignment([w], lambda x: (w * x).sum(), north_and_south, pairs=True).cosines
         tensor([[1.0000, 0.4472],

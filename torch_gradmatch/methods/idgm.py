@@ -102,7 +102,7 @@ class IDGM(DirectionMethod):
         >>> domains = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
         >>> report = optimizer.meta_step(lambda x: model(x).square().sum() / 2, domains)  # G = (1, 0) and (3, 6)
         >>> report.inner_product, report.grad_norms
-        (tensor(3.), tensor([1.0000, 6.7082]))
+        (tensor(3.0000), tensor([1.0000, 6.7082]))
     """
 
     model: nn.Module
