@@ -245,7 +245,7 @@ def test_hooks_of_tensors_count_in_double_backward_only():
 
 @pytest.mark.parametrize("way", [*WAYS, "finite_difference"])
 def test_comparing_changes_nothing_and_evaluates_no_loss_again(way: str):
-    """But for finite differences, of which one more product is taken."""
+    """But for finite differences, of which two more products are taken."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 2))
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
@@ -271,7 +271,7 @@ def test_comparing_changes_nothing_and_evaluates_no_loss_again(way: str):
         calls.append(0)
     assert_same(found[1], found[0])
     number = calls.index(0)
-    assert len(calls) == 2 * (number + 1) + 2 * (way == "finite_difference")
+    assert len(calls) == 2 * (number + 1) + 4 * (way == "finite_difference")
     if way in ("keep_graphs", "one_pass"):
         assert number == 3
     assert_old_gradients(model, old)
@@ -338,6 +338,55 @@ def test_what_counts_as_a_difference():
     ]:
         with pytest.raises(ValueError, match="gradient of parameter 'b' by"):
             check_backward(gradient, expected, "ab"[: len(expected)])
+
+
+class Reversal(torch.autograd.Function):
+    """A gradient reversal layer, as DANN has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def adversarial(model: nn.Sequential, weight: float) -> Callable[[Tensor], Tensor]:
+    """Half of the features are to tell nothing, by a reversed gradient."""
+
+    def loss(x: Tensor) -> Tensor:
+        features = model[:2](x)
+        return (
+            model[2](features)[:, 0].square().mean()
+            + weight * (model[2](Reversal.apply(features))[:, 1] - x.sum(dim=1)).square().mean()
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize("settings", [{}, {"one_pass": True}, {"gamma": None}], ids=str)
+def test_a_field_that_is_no_gradient_is_refused(settings: dict[str, Any]):
+    model, batches = model_and_batches()
+    with pytest.raises(ValueError, match=r"w\.Hv is .* and v\.Hw is .*gradient reversal"):
+        idgm(model, batches, adversarial(model, 1.0), hvp="finite_difference", compare=True, **settings)
+    idgm(model, batches, adversarial(model, 0.0), hvp="finite_difference", compare=True, **settings)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.LeakyReLU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+def test_kinks_and_rounding_are_not_taken_for_such_a_field(activation: type[nn.Module], dtype: torch.dtype, seed: int):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 5)).to(dtype)
+    batches = [(torch.randn(16, 20).to(dtype) + 0.3 * i, torch.randint(5, (16,))) for i in range(3)]
+    idgm(
+        model,
+        batches,
+        lambda b: nn.functional.cross_entropy(model(b[0]), b[1]),
+        hvp="finite_difference",
+        compare=True,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- evaluations

@@ -225,6 +225,47 @@ def test_two_all_reduces_by_domains_whatever_their_number_and_one_more_than_doma
         assert len(reductions) == large + more + 4  # numbers of the domains, which buffers moved, buffers of two kinds
 
 
+class Remembering(nn.Module):
+    """A large buffer that never moves, one in half precision that does, and one that moves on one rank only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, dtype=torch.float64))
+        self.register_buffer("still", torch.randn(10_000))
+        self.register_buffer("seen", torch.zeros(4, dtype=torch.bfloat16))
+        self.register_buffer("here", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.mean(dim=0).to(torch.bfloat16)
+        self.here += dist.get_rank()
+        return (torch.tanh(x @ self.weight)).square().mean()
+
+
+def buffers_that_move(method: str) -> Any:
+    torch.manual_seed(0)
+    model = Remembering()
+    chosen: Any = IDGM(model, GAMMA, **world())
+    if method != "IDGM":
+        chosen = SmoothFish(1.0, 0.1, model, **world(parallel="walks"))
+    optimizer = GradMatch(sgd(model), chosen)
+    batches = [torch.randn(5, 4, dtype=torch.float64) + dist.get_rank() for _ in range(2)]
+    with Collectives() as collectives:
+        optimizer.meta_step(model, batches)
+    return collectives.reductions(), buffers_of(model)
+
+
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
+def test_only_buffers_that_moved_are_reduced_and_in_their_own_dtype(method: str):
+    everywhere = on_ranks(2, buffers_that_move, method)
+    assert same(*everywhere)
+    reductions, buffers = everywhere[0]
+    assert reductions[-2:] == [4 * 2, 3 * 4]
+    assert max(reductions) < 1000
+    assert buffers["here"].tolist() == [1.0] * 3  # the mean of 0 and 2
+    assert buffers["seen"].dtype == torch.bfloat16
+    assert bool(buffers["seen"].any())
+
+
 def test_the_parameters_are_compared_once():
     """By two agreements; later ones are about other things."""
     for _, first, last, _ in on_ranks(2, sent, 2, "domains")[0].values():

@@ -12,6 +12,7 @@ from _spread import error_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from torch_gradmatch.parallel import ranks as parallel_ranks
 from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, sum_
 from torch_gradmatch.parallel.same import check_same_parameters
 
@@ -47,6 +48,23 @@ def test_ranks_learn_every_number_and_raise_what_one_of_them_raises():
         assert found["one of a mesh"] == f"ValueError: {'' if rank == 3 else 'on rank 3: '}no"
 
 
+def raise_twice() -> list[str]:
+    ranks, error = Ranks([dist.group.WORLD], torch.device("cpu")), KeyError("the same object")
+
+    def work() -> None:
+        with ranks.together():
+            if dist.get_rank() == 1:
+                raise error
+
+    return [error_of(work) for _ in range(3)]
+
+
+def test_an_error_that_is_raised_again_and_again_is_told_each_time():
+    others, its = on_ranks(2, raise_twice)
+    assert its == ["KeyError: 'the same object'"] * 3
+    assert others == ["RuntimeError: on rank 1: KeyError: 'the same object'"] * 3
+
+
 def test_one_process_agrees_with_itself():
     alone = Ranks([], torch.device("cpu"))
     assert not alone
@@ -58,7 +76,8 @@ def test_one_process_agrees_with_itself():
         check_process_group(3)
 
 
-def reduce_some() -> list[Any]:
+def reduce_some(bucket: int) -> list[Any]:
+    parallel_ranks.BUCKET = bucket
     generator = torch.Generator().manual_seed(dist.get_rank())
     tensors = [
         torch.randn(3, 4, generator=generator, dtype=torch.float64).t(),
@@ -66,17 +85,20 @@ def reduce_some() -> list[Any]:
         torch.randn(5, generator=generator, dtype=torch.complex64),
         torch.randn(7, generator=generator).to(torch.bfloat16),
         torch.empty(0),
-        torch.randn(2, generator=generator),
+        *(torch.randn(n, generator=generator) for n in (2, 100, 3, 1, 50)),
     ]
     before, sums = ([t.clone() for t in tensors] for _ in range(2))
     sum_(sums, dist.group.WORLD)
     average_(tensors, dist.group.WORLD)
+    parallel_ranks.BUCKET = 1 << 26
     return [before, sums, tensors]
 
 
-def test_sums_and_means_of_all_kinds_are_right_and_the_same_everywhere():
-    found = on_ranks(3, reduce_some)
-    for i in range(6):
+@pytest.mark.parametrize("bucket", [1, 64, 1 << 26])
+def test_sums_and_means_of_all_kinds_are_right_and_the_same_everywhere(bucket: int):
+    """Whatever goes together: a bucket that was left out would keep this rank's own numbers."""
+    found = on_ranks(3, reduce_some, bucket)
+    for i in range(10):
         total = sum(before[i].to(torch.complex128) for before, _, _ in found)
         for _, sums, means in found:
             assert torch.equal(sums[i], found[0][1][i])
@@ -96,6 +118,8 @@ def compare(change: str) -> str:
     parameters += [nn.Parameter(torch.randn(5).to(torch.bfloat16)), nn.Parameter(torch.tensor(float("nan")))]
     if last and change == "value":
         parameters[2].data[3] += 1
+    if last and change == "order":
+        parameters[2].data.copy_(parameters[2].data.flip(0))
     if last and change == "number":
         parameters.pop()
     if last and change == "shape":
@@ -105,7 +129,7 @@ def compare(change: str) -> str:
 
 
 def compare_all() -> dict[str, str]:
-    found = {change: compare(change) for change in ("nothing", "value", "number", "shape")}
+    found = {change: compare(change) for change in ("nothing", "value", "order", "number", "shape")}
     # Rows of a 2 by 2 mesh hold other shards; only one column differs, and all have to know.
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     outer, inner = mesh.get_group("outer"), mesh.get_group("inner")
@@ -119,6 +143,7 @@ def test_the_same_parameters_pass_and_others_are_named_on_all_ranks():
         assert found["nothing"] == ""
         assert "number 2 of the optimizer, of shape (5,), holds other values" in found["value"]
         assert "broadcast" in found["value"]
+        assert "number 2 of the optimizer, of shape (5,), holds other values" in found["order"]
         assert "one has 4 of them and one 3" in found["number"]
         on_one_and_another = "torch.float32 of shape (2, 3) on one and torch.float32 of shape (7,) on another"
         assert f"number 0 is {on_one_and_another}" in found["shape"]

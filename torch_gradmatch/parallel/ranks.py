@@ -55,7 +55,7 @@ class Ranks:
         device: Where the parameters are.
     """
 
-    votes = 0  # of this process, so that an error that is raised twice is told twice
+    votes = 0  # and blocks of this process, so that an error that is raised twice is told twice
 
     def __init__(self, groups: Sequence[ProcessGroup], device: torch.device) -> None:
         self.groups = [group for group in dict.fromkeys(groups) if dist.get_world_size(group) > 1]
@@ -111,6 +111,7 @@ class Ranks:
         Yields:
             Once.
         """
+        Ranks.votes += 1
         try:
             yield
         except Exception as error:
