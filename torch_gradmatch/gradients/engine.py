@@ -227,8 +227,9 @@ class Engine:
         again = self.replay.again.get(index, self.replay.losses[index])
         # A loss that is not the same twice has another gradient, and is refused for that.
         in_step = self.sharing is not None and self.sharing.in_step  # all ranks have to do the same
-        same = in_step or bool(torch.isclose(again, self.replay.losses[index], equal_nan=True))
-        compares = self.names is not None and not in_transform() and same
+        compares = self.names is not None and not in_transform()
+        if compares and not in_step:
+            compares = bool(torch.isclose(again, self.replay.losses[index], equal_nan=True))
 
         def loss(point: list[Tensor]) -> Tensor:
             return self.replay(index, point)

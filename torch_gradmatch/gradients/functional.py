@@ -340,7 +340,8 @@ def idgm_grad(
         return found
 
     names = _names(params) if check_bool("compare", compare) else None
-    replay = Replay(loss, batches, leaves, state, replays=not (hvp == "reverse" and (keep_graphs or one_pass)))
+    replays = not (hvp == "reverse" and (keep_graphs or one_pass))
+    replay = Replay(loss, batches, leaves, state, replays=replays, chains=hvp == "reverse")
     check_bool("cosines", cosines)
     engine = Engine(replay, leaves, phi, params, hvp, keep_graphs, one_pass, cosines, names=names)
     found = engine.run(gamma, strength)

@@ -181,7 +181,7 @@ class IDGM(DirectionMethod):
                 lambda index, point: given.loss(index)
                 if pure is None or point is None
                 else pure(dict(zip(names, point, strict=True)), {}, index)[0],
-                given.batches, leaves, given.places, replays=replays,
+                given.batches, leaves, given.places, replays=replays, chains=self.hvp == "reverse",
             ),
             leaves,
             agreement,
