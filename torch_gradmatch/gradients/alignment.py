@@ -234,6 +234,12 @@ class GradientAlignment:
         present = [g for g in gradients if g is not None]
         if not present:
             raise ValueError("no parameter has a gradient: call backward() before the gradients are measured")
+        for index, (g, total) in enumerate(zip(gradients, self.total, strict=False)):
+            if g is not None and total is not None and g.numel() != total.numel():  # as it would be broadcast
+                raise ValueError(
+                    f"the gradient of parameter {index} has shape {tuple(g.shape)}, but one taken in before it had "
+                    f"{tuple(total.shape)}"
+                )
         square = squared_norm(present)
         accumulate(self.total, gradients)
         if self.cosines:
@@ -305,20 +311,14 @@ def accumulate(totals: list[Tensor | None], gradients: Vector, factor: float | T
         totals: The sum; None where there was nothing yet, empty to begin with.
         gradients: The vector.
         factor: A number, or a tensor of shape ().
-
-    Raises:
-        ValueError: If a part has another shape than before.
     """
     totals += [None] * (len(gradients) - len(totals))
-    for index, (g, total) in enumerate(zip(gradients, totals, strict=True)):
-        if g is not None and total is not None and g.shape != total.shape:
-            raise ValueError(
-                f"the gradient of parameter {index} has shape {tuple(g.shape)}, but one taken in before it had "
-                f"{tuple(total.shape)}"
-            )
     new = [g if total is None else None for g, total in zip(gradients, totals, strict=True)]
-    add_all_(totals, [g if n is None else None for g, n in zip(gradients, new, strict=True)], factor)
-    for positions, (group,) in by_kind(new):
+    is_new = any(g is not None for g in new)
+    add_all_(
+        totals, [None if n is g else g for g, n in zip(gradients, new, strict=True)] if is_new else gradients, factor
+    )
+    for positions, (group,) in by_kind(new) if is_new else ():
         wide = WIDE.get(group[0].dtype, group[0].dtype)
         by = factor.to(group[0].device, wide.to_real()) if isinstance(factor, Tensor) else factor
         made = torch._foreach_mul(group if group[0].dtype == wide else [g.to(wide) for g in group], by)

@@ -163,7 +163,14 @@ class Engine:
         for index in range(self.replay.size):
             # Only one graph is alive at a time, and the last domain's may as well be the first of the second pass.
             last = index == self.replay.size - 1
-            keeps = matches and self.hvp == "reverse" and (self.keep_graphs or self.one_pass or last)
+            # Before the first domain there is none: only in the variance it is matched, with itself.
+            matched_now = matches and self.one_pass and (index > 0 or self.agreement is variance)
+            keeps = (
+                matches
+                and (matched_now or not self.one_pass)
+                and self.hvp == "reverse"
+                and (self.keep_graphs or self.one_pass or last)
+            )
             with record_function("GradMatch.domain_gradient"):
                 gradient = self._gradient(self.replay(index), with_graph=keeps)
             check_reached(gradient, index)
@@ -175,7 +182,7 @@ class Engine:
             self.sums.add(own)
             if isinstance(self.phi, OwnAgreement):
                 self.phi.add(own)
-            if matches and self.one_pass:
+            if matched_now:
                 now = None if self.hvp == "reverse" else self.replay.save()
                 self._add_product(index, gradient, own)
                 if now is not None:

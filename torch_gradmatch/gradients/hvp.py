@@ -293,9 +293,10 @@ def _inspect(outputs: Sequence[Tensor]) -> None:
         node = waiting.pop()
         if node is None:
             continue
-        if node.name() == "torch::autograd::Error":
+        name = node.name()
+        if name == "torch::autograd::Error":
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        if node.name().startswith("WeightNormInterface") and _weight_norm_is_wrong(device := outputs[0].device):
+        if name.startswith("WeightNormInterface") and _weight_norm_is_wrong(device := outputs[0].device):
             warnings.warn(
                 f"the model has weight_norm, whose second derivative torch {torch.__version__} takes wrongly on "
                 f"{device.type!r}: the Hessian-vector products of its parameters are wrong. Use "

@@ -81,10 +81,19 @@ def by_kind(*lists: Sequence[Tensor | None]) -> list[tuple[list[int], list[list[
         >>> [positions for positions, _ in by_kind([single, double, None, single])]
         [[0, 3], [1]]
     """
+    size, alike = len(lists[0]), True
+    for tensors in lists:  # the usual case, told quickly: plain tensors of one device and dtype
+        first: Any = tensors[0] if tensors else None
+        alike = alike and first is not None and len(tensors) == size
+        if alike:
+            dtype, device = first.dtype, first.get_device()
+            alike = all(type(t) in PLAIN and t.dtype is dtype and t.get_device() == device for t in tensors)  # type: ignore[union-attr]
+    if alike:
+        return [(list(range(size)), [list(tensors) for tensors in lists])]  # type: ignore[arg-type]
     groups: dict[tuple[torch.device | torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
-    for position, tensors in enumerate(zip(*lists, strict=True)):
-        present = [t if type(t) in PLAIN else local_of(t) for t in tensors if t is not None]
-        if len(present) < len(tensors):
+    for position, group in enumerate(zip(*lists, strict=True)):
+        present = [t if type(t) in PLAIN else local_of(t) for t in group if t is not None]
+        if len(present) < len(group):
             continue
         kind = tuple(part for t in present for part in (t.device, t.dtype))
         positions, parts = groups.setdefault(kind, ([], [[] for _ in lists]))
