@@ -165,12 +165,8 @@ class Engine:
             last = index == self.replay.size - 1
             # Before the first domain there is none: only in the variance it is matched, with itself.
             matched_now = matches and self.one_pass and (index > 0 or self.agreement is variance)
-            keeps = (
-                matches
-                and (matched_now or not self.one_pass)
-                and self.hvp == "reverse"
-                and (self.keep_graphs or self.one_pass or last)
-            )
+            again = matches and not self.one_pass
+            keeps = self.hvp == "reverse" and (matched_now or (again and (self.keep_graphs or last)))
             with record_function("GradMatch.domain_gradient"):
                 gradient = self._gradient(self.replay(index), with_graph=keeps)
             check_reached(gradient, index)
@@ -187,7 +183,7 @@ class Engine:
                 self._add_product(index, gradient, own)
                 if now is not None:
                     self.replay.restore(now)
-            elif keeps or (matches and by_samples):
+            elif keeps or (again and by_samples):
                 kept[index] = (gradient if keeps else (), own)
             del gradient, own  # before the next graph grows
         return kept
