@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _spread import error_of
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from torch_gradmatch.parallel import ranks as parallel_ranks
-from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, sum_
+from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, max_, sum_
 from torch_gradmatch.parallel.same import check_same_parameters
 
 
@@ -46,6 +46,19 @@ def test_ranks_learn_every_number_and_raise_what_one_of_them_raises():
         assert sorted(found["mesh"]) == [0, 1, 2, 3]
         assert found["mesh"] == found["gathered"]
         assert found["one of a mesh"] == f"ValueError: {'' if rank == 3 else 'on rank 3: '}no"
+
+
+def largest() -> list[Tensor]:
+    rank = dist.get_rank()
+    dtypes = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    tensors = [torch.tensor([rank == 1, rank == 0, False]).to(dtype) for dtype in dtypes]
+    max_(tensors, dist.group.WORLD)
+    return tensors
+
+
+def test_the_largest_of_integers_of_every_dtype():
+    for found in on_ranks(2, largest):
+        assert [t.tolist() for t in found] == [[True, True, False]] + [[1, 1, 0]] * 5
 
 
 def raise_twice() -> list[str]:

@@ -110,7 +110,7 @@ VARIANTS = {
     "smooth-fish": Variant(smooth(track_alignment=True), adamw, steps=200),
     "smooth-fish-symmetric": Variant(smooth(0.02, symmetric=True), both, steps=200),  # with more it diverges here
     "smooth-fish-workers": Variant(smooth(), sgd, loader="workers", steps=80),
-    "idgm-inner_product": Variant(exact("inner_product", hvp_domains=2), adamw, steps=150),
+    "idgm-inner_product": Variant(exact("inner_product", one_pass=True), adamw, steps=150),
     "idgm-variance-forward": Variant(exact("variance", hvp="forward"), sgd, steps=100),
     "idgm-cosine-finite_difference": Variant(exact("cosine", hvp="finite_difference"), both, steps=100),
     "fish-walks": Variant(fish_of_ranks(track_alignment=True), adamw, split="walks", steps=150),

@@ -224,7 +224,8 @@ def sum_(tensors: Sequence[Tensor], group: ProcessGroup, operation: Any = dist.R
 
 def max_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
     """Replace real tensors by their largest values over the ranks of a group; booleans are true if one is."""
-    numbers = [t.to(torch.uint8) if t.dtype is torch.bool else t for t in tensors]
+    wider = {torch.bool: torch.uint8, torch.int16: torch.int32}  # of which not every backend knows
+    numbers = [t.to(wider.get(t.dtype, t.dtype)) for t in tensors]
     sum_(numbers, group, dist.ReduceOp.MAX)
     copy_all_(tensors, numbers)
 
