@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
-from torch_gradmatch.gradients import hvp
+from torch_gradmatch.gradients import backward
 
 # ------------------------------------------------------------------------------------------- the zoo of models
 
@@ -164,7 +164,7 @@ def test_torchs_wrong_weight_norm_is_warned_of(keep_graphs: bool, monkeypatch: p
     with pytest.warns(UserWarning, match="weight_norm, whose second derivative torch .* takes wrongly on 'cpu'"):
         wrong = gradient(case)
     assert float((wrong - right).norm() / right.norm()) > 0.01
-    monkeypatch.setattr(hvp, "_weight_norm_is_wrong", lambda _: False)
+    monkeypatch.setattr(backward, "_weight_norm_is_wrong", lambda _: False)
     gradient(case)
 
 

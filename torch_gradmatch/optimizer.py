@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import add_note, check_batches, naming
-from torch_gradmatch.gradients.alignment import MetaStep
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from torch_gradmatch.gradients.alignment import gradient_alignment
+from torch_gradmatch.gradients.backward import check_backward, gradient_of
 from torch_gradmatch.gradients.functional import IDGMGradient, functional_loss, idgm_grad
-from torch_gradmatch.gradients.hvp import check_backward, gradient_of
 
 GAMMA = 0.3
 SECOND = ["reverse", "forward"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch_gradmatch.gradients.alignment import Alignment, MetaStep
+from torch_gradmatch.gradients.alignment import Alignment
+from torch_gradmatch.gradients.report import MetaStep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,16 +26,8 @@ from torch.profiler import record_function
 from torch_gradmatch._checks import check_reached
 from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, NamedAgreement, OwnAgreement, cosine, variance
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment, accumulate
-from torch_gradmatch.gradients.hvp import (
-    by_autograd,
-    check_backward,
-    check_symmetric,
-    explain,
-    finite_difference,
-    forward,
-    gradient_of,
-    reverse,
-)
+from torch_gradmatch.gradients.backward import by_autograd, check_backward, explain, gradient_of, reverse
+from torch_gradmatch.gradients.hvp import check_symmetric, finite_difference, forward
 from torch_gradmatch.gradients.replay import Replay
 from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, by_kind, in_transform, precision, squared_norm
 from torch_gradmatch.parallel.sharing import Sharing

@@ -25,149 +25,49 @@ matching needs :math:`J^\mathsf T v`: the same only where that is the gradient o
 is not: there :math:`w \cdot Jv \ne v \cdot Jw`, which is looked for at the first meta-iteration, with :math:`w = Jv`.
 **Stop-gradients** (``detach()`` of something that depends on the parameters: teachers, BYOL, ``spectral_norm``) make
 the three disagree: double backward and forward mode stop there again, a difference of gradients does not.
-
-First derivatives are taken by ``backward()`` into ``.grad``, as in any training loop, so that what hangs on it works.
-``torch.autograd.grad`` passes by hooks that run once ``.grad`` is there, and by what accumulates into ``.grad`` itself:
-reentrant checkpointing, reversible blocks. Through ``fully_shard``, whose forward passes use other tensors than the
-parameters, it finds no way at all. Only a gradient that is differentiated again has to go by it, and
-:func:`check_backward` tells whether it is the same one.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice
+from torch_gradmatch.gradients.backward import by_autograd, explain, gradient_of, reverse
 from torch_gradmatch.parallel.foreach import (
     Vector,
     add_all_,
     by_kind,
     clone_all,
     copy_all_,
-    in_transform,
     is_sharded,
     precision,
     squared_norm,
 )
-from torch_gradmatch.parallel.shards import placed_like, sharded_like
+from torch_gradmatch.parallel.shards import sharded_like
 
 __all__ = [
     "HVPS",
-    "by_autograd",
-    "check_backward",
     "check_hvp",
     "check_symmetric",
     "differentiable_attention",
-    "explain",
-    "gradient_of",
+    "finite_difference",
+    "forward",
     "hessian_vector_product",
 ]
 
 HVPS = ("reverse", "forward", "finite_difference")
 Loss = Callable[[list[Tensor]], Tensor]
-
-
-# ---------------------------------------------------------------------------------------------------- first derivatives
-
-
-def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor | None]:
-    """Return the gradient of a loss, by ``backward()`` wherever that is possible.
-
-    It is not inside a transform of ``torch.func``, and not by tensors that were computed from others. Other tensors
-    that require a gradient and take part in the loss accumulate it in their ``.grad``.
-
-    Args:
-        loss: Shape ().
-        leaves: Where to differentiate; their ``.grad`` is afterwards what it was.
-        retain_graph: Whether to keep the graph of the loss.
-
-    Returns:
-        One dense tensor for each leaf, None where the loss does not depend on it; a ``DTensor`` has the placements of
-        its leaf.
-    """
-    if in_transform() or not all(leaf.is_leaf and leaf.requires_grad for leaf in leaves):
-        return by_autograd(loss, leaves)
-    kept = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    try:
-        loss.backward(retain_graph=retain_graph)
-        found = [leaf.grad for leaf in leaves]
-    finally:
-        for leaf, gradient in zip(leaves, kept, strict=True):
-            leaf.grad = gradient
-    if any(map(is_sharded, leaves)):
-        return [None if g is None else placed_like(g, leaf) for g, leaf in zip(found, leaves, strict=True)]
-    if dist.is_available() and dist.is_initialized():
-        # DistributedDataParallel(gradient_as_bucket_view=True) has the next gradient in the same memory.
-        copies = iter(clone_all([g for g in found if g is not None]))
-        found = [None if g is None else next(copies) for g in found]
-    return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
-
-
-def by_autograd(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
-    """Return the gradient of a loss, by ``torch.autograd.grad``, which frees its graph unless one is created."""
-    found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
-    return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
-
-
-@torch.no_grad()
-def check_backward(gradient: Vector, expected: Vector, names: Sequence[str], *, is_coarse: bool = False) -> None:
-    """Raise if a gradient that is differentiated again is another one than ``backward()`` leaves in ``.grad``.
-
-    A difference counts if it is more than rounding: more than the root of the machine epsilon times the length of the
-    parameter's gradient, and than 64 epsilons times the length of the whole; where it may be that of half precision, a
-    sixteenth and 1/256.
-
-    Args:
-        gradient: The one that is differentiated again.
-        expected: By ``backward()``.
-        names: Of the parameters, for the message.
-        is_coarse: Whether both were computed by other operations, which autocast may have rounded to half precision.
-
-    Raises:
-        ValueError: If one differs; the message names the parameter, what may be the cause and what to do.
-    """
-    given = [g for g in (*gradient, *expected) if g is not None]
-    epsilon = precision(given) if given else 0.0
-    lengths = [_length(g) for g in expected]
-    least = (2**-8 if is_coarse else 64 * epsilon) * sum(length**2 for length in lengths) ** 0.5
-    tolerance = 2**-4 if is_coarse else epsilon**0.5
-    different = [
-        name
-        for name, g, e, length in zip(names, gradient, expected, lengths, strict=True)
-        if _length(g if e is None else e if g is None else g - e) > least + tolerance * length
-    ]
-    if different:
-        others = f" (and of {len(different) - 1} more)" if len(different) > 1 else ""
-        raise ValueError(
-            f"the gradient of parameter {different[0]!r}{others} by backward() is another one than by "
-            "torch.autograd.grad, which IDGM with second derivatives needs. Something changes it on its way into "
-            ".grad, or adds to it there: a hook (register_post_accumulate_grad_hook; with hvp='forward' register_hook, "
-            "too), checkpointing with use_reentrant=True (use_reentrant=False works), a reversible block, "
-            "DistributedDataParallel (process_group=..., parallel='data' do its work). hvp='finite_difference', "
-            "SmoothFish and Fish go by backward()"
-        )
-
-
-def _length(vector: Tensor | None) -> float:
-    return 0.0 if vector is None else float(squared_norm([vector]) ** 0.5)
-
-
-# --------------------------------------------------------------------------------------------------- second derivatives
 
 
 def check_hvp(hvp: object, parameters: Iterable[Tensor]) -> str:
@@ -241,86 +141,6 @@ def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: A
         raise
     found = [torch.zeros_like(leaf) if p is None else p for p, leaf in zip(product, leaves, strict=True)]
     return tree_unflatten([p.detach() for p in found], structure)
-
-
-REMEDIES = {
-    "reverse": 'hvp="reverse" differentiates every operation of the model twice, and one has no second derivative: use '
-    'hvp="finite_difference", which needs first derivatives only, or another implementation of the operation '
-    "(for attention the MATH kernel of scaled_dot_product_attention, or an 'eager' one).",
-    "forward": 'hvp="forward" takes forward derivatives of every operation of the model and of its backward pass, and '
-    'one has none: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.',
-}
-# How torch says that an operation cannot be differentiated again, or not in forward mode.
-MISSING = re.compile(
-    "is not implemented|not been implemented|once_differentiable|double backward"
-    "|does not support it|must implement the jvp|different number of tensors was saved|donated buffer"
-    "|incompatible with .grad",
-    re.IGNORECASE,
-)
-
-
-def explain(error: Exception, hvp: str) -> None:
-    """Raise a ``RuntimeError`` that says what to do where torch says that an operation lacks a derivative."""
-    if hvp in REMEDIES and MISSING.search(str(error)):
-        raise RuntimeError(f"{REMEDIES[hvp]} What failed: {str(error).splitlines()[0]}") from error
-
-
-def reverse(gradient: Vector, vector: Vector, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the derivative of a gradient with graph, times a vector, by the leaves; also of several in a row."""
-    pairs = [
-        (g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad and v is not None
-    ]
-    if not pairs:
-        return [None] * len(leaves)  # the gradient depends on no parameter
-    outputs, cotangents = zip(*pairs, strict=True)
-    _inspect(outputs)
-    products = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-    return [p if p is None or p.layout is torch.strided else p.to_dense() for p in products]
-
-
-def _inspect(outputs: Sequence[Tensor]) -> None:
-    """Raise if a backward pass marked as once differentiable took part in a gradient; warn where torch errs itself.
-
-    torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet
-    it and miss that part of the Hessian in silence.
-
-    Raises:
-        RuntimeError: If there is one.
-    """
-    waiting = [output.grad_fn for output in outputs]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        name = node.name()
-        if name == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        if name.startswith("WeightNormInterface") and _weight_norm_is_wrong(device := outputs[0].device):
-            warnings.warn(
-                f"the model has weight_norm, whose second derivative torch {torch.__version__} takes wrongly on "
-                f"{device.type!r}: the Hessian-vector products of its parameters are wrong. Use "
-                "hvp='finite_difference' or SmoothFish(symmetric=True), which need first derivatives only, or write it "
-                "out as g * v / v.norm()",
-                stacklevel=2,
-            )
-        new = {following for following, _ in node.next_functions} - seen
-        seen |= new
-        waiting.extend(new)
-
-
-@cache
-def _weight_norm_is_wrong(device: torch.device) -> bool:
-    """Try torch's second derivative of ``weight_norm`` on a matrix of four numbers (2.13 fails on a CPU)."""
-    found = []
-    with torch.enable_grad():
-        for written_out in (True, False):
-            v = torch.tensor([[1.0, 2.0], [3.0, 1.0]], device=device, requires_grad=True)
-            g = torch.ones(2, 1, device=device)
-            w = g * v / v.norm(dim=1, keepdim=True) if written_out else torch._weight_norm(v, g, 0)
-            (gradient,) = torch.autograd.grad(w[:, 0].square().sum(), v, create_graph=True)
-            found.append(torch.autograd.grad(gradient[:, 1].sum(), v)[0])
-    return not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from torch_gradmatch import _checks as checks
-from torch_gradmatch.gradients.alignment import MetaStep
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.parallel.ranks import check_process_group
 from torch_gradmatch.parallel.together import Together, ranks_around

@@ -16,8 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import add_note, check_num_domains, refuse_loss
-from torch_gradmatch.gradients.alignment import MetaStep
 from torch_gradmatch.gradients.replay import RandomState, devices_of
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import MetaLoop, Method, evaluate, shown_settings
 from torch_gradmatch.parallel.foreach import clone_all, copy_all_, squared_norm
 from torch_gradmatch.parallel.ranks import average_, is_told

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_gradmatch import _checks as checks
-from torch_gradmatch.gradients.alignment import MetaStep
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import COMMON_CHECKS, Method, evaluate, shown_settings
 from torch_gradmatch.methods.inner_loop import InnerLoop
 from torch_gradmatch.parallel.ranks import is_told

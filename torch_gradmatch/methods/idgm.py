@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_map
 from torch_gradmatch import _checks as checks
 from torch_gradmatch.gradients import agreement as agreements
 from torch_gradmatch.gradients.agreement import Agreement, check_agreement
-from torch_gradmatch.gradients.alignment import MetaStep
 from torch_gradmatch.gradients.engine import Engine, Matched
 from torch_gradmatch.gradients.functional import check_passes, functional_loss
 from torch_gradmatch.gradients.hvp import HVPS
 from torch_gradmatch.gradients.replay import Replay, check_repeats
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import COMMON_CHECKS
 from torch_gradmatch.methods.direction import Direction, DirectionLoop, DirectionMethod, Evaluation
 from torch_gradmatch.parallel.foreach import is_sharded

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_gradmatch._checks import check_entry, check_int, refuse_loss
-from torch_gradmatch.gradients.alignment import GradientAlignment, MetaStep
+from torch_gradmatch.gradients.alignment import GradientAlignment
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import MetaLoop, shown_settings
 from torch_gradmatch.parallel.foreach import copy_all_, find_nonfinite, read
 from torch_gradmatch.slow import ops

@@ -52,10 +52,11 @@ from torch.profiler import record_function
 
 from torch_gradmatch import _checks as checks
 from torch_gradmatch.gradients.agreement import fish_gamma
-from torch_gradmatch.gradients.alignment import GradientAlignment, MetaStep, accumulate
+from torch_gradmatch.gradients.alignment import GradientAlignment, accumulate
+from torch_gradmatch.gradients.backward import gradient_of
 from torch_gradmatch.gradients.engine import with_zeros
-from torch_gradmatch.gradients.hvp import gradient_of
 from torch_gradmatch.gradients.replay import Replay, check_repeats
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import COMMON_CHECKS
 from torch_gradmatch.methods.direction import Direction, DirectionMethod, Evaluation
 from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, clone_all, copy_all_, precision, squared_norm
