@@ -13,7 +13,7 @@ Of the named agreements only sums over the domains are kept, so the memory does 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,16 +23,33 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 
-from torch_gradmatch._checks import check_reached
-from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, NamedAgreement, OwnAgreement, cosine, variance
+from torch_gradmatch._checks import check_bool, check_reached
+from torch_gradmatch.gradients.agreement import (
+    AGREEMENTS,
+    Agreement,
+    NamedAgreement,
+    OwnAgreement,
+    check_agreement,
+    cosine,
+    variance,
+)
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment, accumulate
 from torch_gradmatch.gradients.backward import by_autograd, check_backward, explain, gradient_of, reverse
-from torch_gradmatch.gradients.hvp import check_symmetric, finite_difference, forward
+from torch_gradmatch.gradients.hvp import check_hvp, check_symmetric, finite_difference, forward
 from torch_gradmatch.gradients.replay import Replay
-from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, by_kind, in_transform, precision, squared_norm
+from torch_gradmatch.parallel.foreach import (
+    WIDE,
+    Vector,
+    add_all_,
+    by_kind,
+    in_transform,
+    is_sharded,
+    precision,
+    squared_norm,
+)
 from torch_gradmatch.parallel.sharing import Sharing
 
-__all__ = ["Engine", "Matched", "with_zeros"]
+__all__ = ["Engine", "Matched", "check_passes", "with_zeros"]
 
 
 class Matched(NamedTuple):
@@ -288,6 +305,39 @@ class Engine:
         equal = spreads and every and 1 - (mean / every) ** 2 <= 64 * precision(total)
         gamma: float = 0.0 if equal or not other else strength * mean / other
         return gamma if gamma <= torch.finfo(torch.float32).max else 0.0
+
+
+def check_passes(
+    agreement: str | Agreement, hvp: str, *, keep_graphs: bool, one_pass: bool, parameters: Iterable[Tensor]
+) -> Agreement:
+    """Return the function of an agreement if the engine can match by it as the other settings say.
+
+    Args:
+        agreement: As in :func:`idgm_loss`.
+        hvp: As in :func:`idgm_grad`.
+        keep_graphs: As there.
+        one_pass: As there.
+        parameters: By which the losses are differentiated.
+
+    Returns:
+        phi.
+
+    Raises:
+        ValueError: If not; the message says what goes together.
+    """
+    phi, parameters = check_agreement(agreement), list(parameters)
+    check_hvp(hvp, parameters)
+    if check_bool("keep_graphs", keep_graphs) and hvp != "reverse":
+        raise ValueError(f"keep_graphs=True needs hvp='reverse', because there is no graph to keep with hvp={hvp!r}")
+    if phi not in AGREEMENTS.values() and (one_pass or any(map(is_sharded, parameters))):
+        where = "with one_pass=True" if one_pass else "where parameters are sharded"
+        raise ValueError(
+            f"agreement should be one of {sorted(AGREEMENTS)} {where} (got a function, which needs every domain's "
+            "whole gradient at the same time)"
+        )
+    if check_bool("one_pass", one_pass) and keep_graphs:
+        raise ValueError("one_pass=True keeps no graph: leave out keep_graphs=True, or one_pass")
+    return phi
 
 
 @torch.no_grad()

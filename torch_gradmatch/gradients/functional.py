@@ -24,18 +24,19 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch import Tensor
+from torch.func import grad_and_value
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from torch_gradmatch._checks import check_bool, check_num_domains, check_number, named_batches
-from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, check_agreement
+from torch_gradmatch.gradients.agreement import Agreement, check_agreement
 from torch_gradmatch.gradients.agreement import inner_product as gradient_inner_product
 from torch_gradmatch.gradients.alignment import Alignment
-from torch_gradmatch.gradients.engine import Engine
-from torch_gradmatch.gradients.hvp import check_hvp, differentiable_attention
+from torch_gradmatch.gradients.engine import Engine, check_passes
+from torch_gradmatch.gradients.hvp import differentiable_attention
+from torch_gradmatch.gradients.pure import functional_loss
 from torch_gradmatch.gradients.replay import Replay, check_repeats
-from torch_gradmatch.parallel.foreach import clone_all, detach_all, in_transform, is_sharded
+from torch_gradmatch.parallel.foreach import in_transform
 
 __all__ = [
     "DomainGradients",
@@ -48,7 +49,6 @@ __all__ = [
 ]
 
 Params = Any  # tensors, or dictionaries, lists or tuples of tensors
-Buffers = dict[str, Tensor]
 PureLoss = Callable[[Params, Any, Any], tuple[Tensor, Any]]
 
 
@@ -88,65 +88,6 @@ class IDGMGradient(NamedTuple):
     alignment: Alignment
     buffers: Any
     gamma: float | None
-
-
-class _Closure(nn.Module):
-    """A loss function around a model, as a module: what ``functional_call`` can put other parameters into."""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self._loss_fn = (loss_fn,)  # not registered, if it is a module itself
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss_fn[0](batch)
-
-
-def functional_loss(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor]
-) -> Callable[[dict[str, Tensor], Buffers, Any], tuple[Tensor, Buffers]]:
-    """Turn a loss function that calls a model as usual into a pure function of parameters and buffers.
-
-    While it runs, the model holds the tensors passed; afterwards its own again. Tied weights stay tied. What is not
-    passed is used as the model has it at that time.
-
-    Args:
-        model: The model that ``loss_fn`` calls.
-        loss_fn: ``loss_fn(batch)`` returns a scalar.
-
-    Returns:
-        ``pure(params, buffers, batch)``, returning the loss and the new buffers; both dictionaries have the names of
-        ``model.named_parameters()`` and ``model.named_buffers()``; another name is a ``ValueError``. The buffers
-        passed are not written to.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> pure = functional_loss(model, lambda x: model(x).sum())
-        >>> loss, buffers = pure({"weight": torch.tensor([[1.0, 2.0]])}, {}, torch.tensor([[3.0, 4.0]]))
-        >>> loss, buffers
-        (tensor(11.), {})
-    """
-    closure = _Closure(model, loss_fn)
-
-    def pure(params: dict[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Buffers]:
-        own = dict(model.named_parameters(remove_duplicate=False))
-        known = own.keys() | dict(model.named_buffers(remove_duplicate=False)).keys()
-        if not known.issuperset([*params, *buffers]):
-            unknown = [name for name in (*params, *buffers) if name not in known]
-            raise ValueError(
-                f"{type(model).__name__} has no parameter or buffer {unknown[0]!r}: is it another model's?"
-            )
-        held = {f"model.{name}": tensor for name, tensor in params.items() if own.get(name) is not tensor}
-        copies = zip(buffers, clone_all(list(buffers.values())), strict=True)
-        held |= {f"model.{name}": copy for name, copy in copies}
-        loss = functional_call(closure, held, (batch,)) if held else loss_fn(batch)
-        # functional_call leaves in the dictionary what a module put in a buffer's place.
-        after = detach_all([held[f"model.{name}"] for name in buffers])
-        return loss, dict(zip(buffers, after, strict=True))
-
-    pure.closure = closure  # type: ignore[attr-defined]
-    return pure
 
 
 def _with_buffers(loss_fn: Callable[..., Any], buffers: Any) -> PureLoss:
@@ -318,7 +259,7 @@ def idgm_grad(
         (tensor(-3.6000), 0.025)
     """
     batches = named_batches(batches)[1]
-    if buffers is None and isinstance(getattr(loss_fn, "closure", None), _Closure):
+    if buffers is None and hasattr(loss_fn, "closure_around"):
         raise ValueError("loss_fn is a functional_loss, which takes buffers: pass buffers=dict(model.named_buffers())")
     flat, structure = tree_flatten(params)
     check_num_domains(len(batches))
@@ -380,39 +321,6 @@ def _parted(returned: Any) -> tuple[Tensor, Any]:
             f"(got {type(returned).__name__})"
         )
     return returned
-
-
-def check_passes(
-    agreement: str | Agreement, hvp: str, *, keep_graphs: bool, one_pass: bool, parameters: Iterable[Tensor]
-) -> Agreement:
-    """Return the function of an agreement if the engine can match by it as the other settings say.
-
-    Args:
-        agreement: As in :func:`idgm_loss`.
-        hvp: As in :func:`idgm_grad`.
-        keep_graphs: As there.
-        one_pass: As there.
-        parameters: By which the losses are differentiated.
-
-    Returns:
-        phi.
-
-    Raises:
-        ValueError: If not; the message says what goes together.
-    """
-    phi, parameters = check_agreement(agreement), list(parameters)
-    check_hvp(hvp, parameters)
-    if check_bool("keep_graphs", keep_graphs) and hvp != "reverse":
-        raise ValueError(f"keep_graphs=True needs hvp='reverse', because there is no graph to keep with hvp={hvp!r}")
-    if phi not in AGREEMENTS.values() and (one_pass or any(map(is_sharded, parameters))):
-        where = "with one_pass=True" if one_pass else "where parameters are sharded"
-        raise ValueError(
-            f"agreement should be one of {sorted(AGREEMENTS)} {where} (got a function, which needs every domain's "
-            "whole gradient at the same time)"
-        )
-    if check_bool("one_pass", one_pass) and keep_graphs:
-        raise ValueError("one_pass=True keeps no graph: leave out keep_graphs=True, or one_pass")
-    return phi
 
 
 def _names(params: Params) -> list[str]:

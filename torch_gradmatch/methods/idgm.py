@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map
 from torch_gradmatch import _checks as checks
 from torch_gradmatch.gradients import agreement as agreements
 from torch_gradmatch.gradients.agreement import Agreement, check_agreement
-from torch_gradmatch.gradients.engine import Engine, Matched
-from torch_gradmatch.gradients.functional import check_passes, functional_loss
+from torch_gradmatch.gradients.engine import Engine, Matched, check_passes
 from torch_gradmatch.gradients.hvp import HVPS
+from torch_gradmatch.gradients.pure import functional_loss
 from torch_gradmatch.gradients.replay import Replay, check_repeats
 from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import COMMON_CHECKS
