@@ -36,8 +36,8 @@ class PCGrad(DirectionMethod):
     def direction(self, given):
         """Work out the direction at the present parameters."""
         losses, gradients = [], []
-        for batch in given.batches:
-            loss = given.loss_fn(batch)
+        for number in range(len(given.batches)):
+            loss = given.loss(number)
             losses.append(loss.detach())
             gradients.append(parameters_to_vector(torch.autograd.grad(loss, given.parameters)))
         projected = []

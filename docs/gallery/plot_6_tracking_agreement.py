@@ -2,7 +2,7 @@
 Which domain pulls against the others
 =====================================
 
-With ``track_alignment=True`` every meta-iteration reports how well the domains' gradients agree, and of each domain the
+With ``track_alignment="pairs"`` every meta-iteration reports how well the domains' gradients agree, and of each domain the
 cosine of its gradient with the sum of the others'. Below zero, a step for the others undoes its own.
 
 Four hospitals of the same kind, and a fifth that writes a quarter of its labels the other way round.
@@ -32,7 +32,7 @@ dataset = TensorDataset(features, labels)
 loader = DataLoader(dataset, batch_sampler=DomainBatchSampler(names, batch_size=32))
 model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 2))
 criterion = nn.CrossEntropyLoss()
-optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(meta_lr=0.5, track_alignment=True))
+optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(meta_lr=0.5, track_alignment="pairs"))
 
 reports = {}
 for _ in range(25):
