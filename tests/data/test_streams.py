@@ -280,7 +280,9 @@ def test_loaders_that_are_not_one_for_every_domain_are_an_error(loaders, error, 
         DomainLoader(loaders, 2)
 
 
-@pytest.mark.parametrize("loader", [[1], (1,), DataLoader(range(2)), iter([1]), CountStream().__iter__()], ids=repr)
+@pytest.mark.parametrize(
+    "loader", [[1], (1,), DataLoader(range(2)), iter([1]), CountStream().__iter__()], ids=lambda v: type(v).__name__
+)
 def test_loaders_and_lists_of_batches_are_taken(loader):
     assert len(DomainLoader({"a": loader, "b": [1, 2]}, 2)) == 2
 

@@ -537,7 +537,7 @@ def test_a_loss_that_is_a_module_is_not_taken_for_a_part_of_the_model():
         ({"one_pass": True, "agreement": own_agreement}, "with one_pass=True .*needs every domain.s whole gradient"),
         ({"keep_graphs": True, "hvp": "forward"}, "keep_graphs=True needs hvp='reverse'"),
     ],
-    ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+    ids=lambda v: "-".join(f"{k}={getattr(x, '__name__', x)}" for k, x in v.items()) if isinstance(v, dict) else "",
 )
 def test_bad_settings(changes: dict[str, Any], message: str):
     theta, batches = drawn(0, 3)
