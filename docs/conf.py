@@ -70,12 +70,13 @@ else:
     exclude_patterns += ["auto_gallery", "sg_execution_times.rst"]  # of a build before
 
 typehints_document_rtype_none = False
-# Types in signatures that have no page: private ones, as the protocols of labels, and two of objects that the package
+# Types in signatures that have no page: private ones, as the protocols of labels, and those of objects that the package
 # makes and takes by itself.
 nitpick_ignore_regex = [("py:class", r"torch_gradmatch\.(\w+\.)*_\w+(\.\w+)*")]
 nitpick_ignore = [
     ("py:class", "torch_gradmatch.parallel.sharing.Sharing"),
     ("py:class", "torch_gradmatch.slow.buffers.Buffers"),
+    ("py:class", "torch_gradmatch.data.meta_batches.MetaBatches"),
 ]
 
 # Where others document what signatures name: the site builds offline, so without their inventories.
