@@ -2,8 +2,8 @@
 Which domain pulls against the others
 =====================================
 
-With ``track_alignment="pairs"`` every meta-iteration reports how well the domains' gradients agree, and of each domain the
-cosine of its gradient with the sum of the others'. Below zero, a step for the others undoes its own.
+With ``track_alignment="pairs"`` every meta-iteration reports how well the domains' gradients agree, and of each domain
+the cosine of its gradient with the sum of the others'. Below zero, a step for the others undoes its own.
 
 Four hospitals of the same kind, and a fifth that writes a quarter of its labels the other way round.
 """
