@@ -37,7 +37,7 @@ def test_a_gradient_is_taken_in_by_few_operations(dtype: torch.dtype, cosines: b
         cast = len(gradients) * (cosines and dtype != torch.float32)
         found.append(count(partial(alignment.add, gradients)).total() - cast)
     assert found[0] == found[1]
-    assert found[0] <= (14 if cosines else 7)
+    assert found[0] <= (11 if cosines else 6)
 
 
 def test_it_is_told_in_few_operations():
@@ -46,7 +46,7 @@ def test_it_is_told_in_few_operations():
         alignment = GradientAlignment()
         for _ in range(3):
             alignment.add([torch.randn_like(p) for p in parameters])
-        assert count(alignment.result).total() <= 24
+        assert count(alignment.result).total() <= 20
 
 
 def squared(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -81,13 +81,13 @@ def derivatives(model: nn.Module, batches: list[Tensor], hvp: str, *, keep_graph
     return run
 
 
-# Operations for each domain, beyond the derivatives themselves: with torch 2.13 24, 24, 61, 16 and 50.
+# Operations for each domain, beyond the derivatives themselves: with torch 2.13 21, 21, 49, 13 and 43.
 OWN = {
-    ("inner_product", "reverse"): 28,
-    ("variance", "reverse"): 28,
-    ("cosine", "reverse"): 66,
-    ("inner_product", "kept"): 19,
-    ("inner_product", "finite_difference"): 56,
+    ("inner_product", "reverse"): 25,
+    ("variance", "reverse"): 25,
+    ("cosine", "reverse"): 52,
+    ("inner_product", "kept"): 16,
+    ("inner_product", "finite_difference"): 50,
 }
 
 

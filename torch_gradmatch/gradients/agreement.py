@@ -261,15 +261,12 @@ class NamedAgreement:
 
 def _along(gradient: Vector, total: Vector, reciprocal: Tensor) -> Tensor:
     r"""Return :math:`u_i \cdot U`, by :math:`(|U + u_i|^2 - |U - u_i|^2) / 4`: few operations for all parameters."""
-    unit: list[Tensor | None] = []
-    accumulate(unit, gradient, reciprocal)
+    moved: list[Tensor | None] = []
+    accumulate(moved, gradient, reciprocal)
     squares = []
-    for sign in (1.0, -1.0):
-        moved = [None if u is None else t for t, u in zip(total, unit, strict=True)]
-        ends: list[Tensor | None] = []
-        accumulate(ends, moved)
-        add_all_(ends, unit, sign)
-        squares.append(squared_norm([end for end in ends if end is not None]))
+    for step in (1.0, -2.0):  # u + U, and from there u - U
+        add_all_(moved, total, step)
+        squares.append(squared_norm([part for part in moved if part is not None]))
     return (squares[0] - squares[1]) / 4
 
 

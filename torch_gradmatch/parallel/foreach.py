@@ -212,7 +212,8 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
         if group[0].device.type == "cpu":
             real = [part for t in real for part in ((t,) if t.numel() <= CHUNK else t.reshape(-1).split(CHUNK))]
         norms = torch.stack(torch._foreach_norm(real, 2, WIDE.get(real[0].dtype, real[0].dtype)))
-        found.append((norms if norms.device.type == "mps" else norms.double()).square().sum())
+        wide = norms.dtype if norms.device.type == "mps" else torch.float64
+        found.append(torch.linalg.vector_norm(norms, dtype=wide).square())
     return found[0] if len(found) == 1 else torch.stack([part.to(found[0].device) for part in found]).sum()
 
 
