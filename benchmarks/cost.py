@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks import ways
 from benchmarks.ways import Problem, Reference, Way
 from benchmarks.workers import in_processes
-from torch_gradmatch.compare.peak_memory import peak_memory
+from torch_gradmatch.evaluation.peak_memory import peak_memory
 
 SHORTEST_TIMING = 0.1  # seconds; faster ways run several times in a row
 MAP_LARGE_TENSORS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}

@@ -1,6 +1,6 @@
 """How far the first-order approximations reach: directions beyond ERM against the exact ones.
 
-By :mod:`torch_gradmatch.compare.fidelity`, on networks that a few steps of ordinary training have moved.
+By :mod:`torch_gradmatch.evaluation.fidelity`, on networks that a few steps of ordinary training have moved.
 Fish and SmoothFish are measured against the inner learning rate, in steps of SGD; they and what else approximates the
 exact direction also against the batch size. SmoothFish that walks to and fro should need no mean over orders: there its
 cosine in a single meta-iteration is what counts. Every repeat draws network, data and orders of the domains anew.
@@ -25,8 +25,8 @@ from benchmarks._models import NETWORKS, Batch
 from benchmarks.ways import SYMMETRIC
 from benchmarks.workers import in_processes
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
-from torch_gradmatch.compare.fidelity import ExactTerm, Fidelity, fidelity, random_orders
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, fidelity, random_orders
+from torch_gradmatch.evaluation.trial import Trial
 from torch_gradmatch.methods.base import Method
 
 DOMAINS = 5

@@ -24,7 +24,7 @@ TOPICS = {  # the rooms of the package, in the order of the page
     "wrapper": "Checkpoints, groups and arguments",
     "several": "Several optimizers",
     "parallel": "Several processes",
-    "compare": "Comparing",
+    "evaluation": "Comparing",
 }
 INTRODUCTION = """# Errors and warnings
 

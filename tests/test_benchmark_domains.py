@@ -24,7 +24,7 @@ from benchmarks import __main__ as command
 from benchmarks.domains import cli, domainbed, heart, names, protocol, report, sprites, steps, stored, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source, find
 from torch_gradmatch import Evidence
-from torch_gradmatch.compare.evidence import EvidenceRow, interval_of
+from torch_gradmatch.evaluation.evidence import EvidenceRow, interval_of
 
 # ------------------------------------------------------------------------------------ small files in the same formats
 

@@ -27,8 +27,8 @@ from benchmarks.domains.fishes import FishAgainstFish, fish_against_fish
 from benchmarks.domains.idx import load, read_idx, write_idx, write_subset
 from benchmarks.domains.mnist import measure
 from benchmarks.domains.source import MissingDataError
-from torch_gradmatch.compare.evidence import Evidence, interval_of
-from torch_gradmatch.compare.journal import Journal, Key
+from torch_gradmatch.evaluation.evidence import Evidence, interval_of
+from torch_gradmatch.evaluation.journal import Journal, Key
 
 ROOT = Path(__file__).parents[1]
 NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -508,8 +508,8 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from benchmarks.domains import domainbed, idx, mnist
-from torch_gradmatch.compare.evidence import Evidence
-from torch_gradmatch.compare.journal import Key
+from torch_gradmatch.evaluation.evidence import Evidence
+from torch_gradmatch.evaluation.journal import Key
 
 root, checkout, data = map(Path, sys.argv[1:4])
 idx.write_subset(root, data, 90)

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import cost, fidelity, outcome, report, same_order, ways
-from torch_gradmatch.compare.fidelity import Fidelity
+from torch_gradmatch.evaluation.fidelity import Fidelity
 
 ROOT = Path(__file__).parents[1]
 

@@ -52,7 +52,7 @@ from typing import Any, NoReturn
 import torch
 
 from benchmarks.domains.source import MissingDataError
-from torch_gradmatch.compare.journal import Key
+from torch_gradmatch.evaluation.journal import Key
 
 __all__ = [
     "CLONE",

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch_gradmatch.compare.evidence import Evidence, Interval, differences, interval_of, last
-from torch_gradmatch.compare.journal import Journal, Key
+from torch_gradmatch.evaluation.evidence import Evidence, Interval, differences, interval_of, last
+from torch_gradmatch.evaluation.journal import Journal, Key
 
 __all__ = ["FishAgainstFish", "fish_against_fish"]
 

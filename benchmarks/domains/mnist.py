@@ -49,9 +49,9 @@ from benchmarks.domains.domainbed import (
 )
 from benchmarks.domains.idx import write_subset
 from benchmarks.domains.source import MissingDataError
-from torch_gradmatch.compare.evidence import Evidence
-from torch_gradmatch.compare.journal import Journal, Key
-from torch_gradmatch.compare.selection import rows_of, select
+from torch_gradmatch.evaluation.evidence import Evidence
+from torch_gradmatch.evaluation.journal import Journal, Key
+from torch_gradmatch.evaluation.selection import rows_of, select
 
 __all__ = ["CHANCE", "DEFAULT", "FULL", "NOTES", "QUICK", "SHIFTS", "describe", "measure"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from torch_gradmatch import Evidence
-from torch_gradmatch.compare.plots import plot_agreement_by_domain
+from torch_gradmatch.evaluation.plots import plot_agreement_by_domain
 
 __all__ = ["plot_all", "plot_domains"]
 

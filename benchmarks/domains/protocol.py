@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.domains import heart, names, vowels, watch
 from benchmarks.domains.source import Loaded, Source, accuracy, cross_entropy
 from torch_gradmatch import Evidence, leave_one_domain_out
-from torch_gradmatch.compare.recipes import LogUniform, default_recipes
+from torch_gradmatch.evaluation.recipes import LogUniform, default_recipes
 
 __all__ = ["DEFAULT", "FULL", "METHODS", "QUICK", "SEARCH", "SOURCES", "Protocol", "held_out", "measure", "time_alone"]
 
@@ -33,7 +33,7 @@ class Protocol:
         draws: Of hyperparameters.
         seeds: How many.
         evaluations: In a run, beside its beginning.
-        methods: Names of :func:`~torch_gradmatch.compare.recipes.default_recipes`.
+        methods: Names of :func:`~torch_gradmatch.evaluation.recipes.default_recipes`.
     """
 
     budget: int

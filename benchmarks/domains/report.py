@@ -17,7 +17,7 @@ from benchmarks.domains.steps import REFERENCE, SHARES, same_steps
 from benchmarks.domains.stored import agreement_of, evidence_of
 from benchmarks.report import table
 from torch_gradmatch import Evidence
-from torch_gradmatch.compare.evidence import EvidenceRow
+from torch_gradmatch.evaluation.evidence import EvidenceRow
 
 __all__ = ["ORDER", "SPRITES", "write"]
 

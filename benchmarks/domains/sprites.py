@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from benchmarks.outcome import DrawnSprites, cdsprites, make_cdsprites
 from benchmarks.plots import GREEN, at_the_values, legend_below, style
-from torch_gradmatch.compare.journal import Journal, Key
+from torch_gradmatch.evaluation.journal import Journal, Key
 
 __all__ = ["DEFAULT", "FULL", "METHODS", "QUICK", "Result", "Settings", "measure", "plot", "sentence", "table"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from torch_gradmatch import Evidence
-from torch_gradmatch.compare.evidence import Interval, Point, interval_of
+from torch_gradmatch.evaluation.evidence import Interval, Point, interval_of
 
 __all__ = ["REFERENCE", "SHARES", "accuracy_at", "same_steps"]
 

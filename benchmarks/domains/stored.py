@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from torch_gradmatch import Evidence
-from torch_gradmatch.compare.evidence import EvidenceRow, Interval, Point
+from torch_gradmatch.evaluation.evidence import EvidenceRow, Interval, Point
 
 __all__ = ["agreement_of", "evidence_of", "to_stored"]
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_int, check_model, check_num_domains, named_batches
-from torch_gradmatch.compare.answer import answer
-from torch_gradmatch.compare.cost import ERM, Cost, costs, describe
-from torch_gradmatch.compare.fidelity import ExactTerm, Fidelity, agreement_of, fidelity, name_of, random_orders
-from torch_gradmatch.compare.rows import OTHER_RATES, Row, at_other_rate
-from torch_gradmatch.compare.tables import cost_table, failures, fidelity_table, wrapped
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation.answer import answer
+from torch_gradmatch.evaluation.cost import ERM, Cost, costs, describe
+from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, agreement_of, fidelity, name_of, random_orders
+from torch_gradmatch.evaluation.rows import OTHER_RATES, Row, at_other_rate
+from torch_gradmatch.evaluation.tables import cost_table, failures, fidelity_table, wrapped
+from torch_gradmatch.evaluation.trial import Trial
 from torch_gradmatch.gradients.agreement import Agreement, fish_gamma
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
@@ -108,7 +108,7 @@ def compare(
     *Cost* is that of one ``meta_step`` in time and memory, beside the reference: the gradient of the mean loss and one
     step of the optimizer (ERM). ERM and the method take turns in rounds; ratios are of times of one round. *Fidelity*
     compares each method's direction beyond ERM with that of the exact objective by the agreement that the method
-    matches; see :class:`~torch_gradmatch.compare.fidelity.Fidelity`. There every domain's loss sees the same random
+    matches; see :class:`~torch_gradmatch.evaluation.fidelity.Fidelity`. There every domain's loss sees the same random
     numbers (dropout) each time, so that what differs is the method. A method that fails does not end the comparison;
     its row says why.
 
@@ -124,7 +124,7 @@ def compare(
         model: The model. It holds all parameters of the optimizer.
         loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
         batches: One batch of each of S >= 2 domains.
-        methods: By name, or a sequence of them; :func:`~torch_gradmatch.compare.report.default_methods` if left out.
+        methods: By name, or a sequence of them; :func:`~.compare.default_methods` if left out.
         optimizer: The one you train with, wrapped or not, or a list of several; it is not stepped.
             ``torch.optim.SGD`` with learning rate 0.01 if left out.
         rounds: How often each method is timed.

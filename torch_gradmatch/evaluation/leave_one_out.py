@@ -18,12 +18,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_int, check_loss, check_number, check_reached
-from torch_gradmatch.compare.evidence import Evidence
-from torch_gradmatch.compare.fold import Task, train
-from torch_gradmatch.compare.journal import Journal, Key
-from torch_gradmatch.compare.recipes import SHARED, Choice, LogUniform, Recipe, Settings, default_recipes, draw_settings
-from torch_gradmatch.compare.selection import rows_of, select
 from torch_gradmatch.data._labels import indices_by_domain
+from torch_gradmatch.evaluation.evidence import Evidence
+from torch_gradmatch.evaluation.fold import Task, train
+from torch_gradmatch.evaluation.journal import Journal, Key
+from torch_gradmatch.evaluation.recipes import (
+    SHARED,
+    Choice,
+    LogUniform,
+    Recipe,
+    Settings,
+    default_recipes,
+    draw_settings,
+)
+from torch_gradmatch.evaluation.selection import rows_of, select
 from torch_gradmatch.slow.inner_state import shown_name
 
 __all__ = ["leave_one_domain_out"]
@@ -85,7 +93,7 @@ def leave_one_domain_out(
         metric: ``metric(model, batch)`` returns one number for each sample of a batch, shape (B,), the larger the
             better; its mean is compared. The model is in evaluation mode.
         methods: By name; the first is what the others are compared to. Or names of those of
-            :func:`~torch_gradmatch.compare.recipes.default_recipes`; all of them if left out.
+            :func:`~torch_gradmatch.evaluation.recipes.default_recipes`; all of them if left out.
         optimizer: ``optimizer(parameters, lr)`` makes the optimizer to wrap.
         seeds: How many seeds; they are 0, 1, and so on.
         budget: Gradients of one batch in a run; a Hessian-vector product counts as one. A run ends with the first

@@ -8,10 +8,10 @@ import pytest
 from torch import nn
 
 from torch_gradmatch import IDGM, Fish, SmoothFish
-from torch_gradmatch.compare.answer import answer
-from torch_gradmatch.compare.cost import Cost
-from torch_gradmatch.compare.fidelity import Fidelity
-from torch_gradmatch.compare.rows import Row
+from torch_gradmatch.evaluation.answer import answer
+from torch_gradmatch.evaluation.cost import Cost
+from torch_gradmatch.evaluation.fidelity import Fidelity
+from torch_gradmatch.evaluation.rows import Row
 
 MODEL = nn.Linear(1, 1)
 METHODS = {"Fish": Fish(), "to and fro": SmoothFish(0.1, 0.1, symmetric=True), "exact by hand": IDGM(MODEL, 0.1)}

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from torch_gradmatch._checks import check_loss
-from torch_gradmatch.compare.cost import describe
-from torch_gradmatch.compare.recipes import Recipe, Settings
 from torch_gradmatch.data.meta_batches import meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
+from torch_gradmatch.evaluation.cost import describe
+from torch_gradmatch.evaluation.recipes import Recipe, Settings
 from torch_gradmatch.gradients.alignment import gradient_alignment
 from torch_gradmatch.gradients.replay import RandomState
 from torch_gradmatch.optimizer import GradMatch

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from torch_gradmatch import IDGM, Comparison, Fish, GradMatch, SmoothFish, compare, fish_gamma
-from torch_gradmatch.compare import cost
-from torch_gradmatch.compare.report import default_methods
+from torch_gradmatch.evaluation import cost
+from torch_gradmatch.evaluation.compare import default_methods
 from torch_gradmatch.methods.base import MetaLoop, Method
 
 BRIEF: dict[str, Any] = {"rounds": 1, "orders": 2, "show": False}
@@ -190,8 +190,8 @@ from torch import nn
 from torch.optim import SGD
 
 from torch_gradmatch import IDGM
-from torch_gradmatch.compare import cost
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation import cost
+from torch_gradmatch.evaluation.trial import Trial
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 2048), nn.Tanh(), nn.Linear(2048, 64), nn.Tanh())

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 from textwrap import fill
 
-from torch_gradmatch.compare.cost import ERM
-from torch_gradmatch.compare.rows import Row
+from torch_gradmatch.evaluation.cost import ERM
+from torch_gradmatch.evaluation.rows import Row
 
 __all__ = ["aligned", "cost_table", "failures", "fidelity_table", "megabytes", "wrapped"]
 

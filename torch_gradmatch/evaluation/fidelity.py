@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation.trial import Trial
 from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, check_agreement, inner_product
 from torch_gradmatch.gradients.functional import functional_loss, idgm_grad
 from torch_gradmatch.gradients.replay import check_repeats

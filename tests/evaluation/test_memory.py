@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_gradmatch import IDGM, GradMatch, compare
-from torch_gradmatch.compare import cost, report
-from torch_gradmatch.compare.report import default_methods
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation import compare as report
+from torch_gradmatch.evaluation import cost
+from torch_gradmatch.evaluation.compare import default_methods
+from torch_gradmatch.evaluation.trial import Trial
 from torch_gradmatch.methods.base import Method
 
 LR, DOMAINS = 1e-4, 3

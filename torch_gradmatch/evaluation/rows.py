@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch_gradmatch.compare.cost import Cost
-from torch_gradmatch.compare.fidelity import Fidelity
+from torch_gradmatch.evaluation.cost import Cost
+from torch_gradmatch.evaluation.fidelity import Fidelity
 
 __all__ = ["OTHER_RATES", "Row", "at_other_rate"]
 

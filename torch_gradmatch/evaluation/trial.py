@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_loss
-from torch_gradmatch.compare.copies import copy_optimizer
+from torch_gradmatch.evaluation.copies import copy_optimizer
 from torch_gradmatch.gradients.replay import RandomState, devices_of
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch

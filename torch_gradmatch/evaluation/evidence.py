@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from torch_gradmatch.compare.plots import OKABE_ITO
-from torch_gradmatch.compare.tables import aligned, wrapped
+from torch_gradmatch.evaluation.plots import OKABE_ITO
+from torch_gradmatch.evaluation.tables import aligned, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from torch_gradmatch.compare.peak_memory import peak_memory
+from torch_gradmatch.evaluation.peak_memory import peak_memory
 
 CPU = [torch.device("cpu")]
 

@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from torch_gradmatch import Evidence, Fish, GradMatch, leave_one_domain_out
-from torch_gradmatch.compare.fold import Task, train
-from torch_gradmatch.compare.recipes import Choice, LogUniform, Recipe, default_recipes, draw_settings
+from torch_gradmatch.evaluation.fold import Task, train
+from torch_gradmatch.evaluation.recipes import Choice, LogUniform, Recipe, default_recipes, draw_settings
 
 ROOT = Path(__file__).parents[2]
 DOMAINS = ("north", "south", "west", "east")

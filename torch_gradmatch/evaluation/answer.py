@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from torch_gradmatch.compare.fidelity import Fidelity
-from torch_gradmatch.compare.rows import OTHER_RATES, Row, at_other_rate
-from torch_gradmatch.compare.tables import aligned, megabytes, wrapped
+from torch_gradmatch.evaluation.fidelity import Fidelity
+from torch_gradmatch.evaluation.rows import OTHER_RATES, Row, at_other_rate
+from torch_gradmatch.evaluation.tables import aligned, megabytes, wrapped
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM

@@ -18,8 +18,8 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from torch_gradmatch import IDGM, Fish, GradMatch
-from torch_gradmatch.compare.copies import copy_optimizer
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation.copies import copy_optimizer
+from torch_gradmatch.evaluation.trial import Trial
 
 DENSE_OPTIMIZERS = [
     value

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torch_gradmatch import Fish, GradMatch
-from torch_gradmatch.compare.plots import agreement_by_domain, plot_agreement_by_domain, plot_alignment
+from torch_gradmatch.evaluation.plots import agreement_by_domain, plot_agreement_by_domain, plot_alignment
 from torch_gradmatch.methods.base import MetaStep
 
 mpl.use("Agg")

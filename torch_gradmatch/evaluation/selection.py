@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from torch_gradmatch.compare.evidence import EvidenceRow, Point, best, differences, interval_of, last
-from torch_gradmatch.compare.journal import Journal, Key
+from torch_gradmatch.evaluation.evidence import EvidenceRow, Point, best, differences, interval_of, last
+from torch_gradmatch.evaluation.journal import Journal, Key
 
 __all__ = ["rows_of", "select"]
 

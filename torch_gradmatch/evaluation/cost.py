@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
-from torch_gradmatch.compare.copies import copy_optimizer
-from torch_gradmatch.compare.peak_memory import peak_memory
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation.copies import copy_optimizer
+from torch_gradmatch.evaluation.peak_memory import peak_memory
+from torch_gradmatch.evaluation.trial import Trial
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
 from torch_gradmatch.slow.inner_state import wants_closure
@@ -31,7 +31,7 @@ class Cost:
         of_erm: The same over that of the ERM gradient and one step, in the same round.
         evaluations: How often the loss of a batch was evaluated; S for ERM.
         peak_bytes: Most memory above that of the model and the optimizer's state, with what the method keeps from one
-            meta-iteration to the next (Fish its slow weights); see :mod:`torch_gradmatch.compare.peak_memory`.
+            meta-iteration to the next (Fish its slow weights); see :mod:`torch_gradmatch.evaluation.peak_memory`.
     """
 
     seconds: list[float]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch_gradmatch.compare.cost import ERM
-from torch_gradmatch.compare.rows import Row
-from torch_gradmatch.compare.tables import failures
+from torch_gradmatch.evaluation.cost import ERM
+from torch_gradmatch.evaluation.rows import Row
+from torch_gradmatch.evaluation.tables import failures
 
 
 def rows(**errors: str | None) -> list[Row]:

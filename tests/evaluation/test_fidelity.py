@@ -14,8 +14,8 @@ from _networks import Case, make
 from torch.optim import LBFGS, SGD, Adam
 
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
-from torch_gradmatch.compare.fidelity import ExactTerm, agreement_of, fidelity, random_orders
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation.fidelity import ExactTerm, agreement_of, fidelity, random_orders
+from torch_gradmatch.evaluation.trial import Trial
 from torch_gradmatch.gradients.agreement import inner_product, variance
 
 SMOOTH = [networks.batch_norm_1d, networks.resnet, networks.dropout, networks.transformer, networks.gru]
