@@ -154,7 +154,7 @@ class IDGM(DirectionMethod):
     def _names(self, parameters: Sequence[Tensor]) -> list[str]:
         """Return the model's name of each of the optimizer's parameters, or raise if it does not hold one."""
         if any(map(is_sharded, parameters)):
-            reshard(self.model)  # which an evaluation may have left with whole parameters
+            reshard(self.model, parameters)  # which an evaluation may have left with whole parameters
         name_of = {id(p): name for name, p in self.model.named_parameters()}
         missing = [(i, tuple(p.shape)) for i, p in enumerate(parameters) if id(p) not in name_of]
         if missing:
