@@ -168,6 +168,10 @@ class MetaLoop(ABC):
         parameters = self.parameters()
         return dict(zip(names if len(names) == len(parameters) else range(len(parameters)), parameters, strict=True))
 
+    def theta(self) -> dict[Tensor, Tensor]:
+        """Return the slow weights by parameter after a meta-update: the parameters themselves without an inner loop."""
+        return {p: p for p in self.parameters()}
+
     def wrapped_step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None) -> Any:
         """Take one step of the wrapped optimizer.
 
