@@ -116,6 +116,8 @@ def shown_settings(method: Any) -> dict[str, object]:
     for name, value in shown.items():
         if isinstance(value, ProcessGroup):
             shown[name] = f"{value.size()} ranks"
+        elif isinstance(value, tuple):
+            shown[name] = f"{len(value)} parameters"
         elif callable(value):
             shown[name] = getattr(value, "__qualname__", type(value).__name__)
     if shown.get("process_group", "") is None:
