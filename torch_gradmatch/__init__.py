@@ -21,9 +21,11 @@ from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch, MetaStep
 from torch_gradmatch.slow import ops
 from torch_gradmatch.slow._native import NativeStatus, native_status
+from torch_gradmatch.slow.average import Average
 
 __all__ = [
     "IDGM",
+    "Average",
     "Choice",
     "Comparison",
     "DomainBatchSampler",

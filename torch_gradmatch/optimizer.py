@@ -18,6 +18,7 @@ from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.scaling import LossScaling
 from torch_gradmatch.several import SeveralOptimizers, check_optimizer
+from torch_gradmatch.slow.average import Average, RunningAverage
 from torch_gradmatch.slow.inner_state import shown_name
 from torch_gradmatch.wrapper import Wrapper, is_initialization
 
@@ -47,15 +48,17 @@ class GradMatch(Wrapper, Generic[MethodT]):
             disjoint parameters, is wrapped as one: a step is one step of each. A learning-rate scheduler takes this
             object or any of them.
         method: How to match gradients; ``Fish()`` if left out.
+        average: Keep a mean of the weights, too, for :meth:`averaged_weights`; None to keep none.
 
     Attributes:
         optimizer: The wrapped optimizer. Of several, an object with the list as ``optimizer.optimizers``.
         method: The method. Its settings may be changed between meta-iterations, ``optimizer.method.meta_lr = 0.1``;
             neither it nor ``optimizer`` can be replaced.
+        average: As given.
 
     Raises:
-        TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or is wrapped already, or ``method`` is no method
-            object.
+        TypeError: If ``optimizer`` is no ``torch.optim.Optimizer`` or is wrapped already, ``method`` is no method
+            object or ``average`` no :class:`~torch_gradmatch.Average`.
         ValueError: If the method's model does not hold the optimizer's parameters, two optimizers hold the same
             parameter, or the method cannot serve an optimizer of this class; the message says what can.
 
@@ -76,12 +79,21 @@ class GradMatch(Wrapper, Generic[MethodT]):
     _step_supports_amp_scaling = True
 
     @overload
-    def __init__(self: GradMatch[Fish], optimizer: Optimizer | Sequence[Optimizer]) -> None: ...
+    def __init__(
+        self: GradMatch[Fish], optimizer: Optimizer | Sequence[Optimizer], *, average: Average | None = None
+    ) -> None: ...
 
     @overload
-    def __init__(self, optimizer: Optimizer | Sequence[Optimizer], method: MethodT) -> None: ...
+    def __init__(
+        self, optimizer: Optimizer | Sequence[Optimizer], method: MethodT, average: Average | None = None
+    ) -> None: ...
 
-    def __init__(self, optimizer: Optimizer | Sequence[Optimizer], method: Method | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        method: Method | None = None,
+        average: Average | None = None,
+    ) -> None:
         listed: Sequence[Any] = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
         if any(isinstance(one, GradMatch) for one in listed):
             raise TypeError("optimizer is a GradMatch already: wrap plain optimizers once")
@@ -89,15 +101,19 @@ class GradMatch(Wrapper, Generic[MethodT]):
         if not isinstance(method, Method):
             kind = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
             raise TypeError(f"method should be a method object such as Fish() (got {kind})")
+        if average is not None and not isinstance(average, Average):
+            raise TypeError(f"average should be an Average() or None (got {average!r:.80})")
         optimizer = SeveralOptimizers(listed) if listed is optimizer else check_optimizer("optimizer", optimizer)
         super().__init__(optimizer)
         self.method = cast("MethodT", method)
         self._loop = method.start(optimizer)
+        self.average = average
+        self._average = None if average is None else RunningAverage(average, getattr(method, "model", None))
 
     if not TYPE_CHECKING:  # which would accept any name for the sake of this
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if name in ("optimizer", "method") and name in vars(self):
+            if name in ("optimizer", "method", "average") and name in vars(self):
                 raise AttributeError(
                     f"{name} cannot be replaced: change a setting, optimizer.method.meta_lr = 0.1, or wrap the "
                     "optimizer anew"
@@ -111,7 +127,8 @@ class GradMatch(Wrapper, Generic[MethodT]):
             set_to_none: As in ``torch.optim.Optimizer.zero_grad``.
         """
         self.optimizer.zero_grad(set_to_none=set_to_none)
-        self._loop.before_forward()
+        if self._average is None or not self._average.is_shown:
+            self._loop.before_forward()
 
     @property
     def inner_step(self) -> int:
@@ -149,10 +166,12 @@ class GradMatch(Wrapper, Generic[MethodT]):
                     "state by a step without gradients: take a step first, or save optimizer.state_dict() by torch.save"
                 )
             return self.optimizer.step()
+        if self._average is not None:
+            self._average.check("step()")
         told = vars(self)  # which is where a GradScaler tells
         scaling = LossScaling(told.get("grad_scale"), told["found_inf"]) if "found_inf" in told else None
         try:
-            return self._loop.step(closure, scaling)
+            loss = self._loop.step(closure, scaling)
         except BaseException:
             if scaling is not None:  # the GradScaler will not take them away
                 told.pop("found_inf", None)
@@ -160,6 +179,9 @@ class GradMatch(Wrapper, Generic[MethodT]):
             raise
         finally:
             torch.clear_autocast_cache()  # autocast around several steps would go on with the weights of the first
+        if self._average is not None and not self._loop.inner_step:
+            self._average.take(self._loop.theta())
+        return loss
 
     def interpolate(self) -> None:
         r"""Close the inner loop: :math:`\theta \leftarrow \theta + \epsilon(\tilde\theta - \theta)`.
@@ -168,8 +190,12 @@ class GradMatch(Wrapper, Generic[MethodT]):
             RuntimeError: If no inner step was taken since the last interpolation, the inner loop diverged, or the
                 method has none.
         """
+        if self._average is not None:
+            self._average.check("interpolate()")
         self._loop.interpolate()
         torch.clear_autocast_cache()
+        if self._average is not None:
+            self._average.take(self._loop.theta())
 
     def rollback(self) -> None:
         """Abandon the inner loop: parameters (and buffers, if followed) return to the slow weights, exactly.
@@ -178,6 +204,8 @@ class GradMatch(Wrapper, Generic[MethodT]):
         if that holds NaN or infinity it is reset, with a warning, to what it was when it was wrapped, since no later
         step could recover.
         """
+        if self._average is not None:
+            self._average.check("rollback()")
         self._loop.rollback()
         torch.clear_autocast_cache()
 
@@ -206,6 +234,26 @@ class GradMatch(Wrapper, Generic[MethodT]):
             (1.0, 0.0)
         """
         return self._loop.slow_weights()
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        r"""Let parameters and followed buffers hold their average :math:`\bar\theta` inside a ``with`` block.
+
+        For evaluating, exporting or saving the averaged model, also in the middle of an inner loop. On leaving the
+        block parameters and buffers are again what they were, bit for bit, also if it raises. What the block does to
+        parameters is lost; buffers as it leaves them are kept with the average: call
+        ``torch.optim.swa_utils.update_bn(loader, model)`` inside, if the model has BatchNorm, and evaluate. Only the
+        buffers of the method's ``model`` are followed. Takes the memory of one more copy of the parameters for its
+        time. ``step``, ``meta_step``, ``interpolate``, ``rollback`` and ``state_dict`` raise ``RuntimeError`` inside.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            RuntimeError: If the optimizer keeps no average, or (on entering the block) it has not begun.
+        """
+        if self._average is None:
+            raise RuntimeError("this optimizer keeps no average: GradMatch(optimizer, method, average=Average())")
+        return self._average.shown()
 
     def meta_step(
         self, loss_fn: Callable[[Any], Tensor], batches: Iterable[Any] | Mapping[Any, Any], scaler: Any = None
@@ -247,13 +295,16 @@ class GradMatch(Wrapper, Generic[MethodT]):
             (tensor([1.0000, 3.2400]), tensor([2.0000, 3.6000]))
         """
         try:
+            if self._average is not None:
+                self._average.check("meta_step()")
             domains, listed = check_batches(loss_fn, batches)
             step = self.step if scaler is None else self._scaled_step(scaler)
         except (TypeError, ValueError, RuntimeError) as error:
             self._loop.refuse(error)
             raise
         try:
-            with nullcontext() if domains is None else naming(domains):
+            names = nullcontext() if domains is None else naming(domains)
+            with names, nullcontext() if self._average is None else self._average.meta_step():
                 report = self._loop.meta_step(loss_fn, listed, step, scaler)
         except Exception as error:
             if isinstance(batches, Mapping) and any("loss_fn was called" in n for n in getattr(error, "__notes__", ())):
@@ -263,6 +314,8 @@ class GradMatch(Wrapper, Generic[MethodT]):
             torch.clear_autocast_cache()
         if domains is not None and report.domains is None:
             report = self._loop.last = replace(report, domains=domains)
+        if self._average is not None:
+            self._average.take(self._loop.theta())
         return report
 
     def _scaled_step(self, scaler: Any) -> Callable[..., Any]:
@@ -277,4 +330,5 @@ class GradMatch(Wrapper, Generic[MethodT]):
         return partial(scaler.step, self)
 
     def __repr__(self) -> str:
-        return f"GradMatch(\n{self.optimizer!r},\n{self.method!r}\n)"
+        average = "" if self.average is None else f",\n{self.average!r}"
+        return f"GradMatch(\n{self.optimizer!r},\n{self.method!r}{average}\n)"

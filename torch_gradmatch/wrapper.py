@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_gradmatch.methods.base import MetaLoop
+from torch_gradmatch.slow.average import RunningAverage
 from torch_gradmatch.slow.inner_state import members, shown_name
 
 __all__ = ["Wrapper", "is_initialization"]
@@ -17,6 +19,10 @@ OWN = "gradmatch"
 IN_MID_LOOP = (
     "in the middle of an inner loop, of which torch.distributed.checkpoint does not keep the slow weights: save "
     "between two inner loops (optimizer.inner_step is 0), or by torch.save"
+)
+WITH_AVERAGE = (
+    "with an average of the weights, which torch.distributed.checkpoint does not keep: save optimizer.state_dict() by "
+    "torch.save, on each rank its own"
 )
 
 
@@ -38,6 +44,7 @@ class Wrapper(Optimizer):
     """
 
     _loop: MetaLoop  # the method at work on the optimizer
+    _average: RunningAverage | None = None
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -90,15 +97,21 @@ class Wrapper(Optimizer):
         Returns:
             The state. For a plain optimizer of the wrapped class save ``optimizer.optimizer.state_dict()``.
         """
+        if self._average is not None:
+            self._average.check("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict: dict[str, Any] = dict(self.optimizer.state_dict())
-        if self._loop.inner_step and isinstance(state_dict.get("state"), dict):
+        lost = IN_MID_LOOP if self._loop.inner_step else None if self._average is None else WITH_AVERAGE
+        if lost is not None and isinstance(state_dict.get("state"), dict):
             # torch.distributed.checkpoint drops top-level entries that it does not know, in silence; a parameter that
             # it does not know stops it.
-            state_dict["state"] = {**state_dict["state"], IN_MID_LOOP: {}}
-        shapes = _shapes(self._loop.named_parameters())
-        state_dict[OWN] = {"method": type(self._loop.method).__name__, "shapes": shapes, **self._loop.state_dict()}
+            state_dict["state"] = {**state_dict["state"], lost: {}}
+        parameters = self._loop.named_parameters()
+        method = type(self._loop.method).__name__
+        state_dict[OWN] = {"method": method, "shapes": _shapes(parameters), **self._loop.state_dict()}
+        if self._average is not None:
+            state_dict[OWN]["average"] = self._average.state_dict(parameters)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -118,6 +131,8 @@ class Wrapper(Optimizer):
             ValueError: If it is of another model or method, or malformed; the message names the first mismatch and
                 nothing has changed.
         """
+        if self._average is not None:
+            self._average.check("load_state_dict()")
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict should be a dictionary (got {type(state_dict).__name__})")
         wrapped = dict(state_dict)
@@ -127,13 +142,18 @@ class Wrapper(Optimizer):
         # A hook of the user's renames the wrapped optimizer's part; torch's recipe puts the rest from a new state dict.
         wrapped.pop(OWN, None)
         own, state = state_dict.get(OWN), wrapped.get("state")
-        if isinstance(state, dict) and IN_MID_LOOP in state:
-            wrapped["state"] = {key: entry for key, entry in state.items() if key != IN_MID_LOOP}
+        lost = [key for key in (IN_MID_LOOP, WITH_AVERAGE) if isinstance(state, dict) and key in state]
+        if lost:
+            wrapped["state"] = {key: entry for key, entry in wrapped["state"].items() if key not in lost}
             if own is None:
-                raise ValueError(f"the state dict was saved {IN_MID_LOOP}")
+                raise ValueError(f"the state dict was saved {lost[0]}")
         self._check_own(own)
         self._load_wrapped(wrapped)
         self._loop.load_state_dict(own or {})
+        if self._average is not None:
+            if "average" not in (own or {}):
+                warnings.warn("the state dict has no average of the weights: it begins anew", stacklevel=2)
+            self._average.load_state_dict((own or {}).get("average", {}), self._loop.named_parameters())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -152,6 +172,13 @@ class Wrapper(Optimizer):
             for name, shape in _shapes(parameters).items():
                 if str(shapes.get(name, shape)) != str(shape):
                     raise ValueError(f"parameter {name!r} has shape {shapes[name]} in the state dict and {shape} here")
+            if self._average is not None and "average" in own:
+                self._average.check_state_dict(own["average"], parameters)
+            elif "average" in own:
+                raise ValueError(
+                    "the state dict has an average of the weights, and this optimizer keeps none: wrap it with "
+                    "average=Average(), or delete state_dict['gradmatch']['average']"
+                )
         self._loop.check_state_dict(own or {})
 
     def _load_wrapped(self, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""``compare`` on models of many kinds: it changes nothing, says what it measured, and answers "Fish or exact?"."""
+"""``compare`` on models of many kinds: it changes nothing, and says what it measured."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import itertools
@@ -22,7 +23,7 @@ from test_trial import state_of_everything
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
-from torch_gradmatch import IDGM, Comparison, Fish, GradMatch, SmoothFish, compare, fish_gamma
+from torch_gradmatch import IDGM, Choice, Comparison, Fish, GradMatch, Recipe, SmoothFish, compare, fish_gamma
 from torch_gradmatch.evaluation import cost
 from torch_gradmatch.evaluation.compare import default_methods
 from torch_gradmatch.methods.base import MetaLoop, Method
@@ -39,7 +40,7 @@ def _short_timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def loss_of(case: Case) -> Any:
-    return lambda batch: case.loss(case.model, batch)
+    return case.loss
 
 
 def trained(case: Case, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -96,14 +97,12 @@ def test_a_new_users_transformer_gets_an_answer_and_keeps_everything(capsys: pyt
     assert_identical((state_of_everything(case.model, optimizer), scheduler.state_dict()), before)
     printed = capsys.readouterr().out
     assert printed == f"{found}\n"
-    assert "Fish or exact? " in printed
     assert "AdamW(lr=0.000" in printed
     names = ["ERM", *default_methods(case.model, 1e-3, 4)]
-    assert [row.name for row in found.rows if row.cost] == names
-    assert [row.name for row in found.rows[2:4]] == ["Fish, lr x 0.1", "Fish, lr x 10"]
+    assert [row.name for row in found.rows] == names
     assert not any(row.error for row in found.rows)
     assert all(len(found[name].cost.of_erm) == 5 for name in names[1:])
-    assert max(map(len, printed.splitlines())) <= 120
+    assert max(map(len, printed.splitlines())) <= 130
     trained(case, optimizer)  # and it goes on
 
 
@@ -125,7 +124,7 @@ def test_nothing_changes_when_the_loss_raises(when: str):
     optimizer = trained(case, Adam(case.model.parameters()))
     calls = itertools.count()
 
-    def failing(batch: Any) -> Tensor:
+    def failing(model: nn.Module, batch: Any) -> Tensor:
         if next(calls) >= {"at once": 0, "in the last domain": 2, "after many evaluations": 100}[when]:
             raise KeyError("on purpose")
         return case.loss(case.model, batch)
@@ -151,11 +150,6 @@ def test_the_figures_are_those_of_the_methods():
     assert evaluations["IDGM, one_pass"] == 3
     assert set(found["ERM"].cost.of_erm) == {1.0}
     assert all(row.cost.seconds[0] > 0 for row in found.rows if row.cost)
-    assert [row.name for row in found.rows if not row.cost] == ["Fish, lr x 0.1", "Fish, lr x 10"]
-    for factor in (0.1, 10.0):
-        other = found[f"Fish, lr x {factor:g}"].fidelity
-        assert other.gamma == pytest.approx(factor * fish_gamma(lr, 3), rel=0.2)
-    assert found["Fish, lr x 0.1"].fidelity.relative_error < found["Fish"].fidelity.relative_error
     assert found["Fish"].fidelity.gamma == pytest.approx(fish_gamma(lr, 3), rel=0.02)
     assert found["SmoothFish"].fidelity.gamma == pytest.approx(fish_gamma(lr, 3), rel=0.02)
     assert found["IDGM"].fidelity.gamma == pytest.approx(fish_gamma(lr, 3), rel=1e-6)
@@ -163,8 +157,6 @@ def test_the_figures_are_those_of_the_methods():
     assert symmetric.gamma == pytest.approx(fish_gamma(lr, 3), rel=0.02)
     assert min(symmetric.cosines) > 0.999  # of any order
     assert f"fish_gamma({lr:g}, 3)" in found.reference
-    assert found.answer.startswith("Fish or exact? Fish. ")
-    assert "IDGM" in found.answer
     json.dumps(dataclasses.asdict(found))
     with pytest.raises(KeyError, match="Sharpness"):
         found["Sharpness"]
@@ -204,25 +196,10 @@ print(json.dumps({name: one.peak_bytes for name, one in found.items()}))
 """
 
 
-@pytest.mark.large
-def test_the_answer_turns_with_the_learning_rate():
-    answers = {}
-    for lr in (1e-4, 3.0, 1e-17):
-        case = make(networks.resnet)
-        optimizer = SGD(case.model.parameters(), lr=lr)
-        found = compare(case.model, loss_of(case), case.batches, optimizer=optimizer, **BRIEF)
-        answers[lr] = found.answer.replace("\n", " ")
-        fish = found["Fish"].fidelity
-        assert (fish.cosine >= 0.9 and fish.resolved) == (lr == 1e-4)
-    assert answers[1e-4].startswith("Fish or exact? Fish. ")
-    assert answers[3.0].startswith("Fish or exact? exact, if ") or "rough stand-in" in answers[3.0]
-    assert "lost in rounding" in answers[1e-17]
-    case = make(networks.resnet)
-    optimizer = SGD(case.model.parameters(), lr=3e-3)
-    found = compare(case.model, loss_of(case), case.batches, optimizer=optimizer, **BRIEF)
-    by_rate = {name: found[name].fidelity.cosine for name in ("Fish, lr x 0.1", "Fish", "Fish, lr x 10")}
-    assert by_rate["Fish, lr x 0.1"] > by_rate["Fish"] + 0.05
-    assert "nearer at 0.1 times the inner learning rate" in found.answer.replace("\n", " ")
+def test_a_direction_lost_in_rounding_is_said():
+    case = make(networks.batch_norm_1d)
+    found = compare(case.model, loss_of(case), case.batches, optimizer=SGD(case.model.parameters(), lr=1e-17), **BRIEF)
+    assert "lost in rounding" in str(found)
 
 
 @dataclasses.dataclass
@@ -242,7 +219,6 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
     assert "hvp" in found["forward"].error
     assert found["Fish"].fidelity is not None
     assert "mine failed: no such luck" in str(found)
-    assert "forward failed here (above)." in found.answer.replace("\n", " ")
 
 
 @dataclasses.dataclass
@@ -292,18 +268,16 @@ def test_without_second_derivatives_the_reference_is_by_finite_differences():
         def backward(ctx: Any, g: Tensor) -> Tensor:
             return 2 * ctx.saved_tensors[0] * g
 
-    def loss_fn(batch: Any) -> Tensor:
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         return (Opaque.apply(case.model(batch[0])) - batch[1]).square().mean()
 
     found = compare(case.model, loss_fn, case.batches, optimizer=SGD(case.model.parameters(), lr=1e-4), **BRIEF)
-    assert "finite differences" in found.reference
+    assert "By finite differences for the inner_product: " in found.reference
     assert "finite_difference" in found["IDGM"].error
     printed = str(found).replace("\n", " ")
-    assert printed.count(found["IDGM"].error) == 1  # said of all exact rows together
-    assert "IDGM; IDGM, keep_graphs and IDGM, one_pass failed: " in printed
+    assert "IDGM; IDGM, keep_graphs; IDGM, one_pass failed: " in printed
     assert found["IDGM, finite_difference"].fidelity.cosine == pytest.approx(1.0, abs=1e-4)
     assert found["Fish"].fidelity.cosine > 0.99
-    assert found.answer.startswith("Fish or exact? Fish. ")
 
 
 def test_every_method_is_measured_against_what_it_matches():
@@ -316,21 +290,19 @@ def test_every_method_is_measured_against_what_it_matches():
     }
     optimizer = SGD(case.model.parameters(), lr=1e-4)
     found = compare(case.model, loss_of(case), case.batches, methods, optimizer, **BRIEF)
-    assert [row.fidelity.agreement for row in found.rows[4:]] == ["variance", "inner_product", "cosine"]
+    assert [row.fidelity.agreement for row in found.rows[2:]] == ["variance", "inner_product", "cosine"]
     for name, gamma in (("variance", 0.5), ("product", 0.1), ("cosine", 0.2)):
         assert found[name].fidelity.cosine == pytest.approx(1.0, abs=1e-9)
         assert found[name].fidelity.gamma == pytest.approx(gamma, rel=1e-6)
         assert f"\n{name}".ljust(9) in str(found)
     assert found["Fish"].fidelity.gamma == pytest.approx(fish_gamma(1e-4, 3), rel=0.05)
-    only = compare(case.model, loss_of(case), case.batches, {**methods, "product": Fish()}, optimizer, **BRIEF)
-    assert "variance  " in str(only)
 
 
 def test_a_loss_with_a_memory_is_named_once():
     case = make(networks.batch_norm_1d)
     calls = itertools.count(1)
 
-    def loss_fn(batch: Any) -> Tensor:
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         return case.loss(case.model, batch) * (1 + 0.1 * next(calls))
 
     found = compare(case.model, loss_fn, case.batches, optimizer=SGD(case.model.parameters(), lr=1e-4), **BRIEF)
@@ -338,13 +310,13 @@ def test_a_loss_with_a_memory_is_named_once():
     assert "not the same twice" in found["SmoothFish, symmetric"].error
     printed = str(found).replace("\n", " ")
     assert printed.count("is not the same twice") <= 3
-    assert "No fidelity: the exact direction cannot be had" in printed
+    assert "No fidelity for the inner_product: " in printed
 
 
 def test_a_gradient_penalty_in_the_loss_is_no_hindrance():
     case = make(networks.batch_norm_1d)
 
-    def loss_fn(batch: Any) -> Tensor:
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         x = batch[0].clone().requires_grad_()
         (slope,) = torch.autograd.grad(case.model(x).sum(), x, create_graph=True)
         return case.loss(case.model, batch) + slope.square().mean()
@@ -364,7 +336,6 @@ def test_lbfgs_has_costs_and_no_fidelity():
     assert not any(row.error for row in found.rows)
     assert found["Fish"].fidelity is None
     assert found["Fish"].cost.evaluations > 3
-    assert "could not be measured" in found.answer
 
 
 def test_other_forms_of_the_arguments():
@@ -374,9 +345,25 @@ def test_other_forms_of_the_arguments():
     found = compare(case.model, loss_of(case), batches, [SmoothFish(2.0, 0.01), Fish(0.3)], **BRIEF)
     assert "SGD(lr=0.01)" in found.setting
     assert [row.name.split("(")[0] for row in found.rows if row.cost] == ["ERM", "SmoothFish", "Fish"]
-    assert found.answer.startswith("Fish or exact? That takes at least two of these among the methods: ")
     assert isinstance(found, Comparison)
     assert math.isfinite(found.rows[1].fidelity.gamma)
+
+
+def test_names_objects_and_recipes_as_for_leave_one_domain_out():
+    """Also a function that makes the model, and one that makes the optimizer."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batches = {name: (torch.randn(8, 3), torch.randint(2, (8,))) for name in ("north", "south", "west")}
+    methods = {
+        "ERM": "ERM",
+        "whole": "IDGM, one_pass", "balanced": "ERM, balanced", "mine": IDGM(model, 0.1, matched=model[2]),
+        "searched": Recipe(lambda m, s: Fish(s["meta_lr"], model=m), {"meta_lr": Choice((0.25,))}),
+        "head": "IDGM, head",
+    }  # fmt: skip
+    found = compare(lambda: copy.deepcopy(model), cross_entropy, batches, methods, torch.optim.Adam, head="2", **BRIEF)
+    assert [row.name for row in found.rows] == list(methods)
+    assert not any(row.error for row in found.rows)
+    assert [row.name for row in found.rows if row.fidelity] == ["whole", "balanced", "searched"]
+    assert "Adam(lr=0.001)" in found.setting
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -388,9 +375,13 @@ def test_other_forms_of_the_arguments():
         ({"model": "net"}, TypeError, "model should be"),
         ({"batches": []}, ValueError, "domain"),
         ({"batches": [1]}, ValueError, "domain"),
-        ({"methods": {"a": 3}}, TypeError, r"methods\['a'\] should be a method object .*got 3"),
-        ({"methods": {"ERM": Fish()}}, ValueError, "should not be called 'ERM'"),
-        ({"optimizer": SGD}, TypeError, "optimizer should be None or"),
+        ({"methods": {"a": 3}}, TypeError, r"methods\['a'\] should be a name, a method object .* \(got int\)"),
+        ({"methods": [Fish(), Fish(0.25)]}, ValueError, r"should have a name each \(got 'Fish' twice\)"),
+        ({"methods": "Fish"}, TypeError, "methods should be a list or a mapping"),
+        ({"methods": {"mine": Recipe(train=print)}}, ValueError, r"methods\['mine'\] should have a method of one"),
+        ({"loss_fn": [1, 2]}, TypeError, r"loss_fn should be a function \(got list\): the order is model, loss_fn"),
+        ({"methods": {"ERM": Fish()}}, ValueError, "another name than 'ERM'"),
+        ({"optimizer": 3}, TypeError, "optimizer should be None or"),
         ({"optimizer": SGD([nn.Parameter(torch.ones(2))], 0.1)}, ValueError, "is not in the model"),
         ({"optimizer": "warm-up"}, ValueError, r"learning rate should be greater than 0 \(got 0.0\)"),
         ({"rounds": 0}, ValueError, "rounds should be"),
@@ -411,9 +402,9 @@ def test_wrong_arguments_are_named(changed: dict[str, Any], error: type[Exceptio
 def test_a_wrong_loss_is_named(wrong: str):
     case = make(networks.batch_norm_1d)
     losses = {
-        "vector": lambda batch: case.model(batch[0]).square().sum(1),
-        "constant": lambda batch: torch.ones(()),
-        "nan": lambda batch: case.loss(case.model, batch) * math.nan,
+        "vector": lambda model, batch: model(batch[0]).square().sum(1),
+        "constant": lambda model, batch: torch.ones(()),
+        "nan": lambda model, batch: case.loss(model, batch) * math.nan,
     }
     before = state_of_everything(case.model, SGD(case.model.parameters(), lr=0.1))
     with pytest.raises((ValueError, RuntimeError)):

@@ -83,8 +83,9 @@ class Bench:
             assert not cost.costs(trial, methods, 1)[1]
 
     def compare(self, methods: dict[str, Method]) -> None:
+        loss_fn = lambda _, batch: self.loss(batch)  # noqa: E731
         found = compare(
-            self.model, self.loss, self.batches, methods, self.optimizer, rounds=1, orders=2, show=False
+            self.model, loss_fn, self.batches, methods, self.optimizer, rounds=1, orders=2, show=False
         )  # fmt: skip
         assert not any(row.error for row in found.rows)
 

@@ -18,8 +18,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from torch_gradmatch import IDGM, Fish, GradMatch
-from torch_gradmatch.evaluation.copies import copy_optimizer
-from torch_gradmatch.evaluation.trial import Trial
+from torch_gradmatch.evaluation.trial import Trial, copy_optimizer
 
 DENSE_OPTIMIZERS = [
     value

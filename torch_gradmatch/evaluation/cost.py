@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
-from torch_gradmatch.evaluation.copies import copy_optimizer
 from torch_gradmatch.evaluation.peak_memory import peak_memory
-from torch_gradmatch.evaluation.trial import Trial
+from torch_gradmatch.evaluation.trial import Trial, copy_optimizer
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
 from torch_gradmatch.slow.inner_state import wants_closure

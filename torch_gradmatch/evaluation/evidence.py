@@ -1,134 +1,60 @@
-"""What ``leave_one_domain_out`` found: selection without peeking, paired differences, a table, an answer, a picture."""
+"""What ``leave_one_domain_out`` found: rows, an answer in words, tables for other programs, a picture."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from torch_gradmatch.evaluation.plots import OKABE_ITO
+from torch_gradmatch.evaluation.statistics import LEVEL, Interval, holm, interval_of, power
 from torch_gradmatch.evaluation.tables import aligned, wrapped
 
 if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]
     from matplotlib.figure import Figure
 
-__all__ = ["Evidence", "EvidenceRow", "Interval", "Point", "best", "differences", "interval_of", "last"]
+__all__ = ["Difference", "Evidence", "EvidenceRow", "difference"]
 
-LEVEL = 0.95
-Point = dict[str, Any]  # of a run's curve
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its interval of confidence, 95 %.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end; minus infinity of a single number.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if math.isinf(self.low):
-            return f"{self.mean:+.3f} [-]"
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def interval_of(values: Sequence[float]) -> Interval:
-    """Return Student's interval of the mean of some numbers.
-
-    Args:
-        values: The numbers, at least one.
-
-    Returns:
-        The mean and its 95 % interval.
-
-    Example:
-        >>> print(interval_of([1.0, 2.0, 3.0]))
-        +2.000 [-0.484, +4.484]
-    """
-    from scipy.stats import t  # only where numbers are there
-
-    mean, number = fmean(values), len(values)
-    if number == 1:
-        return Interval(mean, -math.inf, math.inf)
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (number - 1) / number)
-    half = float(t.ppf((1 + LEVEL) / 2, number - 1)) * error
-    return Interval(mean, mean - half, mean + half)
-
-
-def best(curve: Sequence[Point]) -> Point:
-    """Return the point of a run where the validation parts of the training domains are known best: the first of them.
-
-    Args:
-        curve: Of the run; points whose validation is NaN count last.
-
-    Returns:
-        The point.
-    """
-    return max(curve, key=lambda point: -math.inf if math.isnan(point["validation"]) else point["validation"])
-
-
-def last(curve: Sequence[Point]) -> Point:
-    """Return the end of a run.
-
-    Args:
-        curve: Of the run.
-
-    Returns:
-        The point.
-    """
-    return curve[-1]
+AVERAGED = ", averaged"  # after a recipe's name
+POOLED, BALANCED = "ERM", "ERM, balanced"
+POINTS = (0.01, 0.03)
 
 
 @dataclass(frozen=True)
 class EvidenceRow:
-    """What was found of one method.
+    """What was found of one recipe, by its weights or by their average.
 
     Attributes:
-        name: Its name.
+        name: Its name; with ``", averaged"`` for averaged weights.
         by_domain: Of each held-out domain, by its label as text: the metric there for each seed. Hyperparameters and
             moment of training are those that are best on the validation parts of the training domains.
-        oracle_by_domain: The same for the hyperparameters that are best on the held-out domain itself, at the end of
-            training: what nobody can have who does not know that domain.
         settings: Of each held-out domain: the hyperparameters selected.
+        oracle: Mean over held-out domains with the first seed, if the hyperparameters were those that are best on the
+            held-out domain itself: what nobody can have who does not know it.
         seconds: Of training, mean over runs, without measuring.
-        curves: Of each held-out domain and seed: the curve of the selected run.
         stopped: What ended selected runs early, and how often.
-        difference: Paired difference to the first method, the mean over seeds of each held-out domain: the interval is
-            for another domain like these.
-        difference_here: The same of the mean over domains of each seed: the interval is for these domains and another
-            seed.
-        oracle_difference: As :attr:`difference`, by the oracle's selection.
+        predictions: Of each held-out domain and seed, outputs and targets as lists, if they were asked for.
     """
 
     name: str
     by_domain: dict[str, list[float]]
-    oracle_by_domain: dict[str, list[float]]
     settings: dict[str, dict[str, Any]]
+    oracle: float
     seconds: float
-    curves: dict[str, list[list[Point]]] = field(repr=False)
     stopped: dict[str, int]
-    difference: Interval | None = None
-    difference_here: Interval | None = None
-    oracle_difference: Interval | None = None
+    predictions: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
     @property
     def mean(self) -> float:
         """Mean of the metric over held-out domains and seeds."""
         return fmean(fmean(values) for values in self.by_domain.values())
-
-    @property
-    def oracle_mean(self) -> float:
-        """The same by the oracle's selection."""
-        return fmean(fmean(values) for values in self.oracle_by_domain.values())
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -138,20 +64,47 @@ class EvidenceRow:
         return label, found[label]
 
 
-def differences(
-    row: EvidenceRow, other: EvidenceRow, of: Callable[[EvidenceRow], Mapping[str, list[float]]]
-) -> dict[str, list[float]]:
-    """Return the paired differences of two methods.
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences of one row to another.
 
-    Args:
-        row: One.
-        other: What is subtracted.
-        of: Which numbers.
-
-    Returns:
-        By held-out domain, for each seed.
+    Attributes:
+        by_domain: Mean over seeds, by held-out domain.
+        domains: Of these: the interval is for another domain like these.
+        seeds: Of the mean over domains of each seed: the interval is for these domains and another seed.
+        p: The larger of both p-values.
+        corrected: It, corrected for the number of rows by Holm's method.
     """
-    return {label: [a - b for a, b in zip(values, of(other)[label], strict=True)] for label, values in of(row).items()}
+
+    by_domain: dict[str, float]
+    domains: Interval
+    seeds: Interval
+    p: float
+    corrected: float
+
+    @property
+    def is_better(self) -> bool:
+        """Whether it is more than chance, for another domain and for another seed, after the correction."""
+        return self.domains.mean > 0 and self.corrected < LEVEL
+
+    def lacks(self) -> str:
+        """Say why it is not better."""
+        failed = [
+            f"for another {what} its interval {found} includes 0"
+            for what, found in (("domain", self.domains), ("seed", self.seeds))
+            if not found.low > 0
+        ]
+        return " and ".join(failed) or f"p = {self.p:.2g} alone, {self.corrected:.2g} after Holm's correction"
+
+
+def difference(row: EvidenceRow, other: EvidenceRow) -> Difference:
+    """Return the paired difference of two rows, without a correction."""
+    paired = {d: [a - b for a, b in zip(v, other.by_domain[d], strict=True)] for d, v in row.by_domain.items()}
+    by_domain = {label: fmean(values) for label, values in paired.items()}
+    domains = interval_of(list(by_domain.values()))
+    seeds = interval_of([fmean(of_seed) for of_seed in zip(*paired.values(), strict=True)])
+    p = max(domains.p, seeds.p)
+    return Difference(by_domain, domains, seeds, p, p)
 
 
 @dataclass(frozen=True)
@@ -160,11 +113,16 @@ class Evidence:
 
     Attributes:
         setting: Data and protocol in words.
-        rows: A row for each method; the first is what the others are compared to.
+        rows: Two for each recipe that was averaged, or one; the others are compared to the first.
+        left_out: By name, why a recipe could not be tried.
+        permuted: Whether the domains were permuted: a control, where there is nothing to find.
     """
 
     setting: str
     rows: list[EvidenceRow]
+    left_out: dict[str, str] = field(default_factory=dict)
+    permuted: bool = False
+    _refit: Callable[[str], tuple[nn.Module, dict[str, Any]]] | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> EvidenceRow:
         """Return the row of that name.
@@ -175,173 +133,192 @@ class Evidence:
         return {row.name: row for row in self.rows}[name]
 
     @property
-    def answer(self) -> str:
-        """Would another method have won over the first? In sentences."""
+    def differences(self) -> dict[str, Difference]:
+        """Of all rows but the first to the first, by name."""
         first, *others = self.rows
-        compared = [(row, row.difference, row.difference_here) for row in others if row.difference is not None]
-        if not compared:
-            return f"There is nothing to compare {first.name} with."
-        wins = [(row, d) for row, d, _ in compared if d.low > 0]
-        here = [
-            (row, d) for row, _, d in compared if d is not None and d.low > 0 and all(row is not r for r, _ in wins)
-        ]
-        losses = [(row, d) for row, d, _ in compared if d.high < 0]
-        said = []
-        if wins:
-            said.append("Yes, beyond the interval for another domain: " + _listed(wins) + ".")
-        else:
-            row, d, _ = max(compared, key=lambda found: found[1].mean)
-            said.append(
-                f"No method beats {first.name} beyond its interval for another domain; the best mean has {row.name}, "
-                f"{d}."
-            )
-        if here:
-            said.append("On these very domains, and for another seed only: " + _listed(here) + ".")
-        if losses:
-            said.append("Worse beyond the interval: " + _listed(losses) + ".")
-        if len(compared) > 1:
-            said.append(
-                f"Each interval is for one method by itself: of {len(compared)} methods that change nothing, some "
-                f"interval leaves 0 outside with a probability of {1 - LEVEL ** len(compared):.0%}, if they are "
-                "independent."
-            )
-        return " ".join(said)
+        found = {row.name: difference(row, first) for row in others}
+        corrected = holm([d.p for d in found.values()])
+        return {
+            name: Difference(d.by_domain, d.domains, d.seeds, d.p, p)
+            for (name, d), p in zip(found.items(), corrected, strict=True)
+        }
 
-    def __str__(self) -> str:
-        first = self.rows[0]
-        heads = [
-            "method",
-            "unseen",
-            f"over {first.name}, for another domain",
-            "for another seed",
-            "won",
-            "worst domain",
-        ]
-        cells = [[*heads, "oracle", "seconds"]]
-        for row in self.rows:
-            label, score = row.worst
-            won = "-"
-            if row is not first:
-                found = differences(row, first, lambda r: r.by_domain)
-                won = f"{sum(fmean(values) > 0 for values in found.values())} of {len(found)}"
-            cells.append(
-                [
-                    row.name,
-                    f"{row.mean:.3f}",
-                    "-" if row.difference is None else str(row.difference),
-                    "-" if row.difference_here is None else str(row.difference_here),
-                    won,
-                    f"{score:.3f} {label}",
-                    f"{row.oracle_mean:.3f}",
-                    f"{row.seconds:.1f}",
-                ]
-            )
-        stopped = [
-            f"{row.name}: {number} runs ended early, {reason}"
-            for row in self.rows
-            for reason, number in row.stopped.items()
-        ]
-        parts = [wrapped(self.setting), aligned(cells), *map(wrapped, stopped), wrapped(self.answer)]
-        return "\n\n".join(parts)
+    @property
+    def best(self) -> str:
+        """The name of the row to use: the best mean of those that are better than the first, or the first."""
+        better = [name for name, d in self.differences.items() if d.is_better]
+        return max(better, key=lambda name: self[name].mean) if better else self.rows[0].name
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the curves as plain numbers and text.
+    def power(self, difference: float) -> float:
+        """Return how likely this study tells a true difference from 0: the median over its rows.
+
+        Args:
+            difference: In the metric's units.
 
         Returns:
-            What ``json.dump`` takes.
+            The probability that both intervals leave 0 out, taken as the smaller of the two, at the level of Holm's
+            first step.
         """
-        rows = [
-            {name: vars(value) if isinstance(value, Interval) else value for name, value in vars(row).items()}
-            | {"mean": row.mean, "oracle_mean": row.oracle_mean, "worst": row.worst}
+        found = self.differences
+        return median(min(power(difference, i, len(found)) for i in (d.domains, d.seeds)) for d in found.values())
+
+    @property
+    def answer(self) -> str:
+        """What to use, what it costs, and how far this study could see. In sentences."""
+        first, found = self.rows[0], self.differences
+        left = [f"{name} was left out: {reason}." for name, reason in self.left_out.items()]
+        if not found:
+            return " ".join([f"There is nothing to compare {first.name} with.", *left])
+        name = self.best
+        many = f"after Holm's correction for {len(found)} comparisons" if len(found) > 1 else "in one comparison"
+        if name != first.name:
+            d = found[name]
+            said = [
+                (
+                    f"Yes. Use {name}: {d.domains.mean:+.3f} over {first.name}, [{d.domains.low:+.3f}, "
+                    f"{d.domains.high:+.3f}] for another domain, [{d.seeds.low:+.3f}, {d.seeds.high:+.3f}] for another "
+                    f"seed, p = {d.corrected:.2g} {many}."
+                ),
+                self._price(name),
+            ]
+            said += _listed("Also better", {n: d for n, d in found.items() if d.is_better and n != name})
+        else:
+            nearest = max(found, key=lambda n: found[n].domains.mean)
+            said = [
+                f"No. Use {first.name}: nothing is better than it for another domain and for another seed, {many}.",
+                f"The best mean has {nearest}, {found[nearest].domains.mean:+.3f}; {found[nearest].lacks()}."
+                if found[nearest].domains.mean > 0
+                else "No other has a better mean.",
+            ]
+        if first.name == POOLED and BALANCED in found:
+            said += [f"The sampler alone ({BALANCED}): {found[BALANCED].domains}."]
+        said += _listed("Worse", {n: d for n, d in found.items() if d.domains.mean < 0 and d.corrected < LEVEL})
+        seen = " and ".join(f"of {points:g} in {self.power(points):.0%}" for points in POINTS)
+        said += [f"With the spread found, such a study sees a true difference {seen} of cases.", *left]
+        control = ["Control: the domains are permuted, so that there is nothing to find."] if self.permuted else []
+        return " ".join([*control, *said])
+
+    def _price(self, name: str) -> str:
+        times = self[name].seconds / max(self.rows[0].seconds, 1e-9)
+        copy = ", and one more copy of the parameters" if name.endswith(AVERAGED) else ""
+        return f"It takes {times:.1f} times the seconds of {self.rows[0].name} for as many samples{copy}."
+
+    def __str__(self) -> str:
+        first, found = self.rows[0], self.differences
+        cells = [["method", "unseen", f"over {first.name}, for another domain", "for another seed", "p (Holm)"]]
+        cells[0] += ["worst domain", "oracle", "seconds"]
+        for row in self.rows:
+            d = found.get(row.name)
+            compared = ["-"] * 3 if d is None else [str(d.domains), str(d.seeds), f"{d.corrected:.2g}"]
+            label, score = row.worst
+            figures = [f"{score:.3f} {label}", f"{row.oracle:.3f}", f"{row.seconds:.1f}"]
+            cells.append([row.name, f"{row.mean:.3f}", *compared, *figures])
+        stopped = [f"{r.name}: {n} runs ended early, {why}" for r in self.rows for why, n in r.stopped.items()]
+        return "\n\n".join([wrapped(self.setting), aligned(cells), *map(wrapped, stopped), wrapped(self.answer)])
+
+    def refit(self, name: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        """Train on all domains with the settings found.
+
+        The settings are the draw whose validation is best in the mean over all folds. A part of every domain is kept
+        to select the moment by, as in the study.
+
+        Args:
+            name: Of a row; :attr:`best` if left out.
+
+        Returns:
+            The model, with averaged weights if it is a row of such, in evaluation mode; and the settings.
+
+        Raises:
+            KeyError: If there is no such row.
+            RuntimeError: If the evidence was read from a file and knows neither model nor samples, or the run diverged.
+        """
+        if self._refit is None:
+            raise RuntimeError("evidence from a file knows neither model nor samples: call leave_one_domain_out again")
+        return self._refit(self[self.best if name is None else name].name)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a table with a line for each row, held-out domain and seed.
+
+        Returns:
+            A ``pandas.DataFrame``: ``method``, ``domain``, ``seed``, ``score``, and a column for each setting.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([
+            {"method": row.name, "domain": label, "seed": seed, "score": score, **row.settings[label]}
             for row in self.rows
-        ]
-        for row in rows:
-            del row["curves"]
-        return {"setting": self.setting, "answer": self.answer, "rows": rows}
+            for label, scores in row.by_domain.items()
+            for seed, score in enumerate(scores)
+        ])  # fmt: skip
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return everything as JSON, with the differences and the answer for other programs.
+
+        Args:
+            path: Where to write it, too; None not to.
+
+        Returns:
+            The text.
+        """
+        content = {
+            "setting": self.setting,
+            "rows": [asdict(row) for row in self.rows],
+            "left_out": self.left_out,
+            "permuted": self.permuted,
+            "differences": {name: asdict(d) for name, d in self.differences.items()},
+            "answer": self.answer,
+        }
+        text = json.dumps(content, indent=1) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Evidence:
+        """Return evidence from what :meth:`to_json` returned; it cannot be refitted."""
+        content = json.loads(text)
+        rows = [EvidenceRow(**row) for row in content["rows"]]
+        return cls(content["setting"], rows, content["left_out"], content["permuted"])
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw the differences to the first method, scores over training, and how well the gradients agree.
-
-        The last is left out if it was not measured, as by another program whose runs these are.
+        """Draw the differences to the first row, for the width of a page.
 
         Args:
             path: Where to save the picture; None not to.
 
         Returns:
-            The figure.
+            The figure: a dot for the mean, a thick bar for another domain, a thin one for another seed, a tick for each
+            held-out domain. Intervals are before the correction; green is what is better after it.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
         from matplotlib.figure import Figure
 
-        measured = all(
-            "cosine" in point for row in self.rows for c in row.curves.values() for run in c for point in run
-        )
-        figure = Figure(figsize=(13.5, 1.6 + 0.36 * len(self.rows) + 2.4), dpi=110, layout="constrained")
-        forest, curves, *agreement = figure.subplots(1, 2 + measured, width_ratios=(1.5, 1, 1)[: 2 + measured])
-        self._draw_differences(forest)
-        self._draw_curves(curves)
-        for axes in agreement:
-            self._draw_agreement(axes)
+        found = self.differences
+        figure = Figure(figsize=(7, 1.3 + 0.34 * max(1, len(found))), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for y, d in enumerate(found.values()):
+            colour = OKABE_ITO[2] if d.is_better else "0.25"
+            axes.plot(list(d.by_domain.values()), [y] * len(d.by_domain), "|", color="0.6", markersize=8)
+            for interval, shift, width in ((d.domains, 0.0, 2.6), (d.seeds, 0.22, 1.1)):
+                if math.isfinite(interval.low):
+                    axes.plot([interval.low, interval.high], [y + shift] * 2, color=colour, linewidth=width)
+            axes.plot([d.domains.mean], [y], "o", color=colour, markersize=6)
+        axes.axvline(0.0, color="0.4", linewidth=1.0)
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.25)
+        figure.supxlabel(f"difference to {self.rows[0].name} on the held-out domain", fontsize=10)
+        figure.suptitle("thick: 95 % for another domain, thin: for another seed, ticks: domains", fontsize=9)
         if path is not None:
             figure.savefig(path)
         return figure
 
-    def _draw_differences(self, axes: Any) -> None:
-        first, *others = self.rows
-        for y, row in enumerate(others):
-            found = differences(row, first, lambda r: r.by_domain)
-            axes.plot(
-                [fmean(v) for v in found.values()],
-                [y] * len(found),
-                "|",
-                color="0.6",
-                markersize=9,
-                markeredgewidth=1.2,
-            )
-            d = row.difference
-            if d is None:
-                continue
-            colour = OKABE_ITO[2] if d.low > 0 else OKABE_ITO[0] if d.high < 0 else "0.25"
-            if math.isfinite(d.low):
-                axes.plot([d.low, d.high], [y, y], color=colour, linewidth=2.4, solid_capstyle="butt")
-            axes.plot([d.mean], [y], "o", color=colour, markersize=7)
-        axes.axvline(0.0, color="0.4", linewidth=1.0)
-        axes.set_yticks(range(len(others)), [row.name for row in others])
-        axes.set_ylim(len(others) - 0.5, -0.5)
-        axes.grid(axis="x", alpha=0.25)
-        axes.set_xlabel(f"difference to {first.name} on the held-out domain")
-        axes.set_title("dot: mean, bar: 95 % interval for another domain, ticks: each domain", fontsize=9)
 
-    def _draw_curves(self, axes: Any) -> None:
-        for rank, row in enumerate(self.rows):
-            x, y = _mean_curve(row, lambda point: point["held_out"])
-            style = "-" if rank < len(OKABE_ITO) else "--"
-            axes.plot(x, y, style, color=OKABE_ITO[rank % len(OKABE_ITO)], linewidth=1.6, label=row.name)
-        axes.set_xlabel("gradients of one batch")
-        axes.set_title("on the held-out domain, selected settings", fontsize=9)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=6)
-
-    def _draw_agreement(self, axes: Any) -> None:
-        for rank, row in enumerate(self.rows):
-            x, y = _mean_curve(row, lambda point: point["cosine"])
-            style = "-" if rank < len(OKABE_ITO) else "--"
-            axes.plot(x, y, style, color=OKABE_ITO[rank % len(OKABE_ITO)], linewidth=1.6)
-        axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
-        axes.set_xlabel("gradients of one batch")
-        axes.set_title("mean cosine of training domains' gradients", fontsize=9)
-        axes.grid(alpha=0.25)
-
-
-def _listed(found: Sequence[tuple[EvidenceRow, Interval]]) -> str:
-    return ", ".join(f"{row.name} {d}" for row, d in found)
-
-
-def _mean_curve(row: EvidenceRow, of: Callable[[Point], float]) -> tuple[list[float], list[float]]:
-    """Return positions and mean over runs, as far as all of them have come."""
-    curves = [curve for of_domain in row.curves.values() for curve in of_domain]
-    length = min(map(len, curves))
-    positions = [fmean(curve[k]["gradients"] for curve in curves) for k in range(length)]
-    return positions, [fmean(of(curve[k]) for curve in curves) for k in range(length)]
+def _listed(what: str, found: Mapping[str, Difference]) -> list[str]:
+    shown = ", ".join(f"{name} {d.domains.mean:+.3f}" for name, d in found.items())
+    return [f"{what}: {shown}."] if found else []

@@ -90,14 +90,14 @@ def random_orders(domains: int, number: int, generator: torch.Generator) -> list
     return [order for first in drawn for order in (first, first[::-1])]
 
 
-def agreement_of(method: Method) -> Agreement:
-    """Return what a method matches: IDGM its own agreement, the others the inner product.
+def agreement_of(method: Method) -> Agreement | None:
+    """Return what a method matches: IDGM its own agreement, Fish and SmoothFish the inner product.
 
     Args:
         method: The method.
 
     Returns:
-        The agreement as a function.
+        The agreement as a function; None of a method that matches nothing, or the gradients of some parameters only.
 
     Example:
         >>> import torch
@@ -105,7 +105,9 @@ def agreement_of(method: Method) -> Agreement:
         >>> agreement_of(Fish()).__name__, agreement_of(IDGM(torch.nn.Linear(1, 1), 0.1, "variance")).__name__
         ('inner_product', 'variance')
     """
-    return check_agreement(method.agreement) if isinstance(method, IDGM) else inner_product
+    if isinstance(method, IDGM) and getattr(method, "matched", None) is None:
+        return check_agreement(method.agreement)
+    return inner_product if isinstance(method, Fish | SmoothFish) else None
 
 
 def name_of(agreement: Agreement) -> str:
@@ -178,9 +180,7 @@ class ExactTerm:
         return term
 
 
-def direction_beyond_erm(
-    trial: Trial, method: Method, exact: ExactTerm, order: Sequence[int], lr_factor: float = 1.0
-) -> Vector:
+def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: Sequence[int]) -> Vector:
     """Carry out one meta-iteration and return what its gradients have beyond the mean gradient.
 
     Args:
@@ -188,13 +188,12 @@ def direction_beyond_erm(
         method: The method.
         exact: Holds the mean gradient.
         order: In which to go through the domains.
-        lr_factor: Multiplies the optimizer's learning rates.
 
     Returns:
         For each parameter.
     """
     if type(method) is Fish and method.nonfinite == "raise":  # keeps a copy of the optimizer's state, to no use here
-        beyond = direction_beyond_erm(trial, replace(method, nonfinite="ignore"), exact, order, lr_factor)
+        beyond = direction_beyond_erm(trial, replace(method, nonfinite="ignore"), exact, order)
         if math.isfinite(_norm(beyond)):
             return beyond
         del beyond  # and let the method itself say what is wrong
@@ -202,7 +201,7 @@ def direction_beyond_erm(
     if isinstance(method, IDGM | SmoothFish):  # one gradient, whatever the optimizer: one without a state
         wrapper: GradMatch[Any] = GradMatch(torch.optim.SGD(trial.parameters, lr=0.0), method)
     else:
-        wrapper = trial.wrap(method, lr_factor)
+        wrapper = trial.wrap(method)
     total: Vector = []
     steps = 0
 
@@ -220,9 +219,7 @@ def direction_beyond_erm(
     return [t.div_(steps).sub_(m) for t, m in zip(total, exact.mean, strict=True)]
 
 
-def fidelity(
-    trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Sequence[int]], lr_factor: float = 1.0
-) -> Fidelity | None:
+def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Sequence[int]]) -> Fidelity | None:
     """Measure a method's direction beyond ERM against the exact objective's.
 
     Args:
@@ -230,7 +227,6 @@ def fidelity(
         method: The method.
         exact: What to compare with; that of :func:`agreement_of` the method, if it is to be its own.
         orders: Orders of the domains, one meta-iteration for each. Methods without a walk take one.
-        lr_factor: Multiplies the optimizer's learning rates, for the effect of the inner one on Fish.
 
     Returns:
         What was found, or None for an optimizer that evaluates gradients itself (LBFGS).
@@ -243,7 +239,7 @@ def fidelity(
     mean: Vector = []
     for number, order in enumerate(orders):
         torch.default_generator.manual_seed(number)
-        beyond = direction_beyond_erm(trial, method, exact, order, lr_factor)
+        beyond = direction_beyond_erm(trial, method, exact, order)
         cosines.append(_cosine(beyond, exact.term))
         mean = [m.add_(b) for m, b in zip(mean, beyond, strict=True)] if mean else beyond
         del beyond

@@ -17,7 +17,7 @@ class Key(NamedTuple):
     """Which run it is.
 
     Attributes:
-        method: The method's name.
+        method: The recipe's name.
         held_out: The domain's label, as text.
         draw: Number of the draw of hyperparameters.
         seed: Of the run.
@@ -80,24 +80,50 @@ class Journal:
                 raise ValueError(f"line {number} of {path} is no run: remove it to go on ({error})") from error
             self._runs[key] = run
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._runs
+    def find(self, key: Key, expected: Mapping[str, Any]) -> bool:
+        """Return whether it has a run.
+
+        Args:
+            key: Which.
+            expected: By what it was trained.
+
+        Returns:
+            Whether.
+
+        Raises:
+            ValueError: If it was trained by something else.
+        """
+        run = self._runs.get(key)
+        if run is None:
+            return False
+        for name, value in json.loads(json.dumps(expected)).items():
+            if run[name] != value:
+                raise ValueError(
+                    f"the folder has a run of {key.method!r} with {name}={run[name]!r:.200}, and here it is "
+                    f"{value!r:.200}: give the method another name, or pass another folder"
+                )
+        return True
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         return self._runs[key]
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a folder."""
+        return self._path is not None
+
     def __len__(self) -> int:
         return len(self._runs)
 
-    def add(self, key: Key, run: dict[str, Any]) -> None:
+    def add(self, key: Key, run: Mapping[str, Any]) -> None:
         """Keep a run.
 
         Args:
             key: Which.
             run: Plain numbers and text by name.
         """
-        line = json.dumps(key._asdict() | run)
-        self._runs[key] = json.loads(json.dumps(run))
+        line = json.dumps(key._asdict() | dict(run))
+        self._runs[key] = {name: value for name, value in json.loads(line).items() if name not in Key._fields}
         if self._path is not None:
             with self._path.open("a") as file:
                 file.write(line + "\n")

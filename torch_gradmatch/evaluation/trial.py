@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import check_loss
-from torch_gradmatch.evaluation.copies import copy_optimizer
 from torch_gradmatch.gradients.replay import RandomState, devices_of
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.optimizer import GradMatch
 from torch_gradmatch.slow.buffers import Buffers
+from torch_gradmatch.slow.inner_state import members
 
-__all__ = ["Trial"]
+__all__ = ["Trial", "copy_optimizer"]
 
 
 class Trial:
@@ -112,20 +113,9 @@ class Trial:
             self._loss_fn(content)  # draws what the next domain's must not; may take gradients itself
         self.reset()
 
-    def wrap(self, method: Method, lr_factor: float = 1.0) -> GradMatch[Method]:
-        """Return a copy of the optimizer, wrapped with a method.
-
-        Args:
-            method: The method.
-            lr_factor: Multiplies the copy's learning rates.
-
-        Returns:
-            The wrapper.
-        """
-        copied = copy_optimizer(self.optimizer)
-        for group in copied.param_groups if lr_factor != 1.0 else ():
-            group["lr"] = group["lr"] * lr_factor
-        return GradMatch(copied, method)
+    def wrap(self, method: Method) -> GradMatch[Method]:
+        """Return a copy of the optimizer, wrapped with a method."""
+        return GradMatch(copy_optimizer(self.optimizer), method)
 
     def differentiate_mean_loss(self) -> Tensor:
         """Leave the gradient of the mean loss in ``.grad``: ordinary training (ERM).
@@ -147,3 +137,34 @@ class Trial:
         for device in self.devices:
             if device.type not in ("cpu", "meta"):
                 torch.get_device_module(device).synchronize(device)
+
+
+def copy_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return an optimizer in the same state over the same parameters, which shares nothing else with the original.
+
+    Hooks do not come along, and neither does what a scheduler wrapped around ``step``: whatever they do, they do to
+    the original.
+
+    Args:
+        optimizer: The original.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.ones(()))
+        >>> original = torch.optim.SGD([w], lr=0.5)
+        >>> copied = copy_optimizer(original)
+        >>> copied.param_groups[0]["params"][0] is w, copied.param_groups is original.param_groups
+        (True, False)
+    """
+    inside = members(optimizer)
+    copies = [object.__new__(type(member)) for member in inside]
+    memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    memo |= {id(member): copied for member, copied in zip(inside, copies, strict=True)}
+    for member, copied in zip(inside, copies, strict=True):
+        attributes = {k: v for k, v in vars(member).items() if k != "step" and not k.startswith("_optimizer_")}
+        vars(copied).update(copy.deepcopy(attributes, memo))
+        Optimizer.__setstate__(copied, {})
+    return copies[0]

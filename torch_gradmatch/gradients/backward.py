@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_gradmatch.parallel.foreach import Vector, clone_all, in_transform, is_sharded, precision, squared_norm
 from torch_gradmatch.parallel.shards import placed_like
 
-__all__ = ["by_autograd", "check_backward", "explain", "gradient_of", "reverse"]
+__all__ = ["by_autograd", "check_backward", "check_differentiable", "explain", "gradient_of", "reverse"]
 
 
 def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor | None]:
@@ -59,9 +59,12 @@ def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = 
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
 
 
-def by_autograd(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
+def by_autograd(
+    loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool = False
+) -> list[Tensor | None]:
     """Return the gradient of a loss, by ``torch.autograd.grad``, which frees its graph unless one is created."""
-    found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
+    keeps = create_graph or retain_graph
+    found = torch.autograd.grad(loss, leaves, retain_graph=keeps, create_graph=create_graph, allow_unused=True)
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
 
 
@@ -114,6 +117,10 @@ REMEDIES = {
     "(for attention the MATH kernel of scaled_dot_product_attention, or an 'eager' one).",
     "forward": 'hvp="forward" takes forward derivatives of every operation of the model and of its backward pass, and '
     'one has none: use hvp="reverse", which asks less, or hvp="finite_difference", which needs first derivatives only.',
+    "matched": "matched=... differentiates twice what lies above the matched parameters, and an operation there has no "
+    "second derivative, or is compiled: match parameters above it, the last layer for instance. If all is compiled "
+    "below it, leave out keep_graphs=True and one_pass=True or pass gamma=, so that no compiled graph is traversed "
+    "twice.",
 }
 # How torch says that an operation cannot be differentiated again, or not in forward mode.
 MISSING = re.compile(
@@ -138,12 +145,12 @@ def reverse(gradient: Vector, vector: Vector, leaves: Sequence[Tensor]) -> list[
     if not pairs:
         return [None] * len(leaves)  # the gradient depends on no parameter
     outputs, cotangents = zip(*pairs, strict=True)
-    _inspect(outputs)
+    check_differentiable(outputs)
     products = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
     return [p if p is None or p.layout is torch.strided else p.to_dense() for p in products]
 
 
-def _inspect(outputs: Sequence[Tensor]) -> None:
+def check_differentiable(outputs: Sequence[Tensor]) -> None:
     """Raise if a backward pass marked as once differentiable took part in a gradient; warn where torch errs itself.
 
     torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet

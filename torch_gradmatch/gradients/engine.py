@@ -88,6 +88,8 @@ class Engine:
         agreement: phi.
         like: The parameters in the structure in which a function of the user's gets the gradients.
         hvp: The kind of Hessian-vector product.
+        matched: The parameters whose gradients are to agree (:class:`~torch_gradmatch.gradients.part.PartEngine`);
+            None for all of the leaves.
         keep_graphs: Whether every graph is kept, instead of evaluating each domain again.
         one_pass: Whether to match in one pass.
         cosines: Whether to measure the mean cosine.
@@ -110,6 +112,7 @@ class Engine:
     names: Sequence[str] | None = None
     sharing: Sharing | None = None
     scale: float = 1.0
+    matched: list[Tensor] | None = None
     _matching: list[Tensor | None] = field(default_factory=list, init=False)
     _has_graph: bool = field(default=False, init=False)
 
@@ -127,8 +130,11 @@ class Engine:
             RuntimeError: If an operation lacks a derivative, or no gradient depends on a parameter.
         """
         matches, sharing, size = gamma is None or gamma > 0, self.sharing, self.replay.size
+        self.gamma, self.of = gamma, self.leaves if self.matched is None else self.matched
+        twice = matches and self.hvp != "finite_difference" and self.matched is None  # every operation of the model
         self.domains = size if sharing is None else sharing.domains(size)
         self.sums = sums = GradientAlignment(self.cosines or self.agreement is cosine, self.pairs)
+        self.total = sums.total
         is_named = self.agreement in AGREEMENTS.values()
         self.phi = (
             NamedAgreement(self.agreement, sums, self.domains) if is_named else OwnAgreement(self.agreement, self.like)
@@ -137,17 +143,17 @@ class Engine:
             self._expect(sharing, matches)
         after = None
         try:
-            with sdpa_kernel(SDPBackend.MATH) if matches and self.hvp != "finite_difference" else nullcontext():
+            with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
                 kept = self._first_pass(matches)
                 after = self.replay.save()
-                reached = [total is not None for total in sums.total]
+                reached = [total is not None for total in self.total]
                 if sharing is not None and sharing.kind == "domains":
                     for vector in (sums.total, sums.units)[: 1 + sums.cosines]:
-                        sharing.reduce_(with_zeros(vector, self.leaves), "domains")
+                        sharing.reduce_(with_zeros(vector, self.of), "domains")
                 if matches and not self.one_pass:
                     self._second_pass(kept)
         except (RuntimeError, NotImplementedError) as error:
-            explain(error, self.hvp)
+            explain(error, self.hvp if self.matched is None else "matched")
             raise
         finally:
             self.replay.close(after)
@@ -157,10 +163,11 @@ class Engine:
                 "(torch.compile, a backward pass under no_grad: use hvp='finite_difference'), or every loss is linear "
                 "in the parameters"
             )
+        if self.matched is not None:
+            reached = [total is not None for total in self.total]
         found = [*self.replay.stacked(), torch.stack(sums.squares)]
         if sharing is not None:
-            if matches:
-                sharing.reduce_(with_zeros(self._matching, self.leaves), "domains", "data")
+            self._reduce(sharing, matches)
             found, reached = sharing.numbers(self.leaves[0], found, reached)
             sums.squares = list(found[2])
         return self._result(gamma, strength, found, reached, after[1])
@@ -268,18 +275,23 @@ class Engine:
         sums = (1 + self.sums.cosines) * (sharing.kind == "domains") + matches
         sharing.expect(*[own] * gradients, *[wide] * sums, numbers=3 * self.domains)
 
+    def _reduce(self, sharing: Sharing, matches: bool) -> None:
+        """Add up the products over the ranks."""
+        if matches:
+            sharing.reduce_(with_zeros(self._matching, self.leaves), "domains", "data")
+
     def _result(
         self, gamma: float | None, strength: float, found: list[Tensor], reached: list[bool], buffers: Any
     ) -> Matched:
         """Put the parts together."""
-        total, like = self.sums.total, self.replay.losses[0]
+        total, like = self.total, self.replay.losses[0]
         measured = self.sums.result(self.scale)
         value = self.phi.value(measured)
         assert value is not None
         factor = self._gamma(strength) if gamma is None else gamma
         for _, (totals,) in by_kind(total):
             torch._foreach_mul_(totals, 1 / self.domains)
-        if factor != 0:
+        if factor != 0 and self._matching:
             add_all_(total, self._matching, -factor)
         direction = [
             torch.zeros_like(leaf) if t is None or not is_reached else t.to(leaf.dtype)
@@ -294,7 +306,7 @@ class Engine:
 
     def _gamma(self, strength: float) -> float:
         """Return the gamma that makes the matching part as long as ``strength`` says, 0 if none does; synchronizes."""
-        total, matching = ([t for t in vector if t is not None] for vector in (self.sums.total, self._matching))
+        total, matching = ([t for t in vector if t is not None] for vector in (self.total, self._matching))
         square, squares = squared_norm(total) / self.domains**2, torch.stack(self.sums.squares).mean()
         of_matching = squared_norm(matching) if matching else torch.zeros_like(square)
         mean, other, every = torch.stack([t.to(square) for t in (square, of_matching, squares)]).sqrt().tolist()
@@ -310,21 +322,7 @@ class Engine:
 def check_passes(
     agreement: str | Agreement, hvp: str, *, keep_graphs: bool, one_pass: bool, parameters: Iterable[Tensor]
 ) -> Agreement:
-    """Return the function of an agreement if the engine can match by it as the other settings say.
-
-    Args:
-        agreement: As in :func:`idgm_loss`.
-        hvp: As in :func:`idgm_grad`.
-        keep_graphs: As there.
-        one_pass: As there.
-        parameters: By which the losses are differentiated.
-
-    Returns:
-        phi.
-
-    Raises:
-        ValueError: If not; the message says what goes together.
-    """
+    """Return the function of an agreement if the engine can match by it as the other settings say, else raise."""
     phi, parameters = check_agreement(agreement), list(parameters)
     check_hvp(hvp, parameters)
     if check_bool("keep_graphs", keep_graphs) and hvp != "reverse":

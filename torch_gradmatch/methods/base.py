@@ -116,6 +116,8 @@ def shown_settings(method: Any) -> dict[str, object]:
     for name, value in shown.items():
         if isinstance(value, ProcessGroup):
             shown[name] = f"{value.size()} ranks"
+        elif isinstance(value, tuple):
+            shown[name] = f"{len(value)} parameters"
         elif callable(value):
             shown[name] = getattr(value, "__qualname__", type(value).__name__)
     if shown.get("process_group", "") is None:
@@ -167,6 +169,10 @@ class MetaLoop(ABC):
         names = [name for group in self.optimizer.param_groups for name in group.get("param_names", ())]
         parameters = self.parameters()
         return dict(zip(names if len(names) == len(parameters) else range(len(parameters)), parameters, strict=True))
+
+    def theta(self) -> dict[Tensor, Tensor]:
+        """Return the slow weights by parameter after a meta-update: the parameters themselves without an inner loop."""
+        return {p: p for p in self.parameters()}
 
     def wrapped_step(self, closure: Callable[[], Any] | None, scaling: LossScaling | None) -> Any:
         """Take one step of the wrapped optimizer.

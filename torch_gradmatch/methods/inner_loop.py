@@ -272,6 +272,10 @@ class InnerLoop(MetaLoop):
         self.slow.close()
         self.slow.rest(self.parameters(), self.settings.meta_dtype)
 
+    def theta(self) -> dict[Tensor, Tensor]:
+        """Return the slow weights, with all their digits. See ``MetaLoop.theta``."""
+        return {p: self.slow.copies.get(p, p) for p in self.parameters()}
+
     def slow_weights(self) -> AbstractContextManager[None]:
         """Let parameters and buffers hold the slow weights for a while. See ``GradMatch.slow_weights``."""
         return self.slow.shown()

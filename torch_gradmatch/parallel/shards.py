@@ -59,10 +59,28 @@ def placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
     return redistributed
 
 
-def reshard(model: nn.Module) -> None:
-    """Let a model of ``fully_shard`` hold its shards again, where a forward pass without backward left all of them."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes seconds: who has one, has done so
-    for module in model.modules():
+def reshard(model: nn.Module | None, parameters: Iterable[Tensor], call: str = "") -> None:
+    """Let a model of ``fully_shard`` hold its shards again, where a forward pass without backward left all of them.
+
+    What is written to the shards is seen only then.
+
+    Args:
+        model: The model, if it is known.
+        parameters: Those that are written to; if none is sharded nothing happens.
+        call: What cannot do without the model.
+
+    Raises:
+        RuntimeError: If such a call lacks the model.
+    """
+    if not any(map(is_sharded, parameters)):
+        return
+    if model is None and call:
+        raise RuntimeError(
+            f"{call} over a model of fully_shard needs to know it, because an evaluation leaves whole parameters there "
+            "that do not see what is written to the shards: pass the method model=model"
+        )
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # to import it takes seconds: who has one, has done so
+    for module in () if model is None else model.modules():
         if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             sharded: Any = module
             sharded.reshard()

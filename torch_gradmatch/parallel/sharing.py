@@ -176,7 +176,10 @@ class Sharing:
             tensors: Overwritten.
             kinds: Those that reduce them; with another one nothing happens.
         """
-        if self.kind in kinds:
+        if self.kind == "joined" and self.kind in kinds:
+            for group in self.ranks.groups:
+                average_(tensors, group)
+        elif self.kind in kinds:
             self._reduce_(tensors)
 
     def _reduce_(self, tensors: Sequence[Tensor]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_gradmatch.parallel.foreach import clone_all, copy_all_, find_nonfinite
+from torch_gradmatch.parallel.shards import reshard
 from torch_gradmatch.slow.buffers import Buffers
 from torch_gradmatch.slow.copies import SlowCopies, check_copies, slow_dtype
 
@@ -98,6 +99,11 @@ class Slow:
     def weights(self) -> list[Tensor]:
         """The slow weights, in the order of :attr:`fast`."""
         return [self._weights.of[p] for p in self.fast]
+
+    @property
+    def copies(self) -> Mapping[Tensor, Tensor]:
+        """The slow weights by parameter, as the last inner loop left them if none is open."""
+        return self._weights.of
 
     # ----------------------------------------------------------------------------------------------- how it begins
 
@@ -215,9 +221,18 @@ class Slow:
     @torch.no_grad()
     def restore(self) -> None:
         """Set parameters back to the slow weights, also those whose shape was changed, and buffers to the slow ones."""
-        _write(self.fast, self.weights)
+        self._write(self.weights)
         if self.places is not None:
             self.places.restore(self._saved)
+
+    def _write(self, values: Sequence[Tensor]) -> None:
+        """Let the parameters hold some values, also where their shape was changed, they are sharded or cast."""
+        reshard(self.model, self.fast)
+        for p, value in zip(self.fast, values, strict=True):
+            if p.shape != value.shape:
+                p.data = value.to(p.dtype, copy=True)
+        copy_all_(self.fast, values)
+        torch.clear_autocast_cache()
 
     def close(self) -> None:
         """End the inner loop; everything stays as it is."""
@@ -231,17 +246,17 @@ class Slow:
         if self.is_shown or not self.is_open:
             yield
             return
+        reshard(self.model, self.fast, "slow_weights()")
         values, buffers = clone_all(self.fast), None if self.places is None else self.places.save()
         self.is_shown = True
         try:
             self.restore()
-            torch.clear_autocast_cache()  # which has the values of before
             yield
         finally:
-            _write(self.fast, values)
+            with torch.no_grad():
+                self._write(values)
             if self.places is not None and buffers is not None:
                 self.places.restore(buffers)
-            torch.clear_autocast_cache()
             self.is_shown = False
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -304,12 +319,3 @@ class Slow:
 
 def _is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-@torch.no_grad()
-def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into parameters, also into those whose shape was changed."""
-    for p, value in zip(tensors, values, strict=True):
-        if p.shape != value.shape:
-            p.data = value.to(p.dtype, copy=True)
-    copy_all_(tensors, values)
