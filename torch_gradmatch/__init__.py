@@ -15,8 +15,11 @@ from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import DomainLoader
 from torch_gradmatch.gradients import agreement, alignment, functional
 from torch_gradmatch.gradients.agreement import fish_gamma
+from torch_gradmatch.methods.aggregate import Aggregate
 from torch_gradmatch.methods.fish import Fish
+from torch_gradmatch.methods.fishr import Fishr
 from torch_gradmatch.methods.idgm import IDGM
+from torch_gradmatch.methods.risks import ERM, GroupDRO, VREx
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch, MetaStep
 from torch_gradmatch.slow import ops
@@ -24,18 +27,23 @@ from torch_gradmatch.slow._native import NativeStatus, native_status
 from torch_gradmatch.slow.average import Average
 
 __all__ = [
+    "ERM",
     "IDGM",
+    "Aggregate",
     "Average",
     "Comparison",
     "DomainBatchSampler",
     "DomainLoader",
     "Evidence",
     "Fish",
+    "Fishr",
     "GradMatch",
+    "GroupDRO",
     "MetaStep",
     "NativeStatus",
     "Recipe",
     "SmoothFish",
+    "VREx",
     "__version__",
     "agreement",
     "alignment",

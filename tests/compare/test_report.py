@@ -229,7 +229,7 @@ def test_the_answer_turns_with_the_learning_rate():
 class Broken(Method):
     message: str
 
-    def start(self, optimizer: Any) -> MetaLoop:
+    def make_loop(self, optimizer: Any) -> MetaLoop:
         raise RuntimeError(self.message)
 
 
@@ -251,8 +251,8 @@ class BreaksLater(Fish):
 
     left: int = 3
 
-    def start(self, optimizer: Any) -> MetaLoop:
-        loop = super().start(optimizer)
+    def make_loop(self, optimizer: Any) -> MetaLoop:
+        loop = super().make_loop(optimizer)
         whole = loop.meta_step
 
         def meta_step(*arguments: Any) -> Any:

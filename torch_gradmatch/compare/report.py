@@ -171,7 +171,7 @@ def compare(
             "not at the beginning of a warm-up"
         )
     named = _named(default_methods(model, lr, domains) if methods is None else methods)
-    IDGM(model, 0.0).start(plain)  # refuses parameters that are not in the model
+    IDGM(model, 0.0).make_loop(plain)  # refuses parameters that are not in the model
     with Trial(model, loss_fn, batches, plain) as trial, torch.enable_grad(), warnings.catch_warnings():
         _refuse_nonfinite(trial)
         warnings.filterwarnings("ignore", "SmoothFish matches nothing")  # the table says it
