@@ -335,10 +335,16 @@ def test_heads_and_losses_that_do_not_serve_are_errors_in_words():
         optimizer.load_state_dict(optimizer.optimizer.state_dict())
 
 
-def test_dropout_and_a_penalty_on_the_weights_are_no_sum():
-    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 3)).double()
+def test_dropout_and_a_penalty_on_the_weights_are_no_sum_and_batch_norm_moves_once():
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(0.5), nn.Linear(9, 3)).double()
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fishr(model, model[-1]))
-    optimizer.meta_step(lambda b: loss_of(model, b) + 0.1 * model[0].weight.square().sum(), domains())
+    loss = lambda b: loss_of(model, b) + 0.1 * model[0].weight.square().sum()  # noqa: E731
+    reference = copy.deepcopy(model[:2])
+    for batch in domains():
+        reference(batch[0])
+    optimizer.meta_step(loss, domains())
+    assert model[1].num_batches_tracked == 4
+    torch.testing.assert_close(model[1].running_mean, reference[1].running_mean)
 
 
 # --------------------------------------------------------------------------------------------- several processes

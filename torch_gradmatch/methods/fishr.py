@@ -129,9 +129,9 @@ class Fishr(OnceMethod):
                 moments.append(self._moments(given, index, loss, calls, with_graph=is_on))
                 graphs.append(loss)
 
-            losses = self.losses(given, take)
             if given.checks and "is mean" not in given.kept:
-                self._check_mean(given, calls)
+                self._check_mean(given, calls)  # before there are graphs, which need the buffers as they are then
+            losses = self.losses(given, take)
         whole = torch.stack([m.detach() for m in moments])
         if given.sharing is not None:
             given.sharing.reduce_([whole], "data", "joined")
@@ -255,10 +255,10 @@ class Fishr(OnceMethod):
         state, buffers = RandomState.capture(devices_of(given.parameters, batch)), given.places and given.places.save()
         values: list[float] = []
         try:
-            values = [float(given.of_batch(batch))]
+            values = [given.of_batch(batch).item()]
             double = partial(_doubled, size=len(calls.pop()[0]))
             state.restore()
-            values.append(float(given.of_batch(tree_map(double, batch))))
+            values.append(given.of_batch(tree_map(double, batch)).item())
         except Exception:  # noqa: BLE001  samples that cannot be put together like this
             values.clear()
         finally:
