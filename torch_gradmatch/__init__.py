@@ -15,8 +15,11 @@ from torch_gradmatch.evaluation.leave_one_out import leave_one_domain_out
 from torch_gradmatch.evaluation.recipes import Choice, LogUniform, Recipe
 from torch_gradmatch.gradients import agreement, alignment, functional
 from torch_gradmatch.gradients.agreement import fish_gamma
+from torch_gradmatch.methods.aggregate import Aggregate
 from torch_gradmatch.methods.fish import Fish
+from torch_gradmatch.methods.fishr import Fishr
 from torch_gradmatch.methods.idgm import IDGM
+from torch_gradmatch.methods.risks import ERM, GroupDRO, VREx
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch, MetaStep
 from torch_gradmatch.slow import ops
@@ -24,7 +27,9 @@ from torch_gradmatch.slow._native import NativeStatus, native_status
 from torch_gradmatch.slow.average import Average
 
 __all__ = [
+    "ERM",
     "IDGM",
+    "Aggregate",
     "Average",
     "Choice",
     "Comparison",
@@ -32,12 +37,15 @@ __all__ = [
     "DomainLoader",
     "Evidence",
     "Fish",
+    "Fishr",
     "GradMatch",
+    "GroupDRO",
     "LogUniform",
     "MetaStep",
     "NativeStatus",
     "Recipe",
     "SmoothFish",
+    "VREx",
     "__version__",
     "agreement",
     "alignment",

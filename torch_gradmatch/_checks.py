@@ -145,12 +145,15 @@ def check_int(name: str, value: object, at_least: int) -> int:
     return int(value)
 
 
-def check_number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
+def check_number(
+    name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
+) -> float:
     """Return ``value`` as a ``float`` if it is a finite number in range."""
     number = _as_float(value)
-    if not (above < number < math.inf and number >= at_least):
+    if not (above < number < below and number >= at_least):
         accepted = "" if at_least == -math.inf else f" of at least {at_least:g}"
         accepted = f" greater than {above:g}" if above > -math.inf else accepted
+        accepted += f" and less than {below:g}" if below < math.inf else ""
         raise ValueError(f"{name} should be a finite number{accepted} (got {value!r:.80})")
     return number
 
@@ -179,10 +182,10 @@ def check_model(name: str, value: object) -> nn.Module:
     return value
 
 
-def check_num_domains(number: int) -> int:
+def check_num_domains(number: int, fewest: int = 2) -> int:
     """Return S if there are two domains or more, which gradients need to be matched."""
-    if number < 2:
-        raise ValueError(f"batches should hold one batch of each of at least 2 domains (got {number})")
+    if number < fewest:
+        raise ValueError(f"batches should hold one batch of each of at least {fewest} domains (got {number})")
     return number
 
 

@@ -106,7 +106,7 @@ class GradMatch(Wrapper, Generic[MethodT]):
         optimizer = SeveralOptimizers(listed) if listed is optimizer else check_optimizer("optimizer", optimizer)
         super().__init__(optimizer)
         self.method = cast("MethodT", method)
-        self._loop = method.start(optimizer)
+        self._loop = method.make_loop(optimizer)
         self.average = average
         self._average = None if average is None else RunningAverage(average, getattr(method, "model", None))
 

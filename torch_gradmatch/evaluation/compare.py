@@ -211,7 +211,7 @@ def compare(
             "not at the beginning of a warm-up"
         )
     named = _methods(methods, own, lr, domains, head)
-    IDGM(own, 0.0).start(plain)  # refuses parameters that are not in the model
+    IDGM(own, 0.0).make_loop(plain)  # refuses parameters that are not in the model
     with (
         Trial(own, lambda batch: loss_fn(own, batch), batches, plain) as trial,
         torch.enable_grad(),

@@ -14,7 +14,9 @@ from torch import nn
 from torch_gradmatch._checks import check_choice
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
+from torch_gradmatch.methods.fishr import Fishr
 from torch_gradmatch.methods.idgm import IDGM
+from torch_gradmatch.methods.risks import ERM, GroupDRO, VREx
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 
 __all__ = ["DEFAULT", "SHARED", "Choice", "LogUniform", "Recipe", "Settings", "draw_settings", "for_model"]
@@ -174,9 +176,10 @@ def passes_of(method: Method, model: nn.Module, domains: int) -> float:
         return (3 * domains - 2) / domains
     if isinstance(method, SmoothFish) and method.gamma not in (0, 1):
         return (2 * domains - 1) / domains
-    if isinstance(method, IDGM) and method.matched is not None:
-        matched = method.matched.parameters() if isinstance(method.matched, nn.Module) else method.matched
-        return 1 + sum(p.numel() for p in matched) / sum(p.numel() for p in model.parameters())
+    part = method.head if isinstance(method, Fishr) else getattr(method, "matched", None)
+    if part is not None:
+        twice = part.parameters() if isinstance(part, nn.Module) else part
+        return 1 + sum(p.numel() for p in twice) / sum(p.numel() for p in model.parameters())
     return 2.0 if isinstance(method, IDGM) and method.gamma != 0 else 1.0
 
 
@@ -232,7 +235,7 @@ def _cosine_decay(model: nn.Module, training: Any, settings: Settings) -> None:
         training.step(optimizer, model, batch)
 
 
-DEFAULT = ("ERM", "ERM, balanced", "Fish", "SmoothFish", "IDGM, head")
+DEFAULT = ("ERM", "ERM, balanced", "Fish", "SmoothFish", "IDGM, head", "Fishr")
 
 
 def known_recipes(head: str | None = None) -> dict[str, Recipe]:
@@ -254,7 +257,7 @@ def known_recipes(head: str | None = None) -> dict[str, Recipe]:
     strength = {"strength": LogUniform(0.01, 1.0, 0.1)}
     known = {
         "ERM": Recipe(),
-        "ERM, balanced": Recipe(lambda model, _: SmoothFish(0.0, 0.1, model=model)),
+        "ERM, balanced": Recipe(lambda model, _: ERM(model=model)),
         "Fish": Recipe(lambda model, s: Fish(s["meta_lr"], model=model), meta_lr),
         "SmoothFish": Recipe(
             lambda model, s: SmoothFish(1.0, s["inner_lr"], model=model), {"inner_lr": LogUniform(1e-3, 0.3, 0.03)}
@@ -267,11 +270,13 @@ def known_recipes(head: str | None = None) -> dict[str, Recipe]:
             {"gamma": LogUniform(1e-4, 1e-1, 1e-3)},
         ),
         "IDGM": Recipe(lambda model, s: IDGM(model, strength=s["strength"]), strength),
+        "VREx": Recipe(lambda model, s: VREx(s["beta"], model=model), {"beta": LogUniform(0.1, 100.0, 1.0)}),
+        "GroupDRO": Recipe(lambda model, s: GroupDRO(s["eta"], model=model), {"eta": LogUniform(1e-3, 0.1, 0.01)}),
     }
     if head is not None:
-        known["IDGM, head"] = Recipe(
-            lambda model, s: IDGM(model, strength=s["strength"], matched=model.get_submodule(head)), strength
-        )
+        part: Any = lambda model: model.get_submodule(head)  # noqa: E731
+        known["IDGM, head"] = Recipe(lambda m, s: IDGM(m, strength=s["strength"], matched=part(m)), strength)
+        known["Fishr"] = Recipe(lambda m, s: Fishr(m, part(m), strength=s["strength"]), strength)
     return known
 
 

@@ -273,7 +273,7 @@ class Engine:
         wide = [(p, WIDE.get(dtype, dtype)) for p, dtype in own]
         gradients = self.replay.size if sharing.kind == "data" else 0
         sums = (1 + self.sums.cosines) * (sharing.kind == "domains") + matches
-        sharing.expect(*[own] * gradients, *[wide] * sums, numbers=3 * self.domains)
+        sharing.expect(*[own] * gradients, *[wide] * sums, numbers=3 * self.domains + len(self.leaves))
 
     def _reduce(self, sharing: Sharing, matches: bool) -> None:
         """Add up the products over the ranks."""

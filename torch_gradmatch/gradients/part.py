@@ -23,7 +23,7 @@ from torch_gradmatch.gradients.agreement import OwnAgreement, variance
 from torch_gradmatch.gradients.alignment import accumulate
 from torch_gradmatch.gradients.backward import by_autograd, check_backward, check_differentiable, gradient_of
 from torch_gradmatch.gradients.engine import Engine, with_zeros
-from torch_gradmatch.parallel.foreach import WIDE, Vector, is_sharded
+from torch_gradmatch.parallel.foreach import WIDE, Vector
 from torch_gradmatch.parallel.sharing import Sharing
 
 __all__ = ["PartEngine"]
@@ -152,7 +152,8 @@ class PartEngine(Engine):
         gradients = self.replay.size if sharing.kind == "data" else 0
         number = (1 + self.sums.cosines) * (sharing.kind == "domains")
         parts = 1 + (matches and self.gamma is None)
-        sharing.expect(*[own] * gradients, *[sums] * number, *[wide] * parts, numbers=3 * self.domains)
+        numbers = 3 * self.domains + len(wide)
+        sharing.expect(*[own] * gradients, *[sums] * number, *[wide] * parts, numbers=numbers)
 
     def _reduce(self, sharing: Sharing, matches: bool) -> None:
         """Add up the direction over the ranks; of parameters that ``fully_shard`` does not reduce, too."""
@@ -160,5 +161,4 @@ class PartEngine(Engine):
         if matches and self.gamma is None:
             parts.append(with_zeros(self._matching, self.leaves))
         for part in parts:
-            sharing.reduce_(part, "domains", "data")
-            sharing.reduce_([t for t, leaf in zip(part, self.leaves, strict=True) if not is_sharded(leaf)], "joined")
+            sharing.reduce_direction_(part, self.leaves)

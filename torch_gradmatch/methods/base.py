@@ -1,6 +1,6 @@
 """What a method of gradient matching is to ``GradMatch``: a small object with the policy of a meta-iteration.
 
-A new method is one new file: a :class:`Method` with the settings, whose :meth:`Method.start` makes a
+A new method is one new file: a :class:`Method` with the settings, whose :meth:`Method.make_loop` makes a
 :class:`MetaLoop` that carries them out for one optimizer.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torch_gradmatch import _checks as checks
@@ -59,6 +60,12 @@ class Method(ABC):
                 f"{type(self).__name__}(process_group=...) needs model=, whose buffers are averaged over the ranks"
             )
 
+    def reduce_for_ddp(self) -> None:
+        """Reduce gradients in one go, instead of ``DistributedDataParallel`` in each backward pass."""
+        model: Any = getattr(self, "model", None)
+        if getattr(self, "process_group", None) is None and isinstance(model, DistributedDataParallel):
+            vars(self)["process_group"] = model.process_group
+
     def __repr__(self) -> str:
         shown = [f"{k}={v if k == 'model' else repr(v)}" for k, v in shown_settings(self).items()]
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -84,7 +91,7 @@ class Method(ABC):
         return vars(self)
 
     @abstractmethod
-    def start(self, optimizer: Optimizer) -> MetaLoop:
+    def make_loop(self, optimizer: Optimizer) -> MetaLoop:
         """Make the object that carries the method out for one optimizer.
 
         Args:

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Evaluation:
 
     Attributes:
         loss: Returns the loss of a domain by its number, times ``scale``.
+        of_batch: Returns that of any batch.
         batches: One of each domain.
         parameters: Those of the optimizer that require a gradient.
         sharing: How ranks share the evaluations; None on one process.
@@ -44,11 +45,13 @@ class Evaluation:
         scale: That of a ``GradScaler``. The direction is to be multiplied by it, too, and the report is not.
         checks: Whether to refuse what is not finite or diverges, if the method does so.
         number: How many meta-iterations there were before.
-        memory: What the method keeps from one meta-iteration to the next, as plain numbers: it is in the state dict.
+        memory: What the method keeps from one meta-iteration to the next, as numbers and tensors, not
+            written to: it is in the state dict.
         kept: What it keeps in this process only.
     """
 
     loss: Callable[[int], Tensor]
+    of_batch: Callable[[Any], Tensor]
     batches: Sequence[Any]
     parameters: list[Tensor]
     sharing: Sharing | None = None
@@ -56,7 +59,7 @@ class Evaluation:
     scale: float = 1.0
     checks: bool = True
     number: int = 0
-    memory: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -128,7 +131,12 @@ class Direction:
 class DirectionMethod(Method):
     """A method without inner steps: every meta-iteration is one step of the wrapped optimizer."""
 
-    def start(self, optimizer: Optimizer) -> DirectionLoop:
+    fewest: ClassVar[int] = 2
+    """How many domains a meta-iteration has at least."""
+    keeps: ClassVar[str] = ""
+    """What is lost with the state that it keeps, for a warning."""
+
+    def make_loop(self, optimizer: Optimizer) -> DirectionLoop:
         """Make the loop that carries these settings out for one optimizer.
 
         Args:
@@ -173,7 +181,7 @@ class DirectionLoop(MetaLoop):
 
     def __init__(self, method: DirectionMethod, optimizer: Optimizer) -> None:
         super().__init__(method, optimizer)
-        self.memory: dict[str, float] = {}
+        self.memory: dict[str, Any] = {}
         self._number = 0
         self._kept: dict[str, Any] = {}
         self._writes = self.needs_closure  # whether a meta-iteration writes to parameters before the step
@@ -285,10 +293,11 @@ class DirectionLoop(MetaLoop):
             domains = sharing.domains(domains)
         if not trained:
             raise ValueError("no parameter of the optimizer requires a gradient: call requires_grad_() on some")
-        check_num_domains(domains)
+        check_num_domains(domains, self.method.fewest)
         apply: Callable[[Tensor], Tensor] = (lambda loss: loss) if scaler is None else scaler.scale
         return Evaluation(
             lambda index: apply(evaluate(loss_fn, batches[index], index, trained)),
+            lambda batch: apply(evaluate(loss_fn, batch, 0, trained)),
             batches, trained, sharing, places, scale, True, self._number, self.memory, self._kept,
         )  # fmt: skip
 
@@ -346,14 +355,16 @@ class DirectionLoop(MetaLoop):
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` if the state is malformed. See ``MetaLoop.check_state_dict``."""
         memory = state.get("memory", {})
-        if not isinstance(memory, dict) or not all(isinstance(v, float | int) for v in memory.values()):
+        if not isinstance(memory, dict) or not all(isinstance(v, float | int | Tensor) for v in memory.values()):
             raise ValueError(f"the state dict's 'memory' is malformed (got {memory!r:.80})")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
         super().load_state_dict(state)
-        if not state and getattr(self.method, "gamma", 0.0) is None:
-            warnings.warn("the state dict has nothing of GradMatch: gamma is found anew", stacklevel=4)
-        self.memory, self._number = dict(state.get("memory", {})), int(state.get("number", 0))
+        if not state and self.method.keeps:
+            warnings.warn(f"the state dict has nothing of GradMatch: {self.method.keeps}", stacklevel=4)
+        memory = state.get("memory", {}).items()
+        self.memory = {key: value.clone() if isinstance(value, Tensor) else value for key, value in memory}
+        self._number = int(state.get("number", 0))
         if self.together is not None:
             self.together.has_same(())

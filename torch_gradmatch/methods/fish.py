@@ -124,7 +124,7 @@ class Fish(Method):
             )
         super().__post_init__()
 
-    def start(self, optimizer: Optimizer) -> FishLoop:
+    def make_loop(self, optimizer: Optimizer) -> FishLoop:
         """Make the loop that carries these settings out for one optimizer.
 
         Args:

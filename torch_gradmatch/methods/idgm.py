@@ -151,10 +151,15 @@ class IDGM(DirectionMethod):
     }
 
     def __post_init__(self) -> None:
-        if self.matched is not None and self.process_group is None and isinstance(self.model, DistributedDataParallel):
-            # The matched gradients have to be averaged in any case, and then all of them in one go.
-            self.process_group, self.parallel = self.model.process_group, "data"
+        if self.matched is not None and isinstance(self.model, DistributedDataParallel):
+            self.reduce_for_ddp()
+            self.parallel = "data"
         super().__post_init__()
+
+    @property
+    def keeps(self) -> str:  # type: ignore[override]
+        """What is lost with the state that it keeps."""
+        return "gamma is found anew" if self.gamma is None else ""
 
     @property
     def bypasses_backward(self) -> bool:

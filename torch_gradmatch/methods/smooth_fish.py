@@ -149,7 +149,7 @@ class SmoothFish(DirectionMethod):
             own = [(p, p.dtype) for p in given.parameters]
             wide = [(p, WIDE.get(p.dtype, p.dtype)) for p in given.parameters]
             data = sharing.kind == "data"
-            sharing.expect(*([own] * gradients if data else [wide]), numbers=2 * domains * data)
+            sharing.expect(*([own] * gradients if data else [wide]), numbers=2 * domains * data + len(own))
         sums = GradientAlignment(bool(self.track_alignment), self.track_alignment == "pairs")
         walk = _Walk(given, sums, self.inner_lr / given.scale, symmetric=self.symmetric)
         total: list[Tensor | None] = []

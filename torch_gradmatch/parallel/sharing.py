@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import _DOMAINS as DOMAINS
-from torch_gradmatch.parallel.foreach import local_of
+from torch_gradmatch.parallel.foreach import is_sharded, local_of
 from torch_gradmatch.parallel.ranks import Ranks, average_, max_, sum_
 from torch_gradmatch.parallel.together import Together, average_buffers_
 
@@ -159,9 +159,9 @@ class Sharing:
 
         Args:
             *parts: In order: tensors of the same shapes, and the dtypes.
-            numbers: How many go in :meth:`numbers`, which comes last, beside one for each tensor.
+            numbers: How many go in :meth:`numbers`, which comes last.
         """
-        last = [(parts[0][0][0].new_zeros(numbers + len(parts[0])), torch.float64)]
+        last = [(parts[0][0][0].new_zeros(numbers), torch.float64)]
         self._left = [*parts, last] if self.group is not None else []
 
     def drain(self) -> None:
@@ -181,6 +181,13 @@ class Sharing:
                 average_(tensors, group)
         elif self.kind in kinds:
             self._reduce_(tensors)
+
+    def reduce_direction_(self, direction: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Reduce a direction; with ``"joined"`` the part of it that ``fully_shard`` or DDP does not."""
+        self.reduce_(direction, "domains", "data")
+        if any(map(is_sharded, parameters)):
+            plain = [d for d, p in zip(direction, parameters, strict=True) if not is_sharded(p)]
+            self.reduce_(plain, "joined")
 
     def _reduce_(self, tensors: Sequence[Tensor]) -> None:
         self._left.pop(0)

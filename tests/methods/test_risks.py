@@ -1,0 +1,282 @@
+"""ERM, VREx, GroupDRO and Aggregate: their objectives by plain autograd, what they remember, and several processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from _feature_training import batches, feature_net, through_file
+from _models import DOMAINS, assert_identical, assert_same_model, domain_loss, loss_of, small_network
+from _ranks import on_ranks
+from _spread import build, domain_batches, error_of, loss_over, mine, not_a_number_on_last, spread, weights, world
+from _spread import loss_of as loss_of_part
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam
+
+from torch_gradmatch import ERM, IDGM, Aggregate, Fishr, GradMatch, GroupDRO, VREx
+
+BETA, ETA = 0.7, 0.5
+EVERY = {
+    "ERM": lambda **s: ERM(**s),
+    "VREx": lambda **s: VREx(BETA, **s),
+    "GroupDRO": lambda **s: GroupDRO(ETA, **s),
+    "Aggregate": lambda **s: Aggregate(lambda matrix: matrix.mean(0), **s),
+}
+
+
+def objective(name: str, losses: Tensor, q: Tensor | None = None) -> Tensor:
+    if name == "VREx":
+        return losses.mean() + BETA * (losses - losses.mean()).square().mean()
+    if name == "GroupDRO":
+        q = (torch.ones_like(losses) if q is None else q) * (ETA * losses.detach()).exp()
+        return (q / q.sum() * losses).sum()
+    return losses.mean()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_direction_is_the_gradient_of_the_objective_step_by_step(name: str):
+    """BatchNorm and a parameter of each domain's own; the losses reported; buffers as S forward passes leave them."""
+    model, reference = feature_net(), feature_net()
+    optimizer = GradMatch(Adam(model.parameters(), lr=0.05), EVERY[name](model=model))
+    plain = Adam(reference.parameters(), lr=0.05)
+    q = torch.ones(DOMAINS, dtype=torch.float64)
+    for number in range(5):
+        report = optimizer.meta_step(partial(loss_of, model), batches(DOMAINS, number))
+        losses = torch.stack([loss_of(reference, batch) for batch in batches(DOMAINS, number)])
+        plain.zero_grad()
+        objective(name, losses, q).backward()
+        q = q * (ETA * losses.detach()).exp()
+        q = q / q.sum()
+        plain.step()
+        torch.testing.assert_close(report.losses, losses.detach(), rtol=1e-9, atol=1e-12)
+        assert_same_model(model, reference, rtol=1e-9)
+        optimizer.zero_grad()
+
+
+@settings(deadline=None, max_examples=30)
+@given(values=st.lists(st.floats(-3, 3), min_size=2, max_size=6), eta=st.floats(0, 20), beta=st.floats(0, 10))
+def test_weights_of_the_domains(values: list[float], eta: float, beta: float):
+    """Of losses w x_i the direction is sum_i w_i x_i: a softmax of eta L, and 1/S + 2 beta (L_i - mean)/S."""
+    x = torch.tensor(values, dtype=torch.float64)
+    shares = (eta * x).softmax(0)
+    by_hand = {"dro": (shares * x).sum(), "rex": ((1 + 2 * beta * (x - x.mean())) / len(x) * x).sum()}
+    for name, method in {"dro": GroupDRO(eta), "rex": VREx(beta)}.items():
+        w = nn.Parameter(torch.ones((), dtype=torch.float64))
+        optimizer = GradMatch(SGD([w], lr=0.0), method)
+        optimizer.meta_step(lambda value, w=w: w * value, list(x))
+        torch.testing.assert_close(w.grad, by_hand[name], rtol=1e-9, atol=1e-12)
+
+
+def test_weights_of_domains_go_by_name_and_a_new_one_has_the_mean():
+    w = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = GradMatch(SGD([w], lr=0.0), GroupDRO(1.0))
+    steps = [{"a": 1.0, "b": 2.0}, {"b": 0.5, "a": 1.0}, {"c": 0.0, "a": 0.0}]
+    for step in steps:
+        optimizer.meta_step(lambda value: w * value, {k: torch.tensor(v).double() for k, v in step.items()})
+    memory = optimizer.state_dict()["gradmatch"]["memory"]
+    found = {key.rpartition(" ")[2]: math.exp(value) for key, value in memory.items()}
+    a, b = math.exp(1.0 + 1.0), math.exp(2.0 + 0.5)
+    whole = (a + b) * 1.5
+    assert found == pytest.approx({"'a'": a / whole, "'b'": b / whole, "'c'": (a + b) / 2 / whole}, rel=1e-9)
+
+
+def test_weights_never_overflow_or_die():
+    w = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = GradMatch(SGD([w], lr=0.0), GroupDRO(100.0))
+    for _ in range(20):
+        optimizer.meta_step(lambda value: w * value, list(torch.tensor([0.0, 9.0]).double()))
+    memory = optimizer.state_dict()["gradmatch"]["memory"]
+    assert memory["log weight of number 0"] == pytest.approx(-18000.0)
+    for _ in range(21):
+        optimizer.meta_step(lambda value: w * value, list(torch.tensor([9.0, 0.0]).double()))
+    assert w.grad.item() == pytest.approx(9.0)  # the first domain is back
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_resumes_bit_for_bit_and_closures_count_once(name: str):
+    def run(resumes: bool, optimizer_class: Any = Adam) -> Any:
+        model = feature_net()
+        optimizer = GradMatch(optimizer_class(model.parameters(), lr=0.05), EVERY[name](model=model))
+        for number in range(4):
+            if resumes and number == 2:
+                state = through_file((model.state_dict(), optimizer.state_dict()))
+                model = feature_net()
+                model.load_state_dict(state[0])
+                optimizer = GradMatch(optimizer_class(model.parameters(), lr=0.05), EVERY[name](model=model))
+                optimizer.load_state_dict(state[1])
+            optimizer.meta_step(partial(loss_of, model), batches(DOMAINS, number))
+        return model.state_dict(), optimizer.state_dict()
+
+    assert_identical(run(True), run(False))
+    memories = []
+    for iterations in (1, 5):
+        model = small_network()
+        optimizer = GradMatch(LBFGS(model.parameters(), lr=0.01, max_iter=iterations), EVERY[name]())
+        optimizer.meta_step(lambda domain, m=model: domain_loss(m, domain), [0, 1, 2])
+        memories.append(optimizer.state_dict()["gradmatch"]["memory"])
+    assert_identical(memories[0], memories[1])
+
+
+def test_step_is_a_plain_step_and_one_domain_is_enough_for_ordinary_training():
+    model, reference = feature_net(), feature_net()
+    optimizer = GradMatch(Adam(model.parameters(), lr=0.05), ERM())
+    plain = Adam(reference.parameters(), lr=0.05)
+    (batch,) = batches(1)
+    for one, m in ((optimizer, model), (plain, reference)):
+        one.zero_grad()
+        loss_of(m, batch).backward()
+        one.step()
+    assert_identical(model.state_dict(), reference.state_dict())
+    assert optimizer.meta_step(partial(loss_of, model), [batch]).losses.shape == (1,)
+    with pytest.raises(ValueError, match="at least 2 domains"):
+        GradMatch(Adam(model.parameters()), VREx()).meta_step(partial(loss_of, model), [batch])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_failures_change_nothing(name: str):
+    model = feature_net()
+    optimizer = GradMatch(Adam(model.parameters(), lr=0.05), EVERY[name](model=model))
+    optimizer.meta_step(partial(loss_of, model), batches(DOMAINS))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = small_network()
+    for loss, error, message in (
+        (lambda b: loss_of(model, b) * (float("inf") if b[2] == 1 else 1), ValueError, "loss of batch 1 is inf"),
+        (lambda b: domain_loss(other, 0), ValueError, "depends on none of the parameters"),
+        (lambda b: loss_of(model, b) + (model.inp.weight * 0).abs().sqrt().sum(), RuntimeError, "diverged"),
+        (lambda b: None, TypeError, "should return a scalar tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.meta_step(loss, batches(DOMAINS))
+        assert_identical((model.state_dict(), optimizer.state_dict()), before)
+
+
+def test_settings_and_changed_numbers_of_domains():
+    for build_, message in (
+        (lambda: VREx(-1), "beta should be"),
+        (lambda: GroupDRO(float("nan")), "eta should be"),
+        (lambda: ERM(nonfinite="maybe"), "nonfinite should be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_()
+    w = nn.Parameter(torch.ones(()))
+    optimizer = GradMatch(SGD([w], lr=0.0), GroupDRO(1.0))
+    optimizer.meta_step(lambda value: w * value, [1.0, 2.0])
+    with pytest.raises(ValueError, match="holds 3 domains without names, and earlier ones held 2"):
+        optimizer.meta_step(lambda value: w * value, [1.0, 2.0, 3.0])
+    with pytest.warns(UserWarning, match="weights of the domains begin anew"):
+        optimizer.load_state_dict(optimizer.optimizer.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------- Aggregate
+
+
+def test_the_matrix_has_a_row_for_each_domain_and_zeros_where_nothing_depends():
+    """Mixed shapes, a parameter of each domain's own, one without gradient: as autograd finds them, in order."""
+    model, seen = feature_net(), []
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def aggregator(matrix: Tensor) -> Tensor:
+        seen.append(matrix.clone())
+        return matrix.amax(0)
+
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.0), Aggregate(aggregator, model=model))
+    optimizer.meta_step(partial(loss_of, model), batches(DOMAINS))
+    rows = []
+    for batch in batches(DOMAINS):
+        gradient = torch.autograd.grad(loss_of(model, batch), trained, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in gradient]))
+    torch.testing.assert_close(seen[0], torch.stack(rows), rtol=1e-9, atol=1e-12)
+    found = torch.cat([torch.zeros(p.numel()).double() if p.grad is None else p.grad.flatten() for p in trained])
+    torch.testing.assert_close(found, seen[0].amax(0), rtol=1e-9, atol=1e-12)
+    assert model.unused.grad is None
+    scaled = GradMatch(SGD(model.parameters(), lr=0.0), Aggregate(aggregator, model=model))
+    scaled.meta_step(partial(loss_of, model), batches(DOMAINS), torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-9, atol=1e-12)
+
+
+def test_aggregators_that_do_not_serve():
+    for wrong in ("mean", 3, nn.Identity):
+        with pytest.raises(TypeError, match=r"a function from a matrix \(S, P\) to a vector \(P,\)"):
+            Aggregate(wrong)
+    model = small_network()
+    for aggregator, got in ((lambda m: m, r"\(2, 21\)"), (lambda m: m.sum(), r"\(\)"), (lambda m: None, "NoneType")):
+        optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Aggregate(aggregator))
+        with pytest.raises(ValueError, match=rf"should return a tensor of shape \(21,\).*\(got {got}\)"):
+            optimizer.meta_step(partial(domain_loss, model), [0, 1])
+
+
+# --------------------------------------------------------------------------------------------- several processes
+
+
+def one_rank(scheme: str, name: str) -> Any:
+    model = spread(scheme, build("batch_norm")) if scheme in {"ddp", "fsdp"} else build("batch_norm")
+    optimizer = GradMatch(
+        SGD(model.parameters(), lr=0.1), EVERY[name](model=model, **({} if scheme != "data" else world()))
+    )
+    for number in range(3):
+        report = optimizer.meta_step(partial(loss_of_part, model), mine(domain_batches(3, number)))
+    return weights(model), report.losses
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("scheme", ["ddp", "fsdp", "data"])
+def test_on_two_ranks_is_what_one_process_finds(scheme: str, name: str):
+    if scheme == "fsdp" and name == "Aggregate":
+        errors = on_ranks(2, sharded_aggregate)
+        assert all("needs whole gradients in one matrix, and the parameters are sharded" in e for e in errors)
+        return
+    model = build("batch_norm")
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), EVERY[name](model=model))
+    for number in range(3):
+        report = optimizer.meta_step(partial(loss_over, model, size=2), domain_batches(3, number))
+    for found, losses in on_ranks(2, one_rank, scheme, name):
+        torch.testing.assert_close(losses, report.losses, rtol=1e-9, atol=1e-9)
+        for key, value in weights(model).items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def sharded_aggregate() -> str:
+    model = spread("fsdp", build("smooth"))
+    return error_of(lambda: GradMatch(SGD(model.parameters(), lr=0.1), EVERY["Aggregate"](model=model)))
+
+
+def fails_on_one(name: str) -> str:
+    model = build("smooth")
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), EVERY[name](model=model, **world()))
+    return error_of(optimizer.meta_step, not_a_number_on_last(partial(loss_of_part, model)), mine(domain_batches(3, 0)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_one_rank_raises_all_raise(name: str):
+    assert all("is nan" in error for error in on_ranks(2, fails_on_one, name))
+
+
+def raises_on_one(name: str) -> str:
+    """A loss that raises in the middle: the other rank is in a reduction by then."""
+    model = build("smooth")
+    of_head = {"Fishr": Fishr, "matched": lambda m, head, **s: IDGM(m, matched=head, parallel="data", **s)}
+    method = of_head[name](model, model[-1], **world()) if name in of_head else EVERY[name](model=model, **world())
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), method)
+    calls: list[int] = []
+
+    def loss(batch: Any) -> Tensor:
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) == 2:
+            raise ZeroDivisionError("here")
+        return loss_of_part(model, batch)
+
+    return error_of(optimizer.meta_step, loss, mine(domain_batches(3, 0)))
+
+
+@pytest.mark.parametrize("name", [*EVERY, "Fishr", "matched"])
+def test_a_rank_that_raises_keeps_nobody_waiting(name: str):
+    first, second = on_ranks(2, raises_on_one, name)
+    assert "on rank 1: ZeroDivisionError: here" in first
+    assert "ZeroDivisionError: here" in second
