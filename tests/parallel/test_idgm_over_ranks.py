@@ -342,7 +342,7 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all_and_changes_nothing(parall
         "batches is empty",
         "" if parallel == "domains" else unequal,
         "",
-        "number 0 of the optimizer, of shape (5, 7), holds other values",
+        "same parameter number 0 of the optimizer, but it is torch.float64 of shape (5, 7)",
     ]
     for rank, (found, unchanged, _) in enumerate(everywhere):
         assert unchanged

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from torch_gradmatch.parallel import ranks as parallel_ranks
-from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, max_, sum_
-from torch_gradmatch.parallel.same import check_same_parameters
+from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, check_same_parameters, max_, sum_
 
 
 def agree() -> dict[str, Any]:
@@ -154,10 +153,10 @@ def compare_all() -> dict[str, str]:
 def test_the_same_parameters_pass_and_others_are_named_on_all_ranks():
     for found in on_ranks(4, compare_all):
         assert found["nothing"] == ""
-        assert "number 2 of the optimizer, of shape (5,), holds other values" in found["value"]
+        assert "same parameter number 2 of the optimizer, but it is torch.bfloat16 of shape (5,)" in found["value"]
         assert "broadcast" in found["value"]
-        assert "number 2 of the optimizer, of shape (5,), holds other values" in found["order"]
-        assert "one has 4 of them and one 3" in found["number"]
-        on_one_and_another = "torch.float32 of shape (2, 3) on one and torch.float32 of shape (7,) on another"
-        assert f"number 0 is {on_one_and_another}" in found["shape"]
+        assert "same parameter number 2 of the optimizer" in found["order"]
+        assert "same number of parameters, but it is 4 on rank 0 and 3 on rank 3" in found["number"]
+        assert "number 0 of the optimizer, but it is torch.float32 of shape (2, 3)" in found["shape"]
+        assert "torch.float32 of shape (7,)" in found["shape"]
         assert "number 0 of the optimizer" in found["mesh"]

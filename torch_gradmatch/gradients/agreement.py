@@ -31,8 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice, check_int, check_number
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment, accumulate
-from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, by_kind, is_sharded, squared_norm
-from torch_gradmatch.parallel.shards import sharded_like
+from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, by_kind, is_sharded, sharded_like, squared_norm
 
 __all__ = [
     "AGREEMENTS",

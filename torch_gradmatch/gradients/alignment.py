@@ -33,9 +33,9 @@ from torch_gradmatch.parallel.foreach import (
     is_sharded,
     local_of,
     over_shards,
+    sharded_like,
     squared_norm,
 )
-from torch_gradmatch.parallel.shards import sharded_like
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,13 +13,13 @@ import re
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torch_gradmatch.parallel.foreach import Vector, clone_all, in_transform, is_sharded, precision, squared_norm
-from torch_gradmatch.parallel.shards import placed_like
 
 __all__ = ["by_autograd", "check_backward", "explain", "gradient_of", "reverse"]
 
@@ -51,7 +51,8 @@ def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = 
         for leaf, gradient in zip(leaves, kept, strict=True):
             leaf.grad = gradient
     if any(map(is_sharded, leaves)):
-        return [None if g is None else placed_like(g, leaf) for g, leaf in zip(found, leaves, strict=True)]
+        pairs: Any = zip(found, leaves, strict=True)
+        return [g.redistribute(p.device_mesh, p.placements) if g is not None and is_sharded(g) else g for g, p in pairs]
     if dist.is_available() and dist.is_initialized():
         # DistributedDataParallel(gradient_as_bucket_view=True) has the next gradient in the same memory.
         copies = iter(clone_all([g for g in found if g is not None]))

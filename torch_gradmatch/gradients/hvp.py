@@ -52,9 +52,9 @@ from torch_gradmatch.parallel.foreach import (
     copy_all_,
     is_sharded,
     precision,
+    sharded_like,
     squared_norm,
 )
-from torch_gradmatch.parallel.shards import sharded_like
 
 __all__ = [
     "HVPS",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torch_gradmatch.parallel.foreach import clone_all, detach_all
+from torch_gradmatch.parallel.foreach import clone_all, in_transform
 
 __all__ = ["Buffers", "functional_loss"]
 
@@ -67,8 +67,9 @@ def functional_loss(
         held |= {f"model.{name}": copy for name, copy in copies}
         loss = functional_call(closure, held, (batch,)) if held else loss_fn(batch)
         # functional_call leaves in the dictionary what a module put in a buffer's place.
-        after = detach_all([held[f"model.{name}"] for name in buffers])
-        return loss, dict(zip(buffers, after, strict=True))
+        after = {name: held[f"model.{name}"] for name in buffers}
+        wrapped = in_transform()  # where a tensor does not say whether it depends on others
+        return loss, {name: b.detach() if wrapped or b.requires_grad else b for name, b in after.items()}
 
     pure.closure_around = model  # type: ignore[attr-defined]
     return pure

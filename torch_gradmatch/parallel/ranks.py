@@ -10,11 +10,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors  # what torch's own DDP uses
 from torch.distributed import DistError, ProcessGroup
 
 from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
 
-__all__ = ["Ranks", "average_", "check_process_group", "is_told", "max_", "sum_"]
+__all__ = [
+    "Ranks",
+    "average_",
+    "average_buffers_",
+    "check_process_group",
+    "check_same_parameters",
+    "is_told",
+    "max_",
+    "sum_",
+]
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 _TOLD = "_torch_gradmatch_told"
@@ -32,16 +42,12 @@ def check_process_group(value: object) -> ProcessGroup | None:
 
     Raises:
         TypeError: If it is anything else.
-        ValueError: If this process is not in it.
     """
-    if value is None:
-        return None
-    if value is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
-        raise ValueError("process_group should be a group that this process is in")
-    if not isinstance(value, ProcessGroup):
+    if value is not None and not isinstance(value, ProcessGroup):
         raise TypeError(
-            f"process_group should be a torch.distributed.ProcessGroup such as torch.distributed.group.WORLD (after "
-            f"init_process_group) or mesh.get_group(), or None (got {type(value).__name__})"
+            "process_group should be a torch.distributed.ProcessGroup that this process is in, such as "
+            "torch.distributed.group.WORLD (after init_process_group) or mesh.get_group(), or None "
+            f"(got {type(value).__name__})"
         )
     return value
 
@@ -89,7 +95,7 @@ class Ranks:
             if error is not None:
                 raise error
             return [number]
-        told = "" if facts is None else repr(sorted((name, str(value)) for name, value in facts.items()))
+        told = repr(sorted((name, str(value)) for name, value in (facts or {}).items()))
         Ranks.votes += 1
         with _in_collective():
             rows = self._gather_numbers([error is not None, zlib.crc32(told.encode()), number])
@@ -205,21 +211,14 @@ def sum_(tensors: Sequence[Tensor], group: ProcessGroup, operation: Any = dist.R
         operation: Another one than the sum.
     """
     for _, (same,) in by_kind([torch.view_as_real(t) if t.is_complex() else t for t in map(local_of, tensors)]):
-        starts, size = [0], 0
-        for position, t in enumerate(same):
-            if size and size + t.nbytes > BUCKET:
-                starts, size = [*starts, position], 0
-            size += t.nbytes
-        for start, end in zip(starts, [*starts[1:], len(same)], strict=True):
-            parts = same[start:end]
+        for parts in _take_tensors(same, BUCKET):
             alone = len(parts) == 1 and parts[0].is_contiguous()
-            vector = parts[0] if alone else torch.cat([part.reshape(-1) for part in parts])
+            vector = parts[0] if alone else _flatten_dense_tensors(parts)
             if vector.numel():
                 with _in_collective():
                     dist.all_reduce(vector, operation, group=group)
             if not alone:
-                pieces = vector.split([part.numel() for part in parts])
-                copy_all_(parts, [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)])
+                copy_all_(parts, _unflatten_dense_tensors(vector, parts))
 
 
 def max_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
@@ -236,3 +235,53 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
     sum_(tensors, group)
     for _, (same,) in by_kind(tensors):
         torch._foreach_div_(same, group.size())
+
+
+def average_buffers_(buffers: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Let buffers hold their means over the ranks of a group, each in its dtype; of integers the largest."""
+    average_([b for b in buffers if b.is_floating_point() or b.is_complex()], group)
+    max_([b for b in buffers if not (b.is_floating_point() or b.is_complex())], group)
+
+
+# ------------------------------------------------------------------------------------------------- the same parameters
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+def check_same_parameters(parameters: Sequence[Tensor], group: ProcessGroup, ranks: Ranks) -> None:
+    """Raise on all ranks if those of a group do not hold the same parameters, bit for bit.
+
+    Takes one pass over the parameters and two collectives of some bytes, and waits for an accelerator: for once in a
+    training run. Only ``DistributedDataParallel`` and the like send one rank's parameters to the others.
+
+    Args:
+        parameters: The optimizer's, in order. Of a ``DTensor`` the local shard is compared.
+        group: The ranks that should hold the same.
+        ranks: All that are to raise together, those of the group among them.
+
+    Raises:
+        ValueError: If they do not; the message names the first parameter that differs, and says what to do.
+    """
+    facts: dict[str, object] = {"number of parameters": len(parameters)}
+    for index, shard in enumerate(map(local_of, parameters)):
+        facts[f"parameter number {index} of the optimizer"] = (
+            f"{shard.dtype} of shape {tuple(shard.shape)}, checksum {_checksum(shard)}"
+        )
+    members = Ranks([group], parameters[0].device if parameters else torch.device("cpu"))
+    with ranks.together():
+        try:
+            members.vote(None, facts)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: build the model with the same torch.manual_seed() on every rank, load the same checkpoint, "
+                "or send one rank's parameters to all, for p in model.parameters(): "
+                "torch.distributed.broadcast(p.detach(), 0)"
+            ) from error
+
+
+@torch.no_grad()
+def _checksum(tensor: Tensor) -> int:
+    """Return the sum of the bits, read as integers and times odd numbers that tell their places."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    bits = real.detach().reshape(-1).view(_INTEGERS[real.element_size()])
+    return int((bits.long() * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum())

@@ -1,7 +1,7 @@
-"""Parameters that are sharded over ranks: ``DTensor`` s, as ``fully_shard`` makes them, and their local shards.
+"""Parameters that are sharded over ranks: ``DTensor`` s, as ``fully_shard`` makes them.
 
-Elementwise work is done on the local shards. What sums over elements is added up by DTensor itself, over the ranks that
-hold the other shards (:func:`torch_gradmatch.parallel.foreach.over_shards`).
+Elementwise work is done on their local shards. What sums over elements is added up by DTensor itself, over the ranks
+that hold the other shards (:func:`torch_gradmatch.parallel.foreach.over_shards`).
 """
 
 from __future__ import annotations
@@ -15,25 +15,7 @@ from torch.distributed import ProcessGroup
 
 from torch_gradmatch.parallel.foreach import is_sharded
 
-__all__ = ["groups_of", "placed_like", "reshard", "sharded_like"]
-
-
-def sharded_like(local: Tensor, like: Tensor | None) -> Tensor:
-    """Return a local shard as a ``DTensor`` with the mesh, placements and shape of another tensor.
-
-    Args:
-        local: Of the shape of the other's local shard; any dtype.
-        like: A ``DTensor``, or any other tensor.
-
-    Returns:
-        A tensor around ``local``, which shares its memory; ``local`` itself if ``like`` is no ``DTensor``.
-    """
-    if like is None or not is_sharded(like):
-        return local
-    to: Any = like
-    layout = {"run_check": False, "shape": to.shape, "stride": to.stride()}
-    found: Tensor = type(to).from_local(local, to.device_mesh, to.placements, **layout)
-    return found
+__all__ = ["groups_of", "reshard"]
 
 
 def groups_of(tensors: Iterable[Tensor]) -> list[ProcessGroup]:
@@ -47,16 +29,6 @@ def groups_of(tensors: Iterable[Tensor]) -> list[ProcessGroup]:
     """
     meshes: list[Any] = [getattr(tensor, "device_mesh", None) for tensor in tensors if is_sharded(tensor)]
     return list(dict.fromkeys(mesh.get_group(dim) for mesh in dict.fromkeys(meshes) for dim in range(mesh.ndim)))
-
-
-def placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return a gradient with the placements of its parameter: itself where it has them."""
-    sharded: Any = gradient
-    like: Any = parameter
-    if not is_sharded(gradient) or sharded.placements == like.placements:
-        return gradient
-    redistributed: Tensor = sharded.redistribute(like.device_mesh, like.placements)
-    return redistributed
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import _DOMAINS as DOMAINS
 from torch_gradmatch.parallel.foreach import local_of
-from torch_gradmatch.parallel.ranks import Ranks, average_, max_, sum_
-from torch_gradmatch.parallel.together import Together, average_buffers_
+from torch_gradmatch.parallel.ranks import Ranks, average_, average_buffers_, max_, sum_
+from torch_gradmatch.parallel.together import Together
 
 __all__ = ["Sharing", "check_ddp", "share", "without_reduction"]
 
@@ -202,9 +203,8 @@ class Sharing:
         flags = torch.tensor(reached, dtype=torch.float64, device=like.device)
         placed = []
         for values in found if self.kind != "walks" else ():
-            whole = values.new_zeros(self.domains(len(values)), dtype=torch.float64)
-            whole[self.first : self.first + len(values)] = values
-            placed.append(whole)
+            after = self.domains(len(values)) - self.first - len(values)
+            placed.append(functional.pad(values.double(), (self.first, after)))
         vector = torch.cat([*placed, flags])
         self._reduce_([vector])
         *merged, flags = vector.split([len(part) for part in (*placed, flags)])

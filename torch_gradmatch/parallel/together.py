@@ -11,7 +11,6 @@ is the displacement :math:`\tilde\theta_r - \theta`, in the dtype of the slow we
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -22,12 +21,11 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
-from torch_gradmatch.parallel.ranks import Ranks, average_, max_
-from torch_gradmatch.parallel.same import check_same_parameters
-from torch_gradmatch.parallel.shards import groups_of, sharded_like
+from torch_gradmatch.parallel.foreach import add_all_, copy_all_, map_kinds
+from torch_gradmatch.parallel.ranks import Ranks, average_, average_buffers_, check_same_parameters
+from torch_gradmatch.parallel.shards import groups_of
 
-__all__ = ["Together", "average_buffers_", "mean_of_walks", "ranks_around"]
+__all__ = ["Together", "ranks_around"]
 
 
 def ranks_around(parameters: Sequence[Tensor], method: Any) -> Together | None:
@@ -49,15 +47,11 @@ def ranks_around(parameters: Sequence[Tensor], method: Any) -> Together | None:
     model: nn.Module | None = getattr(method, "model", None)
     given: ProcessGroup | None = getattr(method, "process_group", None)
     averaged_by = model.process_group if isinstance(model, DistributedDataParallel) else None
-    if given is not None and isinstance(model, DataParallel):
+    # In one DataParallel several devices share a process; FSDP1's parameters do not say which shards they are.
+    if type(model).__name__ == "FullyShardedDataParallel" or (given is not None and isinstance(model, DataParallel)):
         raise ValueError(
-            f"{type(method).__name__}(process_group=...) does not support a model in DataParallel: pass and call the "
-            "plain module"
-        )
-    if type(model).__name__ == "FullyShardedDataParallel":
-        raise ValueError(
-            "the model is in a FullyShardedDataParallel (FSDP1), whose parameters do not say which shards they are: "
-            "use torch.distributed.fsdp.fully_shard"
+            f"{type(method).__name__} does not support a model in {type(model).__name__} here: pass and call the plain "
+            "module, or use torch.distributed.fsdp.fully_shard"
         )
     groups = [*groups_of(parameters), *([] if averaged_by is None else [averaged_by])]
     if given is None and not groups:
@@ -146,57 +140,24 @@ class Together:
     ) -> list[Tensor]:
         """Return where the walks of all ranks have led in the mean, and let all else that they moved be their mean.
 
+        Takes a vector of the size of the parameters.
+
         Args:
             slow: Where they began, the same on every rank.
-            fast: Where this rank's has led; tensors of the slow ones' dtypes are overwritten.
+            fast: Where this rank's has led.
             latest: Slow value and buffer of those that take the mean itself.
             buffers: All buffers, also those. Of integers the largest is taken.
 
         Returns:
-            The mean of each fast tensor, the same bits on every rank: itself, or a new one where that is narrower than
-            the slow one, or shares memory.
+            The mean of each fast tensor in the dtype of the slow one, the same bits on every rank.
         """
         group = self.group
         assert group is not None
-        ends = [*fast, *(end for _, end in latest)]
-        means = mean_of_walks([*slow, *(start for start, _ in latest)], ends, group)
+        starts, ends = [*slow, *(start for start, _ in latest)], [*fast, *(end for _, end in latest)]
+        means: Any = map_kinds(torch._foreach_sub, ends, starts)
+        average_(means, group)
+        add_all_(means, starts)
         copy_all_(ends[len(fast) :], means[len(fast) :])
         averaged = {id(end) for end in ends}
         average_buffers_([b for b in buffers if id(b) not in averaged], group)
-        return means[: len(fast)]
-
-
-def average_buffers_(buffers: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Let buffers hold their means over the ranks of a group, each in its dtype; of integers the largest."""
-    is_mean = [b.is_floating_point() or b.is_complex() for b in buffers]
-    average_([b for b, mean in zip(buffers, is_mean, strict=True) if mean], group)
-    max_([b for b, mean in zip(buffers, is_mean, strict=True) if not mean], group)
-
-
-@torch.no_grad()
-def mean_of_walks(slow: Sequence[Tensor], fast: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Return where the walks of all ranks have led in the mean, the same bits on every rank.
-
-    Args:
-        slow: Where they began, the same on every rank.
-        fast: Where this rank's has led; tensors of the slow ones' dtypes are overwritten.
-        group: The ranks.
-
-    Returns:
-        The means: the fast tensors themselves; new ones for those that are narrower than the slow ones, and for those
-        that share memory.
-    """
-    storages = Counter(local_of(f).untyped_storage().data_ptr() for f in fast)
-    ends = []
-    for s, f in zip(slow, fast, strict=True):
-        shard = local_of(f)
-        # A copy also of weights that are tied by their storage: not twice in place.
-        copies = f.dtype != s.dtype or storages[shard.untyped_storage().data_ptr()] > 1
-        ends.append(sharded_like(shard.to(s.dtype, copy=True), f) if copies else f)
-    pairs = [lists for _, lists in by_kind(ends, slow)]
-    for at_end, at_start in pairs:
-        torch._foreach_sub_(at_end, at_start)
-    average_(ends, group)
-    for at_end, at_start in pairs:
-        torch._foreach_add_(at_end, at_start)
-    return ends
+        return means[: len(fast)]  # type: ignore[no-any-return]
