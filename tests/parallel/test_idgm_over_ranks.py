@@ -402,7 +402,7 @@ def test_what_cannot_be_shared_is_refused():
         assert "IDGM(..., process_group=torch.distributed.group.WORLD, parallel='data')" in found["ddp"]
         for name in ("ddp by domains", "ddp by walks"):
             assert "pass and call the plain module" in found[name]
-        assert "process_group should hold the ranks of the model's" in found["ddp alone"]
+        assert "if the model's process group is another one, that" in found["ddp alone"]
         assert "use torch.distributed.fsdp.fully_shard" in found["fsdp1"]
 
 

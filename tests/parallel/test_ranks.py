@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from torch_gradmatch.parallel import ranks as parallel_ranks
-from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, check_same_parameters, max_, sum_
+from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, max_, sum_
 
 
 def agree() -> dict[str, Any]:
@@ -137,7 +137,7 @@ def compare(change: str) -> str:
     if last and change == "shape":
         parameters[0] = nn.Parameter(torch.randn(7))
     group = dist.group.WORLD
-    return error_of(check_same_parameters, parameters, group, Ranks([group], torch.device("cpu")))
+    return error_of(Ranks([group], torch.device("cpu")).check_same, parameters, group)
 
 
 def compare_all() -> dict[str, str]:
@@ -147,7 +147,7 @@ def compare_all() -> dict[str, str]:
     outer, inner = mesh.get_group("outer"), mesh.get_group("inner")
     parameter = nn.Parameter(torch.full((2,), float(dist.get_rank(inner)) + (dist.get_rank() == 3)))
     ranks = Ranks([outer, inner], torch.device("cpu"))
-    return {**found, "mesh": error_of(check_same_parameters, [parameter], outer, ranks)}
+    return {**found, "mesh": error_of(ranks.check_same, [parameter], outer)}
 
 
 def test_the_same_parameters_pass_and_others_are_named_on_all_ranks():

@@ -51,12 +51,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_of(tensor: Tensor) -> Tensor:
     """Return a tensor, or of a ``DTensor`` the shard that this rank holds, which shares its memory."""
-    if not is_sharded(tensor):
-        return tensor
-    sharded: Any = tensor
-    with torch.no_grad():
-        shard: Tensor = sharded.to_local()
-    return shard
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def in_transform() -> bool:
@@ -78,8 +73,7 @@ def sharded_like(local: Tensor, like: Tensor | None) -> Tensor:
         return local
     to: Any = like
     layout = {"run_check": False, "shape": to.shape, "stride": to.stride()}
-    found: Tensor = type(to).from_local(local, to.device_mesh, to.placements, **layout)
-    return found
+    return type(to).from_local(local, to.device_mesh, to.placements, **layout)  # type: ignore[no-any-return]
 
 
 def by_kind(*lists: Sequence[Any]) -> list[tuple[list[int], list[list[Tensor]]]]:
@@ -239,7 +233,7 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def read(scalars: Sequence[Tensor]) -> list[float]:
-    """Read some scalars, synchronizing once for each device.
+    """Read some scalars, synchronizing once if they are on one device.
 
     Args:
         scalars: Each of shape (), real.
@@ -247,12 +241,8 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
     Returns:
         Their values.
     """
-    devices = [scalar.device for scalar in scalars]
-    values = {
-        device: iter(torch.stack([s for s, d in zip(scalars, devices, strict=True) if d == device]).tolist())
-        for device in dict.fromkeys(devices)
-    }
-    return [next(values[device]) for device in devices]
+    alike = len({scalar.device for scalar in scalars}) == 1
+    return torch.stack([s if alike else s.cpu() for s in scalars]).tolist() if scalars else []
 
 
 def find_nonfinite(tensors: Sequence[Tensor]) -> list[int]:

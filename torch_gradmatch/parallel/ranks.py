@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,19 +16,11 @@ from torch.distributed import DistError, ProcessGroup
 
 from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
 
-__all__ = [
-    "Ranks",
-    "average_",
-    "average_buffers_",
-    "check_process_group",
-    "check_same_parameters",
-    "is_told",
-    "max_",
-    "sum_",
-]
+__all__ = ["Ranks", "average_", "average_buffers_", "check_process_group", "is_told", "max_", "sum_"]
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 _TOLD = "_torch_gradmatch_told"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 BUCKET = 1 << 26  # bytes reduced in one collective: that much memory is taken beside the tensors
 
 
@@ -95,14 +88,12 @@ class Ranks:
             if error is not None:
                 raise error
             return [number]
-        told = repr(sorted((name, str(value)) for name, value in (facts or {}).items()))
+        told = {name: str(value) for name, value in (facts or {}).items()}
         Ranks.votes += 1
         with _in_collective():
-            rows = self._gather_numbers([error is not None, zlib.crc32(told.encode()), number])
-            if any(row[0] for row in rows):
-                self._raise_together(error)
-            if len({row[1] for row in rows}) > 1:
-                self._name_difference(facts or {})
+            rows = self._gather_numbers([error is not None, zlib.crc32(repr(sorted(told.items())).encode()), number])
+            if any(row[0] for row in rows) or len({row[1] for row in rows}) > 1:
+                self._raise_together(error, told)
         return [row[2] for row in rows]
 
     @contextmanager
@@ -130,6 +121,34 @@ class Ranks:
             raise  # also if the others cannot be reached: the error itself says more
         self.vote(None, facts)
 
+    def check_same(self, parameters: Sequence[Tensor], group: ProcessGroup) -> None:
+        """Raise on all ranks if those of a group do not hold the same parameters, bit for bit.
+
+        Takes one pass over the parameters and two collectives of some bytes, and waits for an accelerator: for once in
+        a training run. Only ``DistributedDataParallel`` and the like send one rank's parameters to the others.
+
+        Args:
+            parameters: The optimizer's, in order. Of a ``DTensor`` the local shard is compared.
+            group: Those of these ranks that should hold the same.
+
+        Raises:
+            ValueError: If they do not; the message names the first parameter that differs, and says what to do.
+        """
+        facts: dict[str, object] = {"number of parameters": len(parameters)}
+        for index, p in enumerate(map(local_of, parameters)):
+            described = f"{p.dtype} of shape {tuple(p.shape)}, checksum {_checksum(p)}"
+            facts[f"parameter number {index} of the optimizer"] = described
+        members = Ranks([group], self._device)
+        with self.together():
+            try:
+                members.vote(None, facts)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: build the model with the same torch.manual_seed() on every rank, load the same "
+                    "checkpoint, or send one rank's parameters to all, for p in model.parameters(): "
+                    "torch.distributed.broadcast(p.detach(), 0)"
+                ) from error
+
     def gather(self, value: Any) -> list[Any]:
         """Return what every rank passes, as ``torch.distributed.all_gather_object`` does, in the order of a vote."""
         values = [value]
@@ -147,30 +166,36 @@ class Ranks:
             every = mine.new_empty((dist.get_world_size(group) * len(mine), len(row)))
             _all_gather(every, mine, group=group)
             table = every
-        found: list[list[int]] = table.tolist()
-        return found
+        return table.tolist()
 
-    def _raise_together(self, error: BaseException | None) -> None:
-        rank = dist.get_rank()
-        order = float("inf") if error is None else getattr(error, "happened", float("inf"))
-        mine = None if error is None else (order, rank, type(error).__name__, str(error))
-        first, its_rank, kind, message = min(told for told in self.gather(mine) if told is not None)
-        if error is not None and order == first:
-            raise error
-        kinds: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
-        shown = message if kind in {"ValueError", "TypeError", "RuntimeError"} else f"{kind}: {message}"
-        raise kinds.get(kind, RuntimeError)(f"on rank {its_rank}: {shown}") from error
-
-    def _name_difference(self, facts: Mapping[str, object]) -> None:
-        everyone = self.gather((dist.get_rank(), {name: str(value) for name, value in facts.items()}))
-        first_rank, first = everyone[0]
-        for rank, others in everyone[1:]:
-            for name in {**first, **others}:
-                if first.get(name) != others.get(name):
+    def _raise_together(self, error: BaseException | None, facts: dict[str, str]) -> None:
+        order = getattr(error, "happened", math.inf)
+        mine = [] if error is None else [(order, dist.get_rank(), type(error).__name__, str(error))]
+        everyone = self.gather((mine, dist.get_rank(), facts))
+        errors = sorted(told for of_rank, _, _ in everyone for told in of_rank)
+        if errors:
+            first, its_rank, kind, message = errors[0]
+            if error is not None and order == first:
+                raise error
+            kinds = {k.__name__: k for k in (ValueError, TypeError, RuntimeError)}
+            shown = message if kind in kinds else f"{kind}: {message}"
+            raise kinds.get(kind, RuntimeError)(f"on rank {its_rank}: {shown}") from error
+        (_, first_rank, first_facts), *others = everyone
+        for _, rank, its in others:
+            for name in {**first_facts, **its}:
+                if first_facts.get(name) != its.get(name):
                     raise ValueError(
-                        f"the ranks should have the same {name}, but it is {first.get(name, 'missing'):.300} on rank "
-                        f"{first_rank} and {others.get(name, 'missing'):.300} on rank {rank}"
+                        f"the ranks should have the same {name}, but it is {first_facts.get(name, 'missing'):.300} on "
+                        f"rank {first_rank} and {its.get(name, 'missing'):.300} on rank {rank}"
                     )
+
+
+@torch.no_grad()
+def _checksum(tensor: Tensor) -> int:
+    """Return the sum of the bits, read as integers and times odd numbers that tell their places."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    bits = real.detach().reshape(-1).view(_INTEGERS[real.element_size()])
+    return int((bits.long() * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum())
 
 
 def is_told(error: BaseException) -> bool:
@@ -241,47 +266,3 @@ def average_buffers_(buffers: Sequence[Tensor], group: ProcessGroup) -> None:
     """Let buffers hold their means over the ranks of a group, each in its dtype; of integers the largest."""
     average_([b for b in buffers if b.is_floating_point() or b.is_complex()], group)
     max_([b for b in buffers if not (b.is_floating_point() or b.is_complex())], group)
-
-
-# ------------------------------------------------------------------------------------------------- the same parameters
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-
-
-def check_same_parameters(parameters: Sequence[Tensor], group: ProcessGroup, ranks: Ranks) -> None:
-    """Raise on all ranks if those of a group do not hold the same parameters, bit for bit.
-
-    Takes one pass over the parameters and two collectives of some bytes, and waits for an accelerator: for once in a
-    training run. Only ``DistributedDataParallel`` and the like send one rank's parameters to the others.
-
-    Args:
-        parameters: The optimizer's, in order. Of a ``DTensor`` the local shard is compared.
-        group: The ranks that should hold the same.
-        ranks: All that are to raise together, those of the group among them.
-
-    Raises:
-        ValueError: If they do not; the message names the first parameter that differs, and says what to do.
-    """
-    facts: dict[str, object] = {"number of parameters": len(parameters)}
-    for index, shard in enumerate(map(local_of, parameters)):
-        facts[f"parameter number {index} of the optimizer"] = (
-            f"{shard.dtype} of shape {tuple(shard.shape)}, checksum {_checksum(shard)}"
-        )
-    members = Ranks([group], parameters[0].device if parameters else torch.device("cpu"))
-    with ranks.together():
-        try:
-            members.vote(None, facts)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}: build the model with the same torch.manual_seed() on every rank, load the same checkpoint, "
-                "or send one rank's parameters to all, for p in model.parameters(): "
-                "torch.distributed.broadcast(p.detach(), 0)"
-            ) from error
-
-
-@torch.no_grad()
-def _checksum(tensor: Tensor) -> int:
-    """Return the sum of the bits, read as integers and times odd numbers that tell their places."""
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    bits = real.detach().reshape(-1).view(_INTEGERS[real.element_size()])
-    return int((bits.long() * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum())

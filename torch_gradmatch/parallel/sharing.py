@@ -45,24 +45,16 @@ def check_ddp(method: Any, together: Together) -> None:
     Raises:
         ValueError: If so; the message says what does.
     """
-    name, ddp = type(method).__name__, method.model
+    name, ranks_of = type(method).__name__, dist.get_process_group_ranks
     if together.given is None:
-        if getattr(method, "bypasses_backward", False):
-            raise ValueError(
-                f"the model is in DistributedDataParallel, but the gradients that {name} differentiates again are not "
-                "averaged by it, and every rank would train a model of its own: pass "
-                f"{name}(..., process_group=torch.distributed.group.WORLD, parallel='data')"
-            )
-        return
-    if method.parallel != "data":
+        fits = not getattr(method, "bypasses_backward", False)
+    else:
+        fits = method.parallel == "data" and ranks_of(together.given) == ranks_of(method.model.process_group)
+    if not fits:
         raise ValueError(
-            "the model is in DistributedDataParallel, which is for ranks that evaluate parts of the same batches; with "
-            f"parallel={method.parallel!r} each evaluates others: pass and call the plain module, or parallel='data'"
-        )
-    mine, its = (dist.get_process_group_ranks(group) for group in (together.given, ddp.process_group))
-    if mine != its:
-        raise ValueError(
-            f"process_group should hold the ranks of the model's DistributedDataParallel, {its} (got {mine})"
+            "the model is in DistributedDataParallel, which is for ranks that evaluate parts of the same batches: pass "
+            f"{name}(..., process_group=torch.distributed.group.WORLD, parallel='data'), if the model's process group "
+            "is another one, that; or pass and call the plain module"
         )
 
 
@@ -108,7 +100,8 @@ def share(
     if together.given is None or kind != "domains":
         facts["number of batches"] = batches
     names = DOMAINS.get()
-    numbers = together.begin(facts, parameters, 2 * batches + (names is not None), error)
+    numbers = together.ranks.vote(error, facts, 2 * batches + (names is not None))
+    together.check_same(parameters)
     sharing = Sharing(kind, together)
     if kind == "domains":
         size, counts = dist.get_world_size(sharing.group), [number // 2 for number in numbers]
@@ -117,7 +110,7 @@ def share(
                 f"batches should be as many on all ranks that hold shards of the same parameters (got {counts})"
             )
         rank = dist.get_rank(sharing.group)
-        sharing.counts, sharing.first = counts[:size], sum(counts[:rank])
+        sharing.total, sharing.first = sum(counts[:size]), sum(counts[:rank])
         if all(number % 2 for number in numbers) and sharing.group is not None:
             parts = Ranks([sharing.group], torch.device("cpu")).gather(list(names or ()))
             sharing.names = tuple(name for part in parts for name in part)
@@ -136,7 +129,7 @@ class Sharing:
         group: Those whose results meet here, if they do.
         ranks: All that raise together what one of them does.
         in_step: Whether all ranks evaluate the same at the same time, so that none may evaluate a loss by itself.
-        counts: With ``"domains"``, how many domains each rank has.
+        total: With ``"domains"``, how many domains all ranks have.
         first: Number of this rank's first domain among all.
         names: Of the domains of all ranks, if the ranks have others and know them.
     """
@@ -146,14 +139,14 @@ class Sharing:
         self.group = together.group
         self.ranks = together.ranks
         self.in_step = together.in_step
-        self.counts: list[int] = []
+        self.total = 0
         self.first = 0
         self.names: tuple[object, ...] | None = None
         self._left: list[list[tuple[Tensor, torch.dtype]]] = []  # what is still to be reduced in this evaluation
 
     def domains(self, number: int) -> int:
         """Return S, where this rank has so many domains."""
-        return sum(self.counts) if self.kind == "domains" else number
+        return self.total if self.kind == "domains" else number
 
     def expect(self, *parts: list[tuple[Tensor, torch.dtype]], numbers: int = 0) -> None:
         """Note what is to be reduced in this evaluation.
@@ -223,4 +216,4 @@ class Sharing:
         moved = torch.tensor(has_moved, device=next(iter(after.values())).device)
         max_([moved], self.group)
         pairs = zip(after.values(), moved.tolist(), strict=True)
-        average_buffers_([local_of(b) for b, has_moved_anywhere in pairs if has_moved_anywhere], self.group)
+        average_buffers_([b for b, has_moved_anywhere in pairs if has_moved_anywhere], self.group)
