@@ -147,7 +147,6 @@ def test_gradient_alignment_draws_the_pairs_with_their_names():
         axes.figure.canvas.draw()
         assert [t.get_text() for t in axes.get_xticklabels()] == ["north", "south", "3"]
         assert [t.get_text() for t in axes.get_yticklabels()] == ["north", "south", "3"]
-        assert [t.get_text() for t in axes.texts] == [f"{v:.2f}" for v in measured.cosines.flatten().tolist()]
         torch.testing.assert_close(torch.tensor(axes.images[0].get_array().data), measured.cosines, check_dtype=False)
         mine = plt.figure().subplots()
         assert gradient_alignment([w], lambda x: (w * x).sum(), list(domains.values()), pairs=True).plot(mine) is mine

@@ -10,9 +10,7 @@ parameters, it finds no way at all. Only a gradient that is differentiated again
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -83,8 +81,7 @@ def check_backward(gradient: Vector, expected: Vector, names: Sequence[str], *, 
     Raises:
         ValueError: If one differs; the message names the parameter, what may be the cause and what to do.
     """
-    given = [g for g in (*gradient, *expected) if g is not None]
-    epsilon = precision(given) if given else 0.0
+    epsilon = precision([g for g in (*gradient, *expected) if g is not None] or [torch.zeros(())])
     lengths = [_length(g) for g in expected]
     least = (2**-8 if is_coarse else 64 * epsilon) * sum(length**2 for length in lengths) ** 0.5
     tolerance = 2**-4 if is_coarse else epsilon**0.5
@@ -132,58 +129,39 @@ def explain(error: Exception, hvp: str) -> None:
 
 
 def reverse(gradient: Vector, vector: Vector, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the derivative of a gradient with graph, times a vector, by the leaves; also of several in a row."""
+    """Return the derivative of a gradient with graph, times a vector, by the leaves; also of several in a row.
+
+    Args:
+        gradient: G, with its graph.
+        vector: v.
+        leaves: Where to differentiate.
+
+    Returns:
+        One dense tensor for each leaf, None where G does not depend on it.
+
+    Raises:
+        RuntimeError: If a function whose second derivative is missing, or wrong, took part in the gradient.
+    """
     pairs = [
         (g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad and v is not None
     ]
     if not pairs:
         return [None] * len(leaves)  # the gradient depends on no parameter
     outputs, cotangents = zip(*pairs, strict=True)
-    _inspect(outputs)
+    # Where a function is marked as once differentiable torch puts an error into the graph, but one that leads to no
+    # leaf: a derivative by the leaves would not meet it and miss that part of the Hessian in silence.
+    seen: set[Any] = {None}
+    waiting: set[Any] = {output.grad_fn for output in outputs}
+    while waiting := waiting - seen:
+        seen |= waiting
+        names = {node.name() for node in waiting}
+        if "torch::autograd::Error" in names:
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        if any(name.startswith("WeightNormInterface") for name in names):
+            raise RuntimeError(
+                "weight_norm, whose double backward torch takes wrongly (2.13, on a CPU): written out as "
+                "g * v / v.norm() it has the right one"
+            )
+        waiting = {following for node in waiting for following, _ in node.next_functions}
     products = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
     return [p if p is None or p.layout is torch.strided else p.to_dense() for p in products]
-
-
-def _inspect(outputs: Sequence[Tensor]) -> None:
-    """Raise if a backward pass marked as once differentiable took part in a gradient; warn where torch errs itself.
-
-    torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet
-    it and miss that part of the Hessian in silence.
-
-    Raises:
-        RuntimeError: If there is one.
-    """
-    waiting = [output.grad_fn for output in outputs]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        name = node.name()
-        if name == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        if name.startswith("WeightNormInterface") and _weight_norm_is_wrong(device := outputs[0].device):
-            warnings.warn(
-                f"the model has weight_norm, whose second derivative torch {torch.__version__} takes wrongly on "
-                f"{device.type!r}: the Hessian-vector products of its parameters are wrong. Use "
-                "hvp='finite_difference' or SmoothFish(symmetric=True), which need first derivatives only, or write it "
-                "out as g * v / v.norm()",
-                stacklevel=2,
-            )
-        new = {following for following, _ in node.next_functions} - seen
-        seen |= new
-        waiting.extend(new)
-
-
-@cache
-def _weight_norm_is_wrong(device: torch.device) -> bool:
-    """Try torch's second derivative of ``weight_norm`` on a matrix of four numbers (2.13 fails on a CPU)."""
-    found = []
-    with torch.enable_grad():
-        for written_out in (True, False):
-            v = torch.tensor([[1.0, 2.0], [3.0, 1.0]], device=device, requires_grad=True)
-            g = torch.ones(2, 1, device=device)
-            w = g * v / v.norm(dim=1, keepdim=True) if written_out else torch._weight_norm(v, g, 0)
-            (gradient,) = torch.autograd.grad(w[:, 0].square().sum(), v, create_graph=True)
-            found.append(torch.autograd.grad(gradient[:, 1].sum(), v)[0])
-    return not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-5)

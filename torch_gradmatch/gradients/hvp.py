@@ -47,12 +47,11 @@ from torch_gradmatch.gradients.backward import by_autograd, explain, gradient_of
 from torch_gradmatch.parallel.foreach import (
     Vector,
     add_all_,
-    by_kind,
     clone_all,
     copy_all_,
     is_sharded,
+    map_kinds,
     precision,
-    sharded_like,
     squared_norm,
 )
 
@@ -192,26 +191,19 @@ def finite_difference(loss: Loss, leaves: list[Tensor], vector: Vector, factor: 
         shorter = finite_difference(loss, leaves, [None if v is None else v / largest for v in vector], factor)
         return [None if p is None else p * largest for p in shorter]
     step = factor * precision(leaves) ** (1 / 3) * (1 + float(squared_norm(leaves)) ** 0.5) / length
-    values, found = clone_all([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None]), []
+    moved = [leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None]
+    values, found = clone_all(moved), []
     try:
         for sign in (1, -1):
-            with torch.no_grad():
-                copy_all_([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None], values)
-                add_all_(leaves, vector, sign * step)
+            copy_all_(moved, values)
+            add_all_(leaves, vector, sign * step)
             torch.clear_autocast_cache()
             found.append(gradient_of(loss(leaves), leaves))
     finally:
-        with torch.no_grad():
-            copy_all_([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None], values)
+        copy_all_(moved, values)
         torch.clear_autocast_cache()
-    product: list[Tensor | None] = [None if plus is None else minus for plus, minus in zip(*found, strict=True)]
     with torch.no_grad():
-        for positions, (plus, minus) in by_kind(*found):
-            differences = torch._foreach_sub(plus, minus)
-            torch._foreach_mul_(differences, 0.5 / step)
-            for position, part in zip(positions, differences, strict=True):
-                product[position] = sharded_like(part, leaves[position])
-    return product
+        return map_kinds(lambda plus, minus: torch._foreach_mul(torch._foreach_sub(plus, minus), 0.5 / step), *found)
 
 
 def check_symmetric(loss: Loss, leaves: list[Tensor], vector: Vector, product: Vector) -> None:

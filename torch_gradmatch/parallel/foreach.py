@@ -97,14 +97,14 @@ def by_kind(*lists: Sequence[Any]) -> list[tuple[list[int], list[list[Tensor]]]]
         return [(list(range(len(lists[0]))), [list(tensors) for tensors in lists])]  # the usual case, told quickly
     groups: dict[tuple[Any, ...], list[tuple[int, list[Tensor]]]] = {}
     for position, group in enumerate(zip(*lists, strict=True)):
-        if all(t is not None for t in group):
-            parts = [local_of(t) for t in group]
+        parts = [t if type(t) in PLAIN else local_of(t) for t in group if t is not None]
+        if len(parts) == len(lists):
             groups.setdefault(tuple((t.device, t.dtype) for t in parts), []).append((position, parts))
     found = [tuple(zip(*group, strict=True)) for group in groups.values()]
     return [(list(positions), [list(part) for part in zip(*parts, strict=True)]) for positions, parts in found]
 
 
-def map_kinds(function: Callable[..., Sequence[Tensor]], *lists: Vector) -> list[Tensor | None]:
+def map_kinds(function: Callable[..., Any], *lists: Vector) -> list[Tensor | None]:
     """Call a function of lists of tensors for each group that :func:`by_kind` finds.
 
     Args:
