@@ -120,7 +120,7 @@ def test_very_long_and_very_short_vectors(hvp: str, length: float):
 
 @pytest.mark.parametrize("hvp", ALL)
 def test_a_vector_of_another_shape_is_refused(hvp: str):
-    with pytest.raises(ValueError, match=r"shapes of params, .*\[\(3,\)\] \(got .*\[\(1,\)\]"):
+    with pytest.raises(ValueError, match=r"shapes of params, \(3,\) \(got \(1,\)\)"):
         hessian_vector_product(lambda p: (p**3).sum(), torch.ones(3), torch.ones(1), hvp)
 
 

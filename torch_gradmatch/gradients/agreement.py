@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -270,40 +271,38 @@ class OwnAgreement:
         self.function = function
         self._like, self._structure = tree_flatten(like)
         self._gradients: list[list[Tensor]] = []
-        self._differentiated: tuple[Tensor, list[Tensor]] | None = None
 
     def add(self, gradient: Vector) -> None:
         """Take in one domain's gradient, which is held."""
         pairs = zip(gradient, self._like, strict=True)
         self._gradients.append([torch.zeros_like(z) if g is None else g.detach() for g, z in pairs])
 
-    def _differentiate(self) -> tuple[Tensor, list[Tensor]]:
-        """Return phi and its derivative by every tensor of every gradient, one after the other."""
-        if self._differentiated is None:
-            with torch.enable_grad():
-                leaves = [[t.requires_grad_() for t in gradient] for gradient in self._gradients]
-                value = self.function([tree_unflatten(gradient, self._structure) for gradient in leaves])
-                name = getattr(self.function, "__name__", repr(self.function))
-                if not isinstance(value, Tensor):
-                    raise TypeError(f"agreement {name} should return a scalar tensor (got {type(value).__name__})")
-                if value.numel() != 1 or not value.is_floating_point() or not value.requires_grad:
-                    raise ValueError(
-                        f"agreement {name} should return a real scalar tensor that depends on the gradients in a "
-                        f"differentiable way (got shape {tuple(value.shape)}, {value.dtype}, "
-                        f"requires_grad={value.requires_grad})"
-                    )
-                every = [t for gradient in leaves for t in gradient]
-                derivative = torch.autograd.grad(value.reshape(()), every, allow_unused=True, materialize_grads=True)
-            self._differentiated = (value.detach().reshape(()), list(derivative))
-            self._gradients = []
-        return self._differentiated
+    @cached_property
+    def _differentiated(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """Phi and its derivative by every tensor of every gradient, one after the other."""
+        with torch.enable_grad():
+            leaves = [[t.requires_grad_() for t in gradient] for gradient in self._gradients]
+            value = self.function([tree_unflatten(gradient, self._structure) for gradient in leaves])
+            name = getattr(self.function, "__name__", repr(self.function))
+            if not isinstance(value, Tensor):
+                raise TypeError(f"agreement {name} should return a scalar tensor (got {type(value).__name__})")
+            if value.numel() != 1 or not value.is_floating_point() or not value.requires_grad:
+                raise ValueError(
+                    f"agreement {name} should return a real scalar tensor that depends on the gradients in a "
+                    f"differentiable way (got shape {tuple(value.shape)}, {value.dtype}, "
+                    f"requires_grad={value.requires_grad})"
+                )
+            every = [t for gradient in leaves for t in gradient]
+            derivative = torch.autograd.grad(value.reshape(()), every, allow_unused=True, materialize_grads=True)
+        self._gradients = []
+        return value.detach().reshape(()), derivative
 
     def value(self, measured: Alignment) -> Tensor:  # noqa: ARG002
         """Return phi of all the gradients taken in. See :meth:`NamedAgreement.value`."""
-        return self._differentiate()[0]
+        return self._differentiated[0]
 
     def cotangent(self, domain: int, gradient: Vector, *, one_pass: bool = False) -> list[Tensor | None]:
         """Return the derivative of phi by one domain's gradient. See :meth:`NamedAgreement.cotangent`."""
         assert not one_pass
-        own = self._differentiate()[1][domain * len(self._like) : (domain + 1) * len(self._like)]
+        own = self._differentiated[1][domain * len(self._like) : (domain + 1) * len(self._like)]
         return [None if g is None else v for g, v in zip(gradient, own, strict=True)]

@@ -179,8 +179,7 @@ class GradientAlignment:
             accumulate(self.units, gradients, square.clamp(min=1e-60).rsqrt())
         self.squares.append(square)
         if self.pairs:
-            copies = iter(clone_all(present))
-            self._gradients.append([None if g is None else next(copies) for g in gradients])
+            self._gradients.append(clone_all(gradients))
 
     @torch.no_grad()
     def result(self, scale: float = 1.0) -> Alignment:

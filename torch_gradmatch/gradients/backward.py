@@ -53,8 +53,7 @@ def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = 
         return [g.redistribute(p.device_mesh, p.placements) if g is not None and is_sharded(g) else g for g, p in pairs]
     if dist.is_available() and dist.is_initialized():
         # DistributedDataParallel(gradient_as_bucket_view=True) has the next gradient in the same memory.
-        copies = iter(clone_all([g for g in found if g is not None]))
-        found = [None if g is None else next(copies) for g in found]
+        found = clone_all(found)
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
 
 

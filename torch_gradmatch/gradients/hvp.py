@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from torch_gradmatch._checks import check_choice
 from torch_gradmatch.gradients.backward import by_autograd, explain, gradient_of, reverse
@@ -115,14 +115,10 @@ def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: A
         >>> hessian_vector_product(lambda p: (p**3).sum() + p.prod(), theta, v)  # H = [[6 a, 1], [1, 6 b]]
         tensor([ 7., 13.])
     """
-    leaves, structure = tree_flatten(params)
-    parts, structure_of_vector = tree_flatten(vector)
-    shapes, given = ([tuple(t.shape) for t in tensors] for tensors in (leaves, parts))
-    if structure != structure_of_vector or shapes != given:
-        raise ValueError(
-            f"vector should have the structure and shapes of params, {structure} {shapes} (got {structure_of_vector} "
-            f"{given})"
-        )
+    shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (params, vector)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"vector should have the structure and shapes of params, {shapes[0]} (got {shapes[1]})")
+    (leaves, structure), parts = tree_flatten(params), tree_flatten(vector)[0]
     check_hvp(hvp, leaves)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
 

@@ -15,18 +15,6 @@ __all__ = ["Buffers", "functional_loss"]
 Buffers = dict[str, Tensor]
 
 
-class _Closure(nn.Module):
-    """A loss function around a model, as a module: what ``functional_call`` can put other parameters into."""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self._loss_fn = (loss_fn,)  # not registered, if it is a module itself
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss_fn[0](batch)
-
-
 def functional_loss(
     model: nn.Module, loss_fn: Callable[[Any], Tensor]
 ) -> Callable[[dict[str, Tensor], Buffers, Any], tuple[Tensor, Buffers]]:
@@ -52,7 +40,9 @@ def functional_loss(
         >>> loss, buffers
         (tensor(11.), {})
     """
-    closure = _Closure(model, loss_fn)
+    # A module that calls the model: what functional_call can put other parameters into.
+    closure: Any = nn.Module()
+    closure.model, closure.forward = model, lambda batch: loss_fn(batch)  # not itself: it may be a module
 
     def pure(params: dict[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Buffers]:
         own = dict(model.named_parameters(remove_duplicate=False))

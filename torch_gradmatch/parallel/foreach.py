@@ -123,19 +123,20 @@ def map_kinds(function: Callable[..., Any], *lists: Vector) -> list[Tensor | Non
 
 
 @torch.no_grad()
-def clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+def clone_all(tensors: Sequence[Any]) -> list[Any]:
     """Return copies of tensors, detached and exact whatever the dtype.
 
     Args:
-        tensors: The tensors. If one is of a subclass or not strided, inside a transform of ``torch.func``, and before
-            torch 2.12 they are copied one by one: not all of these have ``foreach`` operators.
+        tensors: Tensors or None. If one is of a subclass or not strided, inside a transform of ``torch.func``, and
+            before torch 2.12 they are copied one by one: not all of these have ``foreach`` operators.
 
     Returns:
-        The copies, in order.
+        The copies, in order; None for None.
     """
     clone: Any = getattr(torch, "_foreach_clone", None)
-    if clone is None or in_transform() or any(type(t) not in PLAIN or t.layout is not torch.strided for t in tensors):
-        return [t.detach().clone() for t in tensors]
+    present = [t for t in tensors if t is not None]
+    if clone is None or in_transform() or any(type(t) not in PLAIN or t.layout is not torch.strided for t in present):
+        return [None if t is None else t.detach().clone() for t in tensors]
     copies = list(tensors)
     for positions, (group,) in by_kind(tensors):
         for position, copy in zip(positions, clone(group), strict=True):
