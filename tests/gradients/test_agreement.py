@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from _reference import agreement_of, mean_pairwise_cosine, mean_pairwise_inner_product
+from _reference import agreement_of, mean_pairwise_cosine
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -64,35 +63,6 @@ def test_running_form_has_the_value_and_the_derivative(name: str, domains: int, 
     for i, (g, v) in enumerate(zip(gradients, cotangents, strict=True)):
         found = torch.cat(running.cotangent(i, [g[:1], g[1:]]))
         torch.testing.assert_close(found, v, rtol=1e-9, atol=1e-12)
-
-
-@law
-@given(**drawn)
-def test_variance_and_inner_product_differ_by_what_the_algebra_says(domains: int, size: int, seed: int):
-    """-1/S sum |G_i - Gbar|^2 = (S-1)/S (GIP - 1/S sum |G_i|^2)."""
-    gradients = draw(domains, size, seed)
-    squares = torch.stack([g.square().sum() for g in gradients]).mean()
-    expected = (domains - 1) / domains * (agreement.inner_product(gradients) - squares)
-    torch.testing.assert_close(agreement.variance(gradients), expected)
-
-
-@law
-@given(**drawn)
-def test_inner_product_by_the_squares_of_sums(domains: int, size: int, seed: int):
-    """GIP = (|sum G_i|^2 - sum |G_i|^2) / (S(S-1))."""
-    gradients = draw(domains, size, seed)
-    sums = sum(gradients).square().sum() - sum(g.square().sum() for g in gradients)
-    torch.testing.assert_close(agreement.inner_product(gradients), sums / (domains * (domains - 1)))
-
-
-@law
-@given(domains=st.integers(2, 7), size=st.integers(2, 12), seed=st.integers(0, 2**32), scale=st.floats(0.1, 10.0))
-def test_scaling_of_all_gradients(domains: int, size: int, seed: int, scale: float):
-    gradients = draw(domains, size, seed)
-    scaled = [scale * g for g in gradients]
-    torch.testing.assert_close(agreement.inner_product(scaled), scale**2 * agreement.inner_product(gradients))
-    torch.testing.assert_close(agreement.variance(scaled), scale**2 * agreement.variance(gradients))
-    torch.testing.assert_close(agreement.cosine(scaled), agreement.cosine(gradients))
 
 
 @law
@@ -169,13 +139,15 @@ def test_complex_gradients_count_as_pairs_of_reals():
 def test_half_precision_is_summed_in_single():
     gradients = [torch.full((5000,), 1.0, dtype=torch.bfloat16) for _ in range(3)]
     assert agreement.inner_product(gradients).item() == 5000.0
+    steep = [torch.full((4,), 300.0, dtype=torch.float16) for _ in range(3)]  # squares overflow
+    assert [AGREEMENTS[name](steep).item() for name in NAMES] == pytest.approx([1.0, 4 * 300.0**2, 0.0])
     running = taken_in("inner_product", [[g] for g in gradients])
     cotangent = running.cotangent(0, gradients[:1])[0]
     assert cotangent.dtype == torch.bfloat16
     assert cotangent[0].item() == pytest.approx(2 / 3, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["inner_product", "cosine"])
+@pytest.mark.parametrize("name", NAMES)
 def test_pairs_need_two_gradients(name: str):
     with pytest.raises(ValueError, match=r"at least 2 domains \(got 1\)"):
         AGREEMENTS[name]([torch.ones(2)])
@@ -202,20 +174,6 @@ def test_an_own_function_must_return_a_differentiable_scalar(function: Any, erro
         running.found()
 
 
-def test_named_agreements_hold_no_gradients():
-    """Only sums: what was added is free again."""
-    for name in NAMES:
-        sums = GradientAlignment()
-        alive = []
-        for seed in range(4):
-            gradient = torch.randn(3, generator=torch.Generator().manual_seed(seed))
-            sums.add([gradient])
-            alive.append(weakref.ref(gradient))
-            del gradient
-        assert NamedAgreement(AGREEMENTS[name], sums, 4).value(sums.result()).isfinite()
-        assert [reference() for reference in alive] == [None] * 4
-
-
 def test_fish_gamma():
     assert fish_gamma(0.1, 15) == pytest.approx(0.35)
     assert fish_gamma(0.1, 1) == 0.0
@@ -224,11 +182,6 @@ def test_fish_gamma():
             fish_gamma(bad, 3)
     with pytest.raises(ValueError, match="num_domains"):
         fish_gamma(0.1, 0)
-
-
-def test_the_reference_is_that_of_the_alignment():
-    gradients = draw(3, 4, 0)
-    torch.testing.assert_close(agreement.inner_product(gradients), mean_pairwise_inner_product(gradients))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -244,10 +197,3 @@ def test_other_keys_and_shapes_are_refused(name: str):
         AGREEMENTS[name]([torch.ones(2), torch.ones(1)])
     with pytest.raises(ValueError, match="Node keys mismatch"):
         AGREEMENTS[name]([{"a": torch.ones(2)}, {"b": torch.ones(2)}])
-
-
-def test_half_precision_does_not_overflow():
-    gradients = [torch.full((4,), 300.0, dtype=torch.float16) for _ in range(3)]
-    assert agreement.inner_product(gradients).item() == 4 * 300.0**2
-    assert agreement.variance(gradients).item() == 0.0
-    assert agreement.cosine(gradients).item() == pytest.approx(1.0)
