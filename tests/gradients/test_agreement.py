@@ -66,11 +66,21 @@ def test_running_form_has_the_value_and_the_derivative(name: str, domains: int, 
 
 
 @law
-@given(**drawn)
-def test_bounds(domains: int, size: int, seed: int):
+@given(**drawn, scale=st.floats(0.1, 10.0))
+def test_bounds_scaling_and_what_the_variance_is(domains: int, size: int, seed: int, scale: float):
+    """-1/S sum |G_i - Gbar|^2 = (S-1)/S (GIP - 1/S sum |G_i|^2)."""
     gradients = draw(domains, size, seed)
-    assert agreement.variance(gradients) <= 0
-    assert -1 <= agreement.cosine(gradients) <= 1 + 1e-12
+    gip, minus_variance, cosine = (
+        f(gradients) for f in (agreement.inner_product, agreement.variance, agreement.cosine)
+    )
+    assert minus_variance <= 0
+    assert -1 <= cosine <= 1 + 1e-12
+    scaled = [scale * g for g in gradients]
+    torch.testing.assert_close(agreement.inner_product(scaled), scale**2 * gip)
+    torch.testing.assert_close(agreement.variance(scaled), scale**2 * minus_variance)
+    torch.testing.assert_close(agreement.cosine(scaled), cosine)
+    squares = torch.stack([g.square().sum() for g in gradients]).mean()
+    torch.testing.assert_close(minus_variance, (domains - 1) / domains * (gip - squares))
 
 
 @law
