@@ -14,23 +14,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "WIDE",
-    "Vector",
-    "add_all_",
-    "by_kind",
-    "clone_all",
-    "copy_all_",
-    "find_nonfinite",
-    "in_transform",
-    "is_sharded",
-    "local_of",
-    "map_kinds",
-    "over_shards",
-    "precision",
-    "read",
-    "sharded_like",
-    "squared_norm",
-]
+    "WIDE", "Vector", "add_all_", "by_kind", "clone_all", "copy_all_", "find_nonfinite", "in_transform",
+    "is_sharded", "local_of", "map_kinds", "over_shards", "precision", "read", "sharded_like", "squared_norm",
+]  # fmt: skip
 
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -59,7 +45,7 @@ def in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None  # private, and torch has nothing public that tells
 
 
-def sharded_like(local: Tensor, like: Tensor | None) -> Tensor:
+def sharded_like(local: Tensor, like: Any) -> Tensor:
     """Return a local shard as a ``DTensor`` with the mesh, placements and shape of another tensor.
 
     Args:
@@ -69,11 +55,10 @@ def sharded_like(local: Tensor, like: Tensor | None) -> Tensor:
     Returns:
         A tensor around ``local``, which shares its memory; ``local`` itself if ``like`` is no ``DTensor``.
     """
-    if like is None or not is_sharded(like):
+    if not is_sharded(like):
         return local
-    to: Any = like
-    layout = {"run_check": False, "shape": to.shape, "stride": to.stride()}
-    return type(to).from_local(local, to.device_mesh, to.placements, **layout)  # type: ignore[no-any-return]
+    layout = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+    return type(like).from_local(local, like.device_mesh, like.placements, **layout)  # type: ignore[no-any-return]
 
 
 def by_kind(*lists: Sequence[Any]) -> list[tuple[list[int], list[list[Tensor]]]]:
@@ -137,11 +122,7 @@ def clone_all(tensors: Sequence[Any]) -> list[Any]:
     present = [t for t in tensors if t is not None]
     if clone is None or in_transform() or any(type(t) not in PLAIN or t.layout is not torch.strided for t in present):
         return [None if t is None else t.detach().clone() for t in tensors]
-    copies = list(tensors)
-    for positions, (group,) in by_kind(tensors):
-        for position, copy in zip(positions, clone(group), strict=True):
-            copies[position] = copy
-    return copies
+    return map_kinds(clone, tensors)
 
 
 @torch.no_grad()
@@ -185,7 +166,7 @@ def precision(tensors: Iterable[Tensor]) -> float:
 
 
 @torch.no_grad()
-def over_shards(tensors: Sequence[Tensor], found: Callable[[list[int]], Tensor]) -> Tensor:
+def over_shards(tensors: Sequence[Any], found: Callable[[list[int]], Tensor]) -> Tensor:
     """Sum what is found of the local shards of some tensors over the ranks that hold the others.
 
     Args:
@@ -195,8 +176,7 @@ def over_shards(tensors: Sequence[Tensor], found: Callable[[list[int]], Tensor])
     Returns:
         The sum, on the first one's device.
     """
-    every: Any = tensors
-    layouts = [(t.device_mesh, t.placements) if is_sharded(t) else None for t in every]
+    layouts = [(t.device_mesh, t.placements) if is_sharded(t) else None for t in tensors]
     sums = []
     for layout in dict.fromkeys(layouts):
         value: Any = found([position for position, other in enumerate(layouts) if other == layout])
@@ -246,8 +226,9 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
     return torch.stack([s if alike else s.cpu() for s in scalars]).tolist() if scalars else []
 
 
+@torch.no_grad()
 def find_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
-    """Return which tensors hold NaN or infinity, synchronizing once in the usual case, that there is none.
+    """Return which tensors hold NaN or infinity, synchronizing once for each kind in the usual case, that none does.
 
     By the Euclidean norm, which is finite only if all elements are. It may also overflow: then the tensor itself is
     looked at. The maximum norm would not, but on a CPU takes twenty times as long (45 ms instead of 2.3 for 17 M
@@ -259,10 +240,9 @@ def find_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     Returns:
         Their positions, in order.
     """
-    norms = [torch.zeros(())] * len(tensors)
-    with torch.no_grad():
-        for positions, (group,) in by_kind(tensors):
-            for position, norm in zip(positions, torch._foreach_norm(group), strict=True):
-                norms[position] = norm
-    found = [i for i, norm in enumerate(read(norms)) if not math.isfinite(norm)]
-    return [i for i in found if not bool(torch.isfinite(local_of(tensors[i])).all())]
+    found = []
+    for positions, (group,) in by_kind(tensors):
+        norms = torch.stack(torch._foreach_norm(group)).tolist()
+        suspects = [(i, t) for i, t, norm in zip(positions, group, norms, strict=True) if not math.isfinite(norm)]
+        found += [i for i, t in suspects if not bool(torch.isfinite(t).all())]
+    return sorted(found)

@@ -135,12 +135,8 @@ class Sharing:
     """
 
     def __init__(self, kind: str, together: Together) -> None:
-        self.kind = kind
-        self.group = together.group
-        self.ranks = together.ranks
-        self.in_step = together.in_step
-        self.total = 0
-        self.first = 0
+        self.kind, self.total, self.first = kind, 0, 0
+        self.group, self.ranks, self.in_step = together.group, together.ranks, together.in_step
         self.names: tuple[object, ...] | None = None
         self._left: list[list[tuple[Tensor, torch.dtype]]] = []  # what is still to be reduced in this evaluation
 
@@ -161,7 +157,7 @@ class Sharing:
     def drain(self) -> None:
         """Take part in the reductions that are left, with zeros, so that no rank waits for this one."""
         while self._left:
-            self._reduce_([torch.zeros_like(local_of(t), dtype=dtype) for t, dtype in self._left[0]])
+            self.reduce_([torch.zeros_like(local_of(t), dtype=dtype) for t, dtype in self._left[0]], self.kind)
 
     def reduce_(self, tensors: Sequence[Tensor], *kinds: str) -> None:
         """Reduce tensors to the same bits on every rank: with ``"domains"`` their sums, else their means.
@@ -171,12 +167,9 @@ class Sharing:
             kinds: Those that reduce them; with another one nothing happens.
         """
         if self.kind in kinds:
-            self._reduce_(tensors)
-
-    def _reduce_(self, tensors: Sequence[Tensor]) -> None:
-        self._left.pop(0)
-        assert self.group is not None
-        (sum_ if self.kind == "domains" else average_)(tensors, self.group)
+            assert self.group is not None
+            self._left.pop(0)
+            (sum_ if self.kind == "domains" else average_)(tensors, self.group)
 
     def numbers(
         self, like: Tensor, found: Sequence[Tensor], reached: Sequence[bool]
@@ -199,7 +192,7 @@ class Sharing:
             after = self.domains(len(values)) - self.first - len(values)
             placed.append(functional.pad(values.double(), (self.first, after)))
         vector = torch.cat([*placed, flags])
-        self._reduce_([vector])
+        self.reduce_([vector], self.kind)
         *merged, flags = vector.split([len(part) for part in (*placed, flags)])
         return merged or list(found), (flags > 0).tolist()
 
