@@ -468,9 +468,3 @@ def test_what_walks_cannot_do_right_they_refuse_and_a_copy_walks_with_the_same_r
         assert "number 0 of the optimizer" in found["other parameters"]
         assert found["half way"].startswith("RuntimeError: state_dict() in the middle of a walk (1 steps taken)")
         assert found["half way"].count("state_dict()") == 1
-
-
-def test_a_group_is_shown_and_checked():
-    with pytest.raises(TypeError, match=r"process_group should be a torch\.distributed\.ProcessGroup"):
-        Fish(process_group="gloo")
-    assert "process_group" not in repr(Fish())
