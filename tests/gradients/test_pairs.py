@@ -72,12 +72,6 @@ def test_they_follow_the_order_and_not_the_size(seed: int, order: list[int], fac
     torch.testing.assert_close(plain, plain.T, rtol=0, atol=1e-15)
 
 
-def test_sparse_gradients_count():
-    dense = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    found = cosines_of_pairs([[dense.to_sparse()], [torch.tensor([[3.0, 0.0], [1.0, 0.0]])]])
-    torch.testing.assert_close(found[0, 1], torch.tensor(1 / 50**0.5))
-
-
 def test_the_gradients_are_copies():
     alignment, gradient = GradientAlignment(pairs=True), torch.tensor([1.0, 0.0])
     alignment.add([gradient])

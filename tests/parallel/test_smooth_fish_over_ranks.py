@@ -245,10 +245,6 @@ def go_wrong(parallel: str) -> Any:
     start = next(model.parameters()).detach().clone()
     before = state_of(model, optimizer)
     found += [error_of(optimizer.meta_step, wrong, batches(1)) for wrong in (infinite_along_the_walk, boom)]
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)[last:]))
-    optimizer.method.symmetric = last
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)))
-    optimizer.method.symmetric = False
     unchanged = same(before, state_of(model, optimizer))
     found.append(error_of(optimizer.meta_step, loss_fn, batches(2)))
     return found, unchanged, state_of(model, optimizer)
@@ -259,13 +255,11 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all_and_changes_nothing(parall
     everywhere = on_ranks(2, go_wrong, parallel)
     for found, unchanged, _ in everywhere:
         assert unchanged
-        fine, diverged, failed, unequal, other, again = found
+        fine, diverged, failed, again = found
         assert fine == again == ""
         along = "inner walk of SmoothFish diverged: the loss of batch 1"
         assert (along if parallel == "walks" else "the loss of batch 1 is inf") in diverged
         assert "no such file" in failed
-        assert "the same number of batches, but it is 3 on rank 0 and 2 on rank 1" in unequal
-        assert "the same method" in other
     assert same(everywhere[0][2], everywhere[1][2])
 
 
