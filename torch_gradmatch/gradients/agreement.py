@@ -35,9 +35,16 @@ from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment, ac
 from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, squared_norm
 
 __all__ = [
-    "AGREEMENTS", "Agreement", "NamedAgreement", "OwnAgreement", "check_agreement", "cosine", "fish_gamma",
-    "inner_product", "variance",
-]  # fmt: skip
+    "AGREEMENTS",
+    "Agreement",
+    "NamedAgreement",
+    "OwnAgreement",
+    "check_agreement",
+    "cosine",
+    "fish_gamma",
+    "inner_product",
+    "variance",
+]
 
 Agreement = Callable[[Sequence[Any]], Tensor]
 

@@ -39,9 +39,14 @@ from torch_gradmatch.gradients.replay import Replay, check_repeats
 from torch_gradmatch.parallel.foreach import in_transform
 
 __all__ = [
-    "DomainGradients", "IDGMGradient", "domain_gradients", "functional_loss", "gradient_inner_product",
-    "idgm_grad", "idgm_loss",
-]  # fmt: skip
+    "DomainGradients",
+    "IDGMGradient",
+    "domain_gradients",
+    "functional_loss",
+    "gradient_inner_product",
+    "idgm_grad",
+    "idgm_loss",
+]
 
 Params = Any  # tensors, or dictionaries, lists or tuples of tensors
 PureLoss = Callable[[Params, Any, Any], tuple[Tensor, Any]]

@@ -56,9 +56,14 @@ from torch_gradmatch.parallel.foreach import (
 )
 
 __all__ = [
-    "HVPS", "check_hvp", "check_symmetric", "differentiable_attention", "finite_difference", "forward",
+    "HVPS",
+    "check_hvp",
+    "check_symmetric",
+    "differentiable_attention",
+    "finite_difference",
+    "forward",
     "hessian_vector_product",
-]  # fmt: skip
+]
 
 HVPS = ("reverse", "forward", "finite_difference")
 Loss = Callable[[list[Tensor]], Tensor]

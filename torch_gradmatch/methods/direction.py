@@ -269,7 +269,8 @@ class DirectionLoop(MetaLoop):
             domains = sharing.domains(domains)
         if not trained:
             raise ValueError("no parameter of the optimizer requires a gradient: call requires_grad_() on some")
-        check_num_domains(domains, self.method.fewest)
+        if domains < self.method.fewest:
+            check_num_domains(domains, self.method.fewest)
         apply: Callable[[Tensor], Tensor] = (lambda loss: loss) if scaler is None else scaler.scale
         return Evaluation(
             lambda index: apply(evaluate(loss_fn, batches[index], index, trained)),

@@ -14,9 +14,23 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "WIDE", "Vector", "add_all_", "by_kind", "clone_all", "copy_all_", "find_nonfinite", "in_transform",
-    "is_sharded", "local_of", "map_kinds", "over_shards", "precision", "read", "sharded_like", "squared_norm",
-]  # fmt: skip
+    "WIDE",
+    "Vector",
+    "add_all_",
+    "by_kind",
+    "clone_all",
+    "copy_all_",
+    "find_nonfinite",
+    "in_transform",
+    "is_sharded",
+    "local_of",
+    "map_kinds",
+    "over_shards",
+    "precision",
+    "read",
+    "sharded_like",
+    "squared_norm",
+]
 
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
