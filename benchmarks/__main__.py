@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_scale(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what several processes cost; ``--seeds`` are those of its runs on CdSprites."""
-    settings = scale.QUICK if options.quick else replace(scale.Settings(), seeds=tuple(options.seeds))
+    """Measure what several processes cost."""
+    settings = scale.QUICK if options.quick else scale.Settings()
     return {"environment": report.environment(), **scale.measure(settings)}
 
 

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks import ways
 from benchmarks.ways import Problem, Reference, Way
 from benchmarks.workers import in_processes
-from torch_gradmatch.compare.peak_memory import peak_memory
+from torch_gradmatch.evaluation.peak_memory import peak_memory
 
 SHORTEST_TIMING = 0.1  # seconds; faster ways run several times in a row
 MAP_LARGE_TENSORS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
@@ -69,7 +69,7 @@ def seconds(way: Way) -> tuple[float, int]:
     return elapsed / times, times
 
 
-def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str], told: Callable[[], Any]) -> list[Timing]:
+def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str]) -> list[Timing]:
     """Time all ways for one network and number of domains, on one thread."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -101,7 +101,6 @@ def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str], to
                 measured[name].append(elapsed)
                 found = round(problem.evaluations / times)
                 evaluations[name] = min(found, evaluations.get(name, found))
-            told()
     return [
         Timing(
             network,
@@ -122,7 +121,7 @@ def measure_times(
 ) -> list[Timing]:
     """Time everything, the largest first; each network and number of domains in one process."""
     tasks = [(network, s, rounds, chosen) for s in sorted(domains, reverse=True) for network in reversed(networks)]
-    parts = in_processes(time_ways, tasks, processes, len(tasks) * rounds * len(chosen), "time", "timing")
+    parts = in_processes(time_ways, tasks, processes, "time")
     found = [timing for part in parts for timing in part]
     order = {name: i for i, name in enumerate([*networks, *chosen])}
     return sorted(found, key=lambda t: (order[t.network], t.domains, order[t.way]))

@@ -1,6 +1,6 @@
 """How far the first-order approximations reach: directions beyond ERM against the exact ones.
 
-By :mod:`torch_gradmatch.compare.fidelity`, on networks that a few steps of ordinary training have moved.
+By :mod:`torch_gradmatch.evaluation.fidelity`, on networks that a few steps of ordinary training have moved.
 Fish and SmoothFish are measured against the inner learning rate, in steps of SGD; they and what else approximates the
 exact direction also against the batch size. SmoothFish that walks to and fro should need no mean over orders: there its
 cosine in a single meta-iteration is what counts. Every repeat draws network, data and orders of the domains anew.
@@ -25,8 +25,8 @@ from benchmarks._models import NETWORKS, Batch
 from benchmarks.ways import SYMMETRIC
 from benchmarks.workers import in_processes
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
-from torch_gradmatch.compare.fidelity import ExactTerm, Fidelity, fidelity, random_orders
-from torch_gradmatch.compare.trial import Trial
+from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, fidelity, random_orders
+from torch_gradmatch.evaluation.trial import Trial
 from torch_gradmatch.methods.base import Method
 
 DOMAINS = 5
@@ -76,9 +76,7 @@ def error_at(found: Fidelity, gamma: float) -> float:
     return math.hypot(along - 1, along * found.relative_error)
 
 
-def sweep(
-    network: str, activation: str, batch_size: int, against: str, repeat: int, told: Callable[..., object]
-) -> list[Measured]:
+def sweep(network: str, activation: str, batch_size: int, against: str, repeat: int) -> list[Measured]:
     """Measure the methods on one draw of network and data."""
     torch.set_num_threads(1)
     torch.manual_seed(repeat)
@@ -121,7 +119,6 @@ def sweep(
                         found.cosines, error, found.strength, found.resolved and finite,
                     )
                 )  # fmt: skip
-    told()
     return measured
 
 
@@ -131,7 +128,7 @@ def measure(networks: Sequence[str], repeats: int, processes: int) -> list[Measu
     for repeat, network in product(range(repeats), reversed(networks)):
         tasks += [(network, activation, BATCH_SIZE[network], "learning rate", repeat) for activation in ACTIVATIONS]
         tasks += [(network, "ReLU", size, "batch size", repeat) for size in BATCH_SIZES[network]]
-    parts = in_processes(sweep, tasks, processes, len(tasks), "fidelity", "sweep")
+    parts = in_processes(sweep, tasks, processes, "fidelity")
     order = {name: i for i, name in enumerate([*networks, *ACTIVATIONS])}
     found = [measured for part in parts for measured in part]
     return sorted(found, key=lambda m: (order[m.network], order[m.activation], m.method, m.against, m.at, m.repeat))

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from torch_gradmatch.compare.plots import OKABE_ITO
+from torch_gradmatch.evaluation.plots import OKABE_ITO
 
 ORANGE, BLUE, GREEN, PINK, AMBER, SKY, _, BLACK = OKABE_ITO
 STYLES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from _cdsprites_data import SHAPES, CdSprites, Split
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from torch_gradmatch.compare.plots import OKABE_ITO, plot_agreement_by_domain, plot_alignment
+from torch_gradmatch.evaluation.plots import OKABE_ITO, plot_agreement_by_domain, plot_alignment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> Comparison:
                 if board is not None:
                     board.add_scalar(f"loss/{step % DOMAINS}", loss.item(), step)
     batches = [draw(domain, options.batch_size) for domain in range(DOMAINS)]
-    return compare(model, lambda batch: criterion(model(batch[0]), batch[1]), batches, optimizer=optimizer)
+    return compare(model, lambda model, batch: criterion(model(batch[0]), batch[1]), batches, optimizer=optimizer)
 
 
 if __name__ == "__main__":

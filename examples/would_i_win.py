@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from torch_gradmatch import leave_one_domain_out
-from torch_gradmatch.compare.recipes import LogUniform
+from torch_gradmatch.evaluation.recipes import LogUniform
 
 ANGLES = (0, 15, 30, 45, 60, 75)
 METHODS = ("ERM", "ERM, domains in turn", "Fish, carried", "SmoothFish")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import cost, fidelity, outcome, report, same_order, ways
-from torch_gradmatch.compare.fidelity import Fidelity
+from benchmarks import cost, fidelity, outcome, report, ways
+from torch_gradmatch.evaluation.fidelity import Fidelity
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,26 +70,8 @@ def test_the_report_has_tables_and_pictures(measured: Path, tmp_path: Path):
 
 
 @pytest.mark.large
-def test_two_reports_are_compared(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    results = json.loads((measured / "report.json").read_text())
-    assert same_order.main([str(measured), str(measured)]) == 0
-    assert ", 0 in another order" in capsys.readouterr().out
-    for row in results["times"]:
-        if (row["way"], row["domains"]) == ("Fish", 2):
-            row["of_erm"] = [1000.0, 1000.0]
-    (tmp_path / "report.json").write_text(json.dumps(results))
-    assert same_order.main([str(measured), str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "time, MLP, S=2: Fish over IDGM " in printed
-    assert "S=5" not in printed
-    assert same_order.main([str(measured), str(tmp_path / "none")]) == 2
-    assert same_order.main([]) == 2
-
-
 def test_fidelity_of_one_sweep():
-    news: list[int] = []
-    rows = fidelity.sweep("CdSprites CNN", "GELU", 4, "learning rate", 0, told=lambda: news.append(1))
-    assert news == [1]
+    rows = fidelity.sweep("CdSprites CNN", "GELU", 4, "learning rate", 0)
     by_rate = {row.at: row for row in rows if row.method == "Fish"}
     assert list(by_rate) == fidelity.LEARNING_RATES
     assert by_rate[1e-3].cosine > 0.99

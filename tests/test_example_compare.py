@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from torch_gradmatch.compare import cost
+from torch_gradmatch.evaluation import cost
 
 
 def test_the_class_is_in_the_counts_and_mostly_in_the_mark():

@@ -353,10 +353,8 @@ def test_messages_call_them_by_their_names():
 def test_compare_takes_a_list():
     model, batches = make_model(), make_batches(DOMAINS)
     methods = {"Fish": Fish(), "SmoothFish": SmoothFish(1.0, 0.1)}
-    found = compare(
-        model, lambda b: loss_of(model, b), batches, methods, muon_and_adamw(model), rounds=2, orders=2, show=False
-    )
+    found = compare(model, loss_of, batches, methods, muon_and_adamw(model), rounds=2, orders=2, show=False)
     assert found["Fish"].error is None
     assert "Muon with AdamW" in str(found)
     with pytest.raises(ValueError, match="needs a closure"):
-        compare(model, lambda b: loss_of(model, b), batches, optimizer=[torch.optim.LBFGS(model.parameters())])
+        compare(model, loss_of, batches, optimizer=[torch.optim.LBFGS(model.parameters())])

@@ -5,14 +5,14 @@ Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104
 
 import sys
 
-from torch_gradmatch.compare.evidence import Evidence
-from torch_gradmatch.compare.leave_one_out import leave_one_domain_out
-from torch_gradmatch.compare.recipes import Recipe
-from torch_gradmatch.compare.report import Comparison, compare
 from torch_gradmatch.data.loaders import check_loader
 from torch_gradmatch.data.meta_batches import meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import DomainLoader
+from torch_gradmatch.evaluation.compare import Comparison, compare
+from torch_gradmatch.evaluation.evidence import Evidence
+from torch_gradmatch.evaluation.leave_one_out import leave_one_domain_out
+from torch_gradmatch.evaluation.recipes import Choice, LogUniform, Recipe
 from torch_gradmatch.gradients import agreement, alignment, functional
 from torch_gradmatch.gradients.agreement import fish_gamma
 from torch_gradmatch.methods.aggregate import Aggregate
@@ -31,6 +31,7 @@ __all__ = [
     "IDGM",
     "Aggregate",
     "Average",
+    "Choice",
     "Comparison",
     "DomainBatchSampler",
     "DomainLoader",
@@ -39,6 +40,7 @@ __all__ = [
     "Fishr",
     "GradMatch",
     "GroupDRO",
+    "LogUniform",
     "MetaStep",
     "NativeStatus",
     "Recipe",

@@ -28,12 +28,14 @@ class Loaded:
         targets: Classes, int64, shape (samples,).
         domains: The label of each sample's domain.
         classes: Names of the classes.
+        groups: Which samples belong together, such as the windows of one recording; None if each stands alone.
     """
 
     inputs: Tensor
     targets: Tensor
     domains: list[str]
     classes: list[str]
+    groups: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.inputs) == len(self.targets) == len(self.domains):

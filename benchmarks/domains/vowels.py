@@ -46,7 +46,9 @@ def load(root: Path) -> Loaded:
     targets = torch.tensor(columns["Class"].cat.codes.to_numpy("int64"))
     if (targets < 0).any():
         raise ValueError(f"{path} has samples without a class")
-    return Loaded(inputs, targets, [f"speaker {label}" for label in columns["V1"]], classes)
+    speakers = [f"speaker {label}" for label in columns["V1"]]
+    utterances = [f"{speaker}, {label}" for speaker, label in zip(speakers, columns["Class"], strict=True)]
+    return Loaded(inputs, targets, speakers, classes, utterances)
 
 
 def make_model() -> nn.Module:
@@ -67,8 +69,7 @@ SOURCE = Source(
     (
         (
             "Fifteen speakers, eleven vowels of six frames each: 990 rows of ten columns, of which the first is the "
-            "speaker. The six frames are of one utterance, so the validation parts hold frames of utterances trained "
-            "on."
+            "speaker. The six frames are of one utterance: a group, which is never on both sides of validation."
         ),
         "Two vowels differ by a capital letter only: hOd and hod, hUd and hud, hEd and hed, hId and hid, hAd and had.",
     ),

@@ -87,14 +87,15 @@ def load(root: Path) -> Loaded:
     lengths = {field: len(found[field]) for field in ("X", "y", "subject")}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{path} is damaged: it has {lengths}")
-    windows, targets, domains = [], [], []
-    for series, exercise, subject in zip(found["X"], found["y"], found["subject"], strict=True):
+    windows, targets, domains, groups = [], [], [], []
+    for position, (series, exercise, subject) in enumerate(zip(found["X"], found["y"], found["subject"], strict=True)):
         number = len(series) // WIDTH
         windows.append(np.asarray(series)[: number * WIDTH].reshape(number, WIDTH, -1).transpose(0, 2, 1))
         targets += [int(exercise)] * number
         domains += [f"person {int(subject)}"] * number
+        groups += [f"series {position}"] * number
     inputs = torch.from_numpy(np.ascontiguousarray(np.concatenate(windows), dtype=np.float32))
-    return Loaded(inputs, torch.tensor(targets), domains, [str(label) for label in found["y_labels"]])
+    return Loaded(inputs, torch.tensor(targets), domains, [str(label) for label in found["y_labels"]], groups)
 
 
 def make_model() -> nn.Module:
@@ -126,10 +127,7 @@ SOURCE = Source(
             "Ten people, seven shoulder exercises of twenty repetitions each, on the left and on the right side: 140 "
             "series at 50 Hz, cut into windows of two seconds without overlap."
         ),
-        (
-            "Validation parts are drawn by window, so that windows of one series stand on both sides: selection is by "
-            "people and series known, not by new ones."
-        ),
+        "The windows of one series are a group, which is never on both sides of validation.",
         "The side is not given to the model; left and right are mirror images.",
     ),
     load,

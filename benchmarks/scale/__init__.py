@@ -1,4 +1,4 @@
-"""``python -m benchmarks scale``: what several processes cost and what they are good for."""
+"""``python -m benchmarks scale``: what several processes cost, and the direction of several walks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.scale import count, direction, model, outcome, times
+from benchmarks.scale import count, direction, times
 from benchmarks.scale.ranks import Ranks
 
 __all__ = ["QUICK", "Settings", "measure"]
@@ -25,8 +25,6 @@ class Settings:
         rounds: Times each way is timed.
         seconds: Each of them takes at least.
         draws: Of networks whose direction is compared.
-        seeds: Of the runs on CdSprites.
-        outcome: Their settings.
     """
 
     ways: Sequence[str] = tuple(count.WAYS)
@@ -35,8 +33,6 @@ class Settings:
     rounds: int = 7
     seconds: float = 0.25
     draws: int = 50
-    seeds: Sequence[int] = (0, 1, 2)
-    outcome: Any = None
 
 
 QUICK = Settings(
@@ -46,17 +42,12 @@ QUICK = Settings(
     rounds=1,
     seconds=0.01,
     draws=2,
-    seeds=(1,),
-    outcome={
-        "domains": 3, "size": 16, "images_per_domain": 40, "eval_images": 20, "batch_size": 6, "iterations": 4,
-    },
 )  # fmt: skip
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Measure everything; only the runs on CdSprites use both of two cores for all of their time."""
-    of_outcome = outcome.settings_for(settings.outcome or {})
-    found: dict[str, Any] = {"settings": asdict(settings) | {"outcome": of_outcome}, "seconds": {}}
+    """Measure everything."""
+    found: dict[str, Any] = {"settings": asdict(settings), "seconds": {}}
     start = time.perf_counter()
 
     def took(part: str) -> None:
@@ -64,7 +55,6 @@ def measure(settings: Settings) -> dict[str, Any]:
         found["seconds"][part] = time.perf_counter() - start
         start = time.perf_counter()
 
-    found["settings"] |= {"every": outcome.EVERY, "reached": outcome.REACHED}
     found["times"], found["all_reduces"], found["fits"] = [], [], []
     with ExitStack() as stack:
         pools = {size: stack.enter_context(Ranks(size)) for size in settings.ranks}  # those not at work wait
@@ -87,10 +77,4 @@ def measure(settings: Settings) -> dict[str, Any]:
         found["exponents"] = direction.exponents(found["directions"])
         found["two_ranks_error"] = max(two.call("direction, 2 ranks", "walk", 1, direction.of_one_rank))
         took("direction")
-        total = of_outcome["iterations"] * len(settings.seeds) * 2
-        parts = two.call("CdSprites", "meta-it", total, outcome.train_all, settings.seeds, of_outcome)
-        found["outcomes"] = sorted((run for part in parts for run in part), key=lambda r: (r["seed"], r["walks"]))
-        took("CdSprites")
-    found["predicted_here"] = model.beside_measured(found["times"], found["fits"])
-    found["predicted"] = model.predict(found["times"], found["fits"])
     return found

@@ -66,9 +66,9 @@ def counts(path: Path, rows: Rows) -> None:
     figure.savefig(path)
 
 
-def wall(path: Path, times: Rows, predicted: Rows) -> None:
+def wall(path: Path, times: Rows) -> None:
     networks = list(dict.fromkeys(r["network"] for r in times))
-    title = "Time of a meta-iteration by number of processes: measured (lines, quartiles), predicted (rings)"
+    title = "Time of a meta-iteration by number of processes (bands: quartiles)"
     figure, (axes,) = grid(1, len(networks), title)
     for ax, network in zip(axes, networks, strict=True):
         for name in dict.fromkeys(r["way"] for r in times):
@@ -82,14 +82,6 @@ def wall(path: Path, times: Rows, predicted: Rows) -> None:
             label = name.replace("alone", "nothing sent")
             ax.plot(x, middle, label=label, markersize=5, **look)
             ax.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-            rings = [r for r in predicted if (r["network"], r["way"]) == (network, name)]
-            if rings:
-                ax.plot(
-                    [r["ranks"] for r in rings],
-                    [1e3 * r["seconds"] for r in rings],
-                    color=look["color"], marker="o", markersize=11, markerfacecolor="none", linestyle="none",
-                    label="predicted" if name == DDP else None,
-                )  # fmt: skip
         ax.set_title(network, fontsize=11)
         ax.set_xlabel("processes R")
         at_the_values(ax, sorted({r["ranks"] for r in times}))
@@ -147,71 +139,3 @@ def band(ax: Axes, rows: Rows, against: str, quantity: str, label: str, look: Ma
     middle = [middle_of(some, quantity) for some in at]
     ax.plot(x, middle, label=label, markersize=5, **look)
     ax.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=look["color"], alpha=0.18, linewidth=0)
-
-
-def outcomes(path: Path, runs: Rows, wanted: float) -> None:
-    figure, ((ax,),) = grid(1, 1, "CdSprites-15: Fish by one walk and by the mean of two", 4.0)
-    figure.set_size_inches(7.5, 5.2)
-    for walks, look in ((1, {"color": ORANGE, "linestyle": "--"}), (2, {"color": BLUE})):
-        some = [r for r in runs if r["walks"] == walks]
-        for run in some:
-            ax.plot(run["iteration"], run["accuracy"], linewidth=1, alpha=0.55, **look)
-        label = "1 walk" if walks == 1 else f"{walks} walks, opposite orders"
-        ax.plot(
-            some[0]["iteration"], np.mean([r["accuracy"] for r in some], axis=0), linewidth=2.4, label=label, **look
-        )
-    ax.axhline(wanted, color="0.4", linewidth=1, linestyle=":")
-    ax.set_ylim(0.45, 1.02)
-    ax.set_xlabel("meta-iterations (thick: mean over seeds)")
-    ax.set_ylabel("accuracy on unseen colours")
-    legend(figure, [ax], 2)
-    figure.savefig(path)
-
-
-def predictions(path: Path, predicted: Mapping[str, Any], times: Rows) -> None:
-    rows = predicted["rows"]
-    cases = list(dict.fromkeys((r["workload"], r["fabric"]) for r in rows))
-    columns = -(-len(cases) // 2)
-    title = (
-        f"Predicted time of a meta-iteration of {predicted['domains']} batches on each rank\n"
-        "GPUs: computing and network assumed. Gloo: both measured here, on 1 and 2 processes; more are extrapolated"
-    )
-    figure, axes = grid(2, columns, title)
-    order = [case for i in range(2) for case in cases[i::2]]  # a workload with both networks in a column
-    for ax, (workload, fabric) in zip((ax for row in axes for ax in row), order, strict=False):
-        some = [r for r in rows if (r["workload"], r["fabric"]) == (workload, fabric)]
-        lines = {
-            (way, o): [r for r in some if (r["way"], r["overlap"]) == (way, o)]
-            for way in LOOKS
-            for o in ((0.0, 1.0) if way == DDP else (0.0,))
-        }
-        x = [r["ranks"] for r in lines[DDP, 0.0]]
-        seconds = {key: [r["seconds"] for r in line] for key, line in lines.items()}
-        ax.fill_between(
-            x, seconds[DDP, 1.0], seconds[DDP, 0.0], color=BLACK, alpha=0.15, linewidth=0,
-            label="DDP, some hidden by backward",
-        )  # fmt: skip
-        for (way, overlap), y in seconds.items():
-            look = {key: value for key, value in LOOKS[way].items() if key == "color"}
-            label = {0.0: f"{way}, nothing hidden", 1.0: f"{way}, all hidden that fits"}[overlap]
-            ax.plot(x, y, linestyle="--" if overlap else "-", label=label if way == DDP else way, **look)
-            shown = [t for t in times if (t["network"], t["way"]) == (workload, way)] if not overlap else []
-            for row in shown:
-                ax.plot(
-                    row["ranks"], median(row["seconds"]), **LOOKS[way], markersize=6, linestyle="none",
-                    label=f"{way}, measured" if row is shown[0] else None,
-                )  # fmt: skip
-        ax.set_title(f"{workload}\n{fabric}", fontsize=10)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 1024]))
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        ax.tick_params(which="minor", labelsize=7)
-    for left, *_ in axes:
-        left.set_ylabel("seconds")
-    for ax in axes[-1]:
-        ax.set_xlabel("GPUs, or processes, R")
-    legend(figure, [ax for row in axes for ax in row], 4)
-    figure.savefig(path)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from benchmarks.report import table
 from benchmarks.scale import plots
-from benchmarks.scale.times import DDP, SPREAD, WALKS
 
-SHOWN_RANKS = (8, 64, 1024)
 MICRO = 1e6
 
 
@@ -30,15 +27,11 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         *_counts(results),
         *_wall(results),
         *_directions(results),
-        *_outcomes(results),
-        *_predictions(results),
     ]
     (folder / "scale.md").write_text("\n\n".join(parts) + "\n")
     plots.counts(folder / "scale_counts.png", results["counts"])
-    plots.wall(folder / "scale_wall.png", results["times"], results["predicted_here"])
+    plots.wall(folder / "scale_wall.png", results["times"])
     plots.directions(folder / "scale_direction.png", results["directions"])
-    plots.outcomes(folder / "scale_cdsprites.png", results["outcomes"], results["settings"]["reached"])
-    plots.predictions(folder / "scale_predicted.png", results["predicted"], results["times"])
 
 
 def _counts(results: Mapping[str, Any]) -> list[str]:
@@ -81,18 +74,16 @@ def _counts(results: Mapping[str, Any]) -> list[str]:
 
 
 def _wall(results: Mapping[str, Any]) -> list[str]:
-    times, predicted = results["times"], results["predicted_here"]
+    times = results["times"]
     sizes = sorted({r["ranks"] for r in times})
-    heads = ["network", "way", *(f"R={r}, ms" for r in sizes), *(f"R={r}, predicted / measured" for r in sizes[1:])]
-    rows = [heads]
+    rows = [["network", "way", *(f"R={r}, ms" for r in sizes)]]
     for network, way in dict.fromkeys((r["network"], r["way"]) for r in times):
         of = {r["ranks"]: r for r in times if (r["network"], r["way"]) == (network, way)}
-        ratio = {r["ranks"]: r["over_measured"] for r in predicted if (r["network"], r["way"]) == (network, way)}
         shown = []
         for r in sizes:
             low, middle, high = (1e3 * v for v in plots.spread(of[r]["seconds"]))
             shown.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
-        rows.append([network, way, *shown, *(f"{ratio[r]:.2f}" if r in ratio else "-" for r in sizes[1:])])
+        rows.append([network, way, *shown])
     fits = [["R", "latency for each doubling, us", "bandwidth, GB/s", "fit / measured, least", "greatest"]]
     fits += [
         [
@@ -122,9 +113,6 @@ def _wall(results: Mapping[str, Any]) -> list[str]:
                 if crowded
                 else ""
             )
-            + "Predicted: the time of `alone` with as many processes, and the collectives counted, by gloo's latency "
-            "and bandwidth below; copying into one vector and back, and the interpolation, are not in it, nor what DDP "
-            "hides behind its backward pass."
         ),
         table(rows),
         (
@@ -169,97 +157,4 @@ def _directions(results: Mapping[str, Any]) -> list[str]:
         ),
         table(rows),
         table(by_rate),
-    ]
-
-
-def _outcomes(results: Mapping[str, Any]) -> list[str]:
-    runs = results["outcomes"]
-    walks = sorted({r["walks"] for r in runs})
-    rows = [
-        ["seed", *(f"{w} walk{'s' if w > 1 else ''}" for w in walks), *(f"accuracy at the end, {w}" for w in walks)]
-    ]
-    for seed in dict.fromkeys(r["seed"] for r in runs):
-        of = {r["walks"]: r for r in runs if r["seed"] == seed}
-        reached = ["-" if of[w]["reached"] is None else str(of[w]["reached"]) for w in walks]
-        rows.append([str(seed), *reached, *(f"{of[w]['accuracy'][-1]:.3f}" for w in walks)])
-    means = []
-    for w in walks:
-        some = [r["reached"] for r in runs if r["walks"] == w]
-        means.append("-" if None in some else f"{mean(some):.0f}")
-    ends = [f"{mean(r['accuracy'][-1] for r in runs if r['walks'] == w):.3f}" for w in walks]
-    rows.append(["mean", *means, *ends])
-    settings, every, wanted = (results["settings"][key] for key in ("outcome", "every", "reached"))
-    return [
-        "## CdSprites: one walk and two",
-        "![Accuracy on unseen colours by meta-iteration](scale_cdsprites.png)",
-        (
-            f"Meta-iterations of Fish until the accuracy on unseen colours was seen to be {wanted:g}, looked at every "
-            f"{every} of {settings['iterations']}: {settings['domains']} domains, batches of {settings['batch_size']} "
-            f"on each rank, {settings['size']} pixels, SGD {settings['inner_lr']:g}, meta_lr {settings['meta_lr']:g}; "
-            "two walks change nothing else and see twice the samples. A dash: not reached."
-        ),
-        table(rows),
-    ]
-
-
-def _predictions(results: Mapping[str, Any]) -> list[str]:
-    predicted = results["predicted"]
-    found = predicted["rows"]
-    shown = [r for r in SHOWN_RANKS if any(row["ranks"] == r for row in found)]
-    heads = ["workload", "network", "way", *(f"R={r:,}, s" for r in shown), *(f"R={r:,}, DDP / it" for r in shown)]
-    rows = [heads]
-    for workload, fabric in dict.fromkeys((r["workload"], r["fabric"]) for r in found):
-        of = {
-            (r["way"], r["overlap"], r["ranks"]): r["seconds"]
-            for r in found
-            if (r["workload"], r["fabric"]) == (workload, fabric)
-        }
-        for way, overlap, label in (
-            (DDP, 0.0, f"{DDP}"),
-            (DDP, 1.0, f"{DDP}, hidden"),
-            (WALKS, 0.0, WALKS),
-            (SPREAD, 0.0, SPREAD),
-        ):
-            seconds = [of[way, overlap, r] for r in shown]
-            ratios = [
-                f"{of[DDP, 1.0, r] / s:.2f} to {of[DDP, 0.0, r] / s:.2f}" for r, s in zip(shown, seconds, strict=True)
-            ]
-            rows.append(
-                [
-                    workload,
-                    fabric,
-                    label,
-                    *(f"{s:.4g}" for s in seconds),
-                    *(ratios if way != DDP else ["-"] * len(shown)),
-                ]
-            )
-    lines = [
-        f"- {name}: {w['seconds'] * 1e3:.1f} ms for a gradient of {w['samples']:,} samples, "
-        f"P = {w['parameters'] / 1e6:,.1f} M; {w['flop'] / 1e9:.1f} GFLOP a sample, {w['peak'] / 1e12:.0f} TFLOP/s, "
-        f"of which {w['utilization']:g}; {w['source']}."
-        for name, w in predicted["workloads"].items()
-    ]
-    lines += [
-        f"- {name}: {n['within'] / 1e9:g} GB/s up to {n['node']} GPUs, {n['across'] / 1e9:g} GB/s beyond, "
-        f"{n['latency'] * MICRO:g} us for each doubling; {n['source']}."
-        for name, n in predicted["fabrics"].items()
-    ]
-    messages = ", ".join(f"{way} {number:g}" for way, number in predicted["messages"].items())
-    return [
-        "## Predicted, to 1,024 GPUs",
-        "![Predicted time by number of GPUs](scale_predicted.png)",
-        (
-            f"Not measured. t = computing + collectives x latency x log2(R) + 2 (R-1)/R bytes / bandwidth, for "
-            f"{predicted['domains']} batches on each rank. **Measured here**: how many collectives and bytes "
-            f"(control messages: {messages}), an exact meta-iteration over one of Fish "
-            f"({predicted['exact_over_fish']:.2f}, of the {predicted['exact_of']} in one process), and in the panels "
-            "of gloo the computing of one process, latency and bandwidth of two; their markers are what was measured. "
-            "**Assumed**: the figures below. DDP in buckets of "
-            f"{predicted['ddp_bucket'] / 2**20:.0f} MiB; its band is from nothing to all hidden that fits behind the "
-            f"backward pass, {predicted['backward']:.2f} of the computing. By domains every rank has domains of its "
-            "own; it computes more than Fish, and what it finds is exact: its time is not that of the same result. "
-            "Where a network is so fast that DDP hides all it sends, walks have nothing to win."
-        ),
-        "\n".join(lines),
-        table(rows),
     ]

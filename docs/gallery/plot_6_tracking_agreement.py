@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, meta_batches
-from torch_gradmatch.compare.plots import agreement_by_domain, plot_agreement_by_domain
+from torch_gradmatch.evaluation.plots import agreement_by_domain, plot_agreement_by_domain
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

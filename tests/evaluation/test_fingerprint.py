@@ -1,0 +1,147 @@
+"""A hash changes with whatever a run depends on, and with nothing else."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import Dataset, TensorDataset
+
+from torch_gradmatch import Fish, Recipe
+from torch_gradmatch.evaluation.fingerprint import UnhashableError, fingerprint, fingerprint_of_data
+
+FACTOR = 2.0
+
+
+def factory(value: Any) -> Any:
+    def function(x: float) -> Any:
+        return [value for _ in range(3)], x
+
+    return function
+
+
+def with_global(x: float) -> float:
+    return (lambda y: FACTOR * y)(x)
+
+
+class Scaled:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: float) -> float:
+        return self.factor * x
+
+
+def linear(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(2, 2)
+
+
+PAIRS: list[tuple[Any, Any]] = [
+    (1, 2),
+    (1, 1.0),
+    (1, True),
+    ("1", 1),
+    ([1, [2]], [[1], 2]),
+    ((1, 2), [1, 2]),
+    ({"a": 1}, {"a": 2}),
+    ({1, 2}, {1, 3}),
+    (torch.zeros(4), torch.zeros(2, 2)),
+    (torch.zeros(4), torch.zeros(4).double()),
+    (torch.zeros(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16)),
+    (np.arange(3), np.arange(3.0)),
+    (np.array(["a"], object), np.array(["b"], object)),
+    (lambda x: x + 1, lambda x: x + 2),
+    (lambda x: x.sum(), lambda x: x.mean()),
+    (lambda x, y=1: x, lambda x, y=2: x),
+    (factory(1), factory(2)),
+    (factory(torch.zeros(2)), factory(torch.ones(2))),
+    (factory(factory(1)), factory(factory(2))),
+    (functools.partial(torch.optim.SGD, momentum=0.9), functools.partial(torch.optim.SGD, momentum=0.8)),
+    (lambda m, b: cross_entropy(m(b[0]), b[1]), lambda m, b: mse_loss(m(b[0]), b[1])),
+    (cross_entropy, mse_loss),
+    (torch.optim.SGD, torch.optim.Adam),
+    (Scaled(1.0), Scaled(2.0)),
+    (Scaled(1.0).__call__, Scaled(2.0).__call__),
+    (linear(0), linear(1)),
+    (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)),
+    (Recipe(lambda m, s: Fish(0.5)), Recipe(lambda m, s: Fish(0.25))),
+    (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=range(len(PAIRS)))
+def test_what_differs_has_another_hash(one: Any, other: Any):
+    assert fingerprint(one) == fingerprint(one)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_a_global_name_that_is_used_counts(monkeypatch: pytest.MonkeyPatch):
+    before = fingerprint(with_global)
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert fingerprint(with_global) != before
+
+
+def test_a_changed_method_of_a_users_class_counts(monkeypatch: pytest.MonkeyPatch):
+    before = fingerprint(Scaled(1.0))
+    monkeypatch.setattr(Scaled, "__call__", lambda self, x: x)
+    assert fingerprint(Scaled(1.0)) != before
+
+
+def test_structures_that_hold_themselves_end():
+    one: list[Any] = [1]
+    one.append(one)
+    assert fingerprint(one) != fingerprint([1, [1]])
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), (i for i in range(3))], ids=["lock", "generator"])
+def test_what_cannot_be_read_is_refused(value: Any):
+    with pytest.raises(UnhashableError, match=f"a {type(value).__name__} cannot be hashed"):
+        fingerprint(factory(value))
+
+
+def test_another_process_finds_the_same(tmp_path: Path):
+    code = """
+import sys
+sys.path[:0] = {path!r}
+import test_fingerprint as t
+from torch_gradmatch.evaluation.fingerprint import fingerprint
+print([fingerprint(pair[0]) for pair in t.PAIRS] == {expected!r})
+"""
+    code = code.format(path=[str(Path(__file__).parent)], expected=[fingerprint(pair[0]) for pair in PAIRS])
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert printed.stdout.strip() == "True"
+
+
+class Augmented(Dataset[Any]):
+    def __init__(self, strength: float = 0.1, label: int = 0) -> None:
+        self.strength, self.label = strength, label
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= len(self):
+            raise IndexError
+        return {"x": torch.rand(3) * self.strength + index, "y": self.label if index == 13 else 0}
+
+
+def test_the_whole_of_the_data_counts_and_its_random_numbers_do_not():
+    state = torch.get_rng_state()
+    found = fingerprint_of_data(Augmented())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert fingerprint_of_data(Augmented()) == found
+    assert fingerprint_of_data(Augmented(label=1)) != found  # of one sample
+    assert fingerprint_of_data(Augmented(strength=0.2)) != found
+    x = torch.arange(6.0)
+    assert fingerprint_of_data(TensorDataset(x)) != fingerprint_of_data(TensorDataset(x.flip(0)))

@@ -1,0 +1,160 @@
+"""What ``compare`` holds beside the model and its optimizer, counted in copies of the parameters (P)."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torch_gradmatch import IDGM, GradMatch, compare
+from torch_gradmatch.evaluation import compare as report
+from torch_gradmatch.evaluation import cost
+from torch_gradmatch.evaluation.compare import default_methods
+from torch_gradmatch.evaluation.trial import Trial
+from torch_gradmatch.methods.base import Method
+
+LR, DOMAINS = 1e-4, 3
+OWN = 3  # compare's own: the parameters to return to, and the copy of Adam's state
+# What keeps a graph, a vector for each domain or for each difference has to hold more than that leaves of 8 P.
+WITHIN_8_P = ["Fish", "SmoothFish"]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages alive after every operation, beyond those known before."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._note(known)
+        self._before, self.peak = self._total(), 0
+
+    def _note(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._storages:
+                self._storages[key] = weakref.ref(storage, lambda _, key=key: self._storages.pop(key))
+
+    def _total(self) -> int:
+        storages = [reference() for reference in list(self._storages.values())]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._note([t for t in tree_leaves(result) if isinstance(t, Tensor) and t.layout == torch.strided])
+        self.peak = max(self.peak, self._total() - self._before)
+        return result
+
+
+class Bench:
+    """A model with little but parameters, trained by Adam."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [module for _ in range(10) for module in (nn.Linear(200, 200), nn.Tanh())]
+        self.model = nn.Sequential(*layers, nn.Linear(200, 2))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LR)
+        self.batches = [(torch.randn(2, 200), torch.randint(2, (2,))) for _ in range(DOMAINS)]
+        self.loss(self.batches[0]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bytes = sum(p.nbytes for p in self.model.parameters())
+        self.methods = default_methods(self.model, LR, DOMAINS)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def peak(self, run: Callable[[], Any]) -> float:
+        state = [t for entry in self.optimizer.state.values() for t in entry.values()]
+        gc.collect()
+        with LiveBytes([*self.model.parameters(), *state]) as counted:
+            run()
+        return counted.peak / self.bytes
+
+    def time(self, methods: dict[str, Method]) -> None:
+        with Trial(self.model, self.loss, self.batches, self.optimizer) as trial:
+            assert not cost.costs(trial, methods, 1)[1]
+
+    def compare(self, methods: dict[str, Method]) -> None:
+        loss_fn = lambda _, batch: self.loss(batch)  # noqa: E731
+        found = compare(
+            self.model, loss_fn, self.batches, methods, self.optimizer, rounds=1, orders=2, show=False
+        )  # fmt: skip
+        assert not any(row.error for row in found.rows)
+
+    def alone(self, method: Method) -> None:
+        wrapper = GradMatch(self.optimizer, method)
+        for _ in range(2):
+            wrapper.meta_step(self.loss, self.batches)
+            self.optimizer.zero_grad()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr(cost, "SHORTEST_TIMING", 1e-9)
+    gc.collect()
+    gc.freeze()
+    yield Bench()
+    gc.unfreeze()
+
+
+def test_the_count_is_of_what_is_alive():
+    p = torch.zeros(1000)
+    with LiveBytes([p]) as counted:
+        for _ in range(3):
+            a = p + 1
+            b = a.view(10, 100) * 2
+            del a, b
+    assert counted.peak == 2 * 4000
+
+
+@pytest.mark.parametrize("name", default_methods(nn.Linear(1, 1), LR, DOMAINS))
+def test_a_method_is_timed_within_3_p_beyond_its_own_need(bench: Bench, name: str):
+    method = bench.methods[name]
+    timed = bench.peak(lambda: bench.time({name: method}))
+    alone = bench.peak(lambda: bench.alone(method))
+    assert timed <= alone + OWN + 0.1
+    assert (timed <= 8.1) == (name in WITHIN_8_P), timed
+
+
+def test_erm_is_timed_within_8_p(bench: Bench):
+    assert bench.peak(lambda: bench.time({})) <= 5.1
+
+
+@pytest.mark.large
+def test_methods_together_take_what_the_greatest_takes(bench: Bench):
+    methods = {name: method for name, method in bench.methods.items() if name != "IDGM, keep_graphs"}
+    each = [bench.peak(lambda m=method: bench.time({"it": m})) for method in methods.values()]
+    assert bench.peak(lambda: bench.time(methods)) <= max(each) + 0.1
+    assert bench.peak(lambda: bench.compare(methods)) <= max(each) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("Fish", 9.3), ("SmoothFish", 9.1), ("IDGM", 9.2)]
+)  # in the first meta-iterations a copy of the parameters
+def test_fidelity_takes_little_more(bench: Bench, name: str, most: float):
+    assert bench.peak(lambda: bench.compare({name: bench.methods[name]})) <= most
+
+
+def test_one_exact_term_is_alive_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    made = []
+
+    class Counted(report.ExactTerm):
+        def __init__(self, *arguments: Any) -> None:
+            assert not alive
+            alive.add(self)
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(report, "ExactTerm", Counted)
+    kinds = ("inner_product", "variance", "cosine")
+    bench.compare({f"{kind} {i}": IDGM(bench.model, 1e-3, kind) for i in range(2) for kind in kinds})
+    assert len(made) == 3

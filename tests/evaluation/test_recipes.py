@@ -1,0 +1,140 @@
+"""Ranges, draws and recipes; whatever may be given as ``methods``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from _study import net
+from torch import nn
+
+from torch_gradmatch import ERM, IDGM, Choice, Fish, Fishr, LogUniform, Recipe, SmoothFish
+from torch_gradmatch.evaluation.recipes import (
+    DEFAULT,
+    SHARED,
+    draw_settings,
+    for_model,
+    known_recipes,
+    named_recipes,
+    passes_of,
+)
+from torch_gradmatch.methods.base import Method
+
+
+def test_methods_get_the_same_draws_of_what_they_share():
+    shared = {"lr": LogUniform(1e-4, 1e-2, 1e-3), "batch_size": Choice((8, 16, 32))}
+    for draw in range(20):
+        one = draw_settings(shared, draw, 0)
+        other = draw_settings(shared | {"gamma": LogUniform(1e-3, 1.0, 0.1)}, draw, 0)
+        assert one.items() <= other.items()
+        assert 1e-4 <= one["lr"] <= 1e-2
+    assert draw_settings(shared, 0, 0) == {"lr": 1e-3, "batch_size": 8}
+    drawn = torch.tensor([math.log10(draw_settings(shared, d, 0)["lr"]) for d in range(1, 2001)])
+    assert abs(float(drawn.mean()) + 3) < 0.05
+    assert float(drawn.std()) == pytest.approx(2 / 12**0.5, rel=0.05)
+    assert draw_settings(shared, 1, 0) != draw_settings(shared, 1, 1) != draw_settings(shared, 2, 1)
+
+
+def test_a_name_stands_for_the_defaults_of_the_class():
+    """Fault 5: "Fish" was ``Fish(inner_state="reset")``, and the class carries."""
+    for name, recipe in known_recipes("2").items():
+        if recipe.method is None or name in ("Fish, reset", "SmoothFish, symmetric"):
+            continue
+        model = net()
+        ranges = {**SHARED, **recipe.search}
+        method = recipe.method(model, {key: of.default for key, of in ranges.items()})
+        searched = {
+            key: value for key, value in vars(method).items() if key in ranges or key in ("model", "matched", "head")
+        }
+        own: Any = type(method)
+        required = {"gamma": 1.0} if own is SmoothFish else {}
+        assert vars(method) == vars(own(**(required | searched)))
+    assert all("weight_decay" in {**SHARED, **recipe.search} for recipe in known_recipes().values())
+
+
+def test_the_default_ones_match_the_head_only_where_there_is_one():
+    assert list(named_recipes(None, "2")) == list(DEFAULT)
+    assert not any("head" in name for name in named_recipes(None, None))
+    with pytest.raises(ValueError, match=r"got 'IDGM, head'\) \('IDGM, head' and 'Fishr' need head=\)"):
+        named_recipes(["IDGM, head"], None)
+
+
+def test_names_objects_and_recipes_are_taken_alike():
+    recipe = Recipe(order="flipflop")
+    found = named_recipes({"a": "Fish", "b": Fish(0.25), "c": recipe}, None)
+    assert list(found) == ["a", "b", "c"]
+    assert found["c"] is recipe
+    assert found["b"].method is not None
+    assert found["b"].method(net(), {}) == Fish(0.25)
+    assert list(named_recipes(["ERM", Fish(), SmoothFish(1.0, 0.1)], None)) == ["ERM", "Fish", "SmoothFish"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "error", "message"),
+    [
+        ("Fish", TypeError, r"methods should be a list or a mapping from names \(got 'Fish'\)"),
+        (Fish(), TypeError, "methods should be a list or a mapping"),
+        (3, TypeError, r"methods should be a list or a mapping from names \(got 3\)"),
+        (["Fisch"], ValueError, r"methods should be among 'ERM', .* \(got 'Fisch'\)"),
+        ([], ValueError, "methods should hold at least one"),
+        ([Fish(), Fish(0.25)], ValueError, r"methods should have a name each \(got 'Fish' twice\): pass a mapping"),
+        ([Recipe()], TypeError, r"a Recipe has no name of its own: pass methods as a mapping"),
+        ({"mine": 3}, TypeError, r"methods\['mine'\] should be a name, a method object .* \(got int\)"),
+        ([nn.Linear], TypeError, r"methods\['type'\] should be a name"),
+    ],
+)
+def test_other_methods_are_refused_in_words(methods: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        named_recipes(methods, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LogUniform(1.0, 2.0, 3.0), ValueError, "0 < low <= default <= high"),
+        (lambda: Choice(()), ValueError, "values should hold at least one"),
+        (lambda: Choice(0.9), TypeError, r"values should be a tuple of values \(got 0.9\)"),  # type: ignore[arg-type]
+        (lambda: Recipe(order="sorted"), ValueError, "order should be one of"),  # type: ignore[arg-type]
+        (lambda: Recipe(lambda m, s: Fish(), order="pooled"), ValueError, "order='pooled' is for plain steps"),
+        (lambda: Recipe(lambda m, s: Fish(), train=print), ValueError, "method= or train=, not both"),
+        (lambda: Recipe(Fish()), TypeError, "method should be a function"),  # type: ignore[arg-type]
+        (lambda: Recipe(search={"lr": 0.1}), TypeError, r"search\['lr'\] should be a LogUniform"),  # type: ignore[dict-item]
+        (lambda: Recipe(search=0.1), TypeError, r"search should map names"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_ranges_and_recipes_are_checked(make: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_method_object_is_moved_to_another_model():
+    one, other = net(), net()
+    for matched in (one[2], [one[0].weight, one[2].bias]):
+        moved: Any = for_model(IDGM(one, 0.5, "cosine", matched=matched), other)
+        assert moved.model is other
+        assert (moved.gamma, moved.agreement) == (0.5, "cosine")
+        expected = other[2] if matched is one[2] else (other[0].weight, other[2].bias)
+        assert moved.matched is expected or all(a is b for a, b in zip(moved.matched, expected, strict=True))
+    assert for_model(Fish(0.3), other) == Fish(0.3)
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [
+        (lambda m: Fish(), 1.0),
+        (lambda m: SmoothFish(0.0, 0.1), 1.0),
+        (lambda m: SmoothFish(2.0, 0.1), 1.75),
+        (lambda m: SmoothFish(1.0, 0.1, symmetric=True), 2.5),
+        (lambda m: IDGM(m), 2.0),
+        (lambda m: IDGM(m, matched=m[2]), 1 + 18 / 66),
+        (lambda m: IDGM(m, matched=[m[2].bias]), 1 + 2 / 66),
+        (lambda m: Fishr(m, m[2]), 1 + 18 / 66),
+        (lambda m: ERM(), 1.0),
+    ],
+)
+def test_second_derivatives_count_for_what_they_cost(method: Any, passes: float):
+    model = net()
+    own: Method = method(model)
+    assert passes_of(own, model, 4) == pytest.approx(passes)

@@ -1,0 +1,119 @@
+"""Parting the samples, groups, the control by permutation, twins, and scoring."""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import pytest
+import torch
+from _study import data, metric, net, task
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+from torch_gradmatch.evaluation.task import near_duplicates
+
+
+def all_of(split: Any) -> list[int]:
+    sides = [*split.training.values(), *split.validation.values(), split.held_out]
+    return [i for side in sides for i in side]
+
+
+def test_every_sample_is_on_one_side():
+    own = task()
+    for seed in range(5):
+        split = own.split("south", seed)
+        assert sorted(all_of(split)) == list(range(96))
+        assert all(len(side) == 6 for side in split.validation.values())
+        assert list(split.training) == ["north", "west", "east"]
+    assert own.split("south", 0) != own.split("south", 1)
+    assert own.split(None, 0).held_out == []
+    assert sorted(all_of(own.split(None, 0))) == list(range(96))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.booleans())
+def test_a_group_is_never_on_both_sides(seed: int, size: int, across: bool):
+    """Also one that several domains have, and one that the held-out domain has, too."""
+    draw = random.Random(seed)
+    domains = data(samples=240)[1]
+    groups = {i: draw.randrange(240 // size) for i in range(240)}
+    if not across:
+        groups = {i: f"{domains[i]} {group}" for i, group in groups.items()}
+    own = task(data(samples=240)[0], domains, group_of=groups)
+    with suppress(ValueError) if across else nullcontext():  # which says that groups leave a domain nothing
+        check_sides(own, own.split("west", seed), groups, complete=not across)
+
+
+def check_sides(own: Any, split: Any, groups: dict[int, Any], *, complete: bool) -> None:
+    training = {groups[i] for side in split.training.values() for i in side}
+    validation = {groups[i] for side in split.validation.values() for i in side}
+    assert not training & validation
+    assert not (training | validation) & {groups[i] for i in split.held_out}
+    if complete:
+        assert sorted(all_of(split)) == list(range(240))
+
+
+def test_groups_that_leave_a_domain_nothing_are_named():
+    own = task(group_of={i: data()[1][i] for i in range(96)})
+    with pytest.raises(ValueError, match="leave domain 'north' no sample to select by where 'east' is held out"):
+        own.split("east", 0)
+
+
+def test_permuted_domains_keep_sizes_and_whole_groups():
+    own = task()
+    other = own.permuted(1)
+    assert {d: len(i) for d, i in other.by_domain.items()} == {d: len(i) for d, i in own.by_domain.items()}
+    assert other.by_domain != own.by_domain
+    assert other == own.permuted(1) != own.permuted(2)
+    grouped = task(group_of={i: f"{i % 4} {i // 8}" for i in range(96)}).permuted(3)
+    of_group: dict[str, set[str]] = {}
+    for label, indices in grouped.by_domain.items():
+        for i in indices:
+            of_group.setdefault(grouped.group_of[i], set()).add(label)
+    assert all(len(labels) == 1 for labels in of_group.values())
+    assert sorted(i for indices in grouped.by_domain.values() for i in indices) == list(range(96))
+
+
+@pytest.mark.parametrize(("noise", "twins"), [(0.05, True), (1.0, False)])
+def test_near_identical_samples_are_found(noise: float, twins: bool):
+    generator = torch.Generator().manual_seed(0)
+    patients = torch.randn(40, 12, generator=generator).repeat_interleave(4, 0)
+    x = patients + noise * torch.randn(160, 12, generator=generator)
+    domains = [("a", "b", "c", "d")[i // 40] for i in range(160)]
+    found = near_duplicates(task(TensorDataset(x, torch.zeros(160)), domains))
+    assert set(found) == ({"a", "b", "c", "d"} if twins else set())
+    assert near_duplicates(task(*data())) == {}  # five numbers are too few to tell
+
+
+def test_a_metric_of_a_whole_domain_sees_all_outputs_at_once():
+    def whole(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        assert outputs.shape == (700, 2)
+        return float((outputs.argmax(1) == targets).double().mean())
+
+    dataset, domains = data(samples=700)
+    model = net().eval()
+    own = task(dataset, domains, metric=whole, predict=lambda m, b: (m(b[0]), b[1]))
+    expected = task(dataset, domains).score(model, range(700))[0]
+    assert own.score(model, range(700)) == (pytest.approx(expected), [])
+    kept = task(dataset, domains, metric=whole, predict=lambda m, b: (m(b[0]), b[1]), predictions=True)
+    _, (outputs, targets) = kept.score(model, range(700))
+    assert targets == dataset.tensors[1].tolist()
+    torch.testing.assert_close(torch.tensor(outputs), model(dataset.tensors[0]).detach())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"metric": lambda m, b: m(b[0])}, r"one number for each of 96 samples \(got \(96, 2\)\); for a metric of a"),
+        ({"metric": lambda m, b: 0.5}, r"metric should return a row for each sample \(got float\)"),
+        ({"metric": lambda m, b: torch.ones(3)}, r"for each of 96 samples \(got \(3,\)\)"),
+        ({"predict": lambda m, b: (m(b[0]), 3)}, r"predict should return a row for each sample \(got int\)"),
+    ],
+)  # fmt: skip
+def test_a_metric_of_another_shape_is_refused(changed: dict[str, Any], message: str):
+    own = task(**({"metric": metric} | changed))
+    with pytest.raises(ValueError, match=message):
+        own.score(net().eval(), range(96))

@@ -1,0 +1,256 @@
+"""One run: a plain loop, its budget in samples, its averaged weights, and what becomes of one that diverges."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from _study import data, loss_fn, metric, net, task
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from torch_gradmatch import Average, Choice, Fish, GradMatch, LogUniform, Recipe
+from torch_gradmatch.evaluation.recipes import draw_settings, known_recipes
+from torch_gradmatch.evaluation.training import AVERAGED, PLAIN, train
+
+PLAINLY = {"lr": 0.1, "weight_decay": 0.0, "batch_size": 8}
+
+
+def settings_of(recipe: Recipe, batch_size: int = 12) -> dict[str, Any]:
+    shared = {"lr": LogUniform(1e-3, 1e-3, 1e-3), "weight_decay": Choice((0.0,)), "batch_size": Choice((batch_size,))}
+    return draw_settings(shared | dict(recipe.search), 0, 0)
+
+
+def scored(model: nn.Module, indices: list[int]) -> float:
+    return metric(model, data()[0][indices]).mean().item()
+
+
+def test_ordinary_training_is_a_plain_loop():
+    """Weights and averaged weights of the moment that validates best, also those of ``Average``."""
+    dataset, _ = data()
+    own = task()
+    run, _ = train(own, Recipe(), PLAINLY, "west", seed=3)
+    split = own.split("west", 3)
+    torch.manual_seed(3)
+    model = net()
+    optimizer = GradMatch(
+        torch.optim.SGD(model.parameters(), lr=0.1), Fish(1.0, inner_steps=1), average=Average(start=15)
+    )  # epochs have six batches of 8 samples and one of 6, so the 16th step reaches half of 240
+    indices = [i for of_domain in split.training.values() for i in of_domain]
+    shuffled = torch.Generator().manual_seed(3)
+    taken, marks = 0, [80, 160, 240]
+    best: dict[str, tuple[float, float]] = {}
+
+    def measure(kind: str) -> None:
+        validation = sum(scored(model, own) for own in split.validation.values()) / 3
+        if kind not in best or validation > best[kind][0]:
+            best[kind] = validation, scored(model, split.held_out)
+
+    measure(PLAIN)
+    while taken < 240:
+        order = torch.randperm(len(indices), generator=shuffled)
+        for chosen in order.split(8):
+            optimizer.zero_grad()
+            loss_fn(model, dataset[[indices[i] for i in chosen]]).backward()
+            optimizer.step()
+            taken += len(chosen)
+            if taken >= marks[0]:
+                marks.pop(0)
+                measure(PLAIN)
+                if taken > 120:
+                    with optimizer.averaged_weights():
+                        measure(AVERAGED)
+            if not marks:
+                break
+    assert [moment for moment, _ in run[PLAIN]["curve"]] == [0, 86, 162, taken]
+    assert [moment for moment, _ in run[AVERAGED]["curve"]] == [162, taken]
+    for kind in (PLAIN, AVERAGED):
+        assert (run[kind]["validation"], run[kind]["held_out"]) == pytest.approx(best[kind])
+    assert run["stopped"] is None
+
+
+def test_no_sample_of_the_held_out_domain_nor_one_to_select_by_is_trained_on():
+    seen: set[int] = set()
+
+    def noting(model: nn.Module, batch: Any) -> Tensor:
+        seen.update(batch[2].tolist())
+        return loss_fn(model, batch)
+
+    dataset, domains = data()
+    own = task(TensorDataset(*dataset.tensors, torch.arange(96)), domains, budget=1000, loss_fn=noting)
+    for name, recipe in known_recipes("2").items():
+        seen.clear()
+        split = own.split("south", 1)
+        train(own, recipe, settings_of(recipe), "south", seed=1)
+        assert seen == {i for of_domain in split.training.values() for i in of_domain}, name
+
+
+@pytest.mark.parametrize("name", known_recipes("2"))
+def test_the_budget_counts_the_samples_that_are_differentiated(name: str):
+    """Counted where losses are differentiated."""
+    calls: list[int] = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: Tensor, size: int) -> Tensor:
+            ctx.size = size
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            calls.append(ctx.size)
+            return gradient.clone(), None
+
+    own = task(budget=480, loss_fn=lambda model, batch: Counted.apply(loss_fn(model, batch), len(batch[1])))
+    recipe = known_recipes("2")[name]
+    run, _ = train(own, recipe, settings_of(recipe), "east", seed=0)
+    assert run["stopped"] is None
+    assert 480 <= run["spent"] < 480 + 36
+    taken = sum(calls)
+    if not name.startswith(("IDGM", "Fishr")):  # whose second derivatives do not begin at the loss
+        assert taken == run["spent"]
+
+
+def test_a_batch_is_shared_out_so_that_all_take_as_many_steps_as_plain_training():
+    """Item 3: before, a method of one step in S batches took S times fewer than ordinary training."""
+    steps: dict[str, int] = {}
+
+    for name in ("ERM", "ERM, balanced", "SmoothFish", "Fish"):
+        recipe = known_recipes()[name]
+        taken: list[int] = []
+
+        class Counting(torch.optim.SGD):
+            def step(self, closure: Any = None, taken: list[int] = taken) -> Any:
+                taken.append(1)
+                return super().step(closure)
+
+        train(task(budget=480, optimizer=Counting), recipe, settings_of(recipe), "east", seed=0)
+        steps[name] = len(taken)
+    assert steps["ERM"] == pytest.approx(480 / 12, abs=5)  # the last batch of an epoch is smaller
+    assert steps["ERM, balanced"] == steps["SmoothFish"] == pytest.approx(480 / 12, abs=5)
+    assert steps["Fish"] == 3 * steps["SmoothFish"]
+
+
+def test_a_sample_left_over_does_not_end_a_run_under_batch_norm():
+    """Fault 4: an epoch of 25 samples in batches of 8 had a last batch of one, and the whole study ended."""
+    make = lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))  # noqa: E731
+    dataset, domains = data(samples=52)
+    own = task(dataset, domains, make_model=make, budget=400, validation=0.3)
+    assert {len(side) for side in own.split("east", 0).training.values()} == {9}
+    for name in ("ERM", "ERM, domains in turn", "Fish", "IDGM"):
+        recipe = known_recipes()[name]
+        run, _ = train(own, recipe, settings_of(recipe, 13 if name == "ERM" else 24), "east", seed=0)
+        assert run["stopped"] is None
+
+
+def test_averaged_weights_take_the_running_statistics_along():
+    make = lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))  # noqa: E731
+    means: list[Tensor] = []
+
+    def noting(model: nn.Module, training: Any, settings: Any) -> None:
+        optimizer = training.optimizer(model, settings)
+        for batch in training.pooled(settings["batch_size"]):
+            training.step(optimizer, model, batch)
+            means.append(model[1].running_mean.clone())
+
+    run, training = train(task(make_model=make, evaluations=1), Recipe(train=noting), PLAINLY, "west", 0)
+    averaged = training.load(AVERAGED)
+    torch.testing.assert_close(averaged[1].running_mean, torch.stack(means[15:]).mean(0))
+    assert run[AVERAGED]["moment"] == run["spent"]
+
+
+def test_an_own_training_without_batches_of_ours_is_measured_once():
+    def loops(model: nn.Module, training: Any, settings: Any) -> None:
+        loader = DataLoader(training.samples, batch_size=8)
+        optimizer = training.optimizer(model, settings)
+        for batch in loader:
+            training.step(optimizer, model, batch)
+
+    def counts(model: nn.Module, training: Any, settings: Any) -> None:
+        loader = DataLoader(training.samples, batch_size=8)
+        optimizer = training.optimizer(model, settings)
+        left = True
+        while left:
+            for batch in loader:
+                training.step(optimizer, model, batch)
+                left = training.spend(len(batch[1]))
+                if not left:
+                    break
+
+    run, _ = train(task(), Recipe(train=loops), PLAINLY, "west", 0)
+    assert (run["spent"], run[AVERAGED]) == (0, None)
+    assert len(run[PLAIN]["curve"]) == 2
+    run, training = train(task(), Recipe(train=counts), PLAINLY, "west", 0)
+    assert 240 <= run["spent"] < 248
+    assert run[AVERAGED] is not None
+    assert len(run[PLAIN]["curve"]) == 4
+    assert sorted(set(training.domains)) == ["east", "north", "south"]
+    assert isinstance(training.samples, Subset)
+
+
+def test_a_run_leaves_random_state_and_threads_alone():
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(task(), known_recipes()["Fish"], settings_of(known_recipes()["Fish"]), "east", seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+def square(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch[0]).square().sum(1) + 1).square().mean()
+
+
+@pytest.mark.parametrize("name", ["ERM", "Fish", "IDGM", "SmoothFish"])
+def test_a_run_that_diverges_counts_as_far_as_it_came(name: str):
+    recipe = known_recipes()[name]
+    settings = settings_of(recipe) | {"lr": 1e6, "meta_lr": 1.0, "strength": 1.0, "inner_lr": 0.3}
+    run, _ = train(task(loss_fn=square, evaluations=10, budget=600), recipe, settings, "east", seed=0)
+    assert run["stopped"] is not None
+    assert run[PLAIN]["curve"][0][0] == 0
+    assert len(run[PLAIN]["curve"]) < 11
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["of samples", "of a domain"])
+def test_a_metric_that_raises_on_nan_is_a_run_that_diverged(whole: bool):
+    """Fault 4: scikit-learn's metrics raise on NaN, and that ended the study."""
+
+    def strict(outputs: Tensor, targets: Tensor) -> Tensor:
+        if not outputs.isfinite().all():
+            raise TypeError("Input contains NaN.")
+        return (outputs.argmax(1) == targets).float()
+
+    def careless(model: nn.Module, training: Any, settings: Any) -> None:
+        for number, batch in enumerate(training.pooled(8)):
+            assert batch
+            if number == 12:
+                with torch.no_grad():
+                    model[0].weight.fill_(float("nan"))
+
+    of_domain = {"metric": lambda o, t: strict(o, t).mean(), "predict": lambda m, b: (m(b[0]), b[1])}
+    own = task(**(of_domain if whole else {"metric": lambda m, b: strict(m(b[0]), b[1])}))
+    run, _ = train(own, Recipe(train=careless), PLAINLY, "east", seed=0)
+    assert run["stopped"] == "Input contains NaN."
+    assert len(run[PLAIN]["curve"]) == 2
+
+
+def test_an_error_of_the_users_own_is_raised():
+    def broken(model: nn.Module, training: Any, settings: Any) -> None:
+        raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        train(task(), Recipe(train=broken), PLAINLY, "east", seed=0)
+
+
+def test_a_metric_that_is_not_finite_before_training_is_raised():
+    own = task(metric=lambda m, b: torch.full((len(b[1]),), torch.nan))
+    with pytest.raises(ValueError, match="the metric is nan after 0 samples"):
+        train(own, Recipe(), PLAINLY, "east", seed=0)
+
+
+def test_the_model_of_a_run_can_be_copied_and_keeps_its_weights():
+    _, training = train(task(), Recipe(), PLAINLY, "east", seed=0)
+    model = training.load(AVERAGED)
+    other = copy.deepcopy(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,317 @@
+"""What ``leave_one_domain_out`` is given: checked in words, and tried once before anything is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_gradmatch._checks import check_loss, check_reached
+from torch_gradmatch.data._labels import indices_by_domain
+from torch_gradmatch.evaluation.cost import describe
+from torch_gradmatch.evaluation.fingerprint import UnhashableError, fingerprint, fingerprint_of_data
+from torch_gradmatch.evaluation.recipes import SHARED, Choice, LogUniform, Recipe, check_ranges
+from torch_gradmatch.evaluation.task import Task, near_duplicates
+from torch_gradmatch.evaluation.training import train
+
+__all__ = [
+    "check_call",
+    "check_held_out",
+    "described",
+    "groups_of",
+    "merged_ranges",
+    "probed",
+    "samples_by_domain",
+    "tried",
+]
+
+Ranges = dict[str, dict[str, LogUniform | Choice]]
+
+
+def check_call(make_model: Any, dataset: Any, functions: Mapping[str, Any]) -> None:
+    """Raise if the extra is not installed, or an argument is of another kind.
+
+    Args:
+        make_model: As given.
+        dataset: As given.
+        functions: Other arguments that should be functions, by name.
+
+    Raises:
+        ModuleNotFoundError: If SciPy, joblib or tqdm is not installed.
+        TypeError: If an argument is of another kind.
+    """
+    missing = [name for name in ("scipy", "joblib", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"leave_one_domain_out needs {', '.join(missing)}: install the extra, torch_gradmatch[evidence]"
+        )
+    if isinstance(make_model, nn.Module):
+        raise TypeError(
+            f"make_model should be a function that returns a new model (got a {type(make_model).__name__}): each run "
+            "trains one of its own. Pass the function that builds it, or lambda: copy.deepcopy(model)"
+        )
+    for name, value in {"make_model": make_model, **functions}.items():
+        if not callable(value):
+            raise TypeError(
+                f"{name} should be a function (got {type(value).__name__}): the order is make_model, dataset, domains, "
+                "loss_fn, metric"
+            )
+    if hasattr(dataset, "iloc"):
+        raise TypeError(
+            f"dataset should be a sequence of samples (got a {type(dataset).__name__}): pass TensorDataset(inputs, "
+            "targets) of its columns, or df.to_dict('records')"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or isinstance(dataset, Mapping):
+        raise TypeError(
+            f"dataset should be a map-style Dataset or a sequence of samples (got a {type(dataset).__name__})"
+        )
+
+
+def samples_by_domain(domains: Any, dataset: Any) -> dict[Any, list[int]]:
+    """Return the indices of each domain's samples by label.
+
+    Args:
+        domains: As given.
+        dataset: As given.
+
+    Returns:
+        The indices.
+
+    Raises:
+        TypeError: If ``domains`` is neither a sequence nor a mapping.
+        ValueError: If there are fewer than three domains, one has fewer than two samples, or the labels are not of this
+            data set.
+    """
+    labels, indices = indices_by_domain(domains)
+    by_domain = {label: of_domain.tolist() for label, of_domain in zip(labels, indices, strict=True)}
+    number = 1 + max(index for of_domain in by_domain.values() for index in of_domain)
+    if number > len(dataset) or (number < len(dataset) and not isinstance(domains, Mapping)):
+        raise ValueError(
+            f"domains should have a label for each of the {len(dataset)} samples of the dataset (got {number}); to "
+            "leave samples out, map labels to indices"
+        )
+    if len(by_domain) < 3:
+        raise ValueError(
+            f"domains should have at least three labels, one to hold out and two to match (got {len(by_domain)})"
+        )
+    for label, of_domain in by_domain.items():
+        if len(of_domain) < 2:
+            raise ValueError(
+                f"domain {label!r} has one sample, and needs one to train on and one to select by: leave it out, or "
+                "merge it with another"
+            )
+    return by_domain
+
+
+def groups_of(groups: Any, dataset: Any) -> dict[int, Any]:
+    """Return the group of each sample by its index; empty without groups.
+
+    Raises:
+        ValueError: If there is not one label for each sample.
+    """
+    if groups is None:
+        return {}
+    try:
+        labels, indices = indices_by_domain(groups)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("domains", "groups")) from None
+    found = {i: label for label, of_group in zip(labels, indices, strict=True) for i in of_group.tolist()}
+    if len(found) != len(dataset):
+        raise ValueError(
+            f"groups should have a label for each of the {len(dataset)} samples of the dataset (got {len(found)})"
+        )
+    return found
+
+
+def check_held_out(by_domain: Mapping[Any, Any], held_out: Sequence[Any] | None) -> dict[str, Any]:
+    """Return the labels to hold out by their text.
+
+    Raises:
+        TypeError: If it is one label.
+        ValueError: If one is unknown or there is none.
+    """
+    if isinstance(held_out, str):
+        raise TypeError(f"held_out should be a list of labels (got {held_out!r}): [{held_out!r}]")
+    held = list(by_domain) if held_out is None else list(held_out)
+    for label in held:
+        if label not in by_domain:
+            raise ValueError(f"held_out should name domains (got {label!r})")
+    if not held:
+        raise ValueError("held_out should name at least one domain (got none)")
+    return {str(label): label for label in held}
+
+
+def merged_ranges(recipes: Mapping[str, Recipe], search: Mapping[str, LogUniform | Choice] | None) -> Ranges:
+    """Return the ranges of each recipe's hyperparameters.
+
+    Args:
+        recipes: By name.
+        search: Instead of their own.
+
+    Returns:
+        The ranges.
+
+    Raises:
+        TypeError: If ``search`` maps to something that is no range.
+        ValueError: If it names a hyperparameter that no recipe has.
+    """
+    search = {} if search is None else search
+    check_ranges("search", search)
+    own: Ranges = {name: SHARED | dict(recipe.search) for name, recipe in recipes.items()}
+    known = sorted({name for ranges in own.values() for name in ranges})
+    for name in search:
+        if name not in known:
+            raise ValueError(f"search should name hyperparameters among {', '.join(known)} (got {name!r})")
+    return {m: {name: search.get(name, value) for name, value in ranges.items()} for m, ranges in own.items()}
+
+
+def made(task: Task) -> nn.Module:
+    """Make two models.
+
+    Args:
+        task: Makes them.
+
+    Returns:
+        The second, on the device.
+
+    Raises:
+        TypeError: If something else is made.
+        ValueError: If they share parameters: then every run would train the model of the one before.
+    """
+    first, model = task.make_model(), task.make_model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make_model should return a torch.nn.Module (got {type(model).__name__})")
+    places = {p.untyped_storage().data_ptr() for p in first.parameters() if p.numel()}
+    shared = [name for name, p in model.named_parameters() if p.numel() and p.untyped_storage().data_ptr() in places]
+    if shared:
+        raise ValueError(
+            f"make_model returned the same {shared[0]} twice, so each run would go on with the model of the one "
+            "before: let it build a new model, or return copy.deepcopy(model)"
+        )
+    return model.to(task.device)
+
+
+def probed(task: Task) -> str | None:
+    """Evaluate loss and metric once, and look for near-identical samples.
+
+    Args:
+        task: What is to be learned.
+
+    Returns:
+        The name of the model's head: the linear layer that its forward pass calls last, with something below it.
+
+    Raises:
+        TypeError: If the model is none.
+        ValueError: If models share parameters, or a loss or the metric is not as it should be.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = made(task)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        called: list[str] = []
+        for name, module in model.named_modules():
+            if name and type(module) is nn.Linear:
+                module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for indices in task.by_domain.values():
+            loss = check_loss(task.loss_fn(model.eval(), task.batch(indices[:8])), 0)
+            check_reached(torch.autograd.grad(loss, parameters, allow_unused=True), 0)
+        label, indices = next(iter(task.by_domain.items()))
+        try:
+            task.score(model, indices)
+        except Exception as error:
+            raise type(error)(f"{error}\n(raised when the metric was called with domain {label!r})") from error
+    if not task.group_of:
+        found = near_duplicates(task)
+        if found:
+            shown = ", ".join(f"{share:.0%} of {label!r}" for label, share in found.items())
+            warnings.warn(
+                f"many samples have a near-identical twin in their domain ({shown}), and no groups are given: if they "
+                "come from one patient, recording or scene, selection is blind to what is memorized. Pass groups=",
+                stacklevel=3,
+            )
+    return called[-1] if called else None
+
+
+def tried(
+    task: Task, recipes: Mapping[str, Recipe], ranges: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """Take one step by every recipe.
+
+    Args:
+        task: What is to be learned.
+        recipes: By name.
+        ranges: Of their hyperparameters.
+
+    Returns:
+        The recipes that can be carried out; and by name, why others cannot.
+
+    Raises:
+        Exception: What the first recipe raises.
+    """
+    working, left_out = {}, {}
+    brief = replace(task, budget=1, evaluations=1, predictions=False)
+    for name, recipe in recipes.items():
+        settings = {key: of.default for key, of in ranges[name].items()}
+        try:
+            run, _ = train(brief, recipe, settings, None, 0)
+        except Exception as error:  # noqa: BLE001  any recipe, any reason: the answer says it
+            run, reason = {"stopped": describe(error)}, error
+        else:
+            reason = RuntimeError(run["stopped"])
+        if run["stopped"] is None:
+            working[name] = recipe
+        elif name == next(iter(recipes)):
+            raise reason
+        else:
+            left_out[name] = run["stopped"]
+            warnings.warn(f"{name} is left out, since its first step failed: {left_out[name]}", stacklevel=3)
+    return working, left_out
+
+
+def described(task: Task, recipes: Mapping[str, Recipe], name: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what the runs of a folder depend on.
+
+    Args:
+        task: What is to be learned.
+        recipes: By name.
+        name: The user's own name for what cannot be hashed.
+
+    Returns:
+        Of the task, and of each recipe.
+
+    Raises:
+        ValueError: If something cannot be hashed and has no name.
+    """
+
+    def of(what: str, value: Any, read: Callable[[Any], str] = fingerprint) -> str:
+        try:
+            return read(value)
+        except UnhashableError as error:
+            if name is None:
+                raise ValueError(
+                    f"folder= needs to know whether its runs are of the same {what}, and {error}: pass name=, a name "
+                    "of your own for it, and change the name whenever it changes"
+                ) from error
+            return f"name={name}"
+
+    torch.manual_seed(0)
+    model = task.make_model()
+    optimizer = task.optimizer(model.parameters(), lr=1e-3, weight_decay=0.0)
+    task_parts = {
+        "torch": torch.__version__,
+        "data": of("dataset", task.dataset, fingerprint_of_data),
+        "domains": fingerprint(task.by_domain),
+        "groups": fingerprint(dict(task.group_of)),
+        "model": of("make_model", [task.make_model, model.state_dict()]),
+        **{part: of(part, getattr(task, part)) for part in ("loss_fn", "metric", "predict", "collate_fn")},
+        "optimizer": f"{type(optimizer).__name__}({optimizer.defaults}) {of('optimizer', task.optimizer)}",
+        **{part: getattr(task, part) for part in ("device", "budget", "evaluations", "validation", "domains_per_step")},
+        "predictions": task.predictions,
+        "name": name,
+    }
+    return task_parts, {key: of(f"methods[{key!r}]", recipe) for key, recipe in recipes.items()}

@@ -1,0 +1,168 @@
+"""The runs of ``leave_one_domain_out``: which there are, carrying them out, and the rows that they make."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from joblib import Parallel, delayed
+from torch import nn
+from tqdm import tqdm
+
+from torch_gradmatch.evaluation.evidence import AVERAGED as SUFFIX
+from torch_gradmatch.evaluation.evidence import EvidenceRow
+from torch_gradmatch.evaluation.journal import Journal, Key
+from torch_gradmatch.evaluation.recipes import Choice, LogUniform, Recipe, Settings, draw_settings
+from torch_gradmatch.evaluation.task import Task
+from torch_gradmatch.evaluation.training import AVERAGED, PLAIN, Run, train
+
+__all__ = ["Study"]
+
+
+@dataclass
+class Study:
+    """Runs by key, the draw of hyperparameters with the first seed and the draws selected with all seeds.
+
+    Attributes:
+        task: What is to be learned.
+        recipes: By name.
+        ranges: Of each recipe's hyperparameters.
+        described: What each recipe is, for the journal.
+        journal: Has the runs.
+        held: The domains to hold out, by their labels as text.
+        draws: How many draws.
+        seeds: How many seeds.
+        processes: How many runs at a time.
+        show: Whether to show a bar.
+    """
+
+    task: Task
+    recipes: Mapping[str, Recipe]
+    ranges: Mapping[str, Mapping[str, LogUniform | Choice]]
+    described: Mapping[str, str]
+    journal: Journal
+    held: Mapping[str, Any]
+    draws: int
+    seeds: int
+    processes: int
+    show: bool
+
+    def run(self) -> list[EvidenceRow]:
+        """Carry out what the journal does not have.
+
+        Returns:
+            The rows.
+
+        Raises:
+            KeyboardInterrupt: If it was broken off; it says what is kept and how to go on.
+        """
+        first = [Key(m, h, d, 0) for h in self.held for d in range(self.draws) for m in self.recipes]
+        again = len(self.held) * len(self.recipes) * (self.seeds - 1)  # if weights and average select alike
+        bar = tqdm(
+            total=len(first) + again, unit="run", disable=not self.show, mininterval=0.1 if sys.stderr.isatty() else 30
+        )
+        try:
+            with bar:
+                self._carry_out(first, bar)
+                chosen = {(m, k, h): self.select(m, k, h) for m, k in self.kinds().values() for h in self.held}
+                later = dict.fromkeys(
+                    Key(m, h, draw, seed) for (m, _, h), draw in chosen.items() for seed in range(1, self.seeds)
+                )
+                bar.total = len(first) + len(later)
+                self._carry_out(list(later), bar)
+        except KeyboardInterrupt:
+            number = "1 run is" if len(self.journal) == 1 else f"{len(self.journal)} runs are"
+            kept = f"{number} kept in the folder: the same call goes on from there"
+            lost = "nothing is kept: pass folder= to go on from where it was"
+            raise KeyboardInterrupt(kept if self.journal.is_kept else lost) from None
+        return [self._row(name, method, kind, chosen) for name, (method, kind) in self.kinds().items()]
+
+    def kinds(self) -> dict[str, tuple[str, str]]:
+        """Return the rows: by name the recipe, and whether its weights or their average."""
+        found = {}
+        for m in self.recipes:
+            found[m] = (m, PLAIN)
+            runs = [self.journal[Key(m, h, d, 0)] for h in self.held for d in range(self.draws)]
+            if any(run[AVERAGED] for run in runs):
+                found[m + SUFFIX] = (m, AVERAGED)
+        return found
+
+    def select(self, method: str, kind: str, held_out: str) -> int:
+        """Return the draw that is best on the validation parts of the training domains; of equal ones the first."""
+        runs = [_of(self.journal[Key(method, held_out, draw, 0)], kind) for draw in range(self.draws)]
+        return max(range(self.draws), key=lambda draw: runs[draw]["validation"])
+
+    def refit(self, name: str) -> tuple[nn.Module, Settings]:
+        """Carry out ``Evidence.refit``.
+
+        Args:
+            name: Of the row.
+
+        Returns:
+            Model and settings.
+
+        Raises:
+            RuntimeError: If the run diverged.
+        """
+        method, kind = self.kinds()[name]
+        scores = [
+            fmean(_of(self.journal[Key(method, h, draw, 0)], kind)["validation"] for h in self.held)
+            for draw in range(self.draws)
+        ]
+        settings = draw_settings(self.ranges[method], scores.index(max(scores)), 0)
+        run, training = train(self.task, self.recipes[method], settings, None, 0)
+        if run["stopped"] is not None:
+            raise RuntimeError(f"training on all domains diverged: {run['stopped']}")
+        return training.load(kind if run[kind] else PLAIN).eval(), settings
+
+    def _carry_out(self, keys: Sequence[Key], bar: Any) -> None:
+        settings = {key: draw_settings(self.ranges[key.method], key.draw, 0) for key in keys}
+        expected = {k: {"settings": settings[k], "by": self.described[k.method]} for k in keys}
+        missing = [key for key in keys if not self.journal.find(key, expected[key])]
+        bar.update(len(keys) - len(missing))
+        for key, run in self._trained(missing, settings):
+            self.journal.add(key, expected[key] | run)
+            spent = run["measuring"] / max(run["measuring"] + run["seconds"], 1e-9)
+            bar.set_postfix_str(f"{key.method}, held out: {key.held_out}, {spent:.0%} measuring", refresh=False)
+            bar.update()
+
+    def _trained(self, keys: Sequence[Key], settings: Mapping[Key, Settings]) -> Iterator[tuple[Key, Run]]:
+        """Yield runs in whatever order they are done."""
+        arguments = [(key, self.task, self.recipes[key.method], settings[key], self.held[key.held_out]) for key in keys]
+        if self.processes == 1 or len(keys) < 2:
+            yield from (_run(*own) for own in arguments)
+        else:
+            yield from Parallel(self.processes, return_as="generator_unordered")(delayed(_run)(*a) for a in arguments)
+
+    def _row(self, name: str, method: str, kind: str, chosen: Mapping[tuple[str, str, str], int]) -> EvidenceRow:
+        runs = {
+            h: [self.journal[Key(method, h, chosen[method, kind, h], seed)] for seed in range(self.seeds)]
+            for h in self.held
+        }
+        every = [run for of_domain in runs.values() for run in of_domain]
+        reasons = [run["stopped"] for run in every if run["stopped"] is not None]
+        by_draw = [[_of(self.journal[Key(method, h, d, 0)], kind) for d in range(self.draws)] for h in self.held]
+        return EvidenceRow(
+            name,
+            {h: [_of(run, kind)["held_out"] for run in of_domain] for h, of_domain in runs.items()},
+            {h: of_domain[0]["settings"] for h, of_domain in runs.items()},
+            fmean(max(run["held_out"] for run in of_domain) for of_domain in by_draw),
+            fmean(run["seconds"] for run in every),
+            {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
+            {h: [_of(run, kind).get("predictions") for run in of_domain] for h, of_domain in runs.items()}
+            if self.task.predictions
+            else {},
+        )
+
+
+def _run(key: Key, task: Task, recipe: Recipe, settings: Settings, held_out: Any) -> tuple[Key, Run]:
+    return key, train(task, recipe, settings, held_out, key.seed)[0]
+
+
+def _of(run: Run, kind: str) -> Run:
+    """Return a run's scores; one that diverged before its weights were averaged counts with these."""
+    found: Run = run[kind] or run[PLAIN]
+    return found
