@@ -32,7 +32,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
-from torch_gradmatch.gradients import backward
 
 # ------------------------------------------------------------------------------------------- the zoo of models
 
@@ -150,22 +149,16 @@ def test_differences_agree_with_own_weight_norm_where_torchs_has_a_wrong_second_
 
 
 @pytest.mark.parametrize("keep_graphs", [False, True])
-def test_torchs_wrong_weight_norm_is_warned_of(keep_graphs: bool, monkeypatch: pytest.MonkeyPatch):
-    """Only where it is wrong: not of the model that writes it out, nor of a torch that would get it right."""
+def test_torchs_wrong_weight_norm_is_refused(keep_graphs: bool):
+    """But not the model that writes it out."""
     own, case = make(networks.weight_normalized), make(networks.weight_normalized_by_torch)
-
-    def gradient(case: Case) -> Tensor:
-        method = IDGM(case.model, GAMMA, keep_graphs=keep_graphs)
-        optimizer = GradMatch(SGD(case.model.parameters(), lr=0.0), method)
-        optimizer.meta_step(lambda b: case.loss(case.model, b), case.batches)
-        return flat(gradient_of(case.model), case.model)
-
-    right = gradient(own)
-    with pytest.warns(UserWarning, match="weight_norm, whose second derivative torch .* takes wrongly on 'cpu'"):
-        wrong = gradient(case)
-    assert float((wrong - right).norm() / right.norm()) > 0.01
-    monkeypatch.setattr(backward, "_weight_norm_is_wrong", lambda _: False)
-    gradient(case)
+    optimizers = [
+        GradMatch(SGD(model.parameters(), lr=0.0), IDGM(model, GAMMA, keep_graphs=keep_graphs))
+        for model in (own.model, case.model)
+    ]
+    optimizers[0].meta_step(lambda b: own.loss(own.model, b), own.batches)
+    with pytest.raises(RuntimeError, match=r"hvp=\"finite_difference\".*weight_norm, whose double backward"):
+        optimizers[1].meta_step(lambda b: case.loss(case.model, b), case.batches)
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,9 @@ def test_with_a_loader_per_domain():
     streams = DomainLoader({"a": [1], "b": [2], "c": [3]}, 4, domains_per_step=2)
     for loader in (streams, meta_batches(streams, 2)):
         check_loader(make_optimizer(inner_steps=2), loader)
-        with pytest.raises(ValueError, match=r"inner_steps=3\).*DomainLoader serves.*=2.*loader\.domains_per_step"):
+        with pytest.raises(ValueError, match=r"inner_steps=3\) .* domains_per_step=2: make"):
             check_loader(make_optimizer(inner_steps=3), loader)
-    with pytest.raises(ValueError, match=r"accumulation_steps=2 .* DomainLoader serves 1 of"):
+    with pytest.raises(ValueError, match=r"accumulation_steps=2 .* loader serves 1 of"):
         check_loader(make_optimizer(inner_steps=2), streams, 2)
     for method in (lambda m: IDGM(m, 1.0), lambda _: Fish()):
         with pytest.raises(ValueError, match=r"meta_batches\(loader, 2\)"):
@@ -95,7 +95,7 @@ def test_with_a_loader_per_domain():
 
 def test_domains_of_another_data_set_are_an_error():
     loader = DataLoader(range(25), batch_sampler=make_sampler())
-    with pytest.raises(ValueError, match="holds 24 labels, but the loader's data set 25 samples"):
+    with pytest.raises(ValueError, match="for 24 samples, but the data set has 25"):
         check_loader(make_optimizer(inner_steps=3), loader)
 
 
@@ -152,7 +152,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("kind", CHANGED)
 def test_a_loader_that_a_framework_has_changed_is_an_error(kind):
-    message = r"as you made it \(got .*leave the loader out .*prepare\(model, optimizer\).*get_train_dataloader"
+    message = r"as you made it \(got .*: leave it out of what the framework prepares"
     with pytest.raises(ValueError, match=message):
         check_loader(make_optimizer(inner_steps=3), CHANGED[kind]())
 

@@ -91,11 +91,7 @@ def test_the_split_has_to_be_the_methods(name, split):
 @pytest.mark.parametrize("name", METHODS)
 def test_one_rank_of_a_sampler_is_too_few(name):
     split, make_method = METHODS[name]
-    of_group = "process_group" if "," in name else ""
-    message = (
-        rf"num_replicas=1, rank=0 .* {name[:4]}.* this is rank \d of 2.*num_replicas=torch.distributed.get_world_size"
-        rf"\({of_group}\), rank=torch.distributed.get_rank\({of_group}\) and split='{split}'"
-    )
+    message = rf"num_replicas=1, rank=0 .* {name[:4]}.* needs split='{split}', and this is rank \d of 2: pass them"
     with on_rank(0, 2), pytest.raises(ValueError, match=message):
         check_loader(make_optimizer(make_method), make_loader(not name.startswith("Fish")))
 
@@ -111,7 +107,7 @@ def test_the_number_of_ranks_has_to_be_the_groups():
         group = dist.new_group([0, 1])
         optimizer = make_optimizer(lambda model, _: Fish(inner_steps=4, **walks(model, group)))
         check_loader(optimizer, make_loader(num_replicas=2, rank=1, split="walks"))
-        with pytest.raises(ValueError, match=r"num_replicas=4, .* but Fish\(\) with process_group .* of 2"):
+        with pytest.raises(ValueError, match=r"num_replicas=4, .* but Fish with process_group .* of 2"):
             check_loader(optimizer, make_loader(num_replicas=4, rank=1, split="walks"))
         with pytest.raises(ValueError, match=r"rank=0 .* this is rank 1 of 2"):
             check_loader(optimizer, make_loader(num_replicas=2, rank=0, split="walks"))

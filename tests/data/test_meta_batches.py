@@ -142,13 +142,9 @@ MIXED = {
 
 @pytest.mark.parametrize("kind", MIXED)
 def test_batches_that_torch_cuts_mix_domains_and_are_an_error(kind):
-    works = [
-        r"DataLoader\(dataset, batch_sampler=DomainBatchSampler\(\.\.\.\)\)",
-        "DomainLoader",
-        "meta_step with a mapping or list of one batch per domain",
-    ]
+    works = r"DataLoader\(dataset, batch_sampler=DomainBatchSampler\(\.\.\.\)\) or a DomainLoader"
     for domains_per_step in (2, None):
-        with pytest.raises(ValueError, match="one domain each .*a BatchSampler of a framework.*" + ".*".join(works)):
+        with pytest.raises(ValueError, match="one domain each .*a BatchSampler of a framework.*" + works):
             meta_batches(MIXED[kind](), domains_per_step)
 
 
@@ -183,9 +179,9 @@ def test_batches_that_torch_does_not_cut_are_taken(kind):
 @pytest.mark.parametrize(
     ("domains", "message"),
     [
-        (["a", "b"] * 4, "holds 8 labels, but the loader's data set 10 samples"),
-        (["a", "b"] * 6, "holds 12 labels, but the loader's data set 10 samples"),
-        ({"a": [0, 1], "b": [2, 10]}, r"domains\['b'\] has the index 10, but the loader's data set 10 samples"),
+        (["a", "b"] * 4, "for 8 samples, but the data set has 10"),
+        (["a", "b"] * 6, "for 12 samples, but the data set has 10"),
+        ({"a": [0, 1], "b": [2, 10]}, "for 11 samples, but the data set has 10"),
     ],
 )
 @pytest.mark.parametrize("kind", ["batch_sampler", "sampler"])
@@ -238,7 +234,7 @@ def test_meta_batches_refuses_to_start_in_the_middle_of_a_group():
     state_dict = sampler.state_dict()
     sampler.load_state_dict(state_dict)
     loop = meta_batches(loader_of(sampler), 2)
-    with pytest.raises(RuntimeError, match="resumes at batch 3 of epoch 0, in the middle of a group of 2: save"):
+    with pytest.raises(RuntimeError, match="resumes at batch 3 of epoch 0, in a group: save"):
         next(iter(loop))
     sampler.load_state_dict({**state_dict, "position": 2})
     assert [batch for group in loop for batch in group] == batches[2:]

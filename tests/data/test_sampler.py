@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Sampler
 
-from torch_gradmatch.data._draw import draw_groups
+from torch_gradmatch.data._draw import Groups
 from torch_gradmatch.data.meta_batches import meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
 
@@ -145,12 +145,9 @@ def test_all_domains_per_step_is_the_default_and_ends_with_the_smallest():
     ids=str,
 )
 def test_whole_plans_have_their_exact_probabilities(order, weighting, num_batches, group_size, max_groups):
-    generator = np.random.default_rng(20)
     weights = None if weighting == "proportional" else [1] * len(num_batches)
-    plans = []
-    for _ in range(12000):
-        groups = draw_groups(num_batches, group_size, weights, generator, order == "flipflop")
-        plans.append(tuple(groups[:max_groups].reshape(-1).tolist()))
+    groups = Groups(num_batches, group_size, weights, 20, order == "flipflop", None)
+    plans = [tuple(itertools.chain(*groups.of_epoch(epoch)[:max_groups])) for epoch in range(12000)]
     assert_distributed(plans, plan_probabilities(num_batches, group_size, weights, order, max_groups))
 
 

@@ -133,13 +133,13 @@ def test_nothing_is_fetched_ahead():
 
 
 def test_an_empty_loader_is_an_error_that_names_the_domain():
-    with pytest.raises(RuntimeError, match=r"loader of domain 'empty' yields no batch.*got list"):
+    with pytest.raises(RuntimeError, match=r"loader of domain 'empty' yields no batch: empty"):
         list(DomainLoader({"full": [1, 2], "empty": []}, 4))
 
 
 def test_a_loader_that_can_be_iterated_over_only_once_is_an_error_when_it_should_begin_again():
     loader, taken = DomainLoader({"list": [1, 2], "once": (n for n in (3, 4))}, 6), []
-    with pytest.raises(RuntimeError, match=r"loader of domain 'once' yields no batch.*got generator"):
+    with pytest.raises(RuntimeError, match=r"loader of domain 'once' yields no batch: .* generator at its end"):
         taken.extend(loader)
     assert {3, 4} <= set(taken)
 
@@ -236,7 +236,7 @@ def test_lists_know_their_domains():
         groups = list(meta_batches(loader))
         assert len(groups) == len(meta_batches(loader)) == 5
         assert all(group == list(group.domains) for group in groups)
-    with pytest.raises(ValueError, match=r"should be 3, the batches of a group in the loader's DomainLoader \(got 2\)"):
+    with pytest.raises(ValueError, match=r"should be 3, as in the loader, or None \(got 2\)"):
         meta_batches(loader, 2)
 
 
@@ -262,16 +262,16 @@ class Rows:
     ("loaders", "error", "message"),
     [
         ([[1], [2]], TypeError, "should be a mapping"),
-        ({"a": [1]}, ValueError, "at least 2 domains"),
-        ({}, ValueError, "at least 2 domains"),
-        ({"a": [1], None: [2]}, ValueError, "a key of loaders is None"),
-        ({"a": [1], True: [2]}, ValueError, "a key of loaders is True"),
+        ({"a": [1]}, ValueError, "one label, 'a'"),
+        ({}, ValueError, "got none"),
+        ({"a": [1], None: [2]}, ValueError, "a key of domains is None"),
+        ({"a": [1], True: [2]}, ValueError, "a key of domains is True"),
         ({"a": [1], "b": 3}, TypeError, r"loaders\['b'\] should be a loader.*got 3"),
-        ({"a": [1], "b": "text"}, TypeError, r"loaders\['b'\] is a data set, a str"),
-        ({"a": [1], "b": CountStream()}, TypeError, r"loaders\['b'\] is a data set, a CountStream.*batch_size=None"),
-        ({"a": [1], "b": Rows()}, TypeError, r"loaders\['b'\] is a data set, a Rows, .*pass DataLoader"),
-        ({"a": [1], "b": torch.zeros(3)}, TypeError, r"loaders\['b'\] is a data set, a Tensor"),
-        ({"a": [1], "b": {"x": 1}}, TypeError, r"loaders\['b'\] is a data set, a dict"),
+        ({"a": [1], "b": "text"}, TypeError, r"loaders\['b'\] should be a loader or list .*'text\'"),
+        ({"a": [1], "b": CountStream()}, TypeError, r"loaders\['b'\] .*CountStream.*batch_size=None"),
+        ({"a": [1], "b": Rows()}, TypeError, r"loaders\['b'\] .*Rows.*pass DataLoader"),
+        ({"a": [1], "b": torch.zeros(3)}, TypeError, r"loaders\['b'\] .*tensor"),
+        ({"a": [1], "b": {"x": 1}}, TypeError, r"loaders\['b'\] .*\{'x': 1\}"),
         (dict.fromkeys("ab", ONE), ValueError, "an object of its own for every domain"),
     ],
 )
@@ -292,13 +292,13 @@ def test_loaders_and_lists_of_batches_are_taken(loader):
     [
         ({"domains_per_step": 0}, "domains_per_step should be an integer of at least 1"),
         ({"domains_per_step": 4}, r"domains_per_step should be at most 3.*got 4"),
-        ({"weighting": "proportional"}, "weighting should be one of 'uniform', or a mapping"),
-        ({"weighting": np.ones(3)}, "weighting should be one of 'uniform', or a mapping"),
+        ({"weighting": "proportional"}, "weighting, if no mapping from labels, should be one of 'uniform' .got"),
+        ({"weighting": np.ones(3)}, "weighting, if no mapping from labels, should be one of 'uniform' .got"),
         ({"weighting": {"a": 1, "b": 1}}, "it lacks 'c'"),
         ({"weighting": {"a": 1, "b": 1, "c": 0}}, r"weighting\['c'\] should be"),
         ({"seed": -1}, "seed should be"),
         ({"order": "sorted"}, "order should be one of"),
-        ({"batches_per_epoch": 4}, r"multiple of 3, as 6 is \(got 4\)"),
+        ({"batches_per_epoch": 4}, r"batches_per_epoch=4 needs .* a multiple of 3"),
         ({"batches_per_epoch": 0}, "batches_per_epoch should be an integer of at least 1"),
     ],
 )

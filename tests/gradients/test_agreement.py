@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from _reference import agreement_of, mean_pairwise_cosine, mean_pairwise_inner_product
+from _reference import agreement_of, mean_pairwise_cosine
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -67,40 +66,21 @@ def test_running_form_has_the_value_and_the_derivative(name: str, domains: int, 
 
 
 @law
-@given(**drawn)
-def test_variance_and_inner_product_differ_by_what_the_algebra_says(domains: int, size: int, seed: int):
+@given(**drawn, scale=st.floats(0.1, 10.0))
+def test_bounds_scaling_and_what_the_variance_is(domains: int, size: int, seed: int, scale: float):
     """-1/S sum |G_i - Gbar|^2 = (S-1)/S (GIP - 1/S sum |G_i|^2)."""
     gradients = draw(domains, size, seed)
-    squares = torch.stack([g.square().sum() for g in gradients]).mean()
-    expected = (domains - 1) / domains * (agreement.inner_product(gradients) - squares)
-    torch.testing.assert_close(agreement.variance(gradients), expected)
-
-
-@law
-@given(**drawn)
-def test_inner_product_by_the_squares_of_sums(domains: int, size: int, seed: int):
-    """GIP = (|sum G_i|^2 - sum |G_i|^2) / (S(S-1))."""
-    gradients = draw(domains, size, seed)
-    sums = sum(gradients).square().sum() - sum(g.square().sum() for g in gradients)
-    torch.testing.assert_close(agreement.inner_product(gradients), sums / (domains * (domains - 1)))
-
-
-@law
-@given(domains=st.integers(2, 7), size=st.integers(2, 12), seed=st.integers(0, 2**32), scale=st.floats(0.1, 10.0))
-def test_scaling_of_all_gradients(domains: int, size: int, seed: int, scale: float):
-    gradients = draw(domains, size, seed)
+    gip, minus_variance, cosine = (
+        f(gradients) for f in (agreement.inner_product, agreement.variance, agreement.cosine)
+    )
+    assert minus_variance <= 0
+    assert -1 <= cosine <= 1 + 1e-12
     scaled = [scale * g for g in gradients]
-    torch.testing.assert_close(agreement.inner_product(scaled), scale**2 * agreement.inner_product(gradients))
-    torch.testing.assert_close(agreement.variance(scaled), scale**2 * agreement.variance(gradients))
-    torch.testing.assert_close(agreement.cosine(scaled), agreement.cosine(gradients))
-
-
-@law
-@given(**drawn)
-def test_bounds(domains: int, size: int, seed: int):
-    gradients = draw(domains, size, seed)
-    assert agreement.variance(gradients) <= 0
-    assert -1 <= agreement.cosine(gradients) <= 1 + 1e-12
+    torch.testing.assert_close(agreement.inner_product(scaled), scale**2 * gip)
+    torch.testing.assert_close(agreement.variance(scaled), scale**2 * minus_variance)
+    torch.testing.assert_close(agreement.cosine(scaled), cosine)
+    squares = torch.stack([g.square().sum() for g in gradients]).mean()
+    torch.testing.assert_close(minus_variance, (domains - 1) / domains * (gip - squares))
 
 
 @law
@@ -169,13 +149,15 @@ def test_complex_gradients_count_as_pairs_of_reals():
 def test_half_precision_is_summed_in_single():
     gradients = [torch.full((5000,), 1.0, dtype=torch.bfloat16) for _ in range(3)]
     assert agreement.inner_product(gradients).item() == 5000.0
+    steep = [torch.full((4,), 300.0, dtype=torch.float16) for _ in range(3)]  # squares overflow
+    assert [AGREEMENTS[name](steep).item() for name in NAMES] == pytest.approx([1.0, 4 * 300.0**2, 0.0])
     running = taken_in("inner_product", [[g] for g in gradients])
     cotangent = running.cotangent(0, gradients[:1])[0]
     assert cotangent.dtype == torch.bfloat16
     assert cotangent[0].item() == pytest.approx(2 / 3, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["inner_product", "cosine"])
+@pytest.mark.parametrize("name", NAMES)
 def test_pairs_need_two_gradients(name: str):
     with pytest.raises(ValueError, match=r"at least 2 domains \(got 1\)"):
         AGREEMENTS[name]([torch.ones(2)])
@@ -191,7 +173,7 @@ def test_an_unknown_name_is_shown_with_the_choices():
     [
         (lambda g: 1.0, TypeError, r"should return a scalar tensor \(got float\)"),
         (lambda g: g[0][0], ValueError, r"shape \(2,\)"),
-        (lambda g: g[0][0].sum().detach(), ValueError, "does not depend on the gradients"),
+        (lambda g: g[0][0].sum().detach(), ValueError, "depends on the gradients in a differentiable way"),
         (lambda g: g[0][0].sum().to(torch.complex64), ValueError, "real scalar"),
     ],
     ids=["number", "vector", "detached", "complex"],
@@ -200,20 +182,6 @@ def test_an_own_function_must_return_a_differentiable_scalar(function: Any, erro
     running = taken_in(function, [[torch.ones(2)]] * 2, like=[torch.ones(2)])
     with pytest.raises(error, match=message):
         running.found()
-
-
-def test_named_agreements_hold_no_gradients():
-    """Only sums: what was added is free again."""
-    for name in NAMES:
-        sums = GradientAlignment()
-        alive = []
-        for seed in range(4):
-            gradient = torch.randn(3, generator=torch.Generator().manual_seed(seed))
-            sums.add([gradient])
-            alive.append(weakref.ref(gradient))
-            del gradient
-        assert NamedAgreement(AGREEMENTS[name], sums, 4).value(sums.result()).isfinite()
-        assert [reference() for reference in alive] == [None] * 4
 
 
 def test_fish_gamma():
@@ -226,11 +194,6 @@ def test_fish_gamma():
         fish_gamma(0.1, 0)
 
 
-def test_the_reference_is_that_of_the_alignment():
-    gradients = draw(3, 4, 0)
-    torch.testing.assert_close(agreement.inner_product(gradients), mean_pairwise_inner_product(gradients))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_are_paired_by_key_and_not_by_order(name: str):
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
@@ -240,14 +203,7 @@ def test_tensors_are_paired_by_key_and_not_by_order(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_other_keys_and_shapes_are_refused(name: str):
-    with pytest.raises(ValueError, match=r"shapes of the first, \[\(2,\)\] \(got \[\(1,\)\]"):
+    with pytest.raises(ValueError, match=r"shapes of the first \(got \[\[\(2,\)\], \[\(1,\)\]\]\)"):
         AGREEMENTS[name]([torch.ones(2), torch.ones(1)])
     with pytest.raises(ValueError, match="Node keys mismatch"):
         AGREEMENTS[name]([{"a": torch.ones(2)}, {"b": torch.ones(2)}])
-
-
-def test_half_precision_does_not_overflow():
-    gradients = [torch.full((4,), 300.0, dtype=torch.float16) for _ in range(3)]
-    assert agreement.inner_product(gradients).item() == 4 * 300.0**2
-    assert agreement.variance(gradients).item() == 0.0
-    assert agreement.cosine(gradients).item() == pytest.approx(1.0)

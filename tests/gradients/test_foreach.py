@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_gradmatch.parallel.foreach import by_kind, clone_all, copy_all_, detach_all
+from torch_gradmatch.parallel.foreach import by_kind, clone_all, copy_all_
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
@@ -57,19 +57,6 @@ def test_clones_inside_a_transform():
 
     assert torch.func.vmap(f)(torch.arange(3.0)).tolist() == [0.0, 2.0, 4.0]
     assert torch.func.grad(f)(torch.tensor(2.0)) == 1.0  # of the second summand: the clone is detached
-
-
-def test_detached_inside_and_outside_of_a_transform():
-    leaf, plain = torch.ones(2, requires_grad=True), torch.ones(2)
-    detached, same = detach_all([leaf, plain])
-    assert not detached.requires_grad
-    assert same is plain
-
-    def of_one(y: Tensor) -> Tensor:  # inside the two transforms y does not say that it is differentiated by
-        return detach_all([y * y])[0] + y
-
-    gradient = torch.func.grad(lambda x: torch.func.vmap(of_one)(x).sum())(plain)
-    assert gradient.tolist() == [1.0, 1.0]
 
 
 def test_copies_into_other_dtypes():

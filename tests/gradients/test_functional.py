@@ -15,16 +15,14 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from _reference import agreement_of, mean_pairwise_inner_product, naive_idgm
+from _reference import agreement_of, naive_idgm
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_gradmatch import functional
 from torch_gradmatch.gradients.functional import (
     domain_gradients,
     functional_loss,
-    gradient_inner_product,
     idgm_grad,
     idgm_loss,
 )
@@ -158,23 +156,6 @@ def test_gradient_is_that_of_the_scalar_by_finite_differences(name: str, chosen:
         assert slope == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
-@pytest.mark.parametrize("chosen", AGREEMENTS)
-def test_the_scalar_has_the_same_gradient(chosen: str):
-    model, shape = network("cnn")
-    batches = batches_for(shape)
-    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
-    params = {n: p.detach() for n, p in params.items()}
-    phi = own_agreement if chosen == "own" else chosen
-    by_func, moved = torch.func.grad(lambda p: idgm_loss(pure, p, batches, GAMMA, phi, buffers=buffers), has_aux=True)(
-        params
-    )
-    engine = idgm_grad(pure, params, batches, GAMMA, phi, buffers=buffers)
-    for n in params:
-        torch.testing.assert_close(by_func[n], engine.gradient[n], rtol=1e-9, atol=1e-12)
-    for n in buffers:
-        torch.testing.assert_close(moved[n], engine.buffers[n])
-
-
 # ------------------------------------------------------------------------------------------------- the scalar composes
 
 
@@ -247,17 +228,6 @@ many = {"domains": st.integers(2, 5), "seed": st.integers(0, 2**32)}
 law = settings(deadline=None, max_examples=20)
 
 
-@law
-@given(**many)
-def test_inner_product_by_sums_is_that_by_pairs(domains: int, seed: int):
-    theta, batches = drawn(seed, domains)
-    gradients = domain_gradients(regression, theta, batches).gradients
-    torch.testing.assert_close(gradient_inner_product(gradients), mean_pairwise_inner_product(gradients))
-    torch.testing.assert_close(
-        idgm_grad(regression, theta, batches, GAMMA).alignment.inner_product, mean_pairwise_inner_product(gradients)
-    )
-
-
 @pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine"])
 @law
 @given(**many, order=st.randoms(use_true_random=False))
@@ -321,25 +291,6 @@ def test_scaling_of_the_losses(domains: int, seed: int, scale: float):
     for chosen, gamma in (("inner_product", GAMMA / scale), ("variance", GAMMA / scale), ("cosine", GAMMA * scale)):
         expected = scale * idgm_grad(regression, theta, batches, GAMMA, chosen).gradient
         torch.testing.assert_close(idgm_grad(scaled, theta, batches, gamma, chosen).gradient, expected)
-
-
-@law
-@given(**many)
-def test_variance_and_inner_product_differ_by_the_squares(domains: int, seed: int):
-    """d variance = (S-1)/S (d GIP - d mean |G_i|^2), and the derivative of |G_i|^2 is 2 H_i G_i."""
-    theta, batches = drawn(seed, domains)
-    gradients = domain_gradients(regression, theta, batches).gradients
-    of_squares = sum(
-        2 * torch.func.hessian(lambda t, b=b: regression(t, b))(theta) @ g
-        for b, g in zip(batches, gradients, strict=True)
-    )
-
-    def matching(chosen: str) -> Tensor:  # gamma = 1 against gamma = 0
-        without, with_it = (idgm_grad(regression, theta, batches, g, chosen).gradient for g in (0.0, 1.0))
-        return without - with_it
-
-    expected = (domains - 1) / domains * (matching("inner_product") - of_squares / domains)
-    torch.testing.assert_close(matching("variance"), expected, rtol=1e-9, atol=1e-10)
 
 
 def reversed_too(one: Any, other: Any) -> Any:
@@ -431,37 +382,6 @@ def test_functional_loss_leaves_the_model_alone():
         assert torch.equal(t, before[n])
 
 
-def test_buffers_of_every_kind_are_copied():
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor(2.0))
-            self.register_buffer("steps", torch.tensor(0))
-            self.register_buffer("seen", torch.zeros(2, dtype=torch.bool))
-            self.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
-            self.register_buffer("mean", torch.zeros(3, 2).t())
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.steps += 1
-            self.seen |= True
-            self.phase *= 1j
-            self.mean += (x * self.weight).detach()
-            return (x * self.weight).sum()
-
-    model = Counting()
-    given_buffers = {n: b.clone() for n, b in model.named_buffers()}
-    pure = functional_loss(model, model)
-    _, buffers = pure(dict(model.named_parameters()), given_buffers, torch.ones(2, 3))
-    assert buffers["steps"] == 1
-    assert buffers["seen"].tolist() == [True, True]
-    assert buffers["phase"].tolist() == [1j, 1j]
-    assert buffers["mean"].tolist() == [[2.0] * 3] * 2
-    for n, b in model.named_buffers():
-        assert torch.equal(b, given_buffers[n])
-        assert buffers[n].dtype == b.dtype
-        assert not b.any() or n == "phase"
-
-
 def test_buffers_under_transforms():
     """An ensemble by ``vmap`` with statistics of its own for each member."""
     model, shape = network("cnn")
@@ -531,7 +451,8 @@ def test_a_loss_that_is_a_module_is_not_taken_for_a_part_of_the_model():
         ({"gamma": float("nan")}, r"gamma .*got nan"),
         ({"gamma": True}, r"gamma .*got True"),
         ({"agreement": "covariance"}, "agreement should be one of"),
-        ({"hvp": "exact"}, "hvp should be one of"),
+        ({"hvp": "exact"}, r"hvp should be one of 'reverse', 'forward', 'finite_difference' \(got 'exact'\)"),
+        ({"gamma": None, "strength": 0.0}, "strength should be a finite number greater than 0"),
         ({"one_pass": 1}, r"one_pass should be True or False \(got 1\)"),
         ({"one_pass": True, "keep_graphs": True}, "one_pass=True keeps no graph"),
         ({"one_pass": True, "agreement": own_agreement}, "with one_pass=True .*needs every domain.s whole gradient"),
@@ -707,7 +628,3 @@ def test_memory_does_not_grow_with_the_number_of_domains(chosen: str):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_the_test_of_memory_sees_kept_graphs():
     assert peak_megabytes()["variance", 6, True] > 2 * peak_megabytes()["variance", 2, True]
-
-
-def test_public_names():
-    assert all(callable(getattr(functional, name)) for name in functional.__all__)

@@ -72,12 +72,6 @@ def test_they_follow_the_order_and_not_the_size(seed: int, order: list[int], fac
     torch.testing.assert_close(plain, plain.T, rtol=0, atol=1e-15)
 
 
-def test_sparse_gradients_count():
-    dense = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    found = cosines_of_pairs([[dense.to_sparse()], [torch.tensor([[3.0, 0.0], [1.0, 0.0]])]])
-    torch.testing.assert_close(found[0, 1], torch.tensor(1 / 50**0.5))
-
-
 def test_the_gradients_are_copies():
     alignment, gradient = GradientAlignment(pairs=True), torch.tensor([1.0, 0.0])
     alignment.add([gradient])
@@ -108,12 +102,6 @@ def rest_of(gradients: list[Tensor]) -> Tensor:
 @given(gradients=lengths())
 def test_the_gram_matrix_tells_the_cosine_with_the_sum_of_the_others(gradients: list[Tensor]):
     torch.testing.assert_close(rest_of(gradients), with_rest(gradients), rtol=0, atol=1e-9)
-
-
-def test_without_pairs_nothing_is_said_of_the_rest():
-    alignment = GradientAlignment()
-    alignment.add([torch.ones(2)])
-    assert alignment.result().agreement_with_rest is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -147,7 +135,6 @@ def test_gradient_alignment_draws_the_pairs_with_their_names():
         axes.figure.canvas.draw()
         assert [t.get_text() for t in axes.get_xticklabels()] == ["north", "south", "3"]
         assert [t.get_text() for t in axes.get_yticklabels()] == ["north", "south", "3"]
-        assert [t.get_text() for t in axes.texts] == [f"{v:.2f}" for v in measured.cosines.flatten().tolist()]
         torch.testing.assert_close(torch.tensor(axes.images[0].get_array().data), measured.cosines, check_dtype=False)
         mine = plt.figure().subplots()
         assert gradient_alignment([w], lambda x: (w * x).sum(), list(domains.values()), pairs=True).plot(mine) is mine
@@ -163,9 +150,3 @@ def test_without_pairs_there_is_nothing_to_draw():
     assert (measured.cosines, measured.domains) == (None, None)
     with pytest.raises(RuntimeError, match=r"gradient_alignment\(\.\.\., pairs=True\)"):
         measured.plot()
-
-
-def test_gradient_alignment_names_the_domain_in_errors():
-    w = torch.ones(2, requires_grad=True)
-    with pytest.raises(ValueError, match=r"batch 1 \(domain 'south'\)"):
-        gradient_alignment([w], lambda x: w * x if x == 2 else (w * x).sum(), {"north": 1.0, "south": 2.0})

@@ -307,6 +307,22 @@ def test_half_precision_by_a_scaler_is_the_same_direction():
     torch.testing.assert_close(scaled.losses, report.losses, rtol=1e-12, atol=0)
 
 
+def test_autocast_around_the_loss():
+    """In bfloat16 the direction is that of single precision to the digits that it has."""
+    directions = []
+    for half in (False, True):
+        model = Network().float()
+
+        def loss(batch: Any, half: bool = half, model: Any = model) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                return F.cross_entropy(model(batch[0].float()).float(), batch[1])
+
+        found, _ = direction(model, domains(), loss, gamma=GAMMA, matched=model.head, meta_steps=2)
+        directions.append(torch.cat([g.flatten() for g in found if g is not None]))
+    assert directions[1].dtype == torch.float32
+    assert F.cosine_similarity(*directions, dim=0) > 0.99
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
@@ -382,7 +398,8 @@ def one_rank(scheme: str, settings: dict[str, Any], meta_steps: int) -> Any:
 def test_on_two_ranks_is_what_one_process_finds(scheme: str, mode: str, meta_steps: int):
     settings: dict[str, Any] = {} if mode == "streaming" else {mode: True}
     if scheme == "domains" and mode == "one_pass":
-        pytest.skip("refused: every rank holds gradients of its own")
+        assert all("pass parallel='data'" in error for error in on_ranks(2, one_pass_by_domains))
+        return
     for gamma in (GAMMA, None):
         model = Network("ranks")
         trained = [p for n, p in model.named_parameters() if "attend" not in n]
@@ -398,6 +415,12 @@ def test_on_two_ranks_is_what_one_process_finds(scheme: str, mode: str, meta_ste
             for name, p in model.named_parameters():
                 if p.grad is not None:
                     torch.testing.assert_close(gradients[name], p.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def one_pass_by_domains() -> str:
+    model = Network("ranks")
+    method = IDGM(model, matched=model.head, one_pass=True, **world())
+    return error_of(lambda: GradMatch(SGD(model.parameters(), lr=0.0), method))
 
 
 def nan_on_last() -> str:

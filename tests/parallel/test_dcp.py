@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -140,30 +139,6 @@ def test_a_checkpoint_between_two_inner_loops_resumes_bit_for_bit(case: str, tmp
             train(one, its, batches[DOMAINS:])
         assert_identical(whole(resumed_model, resumed), whole(model, optimizer))
         assert_identical(vars(resumed.last_meta_step), vars(optimizer.last_meta_step))
-
-
-class AppState(Stateful):
-    """As in PyTorch's recipe for distributed checkpoints."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        of_model, of_optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": of_model, "optim": of_optimizer}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state_dict["model"], optim_state_dict=state_dict["optim"]
-        )
-
-
-def test_the_recipe_with_a_stateful_object(tmp_path: Path):
-    (model, optimizer), (resumed_model, resumed) = pair("several"), pair("several")
-    train(model, optimizer, make_batches(DOMAINS))
-    dcp.save({"app": AppState(model, optimizer)}, checkpoint_id=tmp_path)
-    dcp.load({"app": AppState(resumed_model, resumed)}, checkpoint_id=tmp_path)
-    assert_identical(whole(resumed_model, resumed), whole(model, optimizer))
 
 
 @pytest.mark.parametrize("case", ["Adam", "momentum", "SGD", "several"])

@@ -342,7 +342,7 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all_and_changes_nothing(parall
         "batches is empty",
         "" if parallel == "domains" else unequal,
         "",
-        "number 0 of the optimizer, of shape (5, 7), holds other values",
+        "same parameter number 0 of the optimizer, but it is torch.float64 of shape (5, 7)",
     ]
     for rank, (found, unchanged, _) in enumerate(everywhere):
         assert unchanged
@@ -402,7 +402,7 @@ def test_what_cannot_be_shared_is_refused():
         assert "IDGM(..., process_group=torch.distributed.group.WORLD, parallel='data')" in found["ddp"]
         for name in ("ddp by domains", "ddp by walks"):
             assert "pass and call the plain module" in found[name]
-        assert "process_group should hold the ranks of the model's" in found["ddp alone"]
+        assert "if the model's process group is another one, that" in found["ddp alone"]
         assert "use torch.distributed.fsdp.fully_shard" in found["fsdp1"]
 
 

@@ -1,8 +1,7 @@
-"""Optimizers that talk to other ranks by themselves can be wrapped: ZeRO's, and post-local SGD."""
+"""An optimizer that talks to other ranks by itself can be wrapped: ZeRO's."""
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from functools import partial
@@ -13,14 +12,13 @@ import torch.distributed as dist
 from _ranks import on_ranks
 from _spread import Batch, build, distance, domain_batches, error_of, loss_of, loss_over, mine, same, weights
 from torch import Tensor, nn
-from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import Fish, GradMatch
 
 with warnings.catch_warnings():  # of torch about torch.jit.script, which it uses there
     warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 def walk(model: nn.Module, optimizer: GradMatch[Fish], batches: list[Batch]) -> None:
@@ -76,35 +74,3 @@ def test_the_state_that_zero_consolidates_loads_on_all_ranks():
         assert distance(first, weights(model)) < 1e-9
         assert not refused
         assert "consolidate_state_dict" in refused_there
-
-
-def local(model: nn.Module) -> PostLocalSGDOptimizer:
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return PostLocalSGDOptimizer(sgd, PeriodicModelAverager(period=2, warmup_steps=1))
-
-
-def post_local() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By ``GradMatch``, also through a checkpoint, and by hand: ranks step by themselves and average now and then."""
-    model, by_hand = build("smooth"), build("smooth")
-    optimizer, inner = GradMatch(local(model), Fish(0.3, inner_steps=3)), local(by_hand)
-    for seed in range(3):
-        batches = mine(domain_batches(3, seed))
-        walk(model, optimizer, batches)
-        if seed == 0:
-            state = copy.deepcopy(optimizer.state_dict())
-            optimizer = GradMatch(local(model), Fish(0.3, inner_steps=3))
-            optimizer.load_state_dict(state)
-        slow = [p.detach().clone() for p in by_hand.parameters()]
-        for batch in batches:
-            inner.zero_grad()
-            loss_of(by_hand, batch).backward()
-            inner.step()
-        with torch.no_grad():
-            for p, s in zip(by_hand.parameters(), slow, strict=True):
-                p.copy_(s + 0.3 * (p - s))
-    return weights(model), weights(by_hand)
-
-
-def test_post_local_sgd_averages_as_by_hand():
-    for found, expected in on_ranks(2, post_local):
-        assert distance(found, expected) < 1e-12

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from torch_gradmatch.parallel import ranks as parallel_ranks
 from torch_gradmatch.parallel.ranks import Ranks, average_, check_process_group, max_, sum_
-from torch_gradmatch.parallel.same import check_same_parameters
 
 
 def agree() -> dict[str, Any]:
@@ -138,7 +137,7 @@ def compare(change: str) -> str:
     if last and change == "shape":
         parameters[0] = nn.Parameter(torch.randn(7))
     group = dist.group.WORLD
-    return error_of(check_same_parameters, parameters, group, Ranks([group], torch.device("cpu")))
+    return error_of(Ranks([group], torch.device("cpu")).check_same, parameters, group)
 
 
 def compare_all() -> dict[str, str]:
@@ -148,16 +147,16 @@ def compare_all() -> dict[str, str]:
     outer, inner = mesh.get_group("outer"), mesh.get_group("inner")
     parameter = nn.Parameter(torch.full((2,), float(dist.get_rank(inner)) + (dist.get_rank() == 3)))
     ranks = Ranks([outer, inner], torch.device("cpu"))
-    return {**found, "mesh": error_of(check_same_parameters, [parameter], outer, ranks)}
+    return {**found, "mesh": error_of(ranks.check_same, [parameter], outer)}
 
 
 def test_the_same_parameters_pass_and_others_are_named_on_all_ranks():
     for found in on_ranks(4, compare_all):
         assert found["nothing"] == ""
-        assert "number 2 of the optimizer, of shape (5,), holds other values" in found["value"]
+        assert "same parameter number 2 of the optimizer, but it is torch.bfloat16 of shape (5,)" in found["value"]
         assert "broadcast" in found["value"]
-        assert "number 2 of the optimizer, of shape (5,), holds other values" in found["order"]
-        assert "one has 4 of them and one 3" in found["number"]
-        on_one_and_another = "torch.float32 of shape (2, 3) on one and torch.float32 of shape (7,) on another"
-        assert f"number 0 is {on_one_and_another}" in found["shape"]
+        assert "same parameter number 2 of the optimizer" in found["order"]
+        assert "same number of parameters, but it is 4 on rank 0 and 3 on rank 3" in found["number"]
+        assert "number 0 of the optimizer, but it is torch.float32 of shape (2, 3)" in found["shape"]
+        assert "torch.float32 of shape (7,)" in found["shape"]
         assert "number 0 of the optimizer" in found["mesh"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
-from _reference import idgm_direction, smooth_fish_gradient
+from _reference import smooth_fish_gradient
 from _spread import (
     Batch,
     Collectives,
@@ -34,7 +34,7 @@ from _spread import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_gradmatch import GradMatch, SmoothFish, fish_gamma
+from torch_gradmatch import GradMatch, SmoothFish
 
 NETWORKS = ("batch_norm", "transformer", "tied")
 SETTINGS = {"walk": (1.0, False), "mean": (0.0, False), "strong": (2.5, False), "symmetric": (0.3, True)}
@@ -156,56 +156,21 @@ def test_over_ddp_it_is_one_process_on_the_whole_batch():
 # ----------------------------------------------------------------------------------------------------------- the theory
 
 
-def opposite_orders() -> list[Tensor]:
-    """The directions of two walks in the mean, while alpha is halved, and of one walk by itself."""
-    batches = domain_batches(5, 3)[:: -1 if dist.get_rank() else 1]
-    directions = []
-    for group, halvings in itertools.product((dist.group.WORLD, None), range(3, 7)):
-        model = build("smooth")
-        method = SmoothFish(1.0, 0.5**halvings, model=model, process_group=group)
-        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-        optimizer.meta_step(partial(loss_of, model), batches)
-        directions.append(torch.cat([g.reshape(-1) for g in gradients_of(model)]))
-    return directions
-
-
-def test_two_ranks_that_walk_in_opposite_orders_follow_the_exact_direction():
-    """Halve alpha: the error of the mean of two opposite walks is a quarter, that of one walk half."""
-    directions = on_ranks(2, opposite_orders)[0]
-    model = build("smooth")
-    theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-
-    def loss_at(batch: Batch, vector: Tensor) -> Tensor:
-        split = vector.split([p.numel() for p in model.parameters()])
-        named = {n: part.view(p.shape) for (n, p), part in zip(model.named_parameters(), split, strict=True)}
-        return (torch.func.functional_call(model, named, (batch[0],)) - batch[1]).square().mean()
-
-    losses = [partial(loss_at, batch) for batch in domain_batches(5, 3)]
-    exact = [idgm_direction(losses, theta, fish_gamma(0.5**halvings, 5)) for halvings in range(3, 7)]
-    errors = [float((d - e).norm()) for d, e in zip(directions, [*exact, *exact], strict=True)]
-    together, alone = errors[:4], errors[4:]
-    assert all(3.6 <= coarse / fine <= 4.4 for coarse, fine in itertools.pairwise(together)), together
-    assert all(1.7 <= coarse / fine <= 2.3 for coarse, fine in itertools.pairwise(alone)), alone
-    assert together[-1] < 0.1 * alone[-1]
-
-
 # ------------------------------------------------------------------------------------- many iterations, and collectives
 
 
 def train(parallel: str, gamma: float, optimizer_class: Any) -> Any:
-    """Four meta-iterations: the reductions of the last, agreements of first and last, the state."""
+    """Four meta-iterations: the reductions of the last, and the state."""
     model = build("wide")
     settings = (
         {"max_iter": 5, "line_search_fn": "strong_wolfe"} if optimizer_class is torch.optim.LBFGS else {"lr": 1e-2}
     )
     optimizer = by(model, gamma, optimizer_class(model.parameters(), **settings), parallel=parallel)
-    agreements = []
     for seed in range(4):
         batches = own(seed, dist.get_rank()) if parallel == "walks" else mine(domain_batches(3, seed))
         with Collectives() as sent:
             optimizer.meta_step(partial(loss_of, model), batches)
-        agreements.append(sent.agreements())
-    return sent.reductions(), agreements[0], agreements[-1], [dict(model.state_dict()), gradients_of(model)]
+    return sent.reductions(), [dict(model.state_dict()), gradients_of(model)]
 
 
 @pytest.mark.parametrize(
@@ -220,15 +185,9 @@ def test_all_reduces_are_few_and_ranks_stay_the_same(parallel: str, gamma: float
     assert len(reductions) == number  # flags or losses, which buffers moved, and buffers of two kinds
 
 
-def test_the_parameters_are_compared_once():
-    """By two agreements. Losses are looked at again in meta-iteration 1 and 4, so that both have the same others."""
-    _, first, last, _ = on_ranks(2, train, "walks", 2.0, torch.optim.Adam)[0]
-    assert last == first - 2
-
-
 def test_a_line_search_goes_the_same_way_everywhere():
     everywhere = on_ranks(3, train, "walks", 1.0, torch.optim.LBFGS)
-    assert all(same(everywhere[0][3], other[3]) for other in everywhere)
+    assert all(same(everywhere[0][1], other[1]) for other in everywhere)
 
 
 def with_scaler() -> Any:
@@ -286,10 +245,6 @@ def go_wrong(parallel: str) -> Any:
     start = next(model.parameters()).detach().clone()
     before = state_of(model, optimizer)
     found += [error_of(optimizer.meta_step, wrong, batches(1)) for wrong in (infinite_along_the_walk, boom)]
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)[last:]))
-    optimizer.method.symmetric = last
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)))
-    optimizer.method.symmetric = False
     unchanged = same(before, state_of(model, optimizer))
     found.append(error_of(optimizer.meta_step, loss_fn, batches(2)))
     return found, unchanged, state_of(model, optimizer)
@@ -300,13 +255,11 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all_and_changes_nothing(parall
     everywhere = on_ranks(2, go_wrong, parallel)
     for found, unchanged, _ in everywhere:
         assert unchanged
-        fine, diverged, failed, unequal, other, again = found
+        fine, diverged, failed, again = found
         assert fine == again == ""
         along = "inner walk of SmoothFish diverged: the loss of batch 1"
         assert (along if parallel == "walks" else "the loss of batch 1 is inf") in diverged
         assert "no such file" in failed
-        assert "the same number of batches, but it is 3 on rank 0 and 2 on rank 1" in unequal
-        assert "the same method" in other
     assert same(everywhere[0][2], everywhere[1][2])
 
 

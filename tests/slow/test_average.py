@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 from contextlib import suppress
@@ -13,7 +14,7 @@ import torch
 from _feature_training import batches, feature_net, snapshot, through_file, train
 from _models import assert_identical, loss_of
 from _ranks import on_ranks
-from _spread import build, domain_batches, error_of, mine, spread, weights
+from _spread import build, domain_batches, error_of, mine, spread, weights, world
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -239,6 +240,18 @@ def test_parameters_may_join_and_masks_have_no_mean():
     assert torch.equal(found["mask"], model.mask)
 
 
+def test_a_compiled_model_shows_its_average():
+    model = feature_net()
+    called: Any = torch.compile(model, backend="aot_eager")
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.3, model=model), average=Average())
+    (batch,) = batches(1, 9)
+    for number in range(2):
+        optimizer.meta_step(lambda b: (called(b[0], b[2]) - b[1]).square().mean(), batches(3, number))
+    with optimizer.averaged_weights():
+        shown, expected = called(batch[0], batch[2]), copy.deepcopy(model)(batch[0], batch[2])
+    torch.testing.assert_close(shown, expected)
+
+
 @given(decay=st.none() | st.floats(0.01, 0.99), steps=st.integers(1, 8), seed=st.integers(0, 2**31))
 def test_any_mean_lies_between_its_weights_and_equal_weights_are_the_mean(decay: float | None, steps: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
@@ -326,14 +339,17 @@ def on_one_rank(scheme: str, method: str) -> Any:
     """The average over a model that is spread, its training, and what a distributed checkpoint says."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    model = spread(scheme, build("batch_norm")) if scheme != "alone" else build("batch_norm")
-    methods = {"Fish": Fish(0.5, model=model), "SmoothFish": SmoothFish(1.0, 0.05, model=model)}
-    optimizer = GradMatch(Adam(model.parameters(), lr=0.01), methods[method], average=Average())
+    plain = scheme in {"walks", "domains"}
+    model = build("batch_norm") if plain else spread(scheme, build("batch_norm"))
+    methods = {
+        "Fish": lambda: Fish(0.5, model=model, **(world(inner_state="reset") if plain else {})),
+        "SmoothFish": lambda: SmoothFish(1.0, 0.05, model=model),
+        "IDGM": lambda: IDGM(model, **world()),
+    }
+    optimizer = GradMatch(Adam(model.parameters(), lr=0.01), methods[method](), average=Average())
     for number in range(3):
         whole = domain_batches(3, number)
-        optimizer.meta_step(
-            lambda batch: (model(batch[0]) - batch[1]).square().mean(), whole if scheme == "alone" else mine(whole)
-        )
+        optimizer.meta_step(lambda batch: (model(batch[0]) - batch[1]).square().mean(), mine(whole))
         with torch.no_grad():
             model(whole[0][0])  # leaves whole parameters where a model is sharded
     with optimizer.averaged_weights():
@@ -348,8 +364,10 @@ def on_one_rank(scheme: str, method: str) -> Any:
     return inside, output, after, error_of(get_optimizer_state_dict, model, optimizer)
 
 
-@pytest.mark.parametrize("method", ["Fish", "SmoothFish"])
-@pytest.mark.parametrize("scheme", ["ddp", "fsdp", "kept"])
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [*itertools.product(["ddp", "fsdp", "kept"], ["Fish", "SmoothFish"]), ("walks", "Fish"), ("domains", "IDGM")],
+)
 def test_over_ranks_every_one_has_the_same_average_and_shows_it(scheme: str, method: str):
     first, second = on_ranks(2, on_one_rank, scheme, method)
     assert_identical(first[0], second[0])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torch_gradmatch._checks import check_int
-from torch_gradmatch.data.meta_batches import MetaBatches, source_of, watch
+from torch_gradmatch.data.meta_batches import MetaBatches, sampler_of
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import DomainLoader
 from torch_gradmatch.methods.fish import Fish
@@ -55,7 +55,7 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         >>> check_loader(optimizer, DataLoader(range(12), batch_sampler=sampler))
         Traceback (most recent call last):
             ...
-        ValueError: Fish(inner_steps=5) but the loader's DomainBatchSampler serves groups of domains_per_step=3 ...
+        ValueError: Fish(inner_steps=5) but the loader has groups of domains_per_step=3: make both equal
     """
     wrapped = optimizer
     # Accelerate's wrapper has none of GradMatch's members, and Lightning's passes for one: go down to the real one.
@@ -63,64 +63,37 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         wrapped = wrapped.optimizer
     if not isinstance(wrapped, GradMatch):
         raise TypeError(f"optimizer should be a GradMatch, wrapped or not (got {type(optimizer).__name__})")
-    lists = isinstance(loader, MetaBatches)
-    source = _source(loader.loader if lists else loader)
-    _check_method(wrapped.method, source, lists)
-    served = getattr(source, "accumulate", 1)
-    if check_int("accumulation_steps", accumulation_steps, at_least=1) != served:
+    method, inner = wrapped.method, loader.loader if isinstance(loader, MetaBatches) else loader
+    sampler = sampler_of(inner)
+    if sampler is None or any(base.__module__.startswith("accelerate.") for base in type(inner).__mro__):
         raise ValueError(
-            f"accumulation_steps={accumulation_steps} adds up as many batches before one step, but the "
-            f"{type(source).__name__} serves {served} of a domain in a row: pass "
-            f"DomainBatchSampler(accumulate={accumulation_steps}), or set the framework's accumulation to {served}"
+            "loader should be a DataLoader over a DomainBatchSampler, a DomainLoader, or meta_batches of one, as you "
+            f"made it (got {type(loader).__name__}): leave it out of what the framework prepares"
         )
-    if isinstance(source, DomainBatchSampler):
-        _check_ranks(wrapped.method, source)
-
-
-def _source(loader: Any) -> DomainBatchSampler | DomainLoader[Any]:
-    """Return what decides the domains of a loader that no framework has changed."""
-    source = source_of(loader)
-    if source is None or any(base.__module__.startswith("accelerate.") for base in type(loader).__mro__):
+    domains, inner_steps = sampler.domains_per_step, getattr(method, "inner_steps", None)
+    if inner is loader and (inner_steps is None or not isinstance(method, Fish)):
         raise ValueError(
-            "loader should be a DataLoader whose batch_sampler is a DomainBatchSampler, a DomainLoader, or "
-            f"meta_batches of one of them, as you made it (got {type(loader).__name__}): leave the loader out of what "
-            "the framework prepares, and pass num_replicas, rank and split to the sampler (Accelerate: "
-            "accelerator.prepare(model, optimizer) without it; Lightning: Trainer(use_distributed_sampler=False); "
-            "Trainer of transformers: override get_train_dataloader and return the loader itself)"
-        )
-    watch(loader, source)
-    return source
-
-
-def _check_method(method: Any, source: DomainBatchSampler | DomainLoader[Any], lists: bool) -> None:
-    """Raise ``ValueError`` unless the loop that a loader is for is one in which the method matches gradients."""
-    domains, inner_steps = source.domains_per_step, getattr(method, "inner_steps", None)
-    if not lists and not isinstance(method, Fish):
-        raise ValueError(
-            f"{type(method).__name__} matches gradients in meta_step(loss_fn, batches) only, and step() is ordinary "
-            f"training: iterate over meta_batches(loader, {source.batches_per_group}) and call meta_step"
-        )
-    if not lists and inner_steps is None:
-        raise ValueError(
-            "Fish without inner_steps never interpolates in a loop of step(): "
-            f"pass Fish(inner_steps={domains}), or iterate over meta_batches(loader, {domains}) and call meta_step"
+            f"{type(method).__name__} without inner_steps never matches gradients in step(): pass Fish(inner_steps="
+            f"{domains}), or iterate over meta_batches(loader, {sampler.batches_per_group}) and call meta_step"
         )
     if inner_steps not in {None, domains}:
         raise ValueError(
-            f"Fish(inner_steps={inner_steps}) but the loader's {type(source).__name__} serves groups of "
-            f"domains_per_step={domains} domains: make both the same, for instance "
-            f"Fish(inner_steps={'loader' if isinstance(source, DomainLoader) else 'sampler'}.domains_per_step)"
+            f"Fish(inner_steps={inner_steps}) but the loader has groups of domains_per_step={domains}: make both equal"
         )
+    if check_int("accumulation_steps", accumulation_steps, at_least=1) != sampler.accumulate:
+        raise ValueError(
+            f"accumulation_steps={accumulation_steps} adds up as many batches before one step, but the loader serves "
+            f"{sampler.accumulate} of a domain in a row: pass DomainBatchSampler(accumulate={accumulation_steps})"
+        )
+    if not isinstance(inner, DomainLoader):
+        _check_ranks(method, sampler)
 
 
 def _check_ranks(method: Any, sampler: DomainBatchSampler) -> None:
     """Raise ``ValueError`` unless the ranks share a sampler's batches as a method needs it."""
     group, parallel = getattr(method, "process_group", None), getattr(method, "parallel", None)
-    which, split, of_group = f"{type(method).__name__} without process_group", "batch", ""
-    if group is not None:
-        which = f"{type(method).__name__}({'' if parallel is None else f'parallel={parallel!r}'}) with process_group"
-        split = "batch" if parallel == "data" else parallel or ("walks" if isinstance(method, Fish) else sampler.split)
-        of_group = "process_group"
+    alone = "walks" if isinstance(method, Fish) else sampler.split
+    split = "batch" if group is None or parallel == "data" else parallel or alone
     num_parts, num_ranks, rank = sampler.num_replicas, sampler.num_replicas, sampler.rank
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         num_ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
@@ -129,7 +102,6 @@ def _check_ranks(method: Any, sampler: DomainBatchSampler) -> None:
     if num_ranks % num_parts or not fits or (num_parts > 1 and sampler.split != split):
         raise ValueError(
             f"the loader's DomainBatchSampler has num_replicas={num_parts}, rank={sampler.rank} and split="
-            f"{sampler.split!r}, but {which} needs split={split!r}, and this is rank {rank} of {num_ranks}: pass "
-            f"num_replicas=torch.distributed.get_world_size({of_group}), rank=torch.distributed.get_rank({of_group}) "
-            f"and split={split!r}"
+            f"{sampler.split!r}, but {type(method).__name__} {'without' if group is None else 'with'} process_group "
+            f"needs split={split!r}, and this is rank {rank} of {num_ranks}: pass them to the sampler"
         )

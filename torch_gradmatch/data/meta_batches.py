@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import suppress
-from typing import Any, Generic, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Generic, cast
 
 from torch.utils.data import BatchSampler, DataLoader
 
 from torch_gradmatch._checks import check_int
 from torch_gradmatch.data.sampler import DomainBatchSampler
-from torch_gradmatch.data.streams import DomainLoader
+from torch_gradmatch.data.streams import Batch, DomainLoader
 
 __all__ = ["MetaBatch", "meta_batches"]
-
-Batch = TypeVar("Batch")
 
 
 class MetaBatch(list[Batch]):
@@ -32,12 +30,9 @@ class MetaBatch(list[Batch]):
         True
     """
 
-    domains: tuple[str | int, ...] | None = None
-
     def __init__(self, batches: Iterable[Batch] = (), domains: tuple[str | int, ...] | None = None) -> None:
         super().__init__(batches)
-        if domains is not None:
-            self.domains = domains
+        self.domains = domains
 
 
 def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -> MetaBatches[Batch]:
@@ -68,87 +63,61 @@ def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -
         >>> list(meta_batches(["a", "b", "c", "d", "e"], 2))
         [['a', 'b'], ['c', 'd']]
     """
-    source = source_of(loader)
-    if source is None:
+    sampler = sampler_of(loader)
+    if sampler is None:
         cut_by = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
         known = ("torch.", "torchdata.", "accelerate.")  # a class of the user's may know domains
         if any(isinstance(found, BatchSampler) and type(found).__module__.startswith(known) for found in cut_by):
             raise ValueError(
                 f"loader should serve batches of one domain each (got {type(loader).__name__} over a BatchSampler of a "
-                "framework, which knows none): pass DataLoader(dataset, batch_sampler=DomainBatchSampler(...)) or a "
-                "DomainLoader, or call meta_step with a mapping or list of one batch per domain"
+                "framework): pass DataLoader(dataset, batch_sampler=DomainBatchSampler(...)) or a DomainLoader"
             )
-        if domains_per_step is None:
-            raise ValueError("domains_per_step should be given for a loader without a DomainBatchSampler (got None)")
         return MetaBatches(loader, check_int("domains_per_step", domains_per_step, 1), None)
-    watch(loader, source)
-    if isinstance(source, DomainBatchSampler) and source.accumulate > 1:
-        raise ValueError(f"meta_batches needs accumulate=1 (got {source.accumulate}), as more is for loops of step()")
-    if domains_per_step not in {None, source.batches_per_group}:
-        raise ValueError(
-            f"domains_per_step should be {source.batches_per_group}, the batches of a group in the loader's "
-            f"{type(source).__name__} (got {domains_per_step!r:.80})"
-        )
-    return MetaBatches(loader, source.batches_per_group, source)
+    size = sampler.batches_per_group
+    if sampler.accumulate > 1:
+        raise ValueError(f"meta_batches needs accumulate=1 (got {sampler.accumulate}), as more is for loops of step()")
+    if domains_per_step not in {None, size}:
+        raise ValueError(f"domains_per_step should be {size}, as in the loader, or None (got {domains_per_step!r:.80})")
+    return MetaBatches(loader, size, sampler)
 
 
-def source_of(loader: Any) -> DomainBatchSampler | DomainLoader[Any] | None:
-    """Return what decides the domain of each of a loader's batches, None where that is neither of the two."""
+def sampler_of(loader: Any) -> DomainBatchSampler | None:
+    """Return what decides the domain of each of a loader's batches, if it fits the loader; None if nobody knows."""
     if isinstance(loader, DomainLoader):
-        return loader
-    found = getattr(loader, "sampler" if getattr(loader, "batch_sampler", None) is None else "batch_sampler", None)
-    return found if isinstance(loader, DataLoader) and isinstance(found, DomainBatchSampler) else None
-
-
-def watch(loader: Any, source: DomainBatchSampler | DomainLoader[Any]) -> None:
-    """Raise ``ValueError`` if a loader does not fit its sampler; let the sampler know whether it fetches ahead."""
-    if isinstance(source, DomainLoader):
-        return
+        return loader._sampler
+    sampler = getattr(loader, "sampler" if getattr(loader, "batch_sampler", None) is None else "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or not isinstance(sampler, DomainBatchSampler):
+        return None
     for name, needed in (("in_order", True), ("snapshot_every_n_steps", 1)):
         if (found := getattr(loader, name, needed)) != needed:
             raise ValueError(f"loader should have {name}={needed}, or its place in a group is unknown (got {found!r})")
-    with suppress(TypeError, NotImplementedError):  # of a data set without a length
-        source.check_dataset(len(loader.dataset))
-    in_step = loader.num_workers == 0 and type(loader).__iter__ is DataLoader.__iter__
+    if hasattr(loader.dataset, "__len__"):
+        sampler.check_dataset(len(loader.dataset))
     saves = any(base.__module__.startswith("torchdata.") for base in type(loader).__mro__)
-    source.runs_ahead = not in_step and not saves
+    sampler._runs_ahead = not saves and (loader.num_workers > 0 or type(loader).__iter__ is not DataLoader.__iter__)
+    return sampler
 
 
+@dataclass(eq=False)
 class MetaBatches(Generic[Batch]):
     """What :func:`meta_batches` returns."""
 
-    def __init__(
-        self, loader: Iterable[Batch], domains_per_step: int, source: DomainBatchSampler | DomainLoader[Batch] | None
-    ) -> None:
-        self.loader = loader
-        self.domains_per_step = domains_per_step
-        self.source = source
+    loader: Iterable[Batch]
+    domains_per_step: int
+    sampler: DomainBatchSampler | None
 
     def __len__(self) -> int:
         return len(cast("Sized", self.loader)) // self.domains_per_step
 
     def __iter__(self) -> Iterator[MetaBatch[Batch]]:
-        return self._lists(iter(self.loader))  # a StatefulDataLoader loads its state here
-
-    def _lists(self, iterator: Iterator[Batch]) -> Iterator[MetaBatch[Batch]]:
-        """Yield the batches in lists that know their domains."""
-        size, source = self.domains_per_step, self.source
-        batches: MetaBatch[Batch] = MetaBatch()
-        place = None
-        for batch in iterator:
-            if source is not None and place is None:
-                place = epoch, start = source._started
-                number = start // size
-                if start % size:
-                    where = f"at batch {start} of epoch {epoch}, in the middle of a group of {size}"
-                    raise RuntimeError(f"the loader resumes {where}: save its state between two lists of meta_batches")
+        batches, names = MetaBatch[Batch](), None if self.sampler is None else self.sampler._names()
+        for batch in self.loader:
+            if names is not None and not batches:
+                batches.domains = next(names)
             batches.append(batch)
             del batch  # or a batch the loop is done with stays in memory while the next is fetched
-            if len(batches) == size:
-                if source is not None:
-                    batches.domains = source._group_labels(epoch, number)
-                    number += 1
+            if len(batches) == self.domains_per_step:
                 yield batches
                 batches = MetaBatch()
-        if isinstance(source, DomainBatchSampler) and source._started is place:
-            source.set_epoch(source._following[0])  # a loader that fetches ahead has come to its end
+        if self.sampler is not None and self.sampler._turn is None:
+            self.sampler.set_epoch(self.sampler._following[0])  # a loader that fetches ahead has come to its end

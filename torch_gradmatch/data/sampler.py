@@ -13,21 +13,22 @@ arXiv 2604.00260, who prove that it cancels the leading term that depends on the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from itertools import count, product
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from torch_gradmatch._checks import check_bool, check_choice, check_int
-from torch_gradmatch.data._draw import Groups, IntArray, random_stream
-from torch_gradmatch.data._epochs import Epochs, check_groups
-from torch_gradmatch.data._labels import domain_weights, indices_by_domain
+from torch_gradmatch.data._draw import Groups, random_stream
+from torch_gradmatch.data._labels import IntArray, domain_weights, indices_by_domain
 
 __all__ = ["DomainBatchSampler"]
 
 
-class DomainBatchSampler(Epochs, Sampler[list[int]]):
+class DomainBatchSampler(Sampler[list[int]]):
     """A ``batch_sampler`` whose consecutive groups of S batches come from S distinct domains.
 
     In each epoch the samples of every domain are shuffled and cut into batches. A group draws S domains without
@@ -102,6 +103,8 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
             out the last fewer than R · ``batch_size`` samples, which otherwise are one smaller batch on every rank.
 
     Attributes:
+        labels: The domains' labels, in the order in which they were given.
+        domains_per_step: S.
         batches_per_group: How many batches of a group this rank has: S k, with ``split="domains"`` S k / R.
 
     Raises:
@@ -160,65 +163,94 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
         self.drop_last = check_bool("drop_last", drop_last)
         if self.rank >= self.num_replicas:
             raise ValueError(f"rank should be less than num_replicas={num_replicas} (got {rank}): both of one group")
-        if self.exhausted == "stop" and batches_per_epoch is not None:
-            raise ValueError(f"batches_per_epoch={batches_per_epoch!r:.80} should come with exhausted='cycle'")
         labels, self._indices = indices_by_domain(domains)
         if len(labels) == 1 and domains_per_step != 1:
-            which = f"one label, {labels[0]!r:.80}, for all samples"
-            raise ValueError(f"domains has {which}: for ordinary training, pass domains_per_step=1")
-        self._num_labels = None if isinstance(domains, Mapping) else sum(indices.size for indices in self._indices)
-        size = check_groups(domains_per_step, batches_per_epoch, len(labels), self.accumulate)
-        divided = {"batch": ("batch_size", self.batch_size), "domains": ("domains_per_step", size)}.get(self.split)
-        if divided is not None and divided[1] % self.num_replicas:
-            raise ValueError(
-                f"{divided[0]}={divided[1]} should be a multiple of num_replicas={num_replicas}, as split={split!r} "
-                f"gives each rank an equal part: {divided[0]}={-(-divided[1] // num_replicas) * num_replicas} would do"
-            )
+            raise ValueError(f"domains has one label, {labels[0]!r:.80}: pass domains_per_step=1 for ordinary training")
+        size = len(labels) if domains_per_step is None else check_int("domains_per_step", domains_per_step, 1)
+        if size > len(labels):
+            raise ValueError(f"domains_per_step should be at most {len(labels)}, the number of domains (got {size})")
+        ranks, walk, own = self.num_replicas, 0, slice(None)
         # W samples of a domain are taken at a time, and cut into parts, of which each rank has one.
-        self._parts = 1 if self.split == "domains" else self.num_replicas
-        self._whole_batch = self.batch_size * (self.num_replicas if self.split == "walks" else 1)
+        self._parts, self._whole_batch = ranks, self.batch_size
+        if self.split == "walks":  # pairs of ranks walk in an order of their own, and in its reverse
+            self._whole_batch *= ranks
+            walk, own = self.rank // 2, slice(None, None, 1 - self.rank % 2 * 2)
+        elif self.split == "domains":
+            self._parts, own = 1, slice(self.rank * size // ranks, (self.rank + 1) * size // ranks)
+        name, divided = ("domains_per_step", size) if self.split == "domains" else ("batch_size", self._whole_batch)
+        if divided % ranks:
+            raise ValueError(f"{name}={divided} should be a multiple of num_replicas={ranks} with split={split!r}")
+        sizes = np.array([indices.size for indices in self._indices])
+        served = sizes - sizes % self._whole_batch % (self._whole_batch if self.drop_last else self._parts)
         # The unit of the draw is a run, the k batches that a domain serves in a row.
-        self._runs = self._count_runs(labels)
+        self._runs: list[int] = (-(-served // self._whole_batch) // self.accumulate).tolist()
+        if 0 in self._runs:
+            few = f"domain {labels[self._runs.index(0)]!r:.80} has {sizes[self._runs.index(0)]} samples"
+            raise ValueError(f"{few}, too few for {accumulate=}, {batch_size=}, {num_replicas=} and {drop_last=}")
         per_epoch = min(self._runs) if size == len(labels) else None
         if self.exhausted == "cycle":
-            per_epoch = max(max(self._runs), -(-sum(self._runs) // size))  # McNaughton's bound
-            per_epoch = per_epoch if batches_per_epoch is None else batches_per_epoch // (size * self.accumulate)
-        weights = domain_weights(weighting, labels)
-        groups = Groups(self._runs, size, weights, self.seed, self.order == "flipflop", per_epoch)
-        of_samples = (self.batch_size, self.accumulate, self.drop_last, self.num_replicas, self.split, self.exhausted)
-        settings = repr((groups, of_samples, [own.size for own in self._indices])).encode()
-        batches = size * self.accumulate // (self.num_replicas if self.split == "domains" else 1)
-        super().__init__(groups, labels, batches, settings + np.concatenate(self._indices).tobytes())
-        self.runs_ahead = False  # of the loop, does the loader, as meta_batches and check_loader find out
+            per_epoch = max(*self._runs, -(-sum(self._runs) // size))  # McNaughton's bound
+        if batches_per_epoch is not None:
+            per_epoch, surplus = divmod(check_int("batches_per_epoch", batches_per_epoch, 1), size * self.accumulate)
+            if surplus or self.exhausted == "stop":
+                raise ValueError(f"{batches_per_epoch=} needs exhausted='cycle' and a multiple of {size * accumulate}")
+        weights, paired = domain_weights(weighting, labels), self.order == "flipflop"
+        self._groups = Groups(self._runs, size, weights, self.seed, paired, per_epoch, walk)
+        told = (labels, self._groups, sizes.tolist(), self._whole_batch, self.accumulate, ranks, self.split)
+        settings = repr(told).encode() + np.concatenate(self._indices).tobytes()
+        self._settings = hashlib.blake2b(settings, digest_size=16).hexdigest()
+        self.labels, self.domains_per_step, self._own = labels, size, own
+        self.batches_per_group = len(range(size)[own]) * self.accumulate
+        # Where the next iterator starts, what a state dict says, and where the latest iterator started.
+        self._following = self._place = self._started = (0, 0)
+        self._turn: object = None  # of the latest iterator, while it goes on
+        self._begun = False  # since a place was chosen
+        self._runs_ahead = False  # of the loop, does the loader, as meta_batches and check_loader find out
+        self._of_labels = not isinstance(domains, Mapping)
+
+    def __len__(self) -> int:
+        return self._length((self._following if self._turn is None else self._started)[0])
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Serve the next epoch.
+        """Serve the rest of the epoch after ``load_state_dict``, else the next epoch.
 
         Yields:
             The sample indices of one batch.
         """
+        turn = self._turn = object()
+        epoch, position = self._started = self._place = self._following
+        self._following, self._begun = (epoch + 1, 0), True
+        try:
+            for place, batch in enumerate(self._batches(epoch, position), start=position + 1):
+                if self._turn is turn:
+                    self._place = (epoch, place)
+                yield batch
+            if self._turn is turn:
+                self._place = self._following
+        finally:
+            if self._turn is turn:
+                self._turn = None
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
+        """Yield the batches of an epoch from a position on."""
         shuffled: dict[int, tuple[int, IntArray]] = {}
-        counts: Iterator[list[int]] | None = None
-        for epoch, position in self._places():
-            number, place = divmod(position, self.batches_per_group)
-            if counts is None or place == 0:
-                counts = counts or self._groups.served(epoch, number)
-                served, walk = next(counts), self._group(epoch, number)
-            run, repeat = divmod(place, self.accumulate)
-            domain = walk[run]
-            past_round, run = divmod(served[domain], self._runs[domain])
-            if domain not in shuffled or shuffled[domain][0] != past_round:
-                # Each domain and round has its own generator, so a resumed epoch shuffles it the same way.
-                generator = random_stream(self.seed, 1, epoch, domain, past_round)
-                shuffled[domain] = past_round, generator.permutation(self._indices[domain])
-            first = (run * self.accumulate + repeat) * self._whole_batch
-            whole = shuffled[domain][1][first : first + self._whole_batch]
-            length = whole.size // self._parts
-            first = length * self.rank if self._parts > 1 else 0
-            batch: list[int] = whole[first : first + length].tolist()
-            if run + 1 == self._runs[domain] and repeat + 1 == self.accumulate:
-                del shuffled[domain]
-            yield batch
+        known = start // self.batches_per_group if self.domains_per_step == len(self.labels) else 0
+        served = [known] * len(self.labels)  # runs of each domain, on all ranks
+        for number in range(known, self._groups.number(epoch)):
+            group = self._groups.group(epoch, number)
+            batches = list(product(group[self._own], range(self.accumulate)))
+            for domain, repeat in batches[max(0, start - number * self.batches_per_group) :]:
+                past_round, run = divmod(served[domain], self._runs[domain])
+                if domain not in shuffled or shuffled[domain][0] != past_round:
+                    # Each domain and round has its own generator, so a resumed epoch shuffles it the same way.
+                    generator = random_stream(self.seed, 1, epoch, domain, past_round)
+                    shuffled[domain] = past_round, generator.permutation(self._indices[domain])
+                first = (run * self.accumulate + repeat) * self._whole_batch
+                whole = shuffled[domain][1][first : first + self._whole_batch]
+                equal = whole[: whole.size - whole.size % self._parts].reshape(self._parts, -1)
+                yield equal[self.rank % self._parts].tolist()
+            for domain in group:
+                served[domain] += 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iterator serves; without this, epochs follow one another.
@@ -264,14 +296,12 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
         Raises:
             RuntimeError: In an epoch over a loader that is known to fetch batches ahead of the loop.
         """
-        if self.runs_ahead and self._begun:
+        if self._runs_ahead and self._begun:
             raise RuntimeError(
-                "the loader fetches batches ahead of the loop, so its DomainBatchSampler does not know which batch the "
-                "loop received last: use torchdata's StatefulDataLoader in place of the DataLoader, and save its "
-                "state_dict() (pip install torch_gradmatch[data]). Between two epochs, call set_epoch() with the "
-                "number of the next one first"
+                "the loader fetches batches ahead of the loop: use torchdata's StatefulDataLoader (pip install "
+                "torch_gradmatch[data]) and save its state_dict(), or between two epochs call set_epoch() first"
             )
-        return self._state()
+        return {"epoch": self._place[0], "position": self._place[1], "settings": self._settings}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
@@ -282,50 +312,36 @@ class DomainBatchSampler(Epochs, Sampler[list[int]]):
         Raises:
             ValueError: If it is malformed, or of other domains or arguments; nothing changes then.
         """
-        self._load_state(state_dict)
-
-    def _group(self, epoch: int, number: int) -> list[int]:
-        """Return the domains of a group in the order in which this rank serves them."""
-        group = self._groups.group(epoch, number)
-        if self.split == "domains":
-            share = len(group) // self.num_replicas
-            return group[share * self.rank : share * (self.rank + 1)]
-        if self.split == "batch":
-            return group
-        pair_of_ranks, opposite = divmod(self.rank, 2)
-        if pair_of_ranks:
-            # Both groups of a pair take the same draw. So the second is the reverse where it has the same domains;
-            # where it was drawn anew, this is as random an order as any.
-            key, second = self._groups.pair(epoch, number)
-            group = random_stream(self.seed, 2, *key, pair_of_ranks).permutation(sorted(group)).tolist()
-            opposite ^= second
-        return group[::-1] if opposite else group
-
-    def _count_runs(self, labels: tuple[str | int, ...]) -> list[int]:
-        """Return how often each domain can serve k batches on every rank, at least once."""
-        runs = []
-        for label, indices in zip(labels, self._indices, strict=True):
-            rest = indices.size % self._whole_batch
-            served = indices.size - (rest if self.drop_last else rest % self._parts)
-            num_batches = -(-served // self._whole_batch)
-            if num_batches < self.accumulate:
-                raise ValueError(
-                    f"domain {label!r:.80} has {indices.size} samples, which make {num_batches} batches for batch_size="
-                    f"{self.batch_size}, num_replicas={self.num_replicas}, split={self.split!r} and drop_last="
-                    f"{self.drop_last}, fewer than accumulate={self.accumulate}: lower these or leave it out"
-                )
-            runs.append(num_batches // self.accumulate)
-        return runs
+        names = ["epoch", "position", "settings"]
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(names):
+            raise ValueError(f"the state dict should hold exactly {names} (got {state_dict!r:.200})")
+        if state_dict["settings"] != self._settings:
+            raise ValueError("the state dict was saved with other domains, arguments or ranks: resume with the same")
+        epoch, position = (check_int(f"the state dict's {name}", state_dict[name], 0) for name in names[:2])
+        if position > self._length(epoch):
+            raise ValueError(f"the state dict's position {position} is behind the end of epoch {epoch}")
+        self._go_to(epoch, position)
 
     def check_dataset(self, num_samples: int) -> None:
         """Raise ``ValueError`` unless the domains are of a data set of ``num_samples``. For loaders, which know it."""
-        if self._num_labels not in {None, num_samples}:
-            raise ValueError(
-                f"domains holds {self._num_labels} labels, but the loader's data set {num_samples} samples: give one "
-                "label per sample, in the data set's order, or map labels to indices"
-            )
-        for label, indices in zip(self._labels, self._indices, strict=True):
-            if (largest := indices.max()) >= num_samples:
-                raise ValueError(
-                    f"domains[{label!r:.80}] has the index {largest}, but the loader's data set {num_samples} samples"
-                )
+        needed = 1 + max(int(indices.max()) for indices in self._indices)
+        if needed > num_samples or (self._of_labels and needed < num_samples):
+            raise ValueError(f"domains is for {needed} samples, but the data set has {num_samples}: give each a label")
+
+    def _length(self, epoch: int) -> int:
+        """Return the batches of an epoch."""
+        return self._groups.number(epoch) * self.batches_per_group
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        """Let the next iterator start at a place; the one in progress moves the place no more."""
+        self._following = self._place = (epoch, position)
+        self._turn, self._begun = None, False
+
+    def _names(self) -> Iterator[tuple[str | int, ...]]:
+        """Yield the labels of the domains that each group serves here, from where the latest iterator started."""
+        epoch, start = self._started
+        first, begun = divmod(start, self.batches_per_group)
+        if begun:
+            raise RuntimeError(f"the loader resumes at batch {start} of epoch {epoch}, in a group: save after one")
+        for number in count(first):
+            yield tuple(self.labels[domain] for domain in self._groups.group(epoch, number)[self._own])

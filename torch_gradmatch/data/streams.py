@@ -7,24 +7,19 @@ each domain, too. The groups are drawn as in :class:`~torch_gradmatch.DomainBatc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Any, Generic, TypeVar, cast
-
-from torch.utils.data import Dataset
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 from torch_gradmatch._checks import add_note, check_choice, check_int
-from torch_gradmatch.data._draw import Groups
-from torch_gradmatch.data._epochs import Epochs, check_groups
-from torch_gradmatch.data._labels import check_label, domain_weights
+from torch_gradmatch.data.sampler import DomainBatchSampler
 
 __all__ = ["DomainLoader"]
 
 Batch = TypeVar("Batch")
-END = object()
+FAILED = object()
 
 
-class DomainLoader(Epochs, Generic[Batch]):
+class DomainLoader(Generic[Batch]):
     """A loader over one loader per domain, whose consecutive groups of S batches come from S distinct domains.
 
     For domains that cannot be indexed, such as one ``IterableDataset`` each. Where they can,
@@ -58,12 +53,13 @@ class DomainLoader(Epochs, Generic[Batch]):
         seed: Integer of at least 0.
 
     Attributes:
+        labels: The domains' labels.
         domains_per_step: S.
 
     Raises:
         TypeError: If ``loaders`` is no mapping, or a loader is not iterable, or a data set.
-        ValueError: If an argument is out of range, there are fewer than two domains, or two of them have the same
-            loader.
+        ValueError: If an argument is out of range, there is only one domain although S is not 1, or two of them have
+            the same loader.
 
     Example:
         >>> from torch_gradmatch import meta_batches
@@ -84,17 +80,29 @@ class DomainLoader(Epochs, Generic[Batch]):
         order: str = "flipflop",
         seed: int = 0,
     ) -> None:
-        seed = check_int("seed", seed, 0)
-        order = check_choice("order", order, ("flipflop", "random"))
-        labels, self._loaders = _check_loaders(loaders)
+        if not isinstance(loaders, Mapping):
+            raise TypeError(f"loaders should be a mapping from each domain's label to its loader (got {loaders!r:.80})")
+        if not isinstance(weighting, Mapping):  # streams have no size to be in proportion to
+            check_choice("weighting, if no mapping from labels,", weighting, ("uniform",))
+        for key, loader in loaders.items():
+            rows = hasattr(loader, "__getitem__") and not isinstance(loader, list | tuple)
+            if rows or not isinstance(loader, Iterable):
+                raise TypeError(
+                    f"loaders[{key!r:.80}] should be a loader or list of batches (got {loader!r:.80}): pass DataLoader("
+                    "dataset, batch_size=...) for a data set, with batch_size=None if it yields batches"
+                )
+        if len(set(map(id, loaders.values()))) < len(loaders):
+            raise ValueError("loaders should have an object of its own for every domain, which has a place of its own")
+        numbers = {label: [number] for number, label in enumerate(loaders)}
         length = check_int("batches_per_epoch", batches_per_epoch, 1)
-        size = check_groups(domains_per_step, length, len(labels))
-        weights = domain_weights(weighting, labels, choices=("uniform",))
-        groups = Groups([1] * len(labels), size, weights, seed, order == "flipflop", length // size)
-        super().__init__(groups, labels, size, repr((labels, length, size, weights, order, seed)).encode())
-        self._iterators: dict[int, Iterator[Batch]] = {}
-        self._loaded: dict[int, Any] = {}  # states of loaders that have served nothing since they were given them
-        self._failed: set[int] = set()  # loaders that have served nothing since they raised
+        self._sampler = DomainBatchSampler(numbers, 1, domains_per_step, weighting, order, "cycle", length, seed=seed)
+        self.labels, self.domains_per_step = self._sampler.labels, self._sampler.domains_per_step
+        self._loaders: dict[str | int, Any] = dict(zip(self.labels, loaders.values(), strict=True))
+        self._iterators: dict[str | int, Iterator[Batch]] = {}
+        self._unserved: dict[str | int, Any] = {}  # the states of loaders that have served nothing since
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         """Serve the rest of the epoch after ``load_state_dict``, else the next epoch.
@@ -108,18 +116,17 @@ class DomainLoader(Epochs, Generic[Batch]):
             RuntimeError: If a loader yields no batch at all, or another iterator was started or a state loaded since.
         """
         turn = None
-        for epoch, position in self._places():
-            turn = turn or self._turn
-            if turn is not self._turn:
-                raise RuntimeError(
-                    "this iterator cannot go on: another one was started over the same DomainLoader, or a state "
-                    "loaded, and the domains' loaders have one place each; iterate with one at a time"
-                )
-            number, place = divmod(position, self.batches_per_group)
+        for (number,) in self._sampler:
+            turn = turn or self._sampler._turn
+            if turn is not self._sampler._turn:
+                raise RuntimeError("this iterator cannot go on: another one was started since, or a state loaded")
             try:
-                batch = self._next(self._group(epoch, number)[place])
-            except BaseException:
-                self._go_to(epoch, position - place)
+                batch = self._next(self.labels[number])
+            except BaseException as error:
+                named = f"the loader of domain {self.labels[number]!r:.80}"
+                add_note(error, f"raised by {named}, whose next batch will be the first of a new pass over it")
+                epoch, position = self._sampler._place
+                self._sampler._go_to(epoch, position - 1 - (position - 1) % self.domains_per_step)
                 raise
             yield batch
             del batch  # or it stays in memory while the next is fetched
@@ -138,18 +145,13 @@ class DomainLoader(Epochs, Generic[Batch]):
             RuntimeError: If a loader has raised an error, and has served no batch since.
         """
         self._check_saves()
-        if self._failed:
-            raise RuntimeError(
-                f"the loader of domain {self._labels[min(self._failed)]!r:.80} raised an error and begins a new pass "
-                "with its next batch: save after that batch"
-            )
-        states = {  # copies: the batch that is fetched next may change them in place
-            label: copy.deepcopy(
-                self._loaded[domain] if domain in self._loaded else self._of_loader(domain, loader.state_dict)
-            )
-            for domain, (label, loader) in enumerate(zip(self._labels, self._loaders, strict=True))
-        }
-        return {**self._state(), "loaders": states}
+        states = {}
+        for label, loader in self._loaders.items():
+            state = self._unserved[label] if label in self._unserved else loader.state_dict()
+            if state is FAILED:
+                raise RuntimeError(f"the loader of domain {label!r:.80} raised an error: save after its next batch")
+            states[label] = copy.deepcopy(state)  # the batch that is fetched next may change it in place
+        return {**self._sampler.state_dict(), "loaders": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
@@ -163,82 +165,35 @@ class DomainLoader(Epochs, Generic[Batch]):
             ValueError: If it is malformed or of other arguments; nothing changes then.
         """
         self._check_saves()
-        loaders = state_dict.get("loaders") if isinstance(state_dict, Mapping) else None
-        if isinstance(state_dict, Mapping) and not (isinstance(loaders, Mapping) and {*loaders} == {*self._labels}):
-            raise ValueError(f"the state dict's loaders should hold a state by every label (got {loaders!r:.200})")
-        self._load_state(state_dict, "loaders")
-        self._iterators, self._failed = {}, set()
-        for domain, loader in enumerate(self._loaders):
-            state = copy.deepcopy(state_dict["loaders"][self._labels[domain]])
-            self._of_loader(domain, partial(loader.load_state_dict, copy.deepcopy(state)))
-            self._loaded[domain] = state
+        states = state_dict.get("loaders") if isinstance(state_dict, Mapping) else None
+        if not isinstance(states, Mapping) or set(states) != set(self.labels):
+            raise ValueError(f"the state dict's loaders should hold a state by every label (got {states!r:.200})")
+        self._sampler.load_state_dict({name: entry for name, entry in state_dict.items() if name != "loaders"})
+        self._iterators, self._unserved = {}, dict.fromkeys(self.labels, FAILED)
+        for label, loader in self._loaders.items():
+            loader.load_state_dict(copy.deepcopy(states[label]))
+            self._unserved[label] = copy.deepcopy(states[label])
 
-    def _next(self, domain: int) -> Batch:
+    def _next(self, label: str | int) -> Batch:
         """Return a domain's next batch, of a new pass if this one is over."""
-        # A resumed loader may be at its end, and a generator function in it may take a pass to notice.
-        for _ in range(3 if domain in self._loaded else 2):
-            if domain not in self._iterators:
-                self._iterators[domain] = self._of_loader(domain, lambda: iter(self._loaders[domain]))
-            batch = self._of_loader(domain, lambda: next(self._iterators[domain], END))
-            if batch is not END:
-                self._loaded.pop(domain, None)
-                self._failed.discard(domain)
-                return cast("Batch", batch)
-            del self._iterators[domain]
-        raise RuntimeError(
-            f"the loader of domain {self._labels[domain]!r:.80} yields no batch: it is empty or, like a generator, can "
-            f"be iterated over only once (got {type(self._loaders[domain]).__name__}); pass a DataLoader or leave the "
-            "domain out"
-        )
-
-    def _of_loader(self, domain: int, call: Callable[[], Any]) -> Any:
-        """Return what a loader's call does; let an error say whose it is, and what follows."""
-        try:
-            return call()
-        except BaseException as error:
-            self._iterators.pop(domain, None)
-            self._loaded.pop(domain, None)
-            self._failed.add(domain)
-            add_note(
-                error,
-                f"raised by the loader of domain {self._labels[domain]!r:.80}, whose next batch will be the first of a "
-                "new pass over it",
-            )
-            raise
+        iterator = self._iterators.pop(label, iter(()))  # put back if no error comes between
+        self._unserved[label] = FAILED
+        for _ in range(4):  # a resumed loader may be at its end, and a generator in it take a pass to notice
+            for batch in iterator:
+                self._iterators[label] = iterator
+                del self._unserved[label]
+                return batch
+            iterator = iter(self._loaders[label])
+        raise RuntimeError(f"the loader of domain {label!r:.80} yields no batch: empty, or a generator at its end")
 
     def _check_saves(self) -> None:
         """Raise unless every domain's loader can save its place, apart from the others'."""
         seen: set[int] = set()
-        for label, loader in zip(self._labels, self._loaders, strict=True):
+        for label, loader in self._loaders.items():
             named = f"the loader of domain {label!r:.80}, a {type(loader).__name__},"
-            if not all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):
-                raise TypeError(
-                    f"{named} cannot save its place: it has no state_dict and load_state_dict. Use torchdata's "
-                    "StatefulDataLoader (pip install torch_gradmatch[data]), or a loader that has them"
-                )
-            if not getattr(loader, "in_order", True):
-                raise ValueError(f"{named} should keep its order (got in_order=False): nobody knows its place then")
+            if not hasattr(loader, "state_dict") or not hasattr(loader, "load_state_dict"):
+                raise TypeError(f"{named} cannot save its place: use StatefulDataLoader, of torch_gradmatch[data]")
             generators = {id(getattr(of, "generator", None)) for of in (loader, getattr(loader, "sampler", None))}
-            if seen & (generators := generators - {id(None)}):
-                raise ValueError(f"{named} shares a generator with another: one state cannot serve two places")
+            if seen & (generators - {id(None)}) or not getattr(loader, "in_order", True):
+                raise ValueError(f"{named} should have in_order=True and a generator of its own, or has no place")
             seen |= generators
-
-
-def _check_loaders(loaders: Any) -> tuple[tuple[str | int, ...], list[Any]]:
-    """Return the labels and the loaders if every domain is given a loader of its own."""
-    if not isinstance(loaders, Mapping):
-        raise TypeError(f"loaders should be a mapping from each domain's label to its loader (got {loaders!r:.80})")
-    if len(loaders) < 2:
-        raise ValueError(f"loaders should hold the loaders of at least 2 domains (got {len(loaders)})")
-    labels = tuple(check_label("loaders", key) for key in loaders)
-    for label, loader in zip(labels, loaders.values(), strict=True):
-        if isinstance(loader, Dataset) or (hasattr(loader, "__getitem__") and not isinstance(loader, list | tuple)):
-            raise TypeError(
-                f"loaders[{label!r:.80}] is a data set, a {type(loader).__name__}, and should be a loader of batches: "
-                "pass DataLoader(dataset, batch_size=...), with batch_size=None if the data set itself yields batches"
-            )
-        if not isinstance(loader, Iterable):
-            raise TypeError(f"loaders[{label!r:.80}] should be a loader of batches (got {loader!r:.80})")
-    if len(set(map(id, loaders.values()))) < len(loaders):
-        raise ValueError("loaders should have an object of its own for every domain, which has a place of its own")
-    return labels, list(loaders.values())

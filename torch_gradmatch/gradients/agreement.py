@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,8 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gradmatch._checks import check_choice, check_int, check_number
 from torch_gradmatch.gradients.alignment import Alignment, GradientAlignment, accumulate
-from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, by_kind, is_sharded, squared_norm
-from torch_gradmatch.parallel.shards import sharded_like
+from torch_gradmatch.parallel.foreach import WIDE, Vector, add_all_, squared_norm
 
 __all__ = [
     "AGREEMENTS",
@@ -75,18 +75,15 @@ def fish_gamma(lr: float, num_domains: int) -> float:
 # -------------------------------------------------------------------------------------- functions of all the gradients
 
 
-def _all_leaves(gradients: Sequence[Any], fewest: int) -> list[list[Tensor]]:
+def _all_leaves(gradients: Sequence[Any]) -> list[list[Tensor]]:
     """Return each gradient's tensors, of one structure and of one order, in at least single precision."""
-    if len(gradients) < fewest:
-        raise ValueError(f"gradients should hold the gradients of at least {fewest} domains (got {len(gradients)})")
-    first, structure = tree_flatten(gradients[0])
-    found = []
-    for gradient in gradients:
-        leaves = structure.flatten_up_to(gradient)  # by key: dictionaries need not have one order
-        shapes = [[tuple(getattr(t, "shape", ())) for t in tensors] for tensors in (first, leaves)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"gradients should all have the shapes of the first, {shapes[0]} (got {shapes[1]!s:.200})")
-        found.append([t.to(WIDE.get(t.dtype, t.dtype)) for t in leaves])
+    if len(gradients) < 2:
+        raise ValueError(f"gradients should hold the gradients of at least 2 domains (got {len(gradients)})")
+    structure = tree_flatten(gradients[0])[1]  # by key: dictionaries need not have one order
+    found = [[t.to(WIDE.get(t.dtype, t.dtype)) for t in structure.flatten_up_to(gradient)] for gradient in gradients]
+    shapes = [[tuple(t.shape) for t in leaves] for leaves in found]
+    if any(others != shapes[0] for others in shapes):
+        raise ValueError(f"gradients should all have the shapes of the first (got {shapes!s:.200})")
     return found
 
 
@@ -123,27 +120,27 @@ def inner_product(gradients: Sequence[Any]) -> Tensor:
         >>> inner_product([torch.tensor([3.0, 0.0]), torch.tensor([1.0, 1.0])])
         tensor(3.)
     """
-    return _pairwise(_all_leaves(gradients, 2))
+    return _pairwise(_all_leaves(gradients))
 
 
 def variance(gradients: Sequence[Any]) -> Tensor:
     r"""Return minus the variance over domains, :math:`-\frac1S\sum_i|G_i-\bar G|^2`: at most zero.
 
     Args:
-        gradients: As in :func:`inner_product`, S >= 1.
+        gradients: As in :func:`inner_product`.
 
     Returns:
         Shape (); differentiable.
 
     Raises:
-        ValueError: If there is no gradient, or they have other shapes.
+        ValueError: If there are fewer than two gradients, or they have other shapes.
 
     Example:
         >>> import torch
         >>> variance([torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])])
         tensor(-1.)
     """
-    leaves = _all_leaves(gradients, 1)
+    leaves = _all_leaves(gradients)
     mean = [sum(parts) / len(leaves) for parts in zip(*leaves, strict=True)]
     deviations = [[g - m for g, m in zip(gradient, mean, strict=True)] for gradient in leaves]
     return -torch.stack([_dot(d, d) for d in deviations]).mean()
@@ -167,7 +164,7 @@ def cosine(gradients: Sequence[Any]) -> Tensor:
         tensor(0.7071)
     """
     units = []
-    for gradient in _all_leaves(gradients, 2):
+    for gradient in _all_leaves(gradients):
         squared = _dot(gradient, gradient)
         # Chosen twice, so that the branch not taken cannot put NaN into the derivative.
         scale = torch.where(squared > 0, torch.where(squared > 0, squared, 1.0).rsqrt(), 0.0)
@@ -245,18 +242,10 @@ class NamedAgreement:
             total, square = self.sums.units, self.sums.squares[domain]
             reciprocal = square.clamp(min=1e-60).rsqrt() * (square > 0)
             scale, ratio = scale * reciprocal, -weight * reciprocal * _along(gradient, total, reciprocal)
-        found: list[Tensor | None] = [None] * len(gradient)
-        for positions, (own, sums) in by_kind(gradient, total):
-            device, dtype = sums[0].device, sums[0].dtype.to_real()
-            of_own, of_all = (c.to(device, dtype) if isinstance(c, Tensor) else c for c in (ratio, scale))
-            wide = own if own[0].dtype == sums[0].dtype else [g.to(sums[0].dtype) for g in own]
-            parts = torch._foreach_mul(wide, of_own)
-            torch._foreach_add_(parts, sums, alpha=weight)
-            torch._foreach_mul_(parts, of_all)
-            for position, part in zip(positions, parts, strict=True):
-                like, part = gradient[position], part.to(own[0].dtype)
-                found[position] = sharded_like(part, like) if like is not None and is_sharded(like) else part
-        return found
+        found: list[Tensor | None] = []
+        accumulate(found, gradient, scale * ratio)
+        add_all_(found, total, scale * weight)
+        return [v if v is None or g is None else v.to(g.dtype) for v, g in zip(found, gradient, strict=True)]
 
 
 def _along(gradient: Vector, total: Vector, reciprocal: Tensor) -> Tensor:
@@ -282,46 +271,38 @@ class OwnAgreement:
         self.function = function
         self._like, self._structure = tree_flatten(like)
         self._gradients: list[list[Tensor]] = []
-        self._differentiated: tuple[Tensor, list[Tensor]] | None = None
 
     def add(self, gradient: Vector) -> None:
         """Take in one domain's gradient, which is held."""
         pairs = zip(gradient, self._like, strict=True)
         self._gradients.append([torch.zeros_like(z) if g is None else g.detach() for g, z in pairs])
 
-    def _differentiate(self) -> tuple[Tensor, list[Tensor]]:
-        """Return phi and its derivative by every tensor of every gradient, one after the other."""
-        if self._differentiated is None:
-            with torch.enable_grad():
-                leaves = [[t.requires_grad_() for t in gradient] for gradient in self._gradients]
-                value = self.function([tree_unflatten(gradient, self._structure) for gradient in leaves])
-                self._check(value)
-                every = [t for gradient in leaves for t in gradient]
-                derivative = torch.autograd.grad(value.reshape(()), every, allow_unused=True, materialize_grads=True)
-            self._differentiated = (value.detach().reshape(()), list(derivative))
-            self._gradients = []
-        return self._differentiated
-
-    def _check(self, value: Any) -> None:
-        name = getattr(self.function, "__name__", repr(self.function))
-        if not isinstance(value, Tensor):
-            raise TypeError(f"agreement {name} should return a scalar tensor (got {type(value).__name__})")
-        if value.numel() != 1 or value.is_complex() or not value.is_floating_point():
-            raise ValueError(
-                f"agreement {name} should return a real scalar tensor (got shape {tuple(value.shape)}, {value.dtype})"
-            )
-        if not value.requires_grad:
-            raise ValueError(
-                f"agreement {name} returned a value that does not depend on the gradients in a differentiable way: "
-                "was it detached or turned into a number?"
-            )
+    @cached_property
+    def _differentiated(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """Phi and its derivative by every tensor of every gradient, one after the other."""
+        with torch.enable_grad():
+            leaves = [[t.requires_grad_() for t in gradient] for gradient in self._gradients]
+            value = self.function([tree_unflatten(gradient, self._structure) for gradient in leaves])
+            name = getattr(self.function, "__name__", repr(self.function))
+            if not isinstance(value, Tensor):
+                raise TypeError(f"agreement {name} should return a scalar tensor (got {type(value).__name__})")
+            if value.numel() != 1 or not value.is_floating_point() or not value.requires_grad:
+                raise ValueError(
+                    f"agreement {name} should return a real scalar tensor that depends on the gradients in a "
+                    f"differentiable way (got shape {tuple(value.shape)}, {value.dtype}, "
+                    f"requires_grad={value.requires_grad})"
+                )
+            every = [t for gradient in leaves for t in gradient]
+            derivative = torch.autograd.grad(value.reshape(()), every, allow_unused=True, materialize_grads=True)
+        self._gradients = []
+        return value.detach().reshape(()), derivative
 
     def value(self, measured: Alignment) -> Tensor:  # noqa: ARG002
         """Return phi of all the gradients taken in. See :meth:`NamedAgreement.value`."""
-        return self._differentiate()[0]
+        return self._differentiated[0]
 
     def cotangent(self, domain: int, gradient: Vector, *, one_pass: bool = False) -> list[Tensor | None]:
         """Return the derivative of phi by one domain's gradient. See :meth:`NamedAgreement.cotangent`."""
         assert not one_pass
-        own = self._differentiate()[1][domain * len(self._like) : (domain + 1) * len(self._like)]
+        own = self._differentiated[1][domain * len(self._like) : (domain + 1) * len(self._like)]
         return [None if g is None else v for g, v in zip(gradient, own, strict=True)]

@@ -30,19 +30,16 @@ from torch_gradmatch.parallel.foreach import (
     add_all_,
     by_kind,
     clone_all,
-    is_sharded,
     local_of,
     over_shards,
+    sharded_like,
     squared_norm,
 )
-from torch_gradmatch.parallel.shards import sharded_like
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Alignment", "GradientAlignment", "Measured", "accumulate", "gradient_alignment"]
-
-FEW = 12  # domains whose numbers are still legible in the picture
 
 
 class Measured:
@@ -61,16 +58,13 @@ class Measured:
         """
         if self.cosines is None or self.grad_norms is None:
             return None
-        largest = self.grad_norms.max()
-        lengths = self.grad_norms / torch.where(largest > 0, largest, 1.0)
+        lengths = self.grad_norms / self.grad_norms.max().clamp(min=1e-37)
         gram = self.cosines * lengths[:, None] * lengths
         others = 1 - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # a row for each domain's rest
         squared, size = (((others @ matrix) * others).sum(dim=1) for matrix in (gram, gram.abs()))
         squared = torch.where(squared > 4 * len(gram) * torch.finfo(gram.dtype).eps * size, squared, 0.0)
-        found = (gram * others).sum(dim=1)
-        for factor in (lengths.square(), squared):  # one after the other, so that neither underflows
-            found = torch.where(factor == 0, 0.0, found * torch.where(factor == 0, 1.0, factor).rsqrt())
-        return found.clamp(-1.0, 1.0)
+        found = (gram * others).sum(dim=1) / lengths / squared.sqrt()  # one by one, so that neither underflows
+        return torch.where((lengths == 0) | (squared == 0), 0.0, found).clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -108,20 +102,15 @@ class Alignment(Measured):
         """
         if self.cosines is None:
             raise RuntimeError("the cosines of pairs were not measured: gradient_alignment(..., pairs=True)")
-        matrix, size = self.cosines.tolist(), len(self.cosines)
-        names = [str(name) for name in (range(size) if self.domains is None else self.domains)]
+        places = range(len(self.cosines))
+        names = [str(name) for name in self.domains or places]
         if axes is None:
             import matplotlib.pyplot as plt  # only where it draws
 
-            side = 2.5 + 0.45 * size
-            axes = plt.subplots(figsize=(side + 1.0, side), layout="constrained")[1]
-        image = axes.imshow(matrix, vmin=-1.0, vmax=1.0, cmap="RdBu")
-        axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(size), names)
-        for i, row in enumerate(matrix if size <= FEW else ()):
-            for j, value in enumerate(row):
-                color = "white" if abs(value) > 0.6 else "black"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
+            axes = plt.subplots(layout="constrained")[1]
+        image = axes.imshow(self.cosines.tolist(), vmin=-1.0, vmax=1.0, cmap="RdBu")
+        axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(places, names)
         axes.figure.colorbar(image, ax=axes, label="cosine of gradients")
         return axes
 
@@ -190,8 +179,7 @@ class GradientAlignment:
             accumulate(self.units, gradients, square.clamp(min=1e-60).rsqrt())
         self.squares.append(square)
         if self.pairs:
-            copies = iter(clone_all(present))
-            self._gradients.append([None if g is None else next(copies) for g in gradients])
+            self._gradients.append(clone_all(gradients))
 
     @torch.no_grad()
     def result(self, scale: float = 1.0) -> Alignment:
@@ -223,25 +211,20 @@ class GradientAlignment:
 
     def _cosines_of_pairs(self, dtype: torch.dtype) -> Tensor:
         """Return the Gram matrix of the unit gradients; one parameter at a time, so that few copies are alive."""
-        indices = [i for i, total in enumerate(self.total) if total is not None]
+        totals = [(index, total) for index, total in enumerate(self.total) if total is not None]
 
         def gram(positions: list[int]) -> Tensor:
-            found: Any = sum(self._products(indices[k]).to(dtype) for k in positions)
+            found: Any = 0
+            for index, total in (totals[position] for position in positions):
+                zero, every = torch.zeros_like(local_of(total)), [gradient[index] for gradient in self._gradients]
+                rows = torch.stack([(zero if g is None else local_of(g).to(zero.dtype)).reshape(-1) for g in every])
+                found = found + (rows @ rows.mH).real.to(dtype)
             return found  # type: ignore[no-any-return]
 
-        products = over_shards([t for t in self.total if t is not None], gram)
+        products = over_shards([total for _, total in totals], gram)
         squares = products.diagonal()
         scales = torch.where(squares > 0, squares, 1.0).rsqrt()
         return (products * scales[:, None] * scales).fill_diagonal_(1.0) * (squares > 0)
-
-    def _products(self, index: int) -> Tensor:
-        """Return the inner products of the domains' gradients of one parameter."""
-        given = [None if g is None else local_of(g) for g in (gradient[index] for gradient in self._gradients)]
-        like = next(g for g in given if g is not None)
-        rows = [torch.zeros_like(like) if g is None else g.resolve_conj() for g in given]
-        real = [torch.view_as_real(row) if row.is_complex() else row for row in rows]
-        matrix = torch.stack([row.reshape(-1).to(WIDE.get(row.dtype, row.dtype)) for row in real])
-        return matrix @ matrix.T
 
     def __len__(self) -> int:
         return len(self.squares)
@@ -258,17 +241,13 @@ def accumulate(totals: list[Tensor | None], gradients: Vector, factor: float | T
     """
     totals += [None] * (len(gradients) - len(totals))
     new = [g if total is None else None for g, total in zip(gradients, totals, strict=True)]
-    is_new = any(g is not None for g in new)
-    add_all_(
-        totals, [None if n is g else g for g, n in zip(gradients, new, strict=True)] if is_new else gradients, factor
-    )
-    for positions, (group,) in by_kind(new) if is_new else ():
+    add_all_(totals, gradients, factor)
+    for positions, (group,) in by_kind(new) if any(g is not None for g in new) else ():
         wide = WIDE.get(group[0].dtype, group[0].dtype)
         by = factor.to(group[0].device, wide.to_real()) if isinstance(factor, Tensor) else factor
         made = torch._foreach_mul(group if group[0].dtype == wide else [g.to(wide) for g in group], by)
         for position, part in zip(positions, made, strict=True):
-            like = new[position]
-            totals[position] = sharded_like(part, like) if like is not None and is_sharded(like) else part
+            totals[position] = sharded_like(part, new[position])
 
 
 def gradient_alignment(

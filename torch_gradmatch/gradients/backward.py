@@ -10,16 +10,14 @@ parameters, it finds no way at all. Only a gradient that is differentiated again
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
-from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torch_gradmatch.parallel.foreach import Vector, clone_all, in_transform, is_sharded, precision, squared_norm
-from torch_gradmatch.parallel.shards import placed_like
 
 __all__ = ["by_autograd", "check_backward", "check_differentiable", "explain", "gradient_of", "reverse"]
 
@@ -51,11 +49,11 @@ def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = 
         for leaf, gradient in zip(leaves, kept, strict=True):
             leaf.grad = gradient
     if any(map(is_sharded, leaves)):
-        return [None if g is None else placed_like(g, leaf) for g, leaf in zip(found, leaves, strict=True)]
+        pairs: Any = zip(found, leaves, strict=True)
+        return [g.redistribute(p.device_mesh, p.placements) if g is not None and is_sharded(g) else g for g, p in pairs]
     if dist.is_available() and dist.is_initialized():
         # DistributedDataParallel(gradient_as_bucket_view=True) has the next gradient in the same memory.
-        copies = iter(clone_all([g for g in found if g is not None]))
-        found = [None if g is None else next(copies) for g in found]
+        found = clone_all(found)
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in found]
 
 
@@ -85,8 +83,7 @@ def check_backward(gradient: Vector, expected: Vector, names: Sequence[str], *, 
     Raises:
         ValueError: If one differs; the message names the parameter, what may be the cause and what to do.
     """
-    given = [g for g in (*gradient, *expected) if g is not None]
-    epsilon = precision(given) if given else 0.0
+    epsilon = precision([g for g in (*gradient, *expected) if g is not None] or [torch.zeros(())])
     lengths = [_length(g) for g in expected]
     least = (2**-8 if is_coarse else 64 * epsilon) * sum(length**2 for length in lengths) ** 0.5
     tolerance = 2**-4 if is_coarse else epsilon**0.5
@@ -138,7 +135,19 @@ def explain(error: Exception, hvp: str) -> None:
 
 
 def reverse(gradient: Vector, vector: Vector, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the derivative of a gradient with graph, times a vector, by the leaves; also of several in a row."""
+    """Return the derivative of a gradient with graph, times a vector, by the leaves; also of several in a row.
+
+    Args:
+        gradient: G, with its graph.
+        vector: v.
+        leaves: Where to differentiate.
+
+    Returns:
+        One dense tensor for each leaf, None where G does not depend on it.
+
+    Raises:
+        RuntimeError: If a function whose second derivative is missing, or wrong, took part in the gradient.
+    """
     pairs = [
         (g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad and v is not None
     ]
@@ -150,46 +159,32 @@ def reverse(gradient: Vector, vector: Vector, leaves: Sequence[Tensor]) -> list[
     return [p if p is None or p.layout is torch.strided else p.to_dense() for p in products]
 
 
-def check_differentiable(outputs: Sequence[Tensor]) -> None:
-    """Raise if a backward pass marked as once differentiable took part in a gradient; warn where torch errs itself.
+def check_differentiable(outputs: Sequence[Tensor], matched: Sequence[Tensor] | None = None) -> None:
+    """Raise if a gradient cannot be differentiated again, of which torch would say nothing.
 
-    torch puts an error into the graph there, but one that leads to no leaf: a derivative by the leaves would not meet
-    it and miss that part of the Hessian in silence.
+    Where a function is marked as once differentiable torch puts an error into the graph, but one that leads to no leaf:
+    a derivative by the leaves would not meet it and miss that part of the Hessian in silence.
+
+    Args:
+        outputs: Gradients with graph, or made of them.
+        matched: The parameters by which they were taken; None for all.
 
     Raises:
-        RuntimeError: If there is one.
+        RuntimeError: If so.
     """
-    waiting = [output.grad_fn for output in outputs]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        name = node.name()
-        if name == "torch::autograd::Error":
+    seen: set[Any] = {None}
+    waiting: set[Any] = {output.grad_fn for output in outputs}
+    while waiting := waiting - seen:
+        seen |= waiting
+        if "torch::autograd::Error" in {node.name() for node in waiting}:
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        if name.startswith("WeightNormInterface") and _weight_norm_is_wrong(device := outputs[0].device):
-            warnings.warn(
-                f"the model has weight_norm, whose second derivative torch {torch.__version__} takes wrongly on "
-                f"{device.type!r}: the Hessian-vector products of its parameters are wrong. Use "
-                "hvp='finite_difference' or SmoothFish(symmetric=True), which need first derivatives only, or write it "
-                "out as g * v / v.norm()",
-                stacklevel=2,
-            )
-        new = {following for following, _ in node.next_functions} - seen
-        seen |= new
-        waiting.extend(new)
-
-
-@cache
-def _weight_norm_is_wrong(device: torch.device) -> bool:
-    """Try torch's second derivative of ``weight_norm`` on a matrix of four numbers (2.13 fails on a CPU)."""
-    found = []
-    with torch.enable_grad():
-        for written_out in (True, False):
-            v = torch.tensor([[1.0, 2.0], [3.0, 1.0]], device=device, requires_grad=True)
-            g = torch.ones(2, 1, device=device)
-            w = g * v / v.norm(dim=1, keepdim=True) if written_out else torch._weight_norm(v, g, 0)
-            (gradient,) = torch.autograd.grad(w[:, 0].square().sum(), v, create_graph=True)
-            found.append(torch.autograd.grad(gradient[:, 1].sum(), v)[0])
-    return not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-5)
+        following = {node: [after for after, _ in node.next_functions] for node in waiting}
+        for node, others in following.items():
+            held = [getattr(after, "variable", None) for after in others]
+            twice = matched is None or any(v is p for v in held if v is not None for p in matched)
+            if twice and node.name().startswith("WeightNormInterface"):
+                raise RuntimeError(
+                    "weight_norm, whose double backward torch takes wrongly (2.13, on a CPU): written out as "
+                    "g * v / v.norm() it has the right one"
+                )
+        waiting = {after for others in following.values() for after in others}

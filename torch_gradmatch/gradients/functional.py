@@ -91,10 +91,20 @@ class IDGMGradient(NamedTuple):
 
 
 def _with_buffers(loss_fn: Callable[..., Any], buffers: Any) -> PureLoss:
-    """Give a loss function without buffers the form of one with them."""
-    if buffers is not None:
-        return loss_fn
-    return lambda params, none, batch: (loss_fn(params, batch), none)
+    """Give a loss function without buffers the form of one with them; check what one with them returns."""
+    if buffers is None:
+        return lambda params, none, batch: (loss_fn(params, batch), none)
+
+    def pure(params: Params, state: Any, batch: Any) -> tuple[Tensor, Any]:
+        returned = loss_fn(params, state, batch)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(
+                "loss_fn(params, buffers, batch) should return the loss and the new buffers, because buffers was "
+                f"passed (got {type(returned).__name__})"
+            )
+        return returned
+
+    return pure
 
 
 def domain_gradients(
@@ -270,14 +280,11 @@ def idgm_grad(
         raise ValueError("params holds a tensor twice, which would count twice: pass it under one name")
     # A model's own parameters stay themselves: a loss may use them past the model, as a penalty on a list of them does.
     leaves = [leaf if leaf.is_leaf and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in flat]
-    state = _State(buffers or {})
+    pure, state = _with_buffers(loss_fn, buffers), _State(buffers or {})
 
     def loss(index: int, point: list[Tensor] | None) -> Tensor:
         at = tree_unflatten(leaves if point is None else point, structure)
-        if buffers is None:
-            found: Tensor = loss_fn(at, batches[index])
-            return found
-        found, state.value = _parted(loss_fn(at, state.value, batches[index]))
+        found, state.value = pure(at, state.value, batches[index])
         return found
 
     names = _names(params) if check_bool("compare", compare) else None
@@ -289,14 +296,10 @@ def idgm_grad(
     if check and replay.again and not in_transform():
         losses, again = torch.stack([found.losses, found.again]).tolist()
         check_repeats(losses, again, found.tolerance)
+    gradient, reached = tree_unflatten(found.direction, structure), tree_unflatten(found.reached, structure)
+    after = None if buffers is None else found.buffers
     return IDGMGradient(
-        gradient=tree_unflatten(found.direction, structure),
-        reached=tree_unflatten(found.reached, structure),
-        losses=found.losses,
-        agreement=found.agreement,
-        alignment=found.alignment,
-        buffers=None if buffers is None else found.buffers,
-        gamma=found.gamma,
+        gradient, reached, found.losses, found.agreement, found.alignment, buffers=after, gamma=found.gamma
     )
 
 
@@ -311,16 +314,6 @@ class _State:
 
     def restore(self, value: Any) -> None:
         self.value = value
-
-
-def _parted(returned: Any) -> tuple[Tensor, Any]:
-    """Return a loss and the new buffers, or raise if a loss function with buffers returned something else."""
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(
-            "loss_fn(params, buffers, batch) should return the loss and the new buffers, because buffers was passed "
-            f"(got {type(returned).__name__})"
-        )
-    return returned
 
 
 def _names(params: Params) -> list[str]:

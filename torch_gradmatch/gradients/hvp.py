@@ -40,21 +40,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from torch_gradmatch._checks import check_choice
 from torch_gradmatch.gradients.backward import by_autograd, explain, gradient_of, reverse
 from torch_gradmatch.parallel.foreach import (
     Vector,
     add_all_,
-    by_kind,
     clone_all,
     copy_all_,
     is_sharded,
+    map_kinds,
     precision,
     squared_norm,
 )
-from torch_gradmatch.parallel.shards import sharded_like
 
 __all__ = [
     "HVPS",
@@ -116,14 +115,10 @@ def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: A
         >>> hessian_vector_product(lambda p: (p**3).sum() + p.prod(), theta, v)  # H = [[6 a, 1], [1, 6 b]]
         tensor([ 7., 13.])
     """
-    leaves, structure = tree_flatten(params)
-    parts, structure_of_vector = tree_flatten(vector)
-    shapes, given = ([tuple(t.shape) for t in tensors] for tensors in (leaves, parts))
-    if structure != structure_of_vector or shapes != given:
-        raise ValueError(
-            f"vector should have the structure and shapes of params, {structure} {shapes} (got {structure_of_vector} "
-            f"{given})"
-        )
+    shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (params, vector)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"vector should have the structure and shapes of params, {shapes[0]} (got {shapes[1]})")
+    (leaves, structure), parts = tree_flatten(params), tree_flatten(vector)[0]
     check_hvp(hvp, leaves)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
 
@@ -192,26 +187,19 @@ def finite_difference(loss: Loss, leaves: list[Tensor], vector: Vector, factor: 
         shorter = finite_difference(loss, leaves, [None if v is None else v / largest for v in vector], factor)
         return [None if p is None else p * largest for p in shorter]
     step = factor * precision(leaves) ** (1 / 3) * (1 + float(squared_norm(leaves)) ** 0.5) / length
-    values, found = clone_all([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None]), []
+    moved = [leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None]
+    values, found = clone_all(moved), []
     try:
         for sign in (1, -1):
-            with torch.no_grad():
-                copy_all_([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None], values)
-                add_all_(leaves, vector, sign * step)
+            copy_all_(moved, values)
+            add_all_(leaves, vector, sign * step)
             torch.clear_autocast_cache()
             found.append(gradient_of(loss(leaves), leaves))
     finally:
-        with torch.no_grad():
-            copy_all_([leaf for leaf, v in zip(leaves, vector, strict=True) if v is not None], values)
+        copy_all_(moved, values)
         torch.clear_autocast_cache()
-    product: list[Tensor | None] = [None if plus is None else minus for plus, minus in zip(*found, strict=True)]
     with torch.no_grad():
-        for positions, (plus, minus) in by_kind(*found):
-            differences = torch._foreach_sub(plus, minus)
-            torch._foreach_mul_(differences, 0.5 / step)
-            for position, part in zip(positions, differences, strict=True):
-                product[position] = sharded_like(part, leaves[position])
-    return product
+        return map_kinds(lambda plus, minus: torch._foreach_mul(torch._foreach_sub(plus, minus), 0.5 / step), *found)
 
 
 def check_symmetric(loss: Loss, leaves: list[Tensor], vector: Vector, product: Vector) -> None:

@@ -109,7 +109,7 @@ class PartEngine(Engine):
                 accumulate(self.total, gradient_of(losses, self.leaves) if plain is None else plain)
                 return
             self._has_graph = True
-            check_differentiable(products)
+            check_differentiable(products, self.of)
             product = torch.stack([p.to(losses.device, losses.dtype) for p in products]).sum()
             if plain is None and self._separates():
                 plain = self._by_same_graph(losses)

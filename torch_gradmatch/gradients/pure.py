@@ -8,23 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torch_gradmatch.parallel.foreach import clone_all, detach_all
+from torch_gradmatch.parallel.foreach import clone_all, in_transform
 
 __all__ = ["Buffers", "functional_loss"]
 
 Buffers = dict[str, Tensor]
-
-
-class _Closure(nn.Module):
-    """A loss function around a model, as a module: what ``functional_call`` can put other parameters into."""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self._loss_fn = (loss_fn,)  # not registered, if it is a module itself
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss_fn[0](batch)
 
 
 def functional_loss(
@@ -52,7 +40,9 @@ def functional_loss(
         >>> loss, buffers
         (tensor(11.), {})
     """
-    closure = _Closure(model, loss_fn)
+    # A module that calls the model: what functional_call can put other parameters into.
+    closure: Any = nn.Module()
+    closure.model, closure.forward = model, lambda batch: loss_fn(batch)  # not itself: it may be a module
 
     def pure(params: dict[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Buffers]:
         own = dict(model.named_parameters(remove_duplicate=False))
@@ -67,8 +57,9 @@ def functional_loss(
         held |= {f"model.{name}": copy for name, copy in copies}
         loss = functional_call(closure, held, (batch,)) if held else loss_fn(batch)
         # functional_call leaves in the dictionary what a module put in a buffer's place.
-        after = detach_all([held[f"model.{name}"] for name in buffers])
-        return loss, dict(zip(buffers, after, strict=True))
+        after = {name: held[f"model.{name}"] for name in buffers}
+        wrapped = in_transform()  # where a tensor does not say whether it depends on others
+        return loss, {name: b.detach() if wrapped or b.requires_grad else b for name, b in after.items()}
 
     pure.closure_around = model  # type: ignore[attr-defined]
     return pure

@@ -92,16 +92,7 @@ class Evaluation:
         return values[: len(losses)], values[len(losses) :]
 
     def refuse_explosion(self, loss: float, matching: float, remedy: str) -> None:
-        """Raise if the matching term outgrows the loss: then it is unbounded, and training raises the gradients alone.
-
-        Args:
-            loss: The mean loss.
-            matching: What the objective takes off it.
-            remedy: What to change.
-
-        Raises:
-            RuntimeError: If it does.
-        """
+        """Raise if the matching term outgrows the mean loss: then it is unbounded, and training raises gradients."""
         first = self.memory.setdefault("first", max(abs(loss), abs(matching)))
         if matching > max(abs(loss), EXPLODED * first):
             raise RuntimeError(
@@ -137,22 +128,11 @@ class DirectionMethod(Method):
     """What is lost with the state that it keeps, for a warning."""
 
     def make_loop(self, optimizer: Optimizer) -> DirectionLoop:
-        """Make the loop that carries these settings out for one optimizer.
-
-        Args:
-            optimizer: The wrapped optimizer.
-
-        Returns:
-            The loop.
-        """
+        """Make the loop that carries these settings out for one optimizer. See ``Method.make_loop``."""
         return DirectionLoop(self, optimizer)
 
     def check(self, loop: DirectionLoop) -> None:
-        """Raise if the settings do not fit the optimizer. Called at each meta-iteration and when it is wrapped.
-
-        Args:
-            loop: The method at work on it.
-        """
+        """Raise if the settings do not fit the optimizer of a loop; called when it is wrapped and where they change."""
 
     @abstractmethod
     def direction(self, given: Evaluation) -> Direction:
@@ -173,10 +153,6 @@ class DirectionLoop(MetaLoop):
 
     ``step`` is then a plain step of the wrapped optimizer on whatever gradients it finds: ordinary training, for
     instance to warm up.
-
-    Args:
-        method: The settings.
-        optimizer: The wrapped optimizer.
     """
 
     def __init__(self, method: DirectionMethod, optimizer: Optimizer) -> None:
@@ -293,7 +269,8 @@ class DirectionLoop(MetaLoop):
             domains = sharing.domains(domains)
         if not trained:
             raise ValueError("no parameter of the optimizer requires a gradient: call requires_grad_() on some")
-        check_num_domains(domains, self.method.fewest)
+        if domains < self.method.fewest:
+            check_num_domains(domains, self.method.fewest)
         apply: Callable[[Tensor], Tensor] = (lambda loss: loss) if scaler is None else scaler.scale
         return Evaluation(
             lambda index: apply(evaluate(loss_fn, batches[index], index, trained)),

@@ -251,29 +251,34 @@ class Fishr(OnceMethod):
         if given.sharing is not None and given.sharing.in_step:
             return  # no rank may evaluate anything by itself
         batch = given.batches[0]
-        given.kept["is mean"] = True
         state, buffers = RandomState.capture(devices_of(given.parameters, batch)), given.places and given.places.save()
-        values: list[float] = []
         try:
-            values = [given.of_batch(batch).item()]
-            double = partial(_doubled, size=len(calls.pop()[0]))
+            with checks.evaluating(0):
+                once = given.of_batch(batch).item() / given.scale
+            size = len(calls[0][0]) if calls else 0
             state.restore()
-            values.append(given.of_batch(tree_map(double, batch)).item())
-        except Exception:  # noqa: BLE001  samples that cannot be put together like this
-            values.clear()
+            twice = _of_samples_twice(given, batch, size)
         finally:
             calls.clear()
             state.restore()
             if given.places is not None and buffers:
                 given.places.restore(buffers)
-        if len(values) == 2 and abs(values[1] - 2 * values[0]) < abs(values[1] - values[0]):
-            once, twice = (value / given.scale for value in values)
+        if twice is not None and abs(twice - 2 * once) < abs(twice - once):
             raise ValueError(
                 f"loss_fn should return the mean over the samples of a batch, and it is {once:.4g} for "
                 f"{checks.name_of(0)} and {twice:.4g} for the same samples twice: use reduction='mean'"
             )
+        given.kept["is mean"] = True
 
 
-def _doubled(leaf: Any, size: int) -> Any:
-    is_samples = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
-    return torch.cat([leaf, leaf]) if is_samples else leaf
+def _of_samples_twice(given: Evaluation, batch: Any, size: int) -> float | None:
+    """Return the loss of a batch together with its copy; None where samples cannot be put together like this."""
+
+    def double(leaf: Any) -> Any:
+        is_samples = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+        return torch.cat([leaf, leaf]) if is_samples else leaf
+
+    try:
+        return given.of_batch(tree_map(double, batch)).item() / given.scale
+    except Exception:  # noqa: BLE001  whatever it is that loss_fn cannot do with it
+        return None

@@ -117,7 +117,8 @@ class InnerLoop(MetaLoop):
             self.slow.join(parameters, self.settings.meta_dtype)
         else:
             if self.together is not None and self.together.group is not None:
-                self.together.begin({}, parameters)
+                self.together.ranks.vote()
+                self.together.check_same(parameters)
             was_evaluated = self.slow.fast or self.evaluates_before  # after zero_grad(), or as SAM asks for
             if closure is not None and (not was_evaluated or all(p.grad is None for p in parameters)):
                 self.slow.take(parameters, self.method.meta_dtype)  # its first forward pass comes in the closure
@@ -191,16 +192,15 @@ class InnerLoop(MetaLoop):
             facts = together.facts(self.optimizer, self.parameters(), shown_settings(settings))
             with together.ranks.together({**facts, "number of inner steps": self.inner_step}):
                 self._check_end(moving)
-        latest = []
         if settings.buffers == "latest":
-            latest, moving = list(moving.values()), {}
+            moving = {}
         theta = [*slow.weights, *(s for s, _ in moving.values())]
         fast = [*slow.fast, *(f for _, f in moving.values())]
         with record_function("GradMatch.interpolate"):
             if together is None or together.group is None:
                 ops.interpolate_(theta, fast, settings.meta_lr)
             else:
-                means = together.average_walks(theta, fast, latest, slow.places.named().values() if slow.places else ())
+                means = together.average_walks(theta, fast, slow.places.named().values() if slow.places else ())
                 ops.interpolate_(theta, means, settings.meta_lr)
                 copy_all_(fast, means)
                 self.inner_state.reset()  # so that all ranks are the same now and not only when the next loop begins

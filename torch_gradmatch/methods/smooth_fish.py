@@ -247,10 +247,8 @@ class SmoothFish(DirectionMethod):
             return
         mean: list[Tensor | None] = []
         accumulate(mean, sums.total, 1 / len(losses))
-        length, coarsest = (
-            _length(mean),
-            precision([p for p, m in zip(given.parameters, mean, strict=True) if m is not None]),
-        )
+        length = _length(mean)
+        coarsest = precision([p for p, m in zip(given.parameters, mean, strict=True) if m is not None])
         add_all_(mean, direction, -1.0)
         difference = _length(mean) / weight
         if difference < min(32 * coarsest, 0.02) * length:
@@ -313,13 +311,7 @@ class _Walk:
         first: list[Tensor | None] | None = None,
         take: Callable[[list[Tensor | None]], None] | None = None,
     ) -> None:
-        """Walk through the domains by SGD, from the parameters and back to them.
-
-        Args:
-            order: Of the domains.
-            first: The gradient of the first one of them, if it is known.
-            take: Called with each one's gradient.
-        """
+        """Walk through the domains by SGD, from the parameters and back to them; the first gradient may be known."""
         gradient = self.gradient(order[0]) if first is None else first
         self._start = clone_all(self.parameters)  # a lazy parameter is made by now
         for index in order:

@@ -20,14 +20,15 @@ __all__ = [
     "by_kind",
     "clone_all",
     "copy_all_",
-    "detach_all",
     "find_nonfinite",
     "in_transform",
     "is_sharded",
     "local_of",
+    "map_kinds",
     "over_shards",
     "precision",
     "read",
+    "sharded_like",
     "squared_norm",
 ]
 
@@ -50,22 +51,31 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_of(tensor: Tensor) -> Tensor:
     """Return a tensor, or of a ``DTensor`` the shard that this rank holds, which shares its memory."""
-    if not is_sharded(tensor):
-        return tensor
-    sharded: Any = tensor
-    with torch.no_grad():
-        shard: Tensor = sharded.to_local()
-    return shard
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def in_transform() -> bool:
     """Return whether a transform of ``torch.func`` is at work, whose tensors do not say what they depend on."""
-    functorch = getattr(torch._C, "_functorch", None)  # private, and torch has nothing public that tells
-    level = getattr(functorch, "maybe_current_level", None)
-    return level is not None and level() is not None
+    return torch._C._functorch.maybe_current_level() is not None  # private, and torch has nothing public that tells
 
 
-def by_kind(*lists: Sequence[Tensor | None]) -> list[tuple[list[int], list[list[Tensor]]]]:
+def sharded_like(local: Tensor, like: Any) -> Tensor:
+    """Return a local shard as a ``DTensor`` with the mesh, placements and shape of another tensor.
+
+    Args:
+        local: Of the shape of the other's local shard; any dtype.
+        like: A ``DTensor``, or any other tensor.
+
+    Returns:
+        A tensor around ``local``, which shares its memory; ``local`` itself if ``like`` is no ``DTensor``.
+    """
+    if not is_sharded(like):
+        return local
+    layout = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+    return type(like).from_local(local, like.device_mesh, like.placements, **layout)  # type: ignore[no-any-return]
+
+
+def by_kind(*lists: Sequence[Any]) -> list[tuple[list[int], list[list[Tensor]]]]:
     """Part lists of tensors into groups of one device and dtype.
 
     Args:
@@ -81,46 +91,52 @@ def by_kind(*lists: Sequence[Tensor | None]) -> list[tuple[list[int], list[list[
         >>> [positions for positions, _ in by_kind([single, double, None, single])]
         [[0, 3], [1]]
     """
-    size, alike = len(lists[0]), True
-    for tensors in lists:  # the usual case, told quickly: plain tensors of one device and dtype
-        first: Any = tensors[0] if tensors else None
-        alike = alike and first is not None and len(tensors) == size
-        if alike:
-            dtype, device = first.dtype, first.get_device()
-            alike = all(type(t) in PLAIN and t.dtype is dtype and t.get_device() == device for t in tensors)  # type: ignore[union-attr]
-    if alike:
-        return [(list(range(size)), [list(tensors) for tensors in lists])]  # type: ignore[arg-type]
-    groups: dict[tuple[torch.device | torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
+    kinds = [{(t.dtype, t.get_device()) if type(t) in PLAIN else None for t in tensors} for tensors in lists]
+    if len(set(map(len, lists))) == 1 and all(len(kind) == 1 and None not in kind for kind in kinds):
+        return [(list(range(len(lists[0]))), [list(tensors) for tensors in lists])]  # the usual case, told quickly
+    groups: dict[tuple[Any, ...], list[tuple[int, list[Tensor]]]] = {}
     for position, group in enumerate(zip(*lists, strict=True)):
-        present = [t if type(t) in PLAIN else local_of(t) for t in group if t is not None]
-        if len(present) < len(group):
-            continue
-        kind = tuple(part for t in present for part in (t.device, t.dtype))
-        positions, parts = groups.setdefault(kind, ([], [[] for _ in lists]))
-        positions.append(position)
-        for part, t in zip(parts, present, strict=True):
-            part.append(t)
-    return list(groups.values())
+        parts = [t if type(t) in PLAIN else local_of(t) for t in group if t is not None]
+        if len(parts) == len(lists):
+            groups.setdefault(tuple((t.device, t.dtype) for t in parts), []).append((position, parts))
+    found = [tuple(zip(*group, strict=True)) for group in groups.values()]
+    return [(list(positions), [list(part) for part in zip(*parts, strict=True)]) for positions, parts in found]
+
+
+def map_kinds(function: Callable[..., Any], *lists: Vector) -> list[Tensor | None]:
+    """Call a function of lists of tensors for each group that :func:`by_kind` finds.
+
+    Args:
+        function: Takes as many lists and returns one, a ``foreach`` operator for instance.
+        lists: Of the same length.
+
+    Returns:
+        What it returned, in the places of the tensors; None where a list has None. ``DTensor`` s like the first list's.
+    """
+    found: list[Tensor | None] = [None] * len(lists[0])
+    for positions, group in by_kind(*lists):
+        for position, part in zip(positions, function(*group), strict=True):
+            like = lists[0][position]
+            found[position] = part if type(like) in PLAIN else sharded_like(part, like)
+    return found
 
 
 @torch.no_grad()
-def clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+def clone_all(tensors: Sequence[Any]) -> list[Any]:
     """Return copies of tensors, detached and exact whatever the dtype.
 
     Args:
-        tensors: The tensors. Those of a subclass or not strided, any inside a transform of ``torch.func``, and all
-            before torch 2.12 are copied one by one: not all of these have ``foreach`` operators.
+        tensors: Tensors or None. If one is of a subclass or not strided, inside a transform of ``torch.func``, and
+            before torch 2.12 they are copied one by one: not all of these have ``foreach`` operators.
 
     Returns:
-        The copies, in order.
+        The copies, in order; None for None.
     """
     clone: Any = getattr(torch, "_foreach_clone", None)
-    plain = clone is not None and not in_transform()
-    together = [t if plain and type(t) in PLAIN and t.layout is torch.strided else None for t in tensors]
-    copies: dict[int, Tensor] = {}
-    for positions, (group,) in by_kind(together) if clone is not None else ():
-        copies.update(zip(positions, clone(group), strict=True))
-    return [copies[i] if i in copies else t.detach().clone() for i, t in enumerate(tensors)]
+    present = [t for t in tensors if t is not None]
+    if clone is None or in_transform() or any(type(t) not in PLAIN or t.layout is not torch.strided for t in present):
+        return [None if t is None else t.detach().clone() for t in tensors]
+    return map_kinds(clone, tensors)
 
 
 @torch.no_grad()
@@ -164,7 +180,7 @@ def precision(tensors: Iterable[Tensor]) -> float:
 
 
 @torch.no_grad()
-def over_shards(tensors: Sequence[Tensor], found: Callable[[list[int]], Tensor]) -> Tensor:
+def over_shards(tensors: Sequence[Any], found: Callable[[list[int]], Tensor]) -> Tensor:
     """Sum what is found of the local shards of some tensors over the ranks that hold the others.
 
     Args:
@@ -174,20 +190,17 @@ def over_shards(tensors: Sequence[Tensor], found: Callable[[list[int]], Tensor])
     Returns:
         The sum, on the first one's device.
     """
-    alike: dict[Any, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        to: Any = tensor
-        alike.setdefault((to.device_mesh, to.placements) if is_sharded(to) else None, []).append(position)
+    layouts = [(t.device_mesh, t.placements) if is_sharded(t) else None for t in tensors]
     sums = []
-    for layout, positions in alike.items():
-        value: Any = found(positions)
+    for layout in dict.fromkeys(layouts):
+        value: Any = found([position for position, other in enumerate(layouts) if other == layout])
         if layout is not None:
             from torch.distributed.tensor import DTensor, Partial, Replicate  # whoever has one, has imported it
 
             placements = [Replicate() if p.is_replicate() else Partial() for p in layout[1]]
             value = DTensor.from_local(value, layout[0], placements, run_check=False).full_tensor()
         sums.append(value)
-    return sums[0] if len(sums) == 1 else torch.stack([value.to(sums[0].device) for value in sums]).sum(dim=0)
+    return torch.stack([value.to(sums[0].device) for value in sums]).sum(dim=0)
 
 
 @torch.no_grad()
@@ -201,58 +214,35 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
         Shape (), float64 (float32 on a device that has no other), on the first tensor's device.
     """
     if any(map(is_sharded, tensors)):
-        return over_shards(tensors, lambda positions: _squares([local_of(tensors[i]) for i in positions]))
-    return _squares(tensors)
-
-
-def _squares(tensors: Sequence[Tensor]) -> Tensor:
+        return over_shards(tensors, lambda positions: squared_norm([local_of(tensors[i]) for i in positions]))
     found = []
     for _, (group,) in by_kind(tensors):
-        real = [torch.view_as_real(t) if t.is_complex() else t for t in group]
+        dtype = WIDE.get(group[0].dtype, group[0].dtype)
         if group[0].device.type == "cpu":
-            real = [part for t in real for part in ((t,) if t.numel() <= CHUNK else t.reshape(-1).split(CHUNK))]
-        norms = torch.stack(torch._foreach_norm(real, 2, WIDE.get(real[0].dtype, real[0].dtype)))
+            group = [part for t in group for part in ((t,) if t.numel() <= CHUNK else t.reshape(-1).split(CHUNK))]
+        norms = torch.stack(torch._foreach_norm(group, 2, dtype))
         wide = norms.dtype if norms.device.type == "mps" else torch.float64
         found.append(torch.linalg.vector_norm(norms, dtype=wide).square())
     return found[0] if len(found) == 1 else torch.stack([part.to(found[0].device) for part in found]).sum()
 
 
-def detach_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that depend on nothing: themselves where they do not.
+@torch.no_grad()
+def read(scalars: Sequence[Tensor]) -> list[float]:
+    """Read some scalars, synchronizing once if they are on one device.
 
     Args:
-        tensors: The tensors.
+        scalars: Each of shape (), real.
 
     Returns:
-        The same values, in order.
+        Their values.
     """
-    wrapped = in_transform()
-    return [t.detach() if wrapped or t.requires_grad else t for t in tensors]
+    alike = len({scalar.device for scalar in scalars}) == 1
+    return torch.stack([s if alike else s.cpu() for s in scalars]).tolist() if scalars else []
 
 
 @torch.no_grad()
-def read(scalars: Sequence[Tensor]) -> list[float]:
-    """Read some scalars, synchronizing once for each device.
-
-    Args:
-        scalars: Each of shape ().
-
-    Returns:
-        Their values; the modulus of a complex one.
-    """
-    by_device: dict[torch.device, list[int]] = {}
-    for index, scalar in enumerate(scalars):
-        by_device.setdefault(scalar.device, []).append(index)
-    values = [0.0] * len(scalars)
-    for indices in by_device.values():
-        together = torch.stack([scalars[i] for i in indices])
-        for index, value in zip(indices, together.tolist(), strict=True):
-            values[index] = abs(value) if isinstance(value, complex) else value
-    return values
-
-
 def find_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
-    """Return which tensors hold NaN or infinity, synchronizing once in the usual case, that there is none.
+    """Return which tensors hold NaN or infinity, synchronizing once for each kind in the usual case, that none does.
 
     By the Euclidean norm, which is finite only if all elements are. It may also overflow: then the tensor itself is
     looked at. The maximum norm would not, but on a CPU takes twenty times as long (45 ms instead of 2.3 for 17 M
@@ -264,10 +254,9 @@ def find_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     Returns:
         Their positions, in order.
     """
-    norms = [torch.zeros(())] * len(tensors)
-    with torch.no_grad():
-        for positions, (group,) in by_kind(tensors):
-            for position, norm in zip(positions, torch._foreach_norm(group), strict=True):
-                norms[position] = norm
-    found = [i for i, norm in enumerate(read(norms)) if not math.isfinite(norm)]
-    return [i for i in found if not bool(torch.isfinite(local_of(tensors[i])).all())]
+    found = []
+    for positions, (group,) in by_kind(tensors):
+        norms = torch.stack(torch._foreach_norm(group)).tolist()
+        suspects = [(i, t) for i, t, norm in zip(positions, group, norms, strict=True) if not math.isfinite(norm)]
+        found += [i for i, t in suspects if not bool(torch.isfinite(t).all())]
+    return sorted(found)

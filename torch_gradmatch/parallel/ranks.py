@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,14 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors  # what torch's own DDP uses
 from torch.distributed import DistError, ProcessGroup
 
 from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
 
-__all__ = ["Ranks", "average_", "check_process_group", "is_told", "max_", "sum_"]
+__all__ = ["Ranks", "average_", "average_buffers_", "check_process_group", "is_told", "max_", "sum_"]
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 _TOLD = "_torch_gradmatch_told"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 BUCKET = 1 << 26  # bytes reduced in one collective: that much memory is taken beside the tensors
 
 
@@ -32,16 +35,12 @@ def check_process_group(value: object) -> ProcessGroup | None:
 
     Raises:
         TypeError: If it is anything else.
-        ValueError: If this process is not in it.
     """
-    if value is None:
-        return None
-    if value is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
-        raise ValueError("process_group should be a group that this process is in")
-    if not isinstance(value, ProcessGroup):
+    if value is not None and not isinstance(value, ProcessGroup):
         raise TypeError(
-            f"process_group should be a torch.distributed.ProcessGroup such as torch.distributed.group.WORLD (after "
-            f"init_process_group) or mesh.get_group(), or None (got {type(value).__name__})"
+            "process_group should be a torch.distributed.ProcessGroup that this process is in, such as "
+            "torch.distributed.group.WORLD (after init_process_group) or mesh.get_group(), or None "
+            f"(got {type(value).__name__})"
         )
     return value
 
@@ -89,14 +88,12 @@ class Ranks:
             if error is not None:
                 raise error
             return [number]
-        told = "" if facts is None else repr(sorted((name, str(value)) for name, value in facts.items()))
+        told = {name: str(value) for name, value in (facts or {}).items()}
         Ranks.votes += 1
         with _in_collective():
-            rows = self._gather_numbers([error is not None, zlib.crc32(told.encode()), number])
-            if any(row[0] for row in rows):
-                self._raise_together(error)
-            if len({row[1] for row in rows}) > 1:
-                self._name_difference(facts or {})
+            rows = self._gather_numbers([error is not None, zlib.crc32(repr(sorted(told.items())).encode()), number])
+            if any(row[0] for row in rows) or len({row[1] for row in rows}) > 1:
+                self._raise_together(error, told)
         return [row[2] for row in rows]
 
     @contextmanager
@@ -124,6 +121,34 @@ class Ranks:
             raise  # also if the others cannot be reached: the error itself says more
         self.vote(None, facts)
 
+    def check_same(self, parameters: Sequence[Tensor], group: ProcessGroup) -> None:
+        """Raise on all ranks if those of a group do not hold the same parameters, bit for bit.
+
+        Takes one pass over the parameters and two collectives of some bytes, and waits for an accelerator: for once in
+        a training run. Only ``DistributedDataParallel`` and the like send one rank's parameters to the others.
+
+        Args:
+            parameters: The optimizer's, in order. Of a ``DTensor`` the local shard is compared.
+            group: Those of these ranks that should hold the same.
+
+        Raises:
+            ValueError: If they do not; the message names the first parameter that differs, and says what to do.
+        """
+        facts: dict[str, object] = {"number of parameters": len(parameters)}
+        for index, p in enumerate(map(local_of, parameters)):
+            described = f"{p.dtype} of shape {tuple(p.shape)}, checksum {_checksum(p)}"
+            facts[f"parameter number {index} of the optimizer"] = described
+        members = Ranks([group], self._device)
+        with self.together():
+            try:
+                members.vote(None, facts)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: build the model with the same torch.manual_seed() on every rank, load the same "
+                    "checkpoint, or send one rank's parameters to all, for p in model.parameters(): "
+                    "torch.distributed.broadcast(p.detach(), 0)"
+                ) from error
+
     def gather(self, value: Any) -> list[Any]:
         """Return what every rank passes, as ``torch.distributed.all_gather_object`` does, in the order of a vote."""
         values = [value]
@@ -141,30 +166,36 @@ class Ranks:
             every = mine.new_empty((dist.get_world_size(group) * len(mine), len(row)))
             _all_gather(every, mine, group=group)
             table = every
-        found: list[list[int]] = table.tolist()
-        return found
+        return table.tolist()
 
-    def _raise_together(self, error: BaseException | None) -> None:
-        rank = dist.get_rank()
-        order = float("inf") if error is None else getattr(error, "happened", float("inf"))
-        mine = None if error is None else (order, rank, type(error).__name__, str(error))
-        first, its_rank, kind, message = min(told for told in self.gather(mine) if told is not None)
-        if error is not None and order == first:
-            raise error
-        kinds: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
-        shown = message if kind in {"ValueError", "TypeError", "RuntimeError"} else f"{kind}: {message}"
-        raise kinds.get(kind, RuntimeError)(f"on rank {its_rank}: {shown}") from error
-
-    def _name_difference(self, facts: Mapping[str, object]) -> None:
-        everyone = self.gather((dist.get_rank(), {name: str(value) for name, value in facts.items()}))
-        first_rank, first = everyone[0]
-        for rank, others in everyone[1:]:
-            for name in {**first, **others}:
-                if first.get(name) != others.get(name):
+    def _raise_together(self, error: BaseException | None, facts: dict[str, str]) -> None:
+        order = getattr(error, "happened", math.inf)
+        mine = [] if error is None else [(order, dist.get_rank(), type(error).__name__, str(error))]
+        everyone = self.gather((mine, dist.get_rank(), facts))
+        errors = sorted(told for of_rank, _, _ in everyone for told in of_rank)
+        if errors:
+            first, its_rank, kind, message = errors[0]
+            if error is not None and order == first:
+                raise error
+            kinds = {k.__name__: k for k in (ValueError, TypeError, RuntimeError)}
+            shown = message if kind in kinds else f"{kind}: {message}"
+            raise kinds.get(kind, RuntimeError)(f"on rank {its_rank}: {shown}") from error
+        (_, first_rank, first_facts), *others = everyone
+        for _, rank, its in others:
+            for name in {**first_facts, **its}:
+                if first_facts.get(name) != its.get(name):
                     raise ValueError(
-                        f"the ranks should have the same {name}, but it is {first.get(name, 'missing'):.300} on rank "
-                        f"{first_rank} and {others.get(name, 'missing'):.300} on rank {rank}"
+                        f"the ranks should have the same {name}, but it is {first_facts.get(name, 'missing'):.300} on "
+                        f"rank {first_rank} and {its.get(name, 'missing'):.300} on rank {rank}"
                     )
+
+
+@torch.no_grad()
+def _checksum(tensor: Tensor) -> int:
+    """Return the sum of the bits, read as integers and times odd numbers that tell their places."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    bits = real.detach().reshape(-1).view(_INTEGERS[real.element_size()])
+    return int((bits.long() * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum())
 
 
 def is_told(error: BaseException) -> bool:
@@ -205,21 +236,14 @@ def sum_(tensors: Sequence[Tensor], group: ProcessGroup, operation: Any = dist.R
         operation: Another one than the sum.
     """
     for _, (same,) in by_kind([torch.view_as_real(t) if t.is_complex() else t for t in map(local_of, tensors)]):
-        starts, size = [0], 0
-        for position, t in enumerate(same):
-            if size and size + t.nbytes > BUCKET:
-                starts, size = [*starts, position], 0
-            size += t.nbytes
-        for start, end in zip(starts, [*starts[1:], len(same)], strict=True):
-            parts = same[start:end]
+        for parts in _take_tensors(same, BUCKET):
             alone = len(parts) == 1 and parts[0].is_contiguous()
-            vector = parts[0] if alone else torch.cat([part.reshape(-1) for part in parts])
+            vector = parts[0] if alone else _flatten_dense_tensors(parts)
             if vector.numel():
                 with _in_collective():
                     dist.all_reduce(vector, operation, group=group)
             if not alone:
-                pieces = vector.split([part.numel() for part in parts])
-                copy_all_(parts, [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)])
+                copy_all_(parts, _unflatten_dense_tensors(vector, parts))
 
 
 def max_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
@@ -236,3 +260,9 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
     sum_(tensors, group)
     for _, (same,) in by_kind(tensors):
         torch._foreach_div_(same, group.size())
+
+
+def average_buffers_(buffers: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Let buffers hold their means over the ranks of a group, each in its dtype; of integers the largest."""
+    average_([b for b in buffers if b.is_floating_point() or b.is_complex()], group)
+    max_([b for b in buffers if not (b.is_floating_point() or b.is_complex())], group)

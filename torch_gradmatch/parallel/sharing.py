@@ -23,13 +23,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torch_gradmatch._checks import _DOMAINS as DOMAINS
 from torch_gradmatch.parallel.foreach import is_sharded, local_of
-from torch_gradmatch.parallel.ranks import Ranks, average_, max_, sum_
-from torch_gradmatch.parallel.together import Together, average_buffers_
+from torch_gradmatch.parallel.ranks import Ranks, average_, average_buffers_, max_, sum_
+from torch_gradmatch.parallel.together import Together
 
 __all__ = ["Sharing", "check_ddp", "share", "without_reduction"]
 
@@ -44,24 +45,16 @@ def check_ddp(method: Any, together: Together) -> None:
     Raises:
         ValueError: If so; the message says what does.
     """
-    name, ddp = type(method).__name__, method.model
+    name, ranks_of = type(method).__name__, dist.get_process_group_ranks
     if together.given is None:
-        if getattr(method, "bypasses_backward", False):
-            raise ValueError(
-                f"the model is in DistributedDataParallel, but the gradients that {name} differentiates again are not "
-                "averaged by it, and every rank would train a model of its own: pass "
-                f"{name}(..., process_group=torch.distributed.group.WORLD, parallel='data')"
-            )
-        return
-    if method.parallel != "data":
+        fits = not getattr(method, "bypasses_backward", False)
+    else:
+        fits = method.parallel == "data" and ranks_of(together.given) == ranks_of(method.model.process_group)
+    if not fits:
         raise ValueError(
-            "the model is in DistributedDataParallel, which is for ranks that evaluate parts of the same batches; with "
-            f"parallel={method.parallel!r} each evaluates others: pass and call the plain module, or parallel='data'"
-        )
-    mine, its = (dist.get_process_group_ranks(group) for group in (together.given, ddp.process_group))
-    if mine != its:
-        raise ValueError(
-            f"process_group should hold the ranks of the model's DistributedDataParallel, {its} (got {mine})"
+            "the model is in DistributedDataParallel, which is for ranks that evaluate parts of the same batches: pass "
+            f"{name}(..., process_group=torch.distributed.group.WORLD, parallel='data'), if the model's process group "
+            "is another one, that; or pass and call the plain module"
         )
 
 
@@ -107,7 +100,8 @@ def share(
     if together.given is None or kind != "domains":
         facts["number of batches"] = batches
     names = DOMAINS.get()
-    numbers = together.begin(facts, parameters, 2 * batches + (names is not None), error)
+    numbers = together.ranks.vote(error, facts, 2 * batches + (names is not None))
+    together.check_same(parameters)
     sharing = Sharing(kind, together)
     if kind == "domains":
         size, counts = dist.get_world_size(sharing.group), [number // 2 for number in numbers]
@@ -116,7 +110,7 @@ def share(
                 f"batches should be as many on all ranks that hold shards of the same parameters (got {counts})"
             )
         rank = dist.get_rank(sharing.group)
-        sharing.counts, sharing.first = counts[:size], sum(counts[:rank])
+        sharing.total, sharing.first = sum(counts[:size]), sum(counts[:rank])
         if all(number % 2 for number in numbers) and sharing.group is not None:
             parts = Ranks([sharing.group], torch.device("cpu")).gather(list(names or ()))
             sharing.names = tuple(name for part in parts for name in part)
@@ -135,24 +129,20 @@ class Sharing:
         group: Those whose results meet here, if they do.
         ranks: All that raise together what one of them does.
         in_step: Whether all ranks evaluate the same at the same time, so that none may evaluate a loss by itself.
-        counts: With ``"domains"``, how many domains each rank has.
+        total: With ``"domains"``, how many domains all ranks have.
         first: Number of this rank's first domain among all.
         names: Of the domains of all ranks, if the ranks have others and know them.
     """
 
     def __init__(self, kind: str, together: Together) -> None:
-        self.kind = kind
-        self.group = together.group
-        self.ranks = together.ranks
-        self.in_step = together.in_step
-        self.counts: list[int] = []
-        self.first = 0
+        self.kind, self.total, self.first = kind, 0, 0
+        self.group, self.ranks, self.in_step = together.group, together.ranks, together.in_step
         self.names: tuple[object, ...] | None = None
         self._left: list[list[tuple[Tensor, torch.dtype]]] = []  # what is still to be reduced in this evaluation
 
     def domains(self, number: int) -> int:
         """Return S, where this rank has so many domains."""
-        return sum(self.counts) if self.kind == "domains" else number
+        return self.total if self.kind == "domains" else number
 
     def expect(self, *parts: list[tuple[Tensor, torch.dtype]], numbers: int = 0) -> None:
         """Note what is to be reduced in this evaluation.
@@ -167,7 +157,7 @@ class Sharing:
     def drain(self) -> None:
         """Take part in the reductions that are left, with zeros, so that no rank waits for this one."""
         while self._left:
-            self._reduce_([torch.zeros_like(local_of(t), dtype=dtype) for t, dtype in self._left[0]])
+            self.reduce_([torch.zeros_like(local_of(t), dtype=dtype) for t, dtype in self._left[0]], self.kind)
 
     def reduce_(self, tensors: Sequence[Tensor], *kinds: str) -> None:
         """Reduce tensors to the same bits on every rank: with ``"domains"`` their sums, else their means.
@@ -180,7 +170,9 @@ class Sharing:
             for group in self.ranks.groups:
                 average_(tensors, group)
         elif self.kind in kinds:
-            self._reduce_(tensors)
+            assert self.group is not None
+            self._left.pop(0)
+            (sum_ if self.kind == "domains" else average_)(tensors, self.group)
 
     def reduce_direction_(self, direction: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         """Reduce a direction; with ``"joined"`` the part of it that ``fully_shard`` or DDP does not."""
@@ -188,11 +180,6 @@ class Sharing:
         if any(map(is_sharded, parameters)):
             plain = [d for d, p in zip(direction, parameters, strict=True) if not is_sharded(p)]
             self.reduce_(plain, "joined")
-
-    def _reduce_(self, tensors: Sequence[Tensor]) -> None:
-        self._left.pop(0)
-        assert self.group is not None
-        (sum_ if self.kind == "domains" else average_)(tensors, self.group)
 
     def numbers(
         self, like: Tensor, found: Sequence[Tensor], reached: Sequence[bool]
@@ -212,11 +199,10 @@ class Sharing:
         flags = torch.tensor(reached, dtype=torch.float64, device=like.device)
         placed = []
         for values in found if self.kind != "walks" else ():
-            whole = values.new_zeros(self.domains(len(values)), dtype=torch.float64)
-            whole[self.first : self.first + len(values)] = values
-            placed.append(whole)
+            after = self.domains(len(values)) - self.first - len(values)
+            placed.append(functional.pad(values.double(), (self.first, after)))
         vector = torch.cat([*placed, flags])
-        self._reduce_([vector])
+        self.reduce_([vector], self.kind)
         *merged, flags = vector.split([len(part) for part in (*placed, flags)])
         return merged or list(found), (flags > 0).tolist()
 
@@ -233,4 +219,4 @@ class Sharing:
         moved = torch.tensor(has_moved, device=next(iter(after.values())).device)
         max_([moved], self.group)
         pairs = zip(after.values(), moved.tolist(), strict=True)
-        average_buffers_([local_of(b) for b, has_moved_anywhere in pairs if has_moved_anywhere], self.group)
+        average_buffers_([b for b, has_moved_anywhere in pairs if has_moved_anywhere], self.group)

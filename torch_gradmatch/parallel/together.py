@@ -11,23 +11,20 @@ is the displacement :math:`\tilde\theta_r - \theta`, in the dtype of the slow we
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from torch_gradmatch.parallel.foreach import by_kind, copy_all_, local_of
-from torch_gradmatch.parallel.ranks import Ranks, average_, max_
-from torch_gradmatch.parallel.same import check_same_parameters
-from torch_gradmatch.parallel.shards import groups_of, sharded_like
+from torch_gradmatch.parallel.foreach import add_all_, is_sharded, map_kinds
+from torch_gradmatch.parallel.ranks import Ranks, average_, average_buffers_
 
-__all__ = ["Together", "average_buffers_", "mean_of_walks", "ranks_around"]
+__all__ = ["Together", "ranks_around"]
 
 
 def ranks_around(parameters: Sequence[Tensor], method: Any) -> Together | None:
@@ -46,78 +43,51 @@ def ranks_around(parameters: Sequence[Tensor], method: Any) -> Together | None:
     Raises:
         ValueError: If the model reduces gradients by itself where it should not, or cannot be told about shards.
     """
-    model: nn.Module | None = getattr(method, "model", None)
-    given: ProcessGroup | None = getattr(method, "process_group", None)
-    averaged_by = model.process_group if isinstance(model, DistributedDataParallel) else None
-    if given is not None and isinstance(model, DataParallel):
-        raise ValueError(
-            f"{type(method).__name__}(process_group=...) does not support a model in DataParallel: pass and call the "
-            "plain module"
-        )
-    if type(model).__name__ == "FullyShardedDataParallel":
-        raise ValueError(
-            "the model is in a FullyShardedDataParallel (FSDP1), whose parameters do not say which shards they are: "
-            "use torch.distributed.fsdp.fully_shard"
-        )
-    groups = [*groups_of(parameters), *([] if averaged_by is None else [averaged_by])]
-    if given is None and not groups:
-        return None
-    device = next((p.device for p in parameters), torch.device("cpu"))
-    found = Together(groups, given, device, averages_gradients=averaged_by is not None)
-    return found if found.ranks or given is not None else None
+    found = Together(parameters, method)
+    return found if found.ranks or found.given is not None else None
 
 
 class Together:
     """Several ranks, or the one of a process group of one.
 
     Args:
-        joined: Groups whose ranks are joined in every forward and backward pass, by ``DistributedDataParallel`` or
-            ``fully_shard``.
-        given: The method's ``process_group``.
-        device: Where the parameters are.
-        averages_gradients: Whether ``DistributedDataParallel`` does.
+        parameters: As for :func:`ranks_around`.
+        method: As there.
 
     Attributes:
-        given: As given.
+        given: The method's ``process_group``.
         group: The same; None also for a group of one.
         ranks: All that raise together what one of them does.
-        in_step: Whether no rank may leave out a forward or backward pass, because it is a collective.
-        averages_gradients: As given.
+        in_step: Whether no rank may leave out a forward or backward pass, because it is a collective of
+            ``DistributedDataParallel`` or ``fully_shard``.
+        averages_gradients: Whether ``DistributedDataParallel`` does.
     """
 
-    def __init__(
-        self, joined: Sequence[ProcessGroup], given: ProcessGroup | None, device: torch.device, averages_gradients: bool
-    ) -> None:
-        self.given = given
-        self.group = given if given is not None and given.size() > 1 else None
-        self.ranks = Ranks([*([] if given is None else [given]), *joined], device)  # the given one is the innermost
-        self.in_step = bool(Ranks(joined, device))
-        self.averages_gradients = averages_gradients
+    def __init__(self, parameters: Sequence[Tensor], method: Any) -> None:
+        model = getattr(method, "model", None)
+        self.given: ProcessGroup | None = getattr(method, "process_group", None)
+        self.group = self.given if self.given is not None and self.given.size() > 1 else None
+        # In DataParallel several devices share a process; FSDP1's parameters do not say which shards they are.
+        shares = self.given is not None and isinstance(model, DataParallel)
+        if shares or type(model).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                f"{type(method).__name__} does not support a model in {type(model).__name__} here: pass and call the "
+                "plain module, or use torch.distributed.fsdp.fully_shard"
+            )
+        self.averages_gradients = isinstance(model, DistributedDataParallel)
+        meshes: dict[Any, None] = dict.fromkeys(getattr(p, "device_mesh", None) for p in parameters if is_sharded(p))
+        joined = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+        joined += [model.process_group] if isinstance(model, DistributedDataParallel) else []
+        device = next((p.device for p in parameters), torch.device("cpu"))
+        innermost = [] if self.given is None else [self.given]
+        self.ranks, self.in_step = Ranks([*innermost, *joined], device), bool(Ranks(joined, device))
         self._same: Sequence[Tensor] = ()  # the parameters that were found the same on all ranks
-
-    def begin(
-        self, facts: Mapping[str, object], parameters: list[Tensor], number: int = 0, error: Exception | None = None
-    ) -> list[int]:
-        """Vote on beginning a meta-iteration.
-
-        Args:
-            facts: What should be the same on all ranks, with the names that a message is to use.
-            parameters: The optimizer's, which are compared once.
-            number: Any that the other ranks should know.
-            error: Why this rank cannot begin, if it cannot.
-
-        Returns:
-            The numbers of all ranks.
-        """
-        numbers = self.ranks.vote(error, facts, number)
-        self.check_same(parameters)
-        return numbers
 
     def check_same(self, parameters: list[Tensor]) -> None:
         """Raise on all ranks if they do not hold the same parameters; look only once at the same ones."""
         same = len(self._same) == len(parameters) and all(map(is_, self._same, parameters))
         if self.group is not None and not same:
-            check_same_parameters(parameters, self.group, self.ranks)
+            self.ranks.check_same(parameters, self.group)
         self._same = parameters
 
     def has_same(self, parameters: Sequence[Tensor]) -> None:
@@ -137,66 +107,23 @@ class Together:
         }
 
     @torch.no_grad()
-    def average_walks(
-        self,
-        slow: Sequence[Tensor],
-        fast: Sequence[Tensor],
-        latest: Sequence[tuple[Tensor, Tensor]],
-        buffers: Iterable[Tensor],
-    ) -> list[Tensor]:
+    def average_walks(self, slow: Sequence[Tensor], fast: Sequence[Tensor], buffers: Iterable[Tensor]) -> list[Tensor]:
         """Return where the walks of all ranks have led in the mean, and let all else that they moved be their mean.
+
+        Takes a vector of the size of the parameters.
 
         Args:
             slow: Where they began, the same on every rank.
-            fast: Where this rank's has led; tensors of the slow ones' dtypes are overwritten.
-            latest: Slow value and buffer of those that take the mean itself.
-            buffers: All buffers, also those. Of integers the largest is taken.
+            fast: Where this rank's has led.
+            buffers: All, of which those that are not fast become their mean; of integers the largest.
 
         Returns:
-            The mean of each fast tensor, the same bits on every rank: itself, or a new one where that is narrower than
-            the slow one, or shares memory.
+            The mean of each fast tensor in the dtype of the slow one, the same bits on every rank.
         """
-        group = self.group
-        assert group is not None
-        ends = [*fast, *(end for _, end in latest)]
-        means = mean_of_walks([*slow, *(start for start, _ in latest)], ends, group)
-        copy_all_(ends[len(fast) :], means[len(fast) :])
-        averaged = {id(end) for end in ends}
-        average_buffers_([b for b in buffers if id(b) not in averaged], group)
-        return means[: len(fast)]
-
-
-def average_buffers_(buffers: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Let buffers hold their means over the ranks of a group, each in its dtype; of integers the largest."""
-    is_mean = [b.is_floating_point() or b.is_complex() for b in buffers]
-    average_([b for b, mean in zip(buffers, is_mean, strict=True) if mean], group)
-    max_([b for b, mean in zip(buffers, is_mean, strict=True) if not mean], group)
-
-
-@torch.no_grad()
-def mean_of_walks(slow: Sequence[Tensor], fast: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Return where the walks of all ranks have led in the mean, the same bits on every rank.
-
-    Args:
-        slow: Where they began, the same on every rank.
-        fast: Where this rank's has led; tensors of the slow ones' dtypes are overwritten.
-        group: The ranks.
-
-    Returns:
-        The means: the fast tensors themselves; new ones for those that are narrower than the slow ones, and for those
-        that share memory.
-    """
-    storages = Counter(local_of(f).untyped_storage().data_ptr() for f in fast)
-    ends = []
-    for s, f in zip(slow, fast, strict=True):
-        shard = local_of(f)
-        # A copy also of weights that are tied by their storage: not twice in place.
-        copies = f.dtype != s.dtype or storages[shard.untyped_storage().data_ptr()] > 1
-        ends.append(sharded_like(shard.to(s.dtype, copy=True), f) if copies else f)
-    pairs = [lists for _, lists in by_kind(ends, slow)]
-    for at_end, at_start in pairs:
-        torch._foreach_sub_(at_end, at_start)
-    average_(ends, group)
-    for at_end, at_start in pairs:
-        torch._foreach_add_(at_end, at_start)
-    return ends
+        assert self.group is not None
+        means: Any = map_kinds(torch._foreach_sub, fast, slow)
+        average_(means, self.group)
+        add_all_(means, slow)
+        interpolated = set(map(id, fast))
+        average_buffers_([b for b in buffers if id(b) not in interpolated], self.group)
+        return means  # type: ignore[no-any-return]

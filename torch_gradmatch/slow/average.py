@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torch_gradmatch._checks import check_entry, check_fraction, check_int
-from torch_gradmatch.parallel.foreach import WIDE, by_kind, clone_all, copy_all_, find_nonfinite, local_of
-from torch_gradmatch.parallel.shards import reshard, sharded_like
+from torch_gradmatch.parallel.foreach import WIDE, by_kind, clone_all, copy_all_, find_nonfinite, local_of, sharded_like
+from torch_gradmatch.parallel.shards import reshard
 from torch_gradmatch.slow.buffers import Buffers
 from torch_gradmatch.slow.copies import check_copies
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_gradmatch.parallel.foreach import copy_all_, local_of
-from torch_gradmatch.parallel.shards import sharded_like
+from torch_gradmatch.parallel.foreach import copy_all_, local_of, sharded_like
 
 __all__ = ["SlowCopies", "check_copies", "slow_dtype"]
 
