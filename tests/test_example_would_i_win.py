@@ -35,6 +35,6 @@ def test_it_ends_with_an_answer_and_goes_on_from_its_folder(
         example.main()
         printed.append(capsys.readouterr().out)
     assert "6 domains, 1797 samples, 6 held out in turn" in printed[0]
-    assert "ERM beyond its interval" in printed[0] or "beyond the interval" in printed[0]
+    assert "No. Use ERM" in printed[0] or "Yes. Use " in printed[0]
     assert printed[0] == printed[1]
     assert (tmp_path / "would_i_win.png").stat().st_size > 10_000

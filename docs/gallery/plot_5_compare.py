@@ -51,14 +51,14 @@ model, criterion = Classifier(), nn.CrossEntropyLoss()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def loss_fn(batch):
+def loss_fn(model, batch):
     """Return the loss of a batch."""
     return criterion(model(batch[0]), batch[1])
 
 
 for step in range(60):  # some ordinary training: at the initial weights there is little to compare
     optimizer.zero_grad()
-    loss_fn(draw(step % DOMAINS, 32)).backward()
+    loss_fn(model, draw(step % DOMAINS, 32)).backward()
     optimizer.step()
 
 batches = [draw(domain, 16) for domain in range(DOMAINS)]
