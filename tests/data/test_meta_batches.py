@@ -234,7 +234,7 @@ def test_meta_batches_refuses_to_start_in_the_middle_of_a_group():
     state_dict = sampler.state_dict()
     sampler.load_state_dict(state_dict)
     loop = meta_batches(loader_of(sampler), 2)
-    with pytest.raises(RuntimeError, match="resumes at batch 3 of epoch 0, in a group: save"):
+    with pytest.raises(RuntimeError, match="resumed at batch 3 of epoch 0, inside a group: save between two lists"):
         next(iter(loop))
     sampler.load_state_dict({**state_dict, "position": 2})
     assert [batch for group in loop for batch in group] == batches[2:]

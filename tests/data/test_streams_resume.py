@@ -296,5 +296,5 @@ def test_a_group_that_was_begun_is_refused_by_meta_batches():
     state = loader.state_dict()
     loader = good_loader()
     loader.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="resumes at batch 3 of epoch 0, in a group: save"):
+    with pytest.raises(RuntimeError, match="resumed at batch 3 of epoch 0, inside a group: save between two lists"):
         next(iter(meta_batches(loader)))
