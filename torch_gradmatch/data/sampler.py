@@ -342,6 +342,6 @@ class DomainBatchSampler(Sampler[list[int]]):
         epoch, start = self._started
         first, begun = divmod(start, self.batches_per_group)
         if begun:
-            raise RuntimeError(f"the loader resumes at batch {start} of epoch {epoch}, in a group: save after one")
+            raise RuntimeError(f"resumed at batch {start} of epoch {epoch}, inside a group: save between two lists")
         for number in count(first):
             yield tuple(self.labels[domain] for domain in self._groups.group(epoch, number)[self._own])
