@@ -93,7 +93,7 @@ class _Hasher(NumpyHasher):  # type: ignore[misc]
             value = ("code", value.co_code, value.co_names, value.co_varnames, list(value.co_consts))
         elif isinstance(value, types.ModuleType):
             value = ("module", value.__name__)
-        elif isinstance(value, types.FunctionType | type) and not _is_installed(value):
+        elif isinstance(value, types.FunctionType | type) and ("<" in value.__qualname__ or not _is_installed(value)):
             seen = self.__dict__.setdefault("seen", {})  # a function may call itself
             if id(value) in seen:
                 value = ("again", seen[id(value)])
