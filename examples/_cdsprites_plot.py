@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from _cdsprites_data import SHAPES, CdSprites, Split
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from torch_gradmatch.evaluation.plots import OKABE_ITO, plot_agreement_by_domain, plot_alignment
+from torch_gradmatch.evaluation.plots import OKABE_ITO, plot_agreement_by_domain, smoothed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -176,8 +177,8 @@ def save_figure(path: Path, data: CdSprites, runs: Sequence[Run]) -> None:
     accuracy.annotate("guessing", **place, textcoords="offset points", ha="right", va="top", color="0.4")
     products = {run.title: (run.iteration, run.inner_product) for run in runs}
     cosines = {run.title: (run.iteration, run.cosine) for run in runs}
-    plot_alignment(products, inner_product, quantity="inner product", smoothing=SMOOTHED)
-    plot_alignment(cosines, cosine, quantity="cosine", smoothing=SMOOTHED)
+    _alignment(products, inner_product, "inner product")
+    _alignment(cosines, cosine, "cosine")
     inner_product.set_title("Gradients of two training domains, mean over all pairs", fontsize=12)
     cosine.set_xlabel(
         f"meta-iteration ({_evaluations(runs)})\n"
@@ -187,6 +188,15 @@ def save_figure(path: Path, data: CdSprites, runs: Sequence[Run]) -> None:
         ax.legend(loc="center right" if ax is accuracy else "upper right", fontsize=9)
         ax.grid(alpha=0.25)
     figure.savefig(path)
+
+
+def _alignment(curves: dict[str, tuple[Sequence[float], Sequence[float]]], axes: Axes, quantity: str) -> None:
+    """Draw the agreement of gradients over training, as in the tracking figure of the paper."""
+    for (title, (positions, values)), colour in zip(curves.items(), OKABE_ITO, strict=False):
+        axes.plot(positions, values, color=colour, linewidth=1.0, alpha=0.4)
+        axes.plot(positions, smoothed(values, SMOOTHED), color=colour, linewidth=2.2, label=title)
+    axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
+    axes.set_ylabel(quantity)
 
 
 def save_agreement(path: Path, runs: Sequence[Run]) -> None:

@@ -6,9 +6,9 @@
 ``permuted``
     Sites with a shortcut of their own, whose labels are dealt out anew (``permuted=``): the control.
 ``shortcut``
-    CdSprites in small, by features of -1 and 1: one, the shape, agrees with the class in 75 % of the samples of every
-    domain; in each domain three of its own, the colours, agree in 85 %, and are noise elsewhere. IDGM has a strength of
-    3, which its user knows to be large.
+    CdSprites in small, as features: a weak shape that goes with the class everywhere, and for every domain a strong
+    colour. A domain's own colour goes with the class, and the other domains' colours go against it a little, so that
+    all colours together pay in training and mislead in a domain that is new.
 
 Each is studied with 20 seeds of data and, of the control, of the permutation.
 """
@@ -44,7 +44,9 @@ def perceptron(inputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 2))
 
 
-def slides(seed: int, patients: int = 16, each: int = 5, features: int = 16) -> tuple[TensorDataset, list[int], list[str]]:
+def slides(
+    seed: int, patients: int = 16, each: int = 5, features: int = 16
+) -> tuple[TensorDataset, list[int], list[str]]:
     """Slides of patients of six hospitals, and the patient and hospital of each; a patient is ill or not."""
     generator = torch.Generator().manual_seed(seed)
     number = 6 * patients
@@ -86,31 +88,30 @@ def permuted(seed: int) -> Evidence:
     )
 
 
-def coloured(seed: int, domains: int = 6, each: int = 600) -> tuple[TensorDataset, list[str]]:
-    """Shapes that last, and colours that go with them in one domain each."""
+def coloured(seed: int, domains: int = 6, each: int = 200) -> tuple[TensorDataset, list[str]]:
+    """A shape that lasts, and colours that go with the class in one domain each and against it in the others."""
     generator = torch.Generator().manual_seed(seed)
     number = domains * each
     y = torch.randint(2, (number,), generator=generator)
+    sign = 2.0 * y[:, None] - 1
     site = torch.arange(domains).repeat_interleave(each)
-    agree = torch.full((number, domains, 3), 0.5)
-    agree[torch.arange(number), site] = 0.85
-    agree = torch.cat([torch.full((number, 1), 0.75), agree.flatten(1)], 1)
-    agrees = torch.rand(agree.shape, generator=generator) < agree
-    x = (2.0 * y - 1)[:, None] * (2.0 * agrees - 1)
-    return TensorDataset(x, y), [f"colours {int(i)}" for i in site]
+    colours = torch.full((number, domains), -0.15)
+    colours[torch.arange(number), site] = 1.0
+    colours = 1.5 * sign * colours + 0.5 * torch.randn(number, domains, generator=generator)
+    shape = 0.3 * sign + 0.3 * torch.randn(number, 4, generator=generator)
+    return TensorDataset(torch.cat([shape, colours], 1), y), [f"colour {int(i)}" for i in site]
 
 
 def shortcut(seed: int) -> Evidence:
-    """Study coloured shapes, with strong matching of all parameters."""
+    """Study coloured shapes at one learning rate, the same for all; at a higher one ordinary training gains, too."""
     dataset, site = coloured(seed)
-    matching = Recipe(lambda model, _: IDGM(model, strength=3.0))
-    methods = {"ERM": "ERM", "ERM, balanced": "ERM, balanced", "Fish": "Fish", "IDGM, strength 3": matching}
-    settings = BRIEF | {"draws": 1, "budget": 40_000, "evaluations": 1, "optimizer": torch.optim.SGD}
-    search = {"lr": Choice((0.3,)), "batch_size": Choice((256,)), "meta_lr": Choice((0.5,))}
+    strong = Recipe(lambda model, _: IDGM(model, strength=30.0))
+    methods = {"ERM": "ERM", "ERM, balanced": "ERM, balanced", "IDGM, strength 30": strong}
+    settings = BRIEF | {"draws": 1, "budget": 20_000, "evaluations": 1, "optimizer": torch.optim.SGD}
+    search = {"lr": Choice((0.1,)), "batch_size": Choice((128,))}
     return leave_one_domain_out(
-        lambda: nn.Linear(dataset.tensors[0].shape[1], 2), dataset, site, cross_entropy, accuracy, methods,
-        search=search, **settings,
-    )  # fmt: skip
+        lambda: nn.Linear(10, 2), dataset, site, cross_entropy, accuracy, methods, search=search, **settings
+    )
 
 
 STUDIES: dict[str, Callable[[int], Evidence]] = {"hospitals": hospitals, "permuted": permuted, "shortcut": shortcut}

@@ -105,7 +105,7 @@ def test_structures_that_hold_themselves_end():
 
 @pytest.mark.parametrize("value", [threading.Lock(), (i for i in range(3))], ids=["lock", "generator"])
 def test_what_cannot_be_read_is_refused(value: Any):
-    with pytest.raises(UnhashableError, match=f"a {type(value).__name__} cannot be hashed"):
+    with pytest.raises(UnhashableError, match=f"cannot be hashed: .*{type(value).__name__}"):
         fingerprint(factory(value))
 
 

@@ -7,28 +7,16 @@ import pytest
 import torch
 
 from torch_gradmatch import Fish, GradMatch
-from torch_gradmatch.evaluation.plots import agreement_by_domain, plot_agreement_by_domain, plot_alignment
+from torch_gradmatch.evaluation.plots import agreement_by_domain, plot_agreement_by_domain, smoothed
 from torch_gradmatch.methods.base import MetaStep
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def test_plot_draws_every_curve_thin_and_its_running_mean_thick():
-    _, axes = plt.subplots()
-    plot_alignment({"ERM": ([0, 1, 2], [3.0, 0.0, 0.0]), "Fish": ([0, 5], [1.0, -0.5])}, axes, smoothing=1)
-    thick = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    assert [line.get_label() for line in thick] == ["ERM", "Fish"]
-    assert list(thick[0].get_ydata()) == [1.5, 1.0, 0.0]
-    assert list(thick[1].get_xdata()) == [0, 5]
-    assert any(list(line.get_ydata()) == [3.0, 0.0, 0.0] for line in axes.get_lines())
-    assert len({line.get_color() for line in thick}) == 2
-    assert axes.get_ylabel() == "inner product"
-    with pytest.raises(ValueError, match="from 1 to 8 curves"):
-        plot_alignment({}, axes)
-    with pytest.raises(ValueError, match="'ERM' has 2 positions and 1 values"):
-        plot_alignment({"ERM": ([0, 1], [1.0])}, axes)
-    plt.close("all")
+def test_smoothing_is_the_mean_with_the_neighbours():
+    assert smoothed([3.0, 0.0, 0.0], 1) == [1.5, 1.0, 0.0]
+    assert smoothed([3.0, 0.0, 6.0], 0) == [3.0, 0.0, 6.0]
 
 
 def test_the_agreement_of_each_domain_is_drawn_by_name_the_lowest_last():

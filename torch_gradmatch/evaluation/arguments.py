@@ -14,7 +14,6 @@ from torch import nn
 from torch_gradmatch._checks import check_loss, check_reached
 from torch_gradmatch.data._labels import indices_by_domain
 from torch_gradmatch.evaluation.cost import describe
-from torch_gradmatch.evaluation.fingerprint import UnhashableError, fingerprint, fingerprint_of_data
 from torch_gradmatch.evaluation.recipes import SHARED, Choice, LogUniform, Recipe, check_ranges
 from torch_gradmatch.evaluation.task import Task, near_duplicates
 from torch_gradmatch.evaluation.training import train
@@ -287,6 +286,7 @@ def described(task: Task, recipes: Mapping[str, Recipe], name: str | None) -> tu
     Raises:
         ValueError: If something cannot be hashed and has no name.
     """
+    from torch_gradmatch.evaluation.fingerprint import UnhashableError, fingerprint, fingerprint_of_data
 
     def of(what: str, value: Any, read: Callable[[Any], str] = fingerprint) -> str:
         try:

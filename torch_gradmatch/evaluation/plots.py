@@ -1,4 +1,4 @@
-"""Pictures of what was measured over training. Imports matplotlib only where it draws."""
+"""Pictures of the agreement of gradients over training. Imports matplotlib only where it draws."""
 
 from __future__ import annotations
 
@@ -11,48 +11,11 @@ from torch_gradmatch.gradients.report import MetaStep
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["OKABE_ITO", "agreement_by_domain", "plot_agreement_by_domain", "plot_alignment"]
+__all__ = ["OKABE_ITO", "agreement_by_domain", "plot_agreement_by_domain", "smoothed"]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
 NAMED = 3  # of many domains, how many at either end the legend names
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-
-
-def plot_alignment(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    axes: Axes,
-    *,
-    quantity: str = "inner product",
-    colours: Sequence[str] = OKABE_ITO,
-    smoothing: int = 2,
-) -> None:
-    """Draw the agreement of gradients over training, as in the tracking figure of the paper.
-
-    One batch of each domain makes a noisy measurement: a thin line shows every one, a thick line the mean of each with
-    its neighbours.
-
-    Args:
-        curves: Name of each method -> (positions in training, measured agreement), two sequences of equal length.
-        axes: Matplotlib axes to draw on.
-        quantity: What was measured, for the label.
-        colours: One for each method.
-        smoothing: How many measurements before and after count in a thick line.
-
-    Raises:
-        ValueError: If there is no curve or more than there are colours, or the two sequences of one differ in length.
-    """
-    if not 0 < len(curves) <= len(colours):
-        raise ValueError(f"curves should hold from 1 to {len(colours)} curves, one for each colour (got {len(curves)})")
-    for (name, (positions, values)), colour in zip(curves.items(), colours, strict=False):
-        if len(positions) != len(values):
-            raise ValueError(
-                f"curve {name!r} has {len(positions)} positions and {len(values)} values: give one for each position"
-            )
-        axes.plot(positions, values, color=colour, linewidth=1.0, alpha=0.4)
-        axes.plot(positions, _smoothed(values, smoothing), color=colour, linewidth=2.2, label=name)
-    axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
-    axes.set_ylabel(quantity)
-    axes.legend()
 
 
 def agreement_by_domain(steps: Mapping[float, MetaStep | Alignment]) -> dict[Any, tuple[list[float], list[float]]]:
@@ -104,22 +67,16 @@ def plot_agreement_by_domain(
     order = sorted(curves, key=lambda name: -sum(curves[name][1]) / len(curves[name][1]))
     for rank, name in enumerate(order):
         few = len(order) <= len(OKABE_ITO)
-        colour = OKABE_ITO[rank] if few else _between(rank / (len(order) - 1))
+        colour: Any = OKABE_ITO[rank] if few else (0.84 * rank / len(order), 0.4, 0.7 - 0.7 * rank / len(order))
         label = str(name) if few or rank < NAMED or len(order) - rank <= NAMED else None
-        axes.plot(curves[name][0], _smoothed(curves[name][1], smoothing), color=colour, linewidth=1.8, label=label)
+        axes.plot(curves[name][0], smoothed(curves[name][1], smoothing), color=colour, linewidth=1.8, label=label)
     axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
     axes.set_ylabel("cosine with the others' gradients")
     axes.legend(fontsize="small")
     return order
 
 
-def _smoothed(values: Sequence[float], smoothing: int) -> list[float]:
-    windows = [values[max(0, i - smoothing) : i + smoothing + 1] for i in range(len(values))]
+def smoothed(values: Sequence[float], neighbours: int) -> list[float]:
+    """Return the mean of each value with so many before and after it."""
+    windows = [values[max(0, i - neighbours) : i + neighbours + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def _between(fraction: float) -> tuple[float, float, float]:
-    """Return a colour between blue and vermilion, where there are too many domains for colours of their own."""
-    blue, vermilion = (0.0, 0.45, 0.70), (0.84, 0.37, 0.0)
-    red, green, other = (a + fraction * (b - a) for a, b in zip(blue, vermilion, strict=True))
-    return red, green, other
