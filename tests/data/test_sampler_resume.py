@@ -94,7 +94,12 @@ def test_the_state_is_of_the_iterator_that_was_started_last():
 
 def test_the_state_is_numbers_and_strings():
     state_dict = small_sampler(weighting="proportional", drop_last=False).state_dict()
-    assert {name: type(value) for name, value in state_dict.items()} == {"epoch": int, "position": int, "settings": str}
+    assert {name: type(value) for name, value in state_dict.items()} == {
+        "epoch": int,
+        "position": int,
+        "ranks": int,
+        "settings": str,
+    }
 
 
 @pytest.mark.parametrize(
@@ -111,14 +116,42 @@ def test_a_copy_has_the_same_state_and_the_same_future(duplicate):
     assert [list(copied), list(copied)] == [list(sampler), list(sampler)]
 
 
-OTHER = "saved with other domains, arguments or ranks"
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize("split", ["batch", "domains", "walks"])
+def test_goes_on_with_another_number_of_ranks(split: str, ranks: tuple[int, int]):
+    """After three groups; together they serve what the ranks before would have, walks as many groups of their own."""
+    labels = [index % 8 for index in range(8 * 32)]
+    arguments = {"batch_size": 4, "domains_per_step": 4, "exhausted": "cycle", "batches_per_epoch": 32}
+    before, after = (ranks_of(labels, arguments, number, split) for number in ranks)
+    per_group = [4 // number if split == "domains" else 4 for number in ranks]
+    rest = []
+    for sampler in before:
+        iterator = iter(sampler)
+        for _ in range(3 * per_group[0]):
+            next(iterator)
+        state_dict = sampler.state_dict()
+        rest.append(list(iterator))
+    for sampler in after:
+        sampler.load_state_dict(state_dict)
+    goes_on = [list(sampler) for sampler in after]
+    assert {len(batches) for batches in goes_on} == {5 * per_group[1]}
+    if split != "walks":
+        served = [sorted(index for own in part for batch in own for index in batch) for part in (rest, goes_on)]
+        assert served[0] == served[1]
+    if split == "domains":
+        before[0].load_state_dict({**state_dict, "position": 1})
+        with pytest.raises(ValueError, match="in a group of domains: resume on as many"):
+            after[0].load_state_dict({**state_dict, "position": 1})
+
+
+OTHER = "saved with other domains or arguments"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"batch_size": 4}, {"domains_per_step": 1}, {"weighting": "proportional"}, {"order": "random"},
-        {"exhausted": "cycle"}, {"seed": 4}, {"drop_last": True}, {"num_replicas": 2}, {"accumulate": 2},
+        {"exhausted": "cycle"}, {"seed": 4}, {"drop_last": True}, {"accumulate": 2},
         {"split": "walks"}, {"weighting": {"a": 1, "b": 1, "c": 1, "d": 2}}, {"labels": LABELS[1:] + LABELS[:1]},
         {"labels": ["b"] * 6 + ["a"] * 4 + ["d"] * 4 + ["c"] * 10}, {"labels": {"x": [*range(12)], "y": [12, 13]}},
     ],
