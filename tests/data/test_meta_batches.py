@@ -9,13 +9,13 @@ import weakref
 
 import pytest
 import torch
-from _samplers import LABELS, cycling, loader_of, samplers, small_sampler
+from _samplers import LABELS, loader_of, small_sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, check_loader, meta_batches
+from torch_gradmatch import DomainBatchSampler, DomainLoader, Fish, GradMatch, check_loader, meta_batches
 from torch_gradmatch.data.meta_batches import MetaBatch
 
 # From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
@@ -28,25 +28,6 @@ def assert_named(groups, labels):
         assert len(group.domains) == len(group)
         for batch, domain in zip(group, group.domains, strict=True):
             assert {labels[index] for index in batch} == {domain}
-
-
-@given(case=samplers() | cycling(), stop=st.integers(0, 12))
-@settings(deadline=None)
-def test_lists_know_their_domains_also_after_a_break_and_when_resumed(case, stop):
-    labels, arguments = case
-
-    def make_loop():
-        sampler = DomainBatchSampler(labels, **arguments)
-        return sampler, meta_batches(loader_of(sampler), sampler.domains_per_step)
-
-    sampler, loop = make_loop()
-    assert_named(itertools.islice(loop, stop), labels)
-    state = sampler.state_dict()
-    assert_named(loop, labels)
-    sampler, loop = make_loop()
-    sampler.load_state_dict(state)
-    for _ in range(2):
-        assert_named(loop, labels)
 
 
 @pytest.mark.parametrize("persistent", [False, True], ids=["", "persistent"])
@@ -238,27 +219,30 @@ def test_a_loader_that_fetches_ahead_makes_the_samplers_state_an_error(num_worke
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (2, 0)
 
 
-def test_a_group_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched():
-    batches, alive = [], []
+class Watched(Dataset):
+    """Counts the batches that are alive when it is asked for the next."""
 
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 21
+    def __init__(self):
+        self.batches, self.alive = [], []
 
-        def __getitems__(self, indices):
-            alive.append(sum(batch() is not None for batch in batches))
-            batch = torch.tensor(indices)
-            batches.append(weakref.ref(batch))
-            return batch
+    def __len__(self):
+        return len(LABELS)
 
-    loader = DataLoader(Rows(), batch_sampler=DomainBatchSampler(LABELS, 1), collate_fn=lambda batch: batch)
-    iterator = iter(meta_batches(loader))
+    def __getitems__(self, indices):
+        self.alive.append(sum(batch() is not None for batch in self.batches))
+        batch = torch.zeros(1)
+        self.batches.append(weakref.ref(batch))
+        return batch
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "meta_batches"])
+@pytest.mark.parametrize("streams", [False, True], ids=["sampler", "streams"])
+def test_a_batch_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched(streams, grouped):
+    watched = Watched()
+    loader = DataLoader(watched, batch_sampler=small_sampler(), collate_fn=lambda batch: batch)
+    if streams:
+        loader = DomainLoader({label: map(watched.__getitems__, itertools.count()) for label in "ab"}, 12)
+    iterator = iter(meta_batches(loader, 2) if grouped else loader)
     while next(iterator, None) is not None:
         pass
-    assert alive == [0, 1, 2, 3]
-    alive.clear()
-    batches.clear()
-    iterator = iter(meta_batches(DataLoader(Rows(), batch_sampler=small_sampler(), collate_fn=lambda batch: batch)))
-    while next(iterator, None) is not None:
-        pass
-    assert set(alive) == {0, 1}
+    assert watched.alive == ([0, 1] * len(watched.alive) if grouped else [0] * len(watched.alive))[: len(watched.alive)]

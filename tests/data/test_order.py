@@ -57,23 +57,6 @@ def test_the_second_group_of_a_pair_is_the_reverse_of_the_first_wherever_that_is
     assert min(left.values()) >= 0
 
 
-@given(case=samplers(orders=["flipflop"]))
-@settings(deadline=None)
-def test_every_batch_is_the_next_of_its_domain_as_in_random_order(case):
-    labels, arguments = case
-
-    def batches_of_domains(order):
-        of_domain = {label: [] for label in labels}
-        for batch in DomainBatchSampler(labels, **{**arguments, "order": order}):
-            of_domain[labels[batch[0]]].append(batch)
-        return of_domain
-
-    served, reference = batches_of_domains("flipflop"), batches_of_domains("random")
-    for label, batches in served.items():
-        common = min(len(batches), len(reference[label]))
-        assert batches[:common] == reference[label][:common]
-
-
 # Across epochs
 
 
@@ -99,6 +82,3 @@ def test_with_fewer_domains_than_there_are_pairs_do_not_cross_epochs():
     unpaired = [(even, odd) for even, odd in zip(epochs[::2], epochs[1::2], strict=True) if len(even) == 3]
     assert len(unpaired) > 30
     assert sum(odd[0] == even[-1][::-1] for even, odd in unpaired) < len(unpaired) / 2  # 1/6 by chance
-
-
-# Resuming

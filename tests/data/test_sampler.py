@@ -170,11 +170,6 @@ def test_ten_thousand_very_unequal_domains(weighting, order):
 # Labels
 
 
-def test_a_mapping_serves_only_its_own_samples_in_order_of_its_keys():
-    mapping = {"x": [5, 9], "y": [100]}
-    assert sorted(itertools.chain(*DomainBatchSampler(mapping, 2))) == [5, 9, 100]
-
-
 def test_numpy_integers_are_accepted_as_arguments():
     sampler = small_sampler(batch_size=np.int64(2), domains_per_step=np.int32(2), seed=np.uint8(3))
     assert list(sampler) == list(small_sampler())
@@ -196,18 +191,6 @@ def test_epochs_advance_after_an_end_and_after_a_break():
     assert list(sampler) == epochs[4]
     sampler.set_epoch(0)
     assert list(sampler) == epochs[0]
-
-
-def test_choosing_an_epoch_ends_the_one_in_progress():
-    sampler = small_sampler(seed=0)
-    lengths = {len(list(sampler)): epoch for epoch in range(20)}
-    for length, epoch in lengths.items():
-        next(iterator := iter(sampler))
-        sampler.set_epoch(epoch)
-        assert len(sampler) == length
-        assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (epoch, 0)
-        next(iterator)
-        assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (epoch, 0)
 
 
 def test_length_is_that_of_the_epoch_in_progress_or_else_the_next():

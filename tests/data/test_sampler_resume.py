@@ -10,7 +10,7 @@ import pytest
 import torch
 from _loops import QUIET, assert_resumes
 from _samplers import LABELS, changing, cycling, samplers, small_sampler, through_a_file
-from _splits import ranks_of, spread
+from _splits import accumulating, ranks_of, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +46,7 @@ def test_a_state_dict_taken_anywhere_continues_exactly(case, data):
     assert list(again) == epochs[epoch + 1]
 
 
-@given(case=spread(), data=st.data())
+@given(case=spread() | accumulating(), data=st.data())
 @settings(deadline=None, max_examples=50)
 def test_a_state_of_any_rank_continues_exactly_on_every_rank(case, data):
     epoch = data.draw(st.integers(0, 2))

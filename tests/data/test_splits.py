@@ -71,18 +71,7 @@ def test_no_sample_is_served_again_before_its_domain_has_run_out(case):
 # Parts of batches
 
 
-@given(case=spread("batch", even=True))
-@settings(deadline=None)
-def test_the_ranks_parts_are_the_batches_of_one_process(case):
-    labels, arguments, _, _ = case
-    whole = DomainBatchSampler(labels, **arguments)
-    samplers = ranks_of(*case)
-    for _ in range(3):
-        served = [list(itertools.chain(*parts)) for parts in zip(*samplers, strict=True)]
-        assert served == list(whole)
-
-
-@given(case=spread("batch"))
+@given(case=spread("batch") | spread("batch", even=True))
 @settings(deadline=None)
 def test_parts_are_cut_from_a_batch_of_one_process_and_of_its_domain(case):
     """Where no domain loses a whole batch, the batches are those of one process, short of fewer than R samples."""

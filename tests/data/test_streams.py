@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections import Counter
 
 import numpy as np
@@ -151,29 +150,6 @@ def test_after_an_error_that_passes_the_loader_begins_a_new_pass_and_the_group_a
     served = list(itertools.chain(*rest)) if grouped else rest
     assert [batch for batch in served if batch[0] == "b"][:5] == ["b0", "b1", "b2", "b3", "b0"]
     assert len({batch[0] for batch in served[:2]}) == 2
-
-
-def test_a_batch_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched():
-    batches, alive = [], []
-
-    class Stream:
-        def __iter__(self):
-            return self
-
-        def __next__(self):  # a generator would keep its latest batch
-            alive.append(sum(batch() is not None for batch in batches))
-            batch = torch.zeros(1)
-            batches.append(weakref.ref(batch))
-            return batch
-
-    for grouped, expected in ((False, [0] * 12), (True, [0, 1, 2] * 4)):
-        batches.clear()
-        alive.clear()
-        loader = DomainLoader({label: Stream() for label in "abc"}, 12)
-        iterator = iter(meta_batches(loader, 3) if grouped else loader)
-        while next(iterator, None) is not None:
-            pass
-        assert alive == expected
 
 
 def test_only_the_iterator_that_was_started_last_goes_on():

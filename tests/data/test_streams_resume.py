@@ -18,7 +18,6 @@ from torch_gradmatch import DomainLoader, meta_batches
 
 try:
     from torchdata.stateful_dataloader import StatefulDataLoader
-    from torchdata.stateful_dataloader.sampler import RandomSampler  # torch's own has no state
 except ModuleNotFoundError:
     StatefulDataLoader = None
 
@@ -102,19 +101,12 @@ def shuffled(first, size, **options):
     return StatefulDataLoader(range(first, first + size), batch_size=2, shuffle=True, **options)
 
 
-def replaced(first, size, **options):
-    numbers = range(first, first + size)
-    sampler = RandomSampler(numbers, replacement=True, generator=torch.Generator().manual_seed(first))
-    return StatefulDataLoader(numbers, batch_size=7, sampler=sampler, **options)
-
-
 def streamed(first, size, **options):
     return StatefulDataLoader(FromPlace(first, size), batch_size=2, **options)
 
 
 KINDS = {
     "shuffled": (shuffled, (5, 7, 2)),
-    "replaced": (replaced, (24, 40, 31)),
     "streamed": (streamed, (5, 7, 2)),
 }
 
@@ -145,7 +137,7 @@ def test_with_stateful_data_loaders(kind, domains_per_step, grouped):
 
 
 @needs_torchdata
-@pytest.mark.parametrize("kind", ["shuffled", "streamed", pytest.param("replaced", marks=pytest.mark.large)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_with_stateful_data_loaders_and_workers(kind):
     seeds = DomainLoader(stateful_loaders(kind, num_workers=2), 8, 2).state_dict()
 
