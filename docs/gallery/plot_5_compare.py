@@ -1,6 +1,6 @@
 """
-Fish or exact? Asked of a Transformer
-=====================================
+What exact matching costs a Transformer
+=======================================
 
 :func:`torch_gradmatch.compare` takes your model, your loss and one batch of each domain, and says what each method
 costs there and how near it comes to the exact direction. Everything it is given stays as it was, bit for bit.
@@ -51,14 +51,14 @@ model, criterion = Classifier(), nn.CrossEntropyLoss()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def loss_fn(batch):
+def loss_fn(model, batch):
     """Return the loss of a batch."""
     return criterion(model(batch[0]), batch[1])
 
 
 for step in range(60):  # some ordinary training: at the initial weights there is little to compare
     optimizer.zero_grad()
-    loss_fn(draw(step % DOMAINS, 32)).backward()
+    loss_fn(model, draw(step % DOMAINS, 32)).backward()
     optimizer.step()
 
 batches = [draw(domain, 16) for domain in range(DOMAINS)]
