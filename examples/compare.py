@@ -1,9 +1,9 @@
-"""Fish or exact? Asked of a small Transformer that its owner trains on four domains: ``python examples/compare.py``.
+"""What exact matching costs a small Transformer that is trained on four domains: ``python examples/compare.py``.
 
 A sequence of 32 tokens is of class 1 if token 0 stands in it more often than token 1. In each domain another token goes
 with the class as well, nine times in ten: the easy answer, which does not last. After some ordinary training the
-methods are compared on one batch of each domain; see :func:`torch_gradmatch.compare`. At the end stand three ways to
-match gradients, what each costs and how near it comes to the exact one: Fish, SmoothFish that walks to and fro, IDGM.
+methods are compared on one batch of each domain, what each costs and how near it comes to the exact one; see
+:func:`torch_gradmatch.compare`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Would a method have won on my domains? Handwritten digits, each domain turned by another angle.
 
 scikit-learn's 1,797 digits of 8 x 8 pixels are dealt out to six domains, turned by 0, 15, 30, 45, 60 and 75 degrees.
-Each domain is held out in turn; every method trains on the other five with the same number of gradients. Put your own
+Each domain is held out in turn; every method trains on the other five with the same number of samples. Put your own
 model, data set and column of domain labels in the place of these::
 
     python examples/would_i_win.py --folder out/would_i_win
@@ -22,11 +22,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from torch_gradmatch import leave_one_domain_out
-from torch_gradmatch.evaluation.recipes import LogUniform
+from torch_gradmatch import LogUniform, leave_one_domain_out
 
 ANGLES = (0, 15, 30, 45, 60, 75)
-METHODS = ("ERM", "ERM, domains in turn", "Fish, carried", "SmoothFish")
+METHODS = ("ERM", "ERM, balanced", "Fish", "SmoothFish")
 SEARCH = {"lr": LogUniform(1e-3, 3e-2, 1e-2)}  # the default is for longer runs
 
 
@@ -97,7 +96,7 @@ def main() -> None:
     add = parser.add_argument
     add("--folder", type=Path, default=Path("out/would_i_win"), help="keeps every run; default %(default)s")
     add("--methods", nargs="+", default=METHODS, help="default: %(default)s")
-    add("--budget", type=int, default=400, help="gradients in a run; default %(default)s")
+    add("--budget", type=int, default=12_000, help="samples differentiated in a run; default %(default)s")
     add("--draws", type=int, default=3, help="of hyperparameters; default %(default)s")
     add("--seeds", type=int, default=3, help="default %(default)s")
     add("--processes", type=int, default=min(4, os.cpu_count() or 1), help="default %(default)s")

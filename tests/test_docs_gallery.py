@@ -17,10 +17,11 @@ PRINTS = {  # what has to be there, beside a figure
     "plot_2_cdsprites": r"ERM: accuracy 0\.[56]\d\d on .*\nSmoothFish: accuracy (0\.9\d\d|1\.000) on",
     "plot_3_own_agreement": r"gamma 0\.0, .* cosine: -0.*\ngamma 0\.1, .* cosine: \+0\.[89]",
     "plot_4_own_method": r"ERM: accuracy .*\nPCGrad: accuracy",
-    "plot_5_compare": r"Fish or exact\? (?s:.*)SmoothFish, symmetric",
+    "plot_5_compare": r"time / ERM(?s:.*)SmoothFish, symmetric",
     "plot_6_tracking_agreement": r"agrees least: odd",
     "plot_7_two_processes": r"(rank [01], epoch \d: .*; same bits on all ranks: True\n){10}",
     "plot_8_resume_after_a_kill": r"resume after step 18, with 2 inner steps(?s:.*)True\}",
+    "plot_9_own_training": r"CORAL, averaged(?s:.*)Use (ERM|CORAL|Mixup|Fish)",
 }
 
 

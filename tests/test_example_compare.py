@@ -28,16 +28,15 @@ def test_the_class_is_in_the_counts_and_mostly_in_the_mark():
 
 
 @pytest.mark.large
-def test_it_ends_with_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_it_ends_with_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(cost, "SHORTEST_TIMING", 1e-9)
     found = example.main(["--steps", "8", "--batch-size", "4"])
     assert not any(row.error for row in found.rows)
     assert found["IDGM"].fidelity.cosine == pytest.approx(1.0, abs=1e-4)
     assert found["SmoothFish, symmetric"].fidelity.cosine > 0.99
     printed = capsys.readouterr().out
-    assert "time / ERM" in printed
-    lines = [line.split("  ")[0] for line in printed.splitlines()]
-    assert [name for name in ("ERM", "Fish", "SmoothFish, symmetric", "IDGM") if name not in lines] == []
+    lines = printed[printed.index("time / ERM") :].splitlines()
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["ERM", "Fish", "SmoothFish"]
 
 
 def test_log_holds_the_loss_of_each_domain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -1,6 +1,6 @@
 """
-Fish or exact? Asked of a Transformer
-=====================================
+What exact matching costs a Transformer
+=======================================
 
 :func:`torch_gradmatch.compare` takes your model, your loss and one batch of each domain, and says what each method
 costs there and how near it comes to the exact direction. Everything it is given stays as it was, bit for bit.
