@@ -17,7 +17,7 @@ from torch_gradmatch.evaluation.statistics import LEVEL, Interval, holm, interva
 from torch_gradmatch.evaluation.tables import aligned, wrapped
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["Difference", "Evidence", "EvidenceRow", "difference"]
