@@ -74,6 +74,7 @@ typehints_document_rtype_none = False
 # makes and takes by itself.
 nitpick_ignore_regex = [("py:class", r"torch_gradmatch\.(\w+\.)*_\w+(\.\w+)*")]
 nitpick_ignore = [
+    ("py:class", "pandas.DataFrame"),
     ("py:class", "torch_gradmatch.parallel.sharing.Sharing"),
     ("py:class", "torch_gradmatch.slow.buffers.Buffers"),
     ("py:class", "torch_gradmatch.data.meta_batches.MetaBatches"),

@@ -19,16 +19,7 @@ from torch_gradmatch.evaluation.task import Task, near_duplicates
 from torch_gradmatch.evaluation.training import train
 from torch_gradmatch.evaluation.trial import linear_layers_called
 
-__all__ = [
-    "check_call",
-    "check_held_out",
-    "described",
-    "groups_of",
-    "merged_ranges",
-    "probed",
-    "samples_by_domain",
-    "tried",
-]
+__all__ = ["described", "merged_ranges", "probed", "tried"]
 
 Ranges = dict[str, dict[str, LogUniform | Choice]]
 

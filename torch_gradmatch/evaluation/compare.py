@@ -167,7 +167,8 @@ def compare(
         model: The model, or a function that makes one. It holds all parameters of the optimizer.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar.
         batches: One batch of each of S >= 2 domains.
-        methods: As for :func:`~torch_gradmatch.leave_one_domain_out`; :func:`default_methods` if left out.
+        methods: As for :func:`~torch_gradmatch.leave_one_domain_out`;
+            :func:`~torch_gradmatch.evaluation.compare.default_methods` if left out.
         optimizer: The one you train with, wrapped or not, or a list of several; it is not stepped. Or a function that
             makes one, ``optimizer(parameters, lr=, weight_decay=)``. ``torch.optim.SGD`` with learning rate 0.01 if
             left out.

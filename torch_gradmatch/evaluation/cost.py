@@ -132,16 +132,11 @@ def _cost(trial: Trial, method: Method | None, rounds: int) -> tuple[Cost, list[
     seconds: list[float] = []
     of_erm: list[float] = []
     for number in range(rounds):
-        if method is None:
-            seconds.append(pair.time(pair.run))
-            of_erm.append(seconds[-1])
-        elif number % 2:  # who is first gets other caches
-            seconds.append(pair.time(pair.run))
-            of_erm.append(pair.time(pair.run_erm))
-        else:
-            of_erm.append(pair.time(pair.run_erm))
-            seconds.append(pair.time(pair.run))
+        kinds = [(seconds, pair.run), (of_erm, pair.run_erm)] if method is not None else [(seconds, pair.run)]
+        for times, run in kinds[:: 1 if number % 2 else -1]:  # who is first gets other caches
+            times.append(pair.time(run))
     trial.reset()
+    of_erm = of_erm or seconds
     return Cost(seconds, [s / e for s, e in zip(seconds, of_erm, strict=True)], evaluations, peak_bytes), of_erm
 
 

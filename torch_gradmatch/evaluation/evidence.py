@@ -145,7 +145,7 @@ class Evidence:
 
     @property
     def best(self) -> str:
-        """The name of the row to use: the best mean of those that are better than the first, or the first."""
+        """Name of the row to use, the best mean of those that are better than the first, or else the first."""
         better = [name for name, d in self.differences.items() if d.is_better]
         return max(better, key=lambda name: self[name].mean) if better else self.rows[0].name
 

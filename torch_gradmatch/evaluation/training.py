@@ -200,13 +200,13 @@ class Training:
         """Score the weights that were kept on all samples.
 
         Returns:
-            By :data:`PLAIN` and :data:`AVERAGED`: ``"validation"`` and ``"held_out"``, the scores; ``"moment"``, the
+            By ``"plain"`` and ``"averaged"``: ``"validation"`` and ``"held_out"``, the scores; ``"moment"``, the
             samples after which the weights were kept; ``"curve"``, the scores at all moments. None without an average.
         """
         return {kind: self._final(kind) if kind in self._kept else None for kind in (PLAIN, AVERAGED)}
 
     def load(self, kind: str) -> nn.Module:
-        """Return the model with the weights that were kept: :data:`PLAIN` ones, or :data:`AVERAGED` ones."""
+        """Return the model with the weights that were kept: ``"plain"`` ones, or ``"averaged"`` ones."""
         self._model.load_state_dict(self._kept[kind][2])
         return self._model
 
