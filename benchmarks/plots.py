@@ -35,7 +35,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def style(name: str) -> dict[str, Any]:
-    return {"linestyle": "-", "markersize": 5, "linewidth": 1.6} | STYLES[name]
+    of_head = {"color": BLACK, "marker": "$h$", "linestyle": "--" if "keep" in name else "-."}
+    return {"linestyle": "-", "markersize": 5, "linewidth": 1.6} | STYLES.get(name, of_head)
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:

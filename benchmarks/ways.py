@@ -1,17 +1,14 @@
 """One model, S batches, and every way to spend a meta-iteration on them: ordinary, by this package, by hand, by peers.
 
 ``ERM``
-    The reference cost: the gradient of the mean loss, one backward pass for each domain, and a step.
+    The reference cost: one backward pass for each domain, and a step.
 ``create_graph``
     The exact objective written down: each domain's gradient with ``create_graph=True``, every graph kept, the agreement
-    of the gradients, one ``backward`` through it all. The authors' code (github.com/YugeTen/fish) has Fish only; this
-    is written by hand, as public code writes penalties on gradients (``IGA`` of DomainBed, for one).
+    of the gradients, one ``backward`` through it all.
 ``curvlinops``
-    The two passes with the Hessian-vector products of ``curvlinops-for-pytorch``, one operator for each domain.
-the others
-    ``meta_step`` of this package.
+    The two passes with the Hessian-vector products of ``curvlinops-for-pytorch``; the others: ``meta_step``.
 
-The wrapped optimizer is SGD with learning rate 0, so that every way is timed at the same parameters.
+The wrapped optimizer is SGD with learning rate 0: every way is timed at the same parameters.
 """
 
 from __future__ import annotations
@@ -64,7 +61,6 @@ SMOOTH = [name for name in METHODS if name.startswith("SmoothFish")]
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    """The last linear layer."""
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
@@ -124,7 +120,7 @@ class Problem:
 
     def _meta_step(self, optimizer: GradMatch) -> None:
         optimizer.zero_grad()
-        optimizer.meta_step(self.loss, self.batches)
+        optimizer.meta_step(self.loss, dict(enumerate(self.batches)))
 
     def erm(self) -> None:
         self.optimizer.zero_grad()

@@ -10,7 +10,6 @@
     colour. A domain's own colour goes with the class, and the other domains' colours go against it a little, so that
     all colours together pay in training and mislead in a domain that is new.
 
-Each is studied with 20 seeds of data and, of the control, of the permutation.
 """
 
 from __future__ import annotations

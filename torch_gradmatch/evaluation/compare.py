@@ -288,17 +288,7 @@ def _refuse_nonfinite(trial: Trial) -> None:
 def _fidelities(
     trial: Trial, methods: Mapping[str, Method], errors: dict[str, str], orders: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Fidelity | None], list[str]]:
-    """Measure every method against the exact objective of its own agreement, with one exact term alive at a time.
-
-    Args:
-        trial: Where, with its random numbers fixed.
-        methods: By name.
-        errors: Why some failed, by name; those that fail here are added.
-        orders: Orders of the domains.
-
-    Returns:
-        What was found, by name, and what is to be said of the exact terms.
-    """
+    """Measure every method against the exact objective of its own agreement, of which one is alive at a time."""
     fidelities: dict[str, Fidelity | None] = {}
     said: list[str] = []
     matching = {name: phi for name, m in methods.items() if name not in errors and (phi := agreement_of(m))}
