@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._models import NETWORKS, Batch
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import IDGM, Fish, Fishr, GradMatch, SmoothFish
 from torch_gradmatch.methods.base import Method
 
 try:
@@ -54,7 +54,18 @@ METHODS: dict[str, Callable[[nn.Module, float], Method]] = {
     "IDGM, finite_difference": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp="finite_difference"),
 }
 EXACT = [name for name in METHODS if name.startswith("IDGM") or name == SYMMETRIC]
+METHODS |= {  # these match the gradients of the head alone
+    "head: IDGM": lambda model, gamma: IDGM(model, gamma, matched=head_of(model)),
+    "head: IDGM, keep_graphs": lambda model, gamma: IDGM(model, gamma, matched=head_of(model), keep_graphs=True),
+    "head: IDGM, one_pass": lambda model, gamma: IDGM(model, gamma, matched=head_of(model), one_pass=True),
+    "head: Fishr": lambda model, gamma: Fishr(model, head_of(model), gamma),
+}
 SMOOTH = [name for name in METHODS if name.startswith("SmoothFish")]
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """The last linear layer."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def names() -> list[str]:

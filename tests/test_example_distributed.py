@@ -127,7 +127,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(parallel
     torchrun(2, *settings, "--checkpoint", str(tmp_path / "whole"))
     killed, whole = (weights_in(tmp_path / name / "step-00000060") for name in ("killed", "whole"))
     assert killed.keys() == whole.keys()
-    assert any("slow" in name for name in whole)
+    assert len(whole) >= 4
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     output = torchrun(1, "--parallel", parallel, "--steps", "120", "--checkpoint", str(tmp_path / "killed"))
     assert f"{parallel} on 1 processes" in output

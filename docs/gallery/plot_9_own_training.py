@@ -2,9 +2,9 @@
 CORAL and Mixup beside the library's methods
 ============================================
 
-:func:`torch_gradmatch.leave_one_domain_out` takes any training: a function that is given the model, the training samples
-with a budget, and the settings. Here are CORAL (Sun and Saenko, *Deep CORAL*, ECCV Workshops 2016, arXiv 1607.01719) and
-Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412).
+:func:`torch_gradmatch.leave_one_domain_out` takes any training: a function that is given the model, the training
+samples with a budget, and the settings. Here are CORAL (Sun and Saenko, *Deep CORAL*, ECCV Workshops 2016, arXiv
+1607.01719) and Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412).
 """
 
 import matplotlib.pyplot as plt

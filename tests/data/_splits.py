@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from torch_gradmatch.data.sampler import DomainBatchSampler
@@ -49,6 +52,19 @@ def spread(draw, kind=None, even=False):
     if arguments["exhausted"] == "cycle" and draw(st.booleans()):
         arguments["batches_per_epoch"] = domains_per_step * draw(st.integers(1, 9))
     return labels, arguments, num_replicas, kind
+
+
+@st.composite
+def accumulating(draw, kind=None):
+    """The same with several batches of a domain in a row, which every domain has."""
+    labels, arguments, num_replicas, kind = draw(spread(kind))
+    accumulate = draw(st.integers(1, 4))
+    labels = [label for label in labels for _ in range(accumulate)]  # so many times as many samples
+    if "batches_per_epoch" in arguments:
+        arguments["batches_per_epoch"] *= accumulate
+    whole = arguments["batch_size"] * (num_replicas if kind == "walks" else 1)
+    assume(min(Counter(labels).values()) >= whole * accumulate)
+    return labels, {**arguments, "accumulate": accumulate}, num_replicas, kind
 
 
 def grouped(batches, size):

@@ -9,13 +9,13 @@ import weakref
 
 import pytest
 import torch
-from _samplers import LABELS, cycling, loader_of, samplers, small_sampler
+from _samplers import LABELS, loader_of, small_sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from torch_gradmatch import DomainBatchSampler, DomainLoader, meta_batches
+from torch_gradmatch import DomainBatchSampler, DomainLoader, Fish, GradMatch, check_loader, meta_batches
 from torch_gradmatch.data.meta_batches import MetaBatch
 
 # From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
@@ -30,60 +30,33 @@ def assert_named(groups, labels):
             assert {labels[index] for index in batch} == {domain}
 
 
-@given(case=samplers() | cycling(), stop=st.integers(0, 12))
-@settings(deadline=None)
-def test_lists_know_their_domains_also_after_a_break_and_when_resumed(case, stop):
-    labels, arguments = case
-
-    def make_loop():
-        sampler = DomainBatchSampler(labels, **arguments)
-        return sampler, meta_batches(loader_of(sampler), sampler.domains_per_step)
-
-    sampler, loop = make_loop()
-    assert_named(itertools.islice(loop, stop), labels)
-    state = sampler.state_dict()
-    assert_named(loop, labels)
-    sampler, loop = make_loop()
-    sampler.load_state_dict(state)
-    for _ in range(2):
-        assert_named(loop, labels)
-
-
 @pytest.mark.parametrize("persistent", [False, True], ids=["", "persistent"])
 @pytest.mark.parametrize("prefetch", [1, 50], ids=["in-the-epoch", "to-its-end"])
 def test_lists_know_their_domains_although_workers_run_ahead(prefetch, persistent):
-    labels = ["b"] * 7 + ["a"] * 3 + ["d"] * 1 + ["c"] * 10  # those of small_sampler
     sampler = small_sampler()
     loop = meta_batches(loader_of(sampler, 2, prefetch_factor=prefetch, persistent_workers=persistent), 2)
-    assert_named(itertools.islice(loop, 2), labels)
+    assert_named(itertools.islice(loop, 2), LABELS)
     for _ in range(2):
-        assert_named(loop, labels)
+        assert_named(loop, LABELS)
     state = sampler.state_dict()  # after the loop's end
     sampler.load_state_dict({**state, "epoch": 3, "position": 4})
-    assert_named(loop, labels)
+    assert_named(loop, LABELS)
 
 
 def test_lists_know_their_domains_although_another_epoch_was_chosen():
-    labels = ["b"] * 7 + ["a"] * 3 + ["d"] * 1 + ["c"] * 10
     sampler = small_sampler()
     for number, group in enumerate(meta_batches(loader_of(sampler), 2)):
-        assert_named([group], labels)
+        assert_named([group], LABELS)
         if number == 1:
             sampler.set_epoch(7)
     assert number > 2
+    assert sampler.state_dict()["epoch"] == 7
 
 
-def test_lists_of_any_other_loader_know_none():
-    class Cached:  # has a sampler that it does not iterate over
-        def __init__(self, batches, batch_sampler):
-            self.batches, self.batch_sampler = batches, batch_sampler
-
-        def __iter__(self):
-            return iter(self.batches)
-
-    for loader in ([1, 2, 3, 4], DataLoader(range(4), batch_size=None), Cached([1, 2, 3, 4], small_sampler())):
-        for group in meta_batches(loader, 2):
-            assert (type(group), group.domains) == (MetaBatch, None)
+def test_a_sampler_that_is_no_batch_sampler_is_recognized():
+    groups = list(meta_batches(DataLoader(torch.arange(21), sampler=small_sampler(), batch_size=None)))
+    assert [batch.tolist() for group in groups for batch in group] == list(small_sampler())
+    assert_named([MetaBatch([batch.tolist() for batch in group], group.domains) for group in groups], LABELS)
 
 
 def test_a_list_that_knows_its_domains_is_a_list_to_all_others():
@@ -99,6 +72,9 @@ def test_a_list_that_knows_its_domains_is_a_list_to_all_others():
         assert pin_memory(batches).domains == ("a", 7)
 
 
+# Loaders that are taken, and those that are not
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(range(8))
@@ -108,38 +84,40 @@ class ByTwos(BatchSampler):
     """A batch sampler of the user's; that it knows domains is up to them."""
 
 
-Shard = type("BatchSamplerShard", (BatchSampler,), {"__module__": "accelerate.data_loader"})
-
-
-class Regrouped:
-    """A batch sampler of the user's that makes its own of the batches of another."""
+class Holding:
+    """Something of the user's that has a sampler, and makes of its batches what it likes."""
 
     def __init__(self, batch_sampler):
         self.batch_sampler = batch_sampler
 
     def __iter__(self):
-        return iter(sorted(self.batch_sampler))
+        return iter([[4, 5], [0, 1], [2, 3], [6, 7]])
 
 
 def torchs():
     return BatchSampler(RandomSampler(range(8)), 2, drop_last=False)
 
 
+def stateful(*arguments, **options):
+    module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+    return module.StatefulDataLoader(*arguments, **options)
+
+
+Shard = type("BatchSamplerShard", (BatchSampler,), {"__module__": "accelerate.data_loader"})
+AS_SAMPLER = DomainBatchSampler(["a", "b"] * 4, batch_size=1)
 MIXED = {
     "shuffled": lambda: DataLoader(range(8), batch_size=2, shuffle=True),
-    "in the data set's order": lambda: DataLoader(range(8), batch_size=2),
     "of one sample": lambda: DataLoader(range(8), shuffle=True),
-    "by a sampler": lambda: DataLoader(range(8), batch_size=2, sampler=RandomSampler(range(8))),
     "by a batch sampler of torch": lambda: DataLoader(range(8), batch_sampler=torchs()),
     "by a batch sampler of torch, as sampler": lambda: DataLoader(range(8), sampler=torchs(), batch_size=None),
     "of a stream": lambda: DataLoader(Stream(), batch_size=2),
     "by a framework's shard": lambda: DataLoader(range(8), batch_sampler=Shard(RandomSampler(range(8)), 2, False)),
-    "a DomainBatchSampler under torch's": lambda: DataLoader(
-        range(8), batch_size=2, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
-    ),
+    "a DomainBatchSampler under torch's": lambda: DataLoader(range(8), batch_size=2, sampler=AS_SAMPLER),
+    "of a stateful loader": lambda: stateful(range(8), batch_size=2, shuffle=True),
 }
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata
 @pytest.mark.parametrize("kind", MIXED)
 def test_batches_that_torch_cuts_mix_domains_and_are_an_error(kind):
     works = r"DataLoader\(dataset, batch_sampler=DomainBatchSampler\(\.\.\.\)\) or a DomainLoader"
@@ -148,48 +126,32 @@ def test_batches_that_torch_cuts_mix_domains_and_are_an_error(kind):
             meta_batches(MIXED[kind](), domains_per_step)
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata
-def test_batches_of_a_stateful_loader_mix_domains_too():
-    module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
-    with pytest.raises(ValueError, match=r"got StatefulDataLoader over a BatchSampler of a framework"):
-        meta_batches(module.StatefulDataLoader(range(8), batch_size=2, shuffle=True), 2)
-
-
 NOT_CUT_BY_TORCH = {
-    "a batch sampler of the user's": lambda: DataLoader(
-        range(8), batch_sampler=ByTwos(RandomSampler(range(8)), 2, True)
-    ),
-    "one that regroups torch's": lambda: DataLoader(range(8), batch_sampler=Regrouped(torchs())),
+    "a batch sampler of the user's": lambda: DataLoader(range(8), batch_sampler=ByTwos(range(8), 2, True)),
+    "one that regroups torch's": lambda: DataLoader(range(8), batch_sampler=Holding(torchs())),
+    "a loader of the user's": lambda: Holding(AS_SAMPLER),
     "a stream of batches": lambda: DataLoader(Stream(), batch_size=None),
     "a data set of batches": lambda: DataLoader(range(8), batch_size=None, shuffle=True),
-    "a DomainBatchSampler as sampler": lambda: DataLoader(
-        torch.arange(8), batch_size=None, sampler=DomainBatchSampler(["a", "b"] * 4, batch_size=1)
-    ),
-    "a DomainLoader of torch's loaders": lambda: DomainLoader({name: DataLoader(range(8), 2) for name in "ab"}, 8),
     "a generator over a loader": lambda: (batch for batch in DataLoader(range(8), batch_size=2)),
-    "a list": lambda: [1, 2, 3, 4],
 }
 
 
 @pytest.mark.parametrize("kind", NOT_CUT_BY_TORCH)
-def test_batches_that_torch_does_not_cut_are_taken(kind):
-    assert {len(group) for group in meta_batches(NOT_CUT_BY_TORCH[kind](), 2)} == {2}
+def test_batches_that_torch_does_not_cut_are_taken_and_nobody_knows_their_domains(kind):
+    for group in meta_batches(NOT_CUT_BY_TORCH[kind](), 2):
+        assert (type(group), len(group), group.domains) == (MetaBatch, 2, None)
 
 
-@pytest.mark.parametrize(
-    ("domains", "message"),
-    [
-        (["a", "b"] * 4, "for 8 samples, but the data set has 10"),
-        (["a", "b"] * 6, "for 12 samples, but the data set has 10"),
-        ({"a": [0, 1], "b": [2, 10]}, "for 11 samples, but the data set has 10"),
-    ],
-)
+@pytest.mark.parametrize("number", [8, 12])
 @pytest.mark.parametrize("kind", ["batch_sampler", "sampler"])
-def test_domains_of_another_data_set_are_an_error(kind, domains, message):
+def test_domains_of_another_data_set_are_an_error(kind, number):
     batch_size = {"sampler": {"batch_size": None}, "batch_sampler": {}}[kind]
-    loader = DataLoader(range(10), **batch_size, **{kind: DomainBatchSampler(domains, batch_size=1)})
-    with pytest.raises(ValueError, match=message):
-        meta_batches(loader)
+    sampler = DomainBatchSampler(["a", "b"] * (number // 2), batch_size=1)
+    loader = DataLoader(range(10), **batch_size, **{kind: sampler})
+    optimizer = GradMatch(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), Fish(inner_steps=2))
+    for action in (lambda: meta_batches(loader), lambda: check_loader(optimizer, loader)):
+        with pytest.raises(ValueError, match=f"for {number} samples, but the data set has 10"):
+            action()
 
 
 @given(length=st.integers(0, 20), group_size=st.integers(1, 6))
@@ -200,103 +162,87 @@ def test_meta_batches_groups_any_loader(length, group_size):
         groups = list(loop)
         assert len(loop) == len(groups) == length // group_size
         assert list(itertools.chain(*groups)) == list(range(length // group_size * group_size))
-        assert all(isinstance(group, list) and len(group) == group_size for group in groups)
+        assert all(len(group) == group_size for group in groups)
+    with pytest.raises(TypeError, match="has no len"):  # as the loader
+        len(meta_batches((number for number in range(4)), 2))
 
 
-def test_meta_batches_has_no_length_where_the_loader_has_none():
-    loop = meta_batches((number for number in range(4)), 2)
-    with pytest.raises(TypeError, match="has no len"):
-        len(loop)
-    assert list(loop) == [[0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize("domains_per_step", [1, 4])
-def test_meta_batches_refuses_another_number_of_domains(domains_per_step):
+@pytest.mark.parametrize("domains_per_step", [0, 4, 2.5])
+def test_another_number_of_domains_is_refused(domains_per_step):
     with pytest.raises(ValueError, match=rf"domains_per_step should be 2, .* \(got {domains_per_step}\)"):
         meta_batches(loader_of(small_sampler()), domains_per_step)
 
 
-@pytest.mark.parametrize("domains_per_step", [0, -1, 2.0, True])
-def test_meta_batches_refuses_a_number_that_is_none(domains_per_step):
+@pytest.mark.parametrize("domains_per_step", [0, 2.0, True, None])
+def test_a_number_of_domains_that_is_none_is_refused(domains_per_step):
     with pytest.raises(ValueError, match=rf"domains_per_step .* \(got {domains_per_step!r}\)"):
         meta_batches([], domains_per_step)
 
 
-def test_meta_batches_refuses_a_loader_that_loses_the_order():
+def test_loaders_and_samplers_whose_order_is_another_are_refused():
     with pytest.raises(ValueError, match=r"in_order=True, .* \(got False\)"):
         meta_batches(loader_of(small_sampler(), num_workers=2, in_order=False), 2)
+    with pytest.raises(ValueError, match=r"needs accumulate=1 \(got 2\), .* loops of step\(\)"):
+        meta_batches(loader_of(DomainBatchSampler(["a", "b"] * 4, 1, accumulate=2)))
 
 
-def test_meta_batches_refuses_to_start_in_the_middle_of_a_group():
-    batches = list(small_sampler())
-    sampler = small_sampler()
+def test_it_refuses_to_start_in_the_middle_of_a_group():
+    batches, sampler = list(small_sampler()), small_sampler()
     list(itertools.islice(sampler, 3))
     state_dict = sampler.state_dict()
     sampler.load_state_dict(state_dict)
     loop = meta_batches(loader_of(sampler), 2)
-    with pytest.raises(RuntimeError, match="resumes at batch 3 of epoch 0, in a group: save"):
+    with pytest.raises(RuntimeError, match="resumed at batch 3 of epoch 0, inside a group: save between two lists"):
         next(iter(loop))
     sampler.load_state_dict({**state_dict, "position": 2})
     assert [batch for group in loop for batch in group] == batches[2:]
 
 
-def test_several_batches_of_a_domain_in_a_row_are_refused():
-    sampler = DomainBatchSampler(["a", "b"] * 4, 1, accumulate=2)
-    with pytest.raises(ValueError, match=r"needs accumulate=1 \(got 2\), .* loops of step\(\)"):
-        meta_batches(loader_of(sampler))
-
-
-def test_a_sampler_that_is_no_batch_sampler_is_recognized():
-    sampler = DomainBatchSampler(LABELS, 2, domains_per_step=2, seed=3)
-    loop = meta_batches(DataLoader(torch.arange(21), sampler=sampler, batch_size=None))
-    groups = list(loop)
-    assert [batch.tolist() for group in groups for batch in group] == list(small_sampler())
-    for group in groups:
-        assert [LABELS[int(batch[0])] for batch in group] == list(group.domains)
-
-
+@pytest.mark.parametrize("checked", [False, True], ids=["meta_batches", "check_loader"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_that_fetches_ahead_makes_the_samplers_state_an_error(num_workers):
+def test_a_loader_that_fetches_ahead_makes_the_samplers_state_an_error(num_workers, checked):
     sampler = small_sampler()
-    loop = meta_batches(loader_of(sampler, num_workers, prefetch_factor=50 if num_workers else None))
-    before = sampler.state_dict()
-    assert (before["epoch"], before["position"]) == (0, 0)
+    loader = loader_of(sampler, num_workers, prefetch_factor=50 if num_workers else None)
+    optimizer = GradMatch(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), Fish(inner_steps=2))
+    loop = check_loader(optimizer, loader) or loader if checked else meta_batches(loader)
+    step = 1 if checked else 2
+    assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (0, 0)
     for number, _ in enumerate(loop, start=1):
         if num_workers == 0:
-            assert sampler.state_dict()["position"] == 2 * number
+            assert sampler.state_dict()["position"] == step * number
             continue
-        with pytest.raises(RuntimeError, match=r"StatefulDataLoader.*pip install torch_gradmatch\[data\]"):
+        with pytest.raises(RuntimeError, match=r"StatefulDataLoader.*pip install torch_gradmatch\[data\].* set_epoch"):
             sampler.state_dict()
-    assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
-    next(iter(loop))
-    if num_workers:
-        with pytest.raises(RuntimeError, match="call set_epoch"):
-            sampler.state_dict()
+    if not checked:
+        assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
     sampler.set_epoch(2)
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (2, 0)
 
 
-def test_a_group_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched():
-    batches, alive = [], []
+class Watched(Dataset):
+    """Counts the batches that are alive when it is asked for the next."""
 
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 21
+    def __init__(self):
+        self.batches, self.alive = [], []
 
-        def __getitems__(self, indices):
-            alive.append(sum(batch() is not None for batch in batches))
-            batch = torch.tensor(indices)
-            batches.append(weakref.ref(batch))
-            return batch
+    def __len__(self):
+        return len(LABELS)
 
-    loader = DataLoader(Rows(), batch_sampler=DomainBatchSampler(LABELS, 1), collate_fn=lambda batch: batch)
-    iterator = iter(meta_batches(loader))
+    def __getitems__(self, indices):
+        self.alive.append(sum(batch() is not None for batch in self.batches))
+        batch = torch.zeros(1)
+        self.batches.append(weakref.ref(batch))
+        return batch
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "meta_batches"])
+@pytest.mark.parametrize("streams", [False, True], ids=["sampler", "streams"])
+def test_a_batch_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched(streams, grouped):
+    watched = Watched()
+    loader = DataLoader(watched, batch_sampler=small_sampler(), collate_fn=lambda batch: batch)
+    if streams:
+        loader = DomainLoader({label: map(watched.__getitems__, itertools.count()) for label in "ab"}, 12)
+    iterator = iter(meta_batches(loader, 2) if grouped else loader)
     while next(iterator, None) is not None:
         pass
-    assert alive == [0, 1, 2, 3]
-    alive.clear()
-    batches.clear()
-    iterator = iter(meta_batches(DataLoader(Rows(), batch_sampler=small_sampler(), collate_fn=lambda batch: batch)))
-    while next(iterator, None) is not None:
-        pass
-    assert set(alive) == {0, 1}
+    assert watched.alive == ([0, 1] * len(watched.alive) if grouped else [0] * len(watched.alive))[: len(watched.alive)]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections import Counter
 
 import pytest
-from _samplers import ORDERS, samplers
+from _samplers import samplers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,57 +57,6 @@ def test_the_second_group_of_a_pair_is_the_reverse_of_the_first_wherever_that_is
     assert min(left.values()) >= 0
 
 
-@given(case=samplers(orders=["flipflop"]))
-@settings(deadline=None)
-def test_every_batch_is_the_next_of_its_domain_as_in_random_order(case):
-    labels, arguments = case
-
-    def batches_of_domains(order):
-        of_domain = {label: [] for label in labels}
-        for batch in DomainBatchSampler(labels, **{**arguments, "order": order}):
-            of_domain[labels[batch[0]]].append(batch)
-        return of_domain
-
-    served, reference = batches_of_domains("flipflop"), batches_of_domains("random")
-    for label, batches in served.items():
-        common = min(len(batches), len(reference[label]))
-        assert batches[:common] == reference[label][:common]
-
-
-@given(case=samplers(), epoch=st.integers(0, 3))
-@settings(deadline=None)
-def test_with_all_domains_in_every_step_both_orders_serve_the_same_batches(case, epoch):
-    labels, arguments = case
-    served = []
-    for order in ORDERS:
-        changes = {"domains_per_step": len(set(labels)), "order": order}
-        sampler = DomainBatchSampler(labels, **{**arguments, **changes})
-        sampler.set_epoch(epoch)
-        served.append(sorted(map(tuple, sampler)))
-    assert served[0] == served[1]
-
-
-@given(case=samplers(), epoch=st.integers(0, 3))
-@settings(deadline=None)
-def test_the_first_group_of_an_epoch_has_the_domains_that_random_order_draws(case, epoch):
-    labels, arguments = case
-    first = []
-    for order in ORDERS:
-        sampler = DomainBatchSampler(labels, **{**arguments, "order": order})
-        sampler.set_epoch(epoch)
-        first.append(set(groups_of(sampler, labels)[0]))
-    assert first[0] == first[1]
-
-
-def test_one_domain_per_step_serves_each_domain_twice_in_a_row_while_it_can():
-    labels = [0] * 4 + [1] * 8 + [2] * 6
-    sampler = DomainBatchSampler(labels, 1, domains_per_step=1)
-    for _ in range(3):
-        served = [labels[index] for (index,) in sampler]
-        assert served[::2] == served[1::2]
-        assert len(served) == 18
-
-
 # Across epochs
 
 
@@ -119,19 +67,6 @@ def test_epochs_of_all_domains_are_one_sequence_of_pairs(num_groups):
     assert len(groups) == 8 * num_groups
     assert all(second == first[::-1] for first, second in zip(groups[::2], groups[1::2], strict=True))
     assert len({frozenset([first, first[::-1]]) for first in groups[::2]}) > 2  # each pair in an order of its own
-
-
-@pytest.mark.parametrize("num_groups", [1, 3, 4])
-def test_an_odd_epoch_alone_is_what_it_is_after_the_one_before(num_groups):
-    sampler, _ = equal_sampler(num_groups)
-    epochs = [list(sampler) for _ in range(4)]
-    for epoch in (3, 1, 2, 0):
-        alone, _ = equal_sampler(num_groups)
-        alone.set_epoch(epoch)
-        assert len(alone) == len(epochs[epoch])
-        assert list(alone) == epochs[epoch]
-        sampler.set_epoch(epoch)
-        assert list(sampler) == epochs[epoch]
 
 
 def test_random_order_pairs_nothing():
@@ -147,17 +82,3 @@ def test_with_fewer_domains_than_there_are_pairs_do_not_cross_epochs():
     unpaired = [(even, odd) for even, odd in zip(epochs[::2], epochs[1::2], strict=True) if len(even) == 3]
     assert len(unpaired) > 30
     assert sum(odd[0] == even[-1][::-1] for even, odd in unpaired) < len(unpaired) / 2  # 1/6 by chance
-
-
-# Resuming
-
-
-@pytest.mark.parametrize("epochs_before", [0, 1, 2])
-@pytest.mark.parametrize("domains_per_step", [2, 3])
-def test_a_pickled_sampler_goes_on_alike(domains_per_step, epochs_before):
-    sampler, _ = equal_sampler(3, domains_per_step=domains_per_step, order="flipflop")
-    for _ in range(epochs_before):
-        list(sampler)
-    copied = pickle.loads(pickle.dumps(sampler))
-    assert copied.order == "flipflop"
-    assert [list(copied) for _ in range(3)] == [list(sampler) for _ in range(3)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from _loops import QUIET, assert_resumes
 from _samplers import LABELS, changing, cycling, samplers, small_sampler, through_a_file
-from _splits import ranks_of, spread
+from _splits import accumulating, ranks_of, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +46,7 @@ def test_a_state_dict_taken_anywhere_continues_exactly(case, data):
     assert list(again) == epochs[epoch + 1]
 
 
-@given(case=spread(), data=st.data())
+@given(case=spread() | accumulating(), data=st.data())
 @settings(deadline=None, max_examples=50)
 def test_a_state_of_any_rank_continues_exactly_on_every_rank(case, data):
     epoch = data.draw(st.integers(0, 2))
@@ -63,12 +63,6 @@ def test_a_state_of_any_rank_continues_exactly_on_every_rank(case, data):
         resumed.load_state_dict(states[-1])
         reference.set_epoch(epoch)
         assert list(resumed) == list(reference)[position:]
-
-
-def test_after_the_end_of_an_epoch_the_state_is_the_start_of_the_next():
-    sampler = small_sampler()
-    list(sampler)
-    assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
 
 
 def test_choosing_another_epoch_drops_a_resumed_position():
@@ -100,7 +94,12 @@ def test_the_state_is_of_the_iterator_that_was_started_last():
 
 def test_the_state_is_numbers_and_strings():
     state_dict = small_sampler(weighting="proportional", drop_last=False).state_dict()
-    assert {name: type(value) for name, value in state_dict.items()} == {"epoch": int, "position": int, "settings": str}
+    assert {name: type(value) for name, value in state_dict.items()} == {
+        "epoch": int,
+        "position": int,
+        "ranks": int,
+        "settings": str,
+    }
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,54 @@ def test_a_copy_has_the_same_state_and_the_same_future(duplicate):
     assert [list(copied), list(copied)] == [list(sampler), list(sampler)]
 
 
-OTHER = "saved with other domains, arguments or ranks"
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize("split", ["batch", "domains", "walks"])
+def test_goes_on_with_another_number_of_ranks(split: str, ranks: tuple[int, int]):
+    """After three groups; together they serve what the ranks before would have, walks as many groups of their own."""
+    labels = [index % 8 for index in range(8 * 32)]
+    arguments = {"batch_size": 4, "domains_per_step": 4, "exhausted": "cycle", "batches_per_epoch": 32}
+    before, after = (ranks_of(labels, arguments, number, split) for number in ranks)
+    per_group = [4 // number if split == "domains" else 4 for number in ranks]
+    rest = []
+    for sampler in before:
+        iterator = iter(sampler)
+        for _ in range(3 * per_group[0]):
+            next(iterator)
+        state_dict = sampler.state_dict()
+        rest.append(list(iterator))
+    for sampler in after:
+        sampler.load_state_dict(state_dict)
+    goes_on = [list(sampler) for sampler in after]
+    assert {len(batches) for batches in goes_on} == {5 * per_group[1]}
+    if split != "walks":
+        served = [sorted(index for own in part for batch in own for index in batch) for part in (rest, goes_on)]
+        assert served[0] == served[1]
+    if split == "domains":
+        before[0].load_state_dict({**state_dict, "position": 1})
+        with pytest.raises(ValueError, match="in a group of domains: resume on as many"):
+            after[0].load_state_dict({**state_dict, "position": 1})
+
+
+OTHER = "saved with other domains or arguments"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 4}, {"domains_per_step": 1}, {"weighting": "proportional"}, {"order": "random"},
+        {"exhausted": "cycle"}, {"seed": 4}, {"drop_last": True}, {"accumulate": 2},
+        {"split": "walks"}, {"weighting": {"a": 1, "b": 1, "c": 1, "d": 2}}, {"labels": LABELS[1:] + LABELS[:1]},
+        {"labels": ["b"] * 6 + ["a"] * 4 + ["d"] * 4 + ["c"] * 10}, {"labels": {"x": [*range(12)], "y": [12, 13]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_state_dict_of_other_domains_and_arguments(changes):
+    def make(labels=(*LABELS, "d", "d", "d"), **arguments):
+        return DomainBatchSampler(labels, **{"batch_size": 2, "domains_per_step": 2, "seed": 3} | arguments)
+
+    for one, other in itertools.permutations([make(), make(**changes)]):
+        with pytest.raises(ValueError, match=OTHER):
+            one.load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -143,44 +189,10 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(changes, message):
     malformed = {name: value for name, value in {**before, **changes}.items() if value is not ...}
     with pytest.raises(ValueError, match=f"the state dict.*{message}"):
         sampler.load_state_dict(malformed)
+    with pytest.raises(ValueError, match="the state dict should hold exactly"):
+        sampler.load_state_dict(None)
     assert sampler.state_dict() == before
     assert list(iterator) == batches[1:]
-
-
-@pytest.mark.parametrize("state_dict", [None, [], "state"])
-def test_a_state_dict_that_is_none(state_dict):
-    with pytest.raises(ValueError, match="the state dict should hold exactly"):
-        small_sampler().load_state_dict(state_dict)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"batch_size": 4}, {"domains_per_step": 1}, {"weighting": "proportional"}, {"order": "random"},
-        {"exhausted": "cycle"}, {"seed": 4}, {"drop_last": True, "batch_size": 1}, {"num_replicas": 2},
-        {"split": "walks"}, {"weighting": {"a": 1, "b": 1, "c": 1, "d": 2}},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_state_dict_of_other_arguments(changes):
-    state_dict = small_sampler().state_dict()
-    labels = [label for label in LABELS if label != "d"] + ["d"] * 2
-    for sampler in (DomainBatchSampler(labels, **{"batch_size": 2, "domains_per_step": 2, "seed": 3} | changes),):
-        with pytest.raises(ValueError, match=OTHER):
-            sampler.load_state_dict(state_dict)
-        with pytest.raises(ValueError, match=OTHER):
-            DomainBatchSampler(labels, 2, domains_per_step=2, seed=3).load_state_dict(sampler.state_dict())
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [LABELS[1:] + LABELS[:1], ["b"] * 6 + ["a"] * 4 + ["d"] * 1 + ["c"] * 10],
-    ids=["other-samples", "other-sizes"],
-)
-def test_a_state_dict_of_other_domains(labels):
-    state_dict = small_sampler().state_dict()
-    with pytest.raises(ValueError, match=OTHER):
-        DomainBatchSampler(labels, 2, domains_per_step=2, seed=3).load_state_dict(state_dict)
 
 
 # torchdata's StatefulDataLoader, whose state holds the sampler's
@@ -230,7 +242,7 @@ def test_a_group_that_was_begun_is_refused_by_meta_batches():
     state = loader.state_dict()
     loader, loop = stateful(0, True)
     loader.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="resumes at batch 1 of epoch 0, in a group: save"):
+    with pytest.raises(RuntimeError, match="resumed at batch 1 of epoch 0, inside a group: save between two lists"):
         next(iter(loop))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
-import weakref
 from collections import Counter
 
 import numpy as np
@@ -90,30 +88,6 @@ def test_the_draw_is_the_samplers_and_every_loader_goes_round_and_round(case):
         assert list(loader) == expected
 
 
-def test_labels_are_those_of_the_mapping():
-    assert DomainLoader({"b": [1], "a": [2]}, 2).labels == ("b", "a")
-    labels = DomainLoader({np.int64(3): [1], 1: [2]}, 2).labels
-    assert labels == (3, 1)
-    assert {type(label) for label in labels} == {int}
-
-
-@given(case=cases(), seeds=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)))
-@settings(deadline=None, max_examples=50)
-def test_global_random_state_is_neither_read_nor_changed(case, seeds):
-    sizes, arguments = case
-    found = []
-    for seed in seeds:
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002  the state that must not be touched
-        torch.manual_seed(seed)
-        before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
-        loader = DomainLoader(lists(sizes), **arguments)
-        found.append([list(loader) for _ in range(2)])
-        after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
-        assert before == after
-    assert found[0] == found[1]
-
-
 # Where loaders end, and break
 
 
@@ -130,18 +104,6 @@ def test_nothing_is_fetched_ahead():
         served[label] += 1
         assert number == served[label]
         assert fetched == served
-
-
-def test_an_empty_loader_is_an_error_that_names_the_domain():
-    with pytest.raises(RuntimeError, match=r"loader of domain 'empty' yields no batch: empty"):
-        list(DomainLoader({"full": [1, 2], "empty": []}, 4))
-
-
-def test_a_loader_that_can_be_iterated_over_only_once_is_an_error_when_it_should_begin_again():
-    loader, taken = DomainLoader({"list": [1, 2], "once": (n for n in (3, 4))}, 6), []
-    with pytest.raises(RuntimeError, match=r"loader of domain 'once' yields no batch: .* generator at its end"):
-        taken.extend(loader)
-    assert {3, 4} <= set(taken)
 
 
 def test_after_an_iterator_that_is_broken_off_the_next_epoch_follows_and_nothing_is_skipped():
@@ -190,44 +152,15 @@ def test_after_an_error_that_passes_the_loader_begins_a_new_pass_and_the_group_a
     assert len({batch[0] for batch in served[:2]}) == 2
 
 
-def test_a_batch_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched():
-    batches, alive = [], []
-
-    class Stream:
-        def __iter__(self):
-            return self
-
-        def __next__(self):  # a generator would keep its latest batch
-            alive.append(sum(batch() is not None for batch in batches))
-            batch = torch.zeros(1)
-            batches.append(weakref.ref(batch))
-            return batch
-
-    for grouped, expected in ((False, [0] * 12), (True, [0, 1, 2] * 4)):
-        batches.clear()
-        alive.clear()
-        loader = DomainLoader({label: Stream() for label in "abc"}, 12)
-        iterator = iter(meta_batches(loader, 3) if grouped else loader)
-        while next(iterator, None) is not None:
-            pass
-        assert alive == expected
-
-
 def test_only_the_iterator_that_was_started_last_goes_on():
-    loader = DomainLoader({"a": [*range(9)], "b": [*range(9)]}, 18)
-    first, second = iter(loader), iter(loader)
-    next(first)
-    next(second)
-    with pytest.raises(RuntimeError, match="cannot go on: another one was started"):
-        next(first)
-    assert len(list(second)) == 17
-    state_loader = DomainLoader({label: Stored(batches_of(label, 9)) for label in "ab"}, 18)
-    third = iter(state_loader)
-    next(third)
-    state_loader.load_state_dict(state_loader.state_dict())
-    with pytest.raises(RuntimeError, match="a state loaded"):
-        next(third)
-    assert len(list(state_loader)) == 17
+    loader = DomainLoader({label: Stored(batches_of(label, 9)) for label in "ab"}, 18)
+    for begin in (lambda: next(iter(loader)), lambda: loader.load_state_dict(loader.state_dict())):
+        iterator = iter(loader)
+        next(iterator)
+        begin()
+        with pytest.raises(RuntimeError, match="cannot go on: another one was started since, or a state loaded"):
+            next(iterator)
+    assert len(list(loader)) == 17
 
 
 def test_lists_know_their_domains():
@@ -264,27 +197,33 @@ class Rows:
         ([[1], [2]], TypeError, "should be a mapping"),
         ({"a": [1]}, ValueError, "one label, 'a'"),
         ({}, ValueError, "got none"),
-        ({"a": [1], None: [2]}, ValueError, "a key of domains is None"),
         ({"a": [1], True: [2]}, ValueError, "a key of domains is True"),
         ({"a": [1], "b": 3}, TypeError, r"loaders\['b'\] should be a loader.*got 3"),
-        ({"a": [1], "b": "text"}, TypeError, r"loaders\['b'\] should be a loader or list .*'text\'"),
+        ({"a": [1], "b": "text"}, TypeError, r"loaders\['b'\] should be a loader or list .*'text'"),
         ({"a": [1], "b": CountStream()}, TypeError, r"loaders\['b'\] .*CountStream.*batch_size=None"),
         ({"a": [1], "b": Rows()}, TypeError, r"loaders\['b'\] .*Rows.*pass DataLoader"),
         ({"a": [1], "b": torch.zeros(3)}, TypeError, r"loaders\['b'\] .*tensor"),
-        ({"a": [1], "b": {"x": 1}}, TypeError, r"loaders\['b'\] .*\{'x': 1\}"),
         (dict.fromkeys("ab", ONE), ValueError, "an object of its own for every domain"),
+        ({"full": [1, 2], "empty": []}, RuntimeError, "loader of domain 'empty' yields no batch"),
+        (
+            {"list": [1, 2], "once": (n for n in (3, 4))},
+            RuntimeError,
+            "'once' yields no batch: .* at its end",
+        ),
     ],
 )
 def test_loaders_that_are_not_one_for_every_domain_are_an_error(loaders, error, message):
     with pytest.raises(error, match=message):
-        DomainLoader(loaders, 2)
+        list(DomainLoader(loaders, 6))
 
 
 @pytest.mark.parametrize(
     "loader", [[1], (1,), DataLoader(range(2)), iter([1]), CountStream().__iter__()], ids=lambda v: type(v).__name__
 )
 def test_loaders_and_lists_of_batches_are_taken(loader):
-    assert len(DomainLoader({"a": loader, "b": [1, 2]}, 2)) == 2
+    loader = DomainLoader({np.int64(3): loader, 1: [1, 2]}, 2)
+    assert len(list(loader)) == len(loader) == 2
+    assert [(label, type(label)) for label in loader.labels] == [(3, int), (1, int)]
 
 
 @pytest.mark.parametrize(
@@ -293,13 +232,11 @@ def test_loaders_and_lists_of_batches_are_taken(loader):
         ({"domains_per_step": 0}, "domains_per_step should be an integer of at least 1"),
         ({"domains_per_step": 4}, r"domains_per_step should be at most 3.*got 4"),
         ({"weighting": "proportional"}, "weighting, if no mapping from labels, should be one of 'uniform' .got"),
-        ({"weighting": np.ones(3)}, "weighting, if no mapping from labels, should be one of 'uniform' .got"),
         ({"weighting": {"a": 1, "b": 1}}, "it lacks 'c'"),
-        ({"weighting": {"a": 1, "b": 1, "c": 0}}, r"weighting\['c'\] should be"),
         ({"seed": -1}, "seed should be"),
         ({"order": "sorted"}, "order should be one of"),
         ({"batches_per_epoch": 4}, r"batches_per_epoch=4 needs .* a multiple of 3"),
-        ({"batches_per_epoch": 0}, "batches_per_epoch should be an integer of at least 1"),
+        ({"batches_per_epoch": None}, "batches_per_epoch should be an integer of at least 1"),
     ],
 )
 def test_arguments_out_of_range_are_an_error(arguments, message):

@@ -98,7 +98,9 @@ def test_a_new_users_transformer_gets_an_answer_and_keeps_everything(capsys: pyt
     printed = capsys.readouterr().out
     assert printed == f"{found}\n"
     assert "AdamW(lr=0.000" in printed
-    names = ["ERM", *default_methods(case.model, 1e-3, 4)]
+    head = next(name for name, module in reversed(list(case.model.named_modules())) if type(module) is nn.Linear)
+    names = ["ERM", *default_methods(case.model, 1e-3, 4, head)]
+    assert names[-3:] == ["IDGM, head", "IDGM, head, keep_graphs", "Fishr"]
     assert [row.name for row in found.rows] == names
     assert not any(row.error for row in found.rows)
     assert all(len(found[name].cost.of_erm) == 5 for name in names[1:])

@@ -152,7 +152,7 @@ def test_compare_measures_them(name: str):
     before = copy.deepcopy(model.state_dict())
     found = compare(
         model,
-        lambda d: loss_of(model, d),
+        loss_of,
         list(DOMAINS),
         optimizer=BUILDS[name](model.parameters()),
         rounds=1,

@@ -196,7 +196,9 @@ class DomainBatchSampler(Sampler[list[int]]):
                 raise ValueError(f"{batches_per_epoch=} needs exhausted='cycle' and a multiple of {size * accumulate}")
         weights, paired = domain_weights(weighting, labels), self.order == "flipflop"
         self._groups = Groups(self._runs, size, weights, self.seed, paired, per_epoch, walk)
-        told = (labels, self._groups, sizes.tolist(), self._whole_batch, self.accumulate, ranks, self.split)
+        length = per_epoch if self.split != "walks" else batches_per_epoch
+        told = [labels, size, sizes.tolist(), self.batch_size, self.accumulate, self.drop_last, self.split, weights]
+        told += [self.seed, self.order, self.exhausted, length]  # all but the ranks, which may be others
         settings = repr(told).encode() + np.concatenate(self._indices).tobytes()
         self._settings = hashlib.blake2b(settings, digest_size=16).hexdigest()
         self.labels, self.domains_per_step, self._own = labels, size, own
@@ -301,10 +303,14 @@ class DomainBatchSampler(Sampler[list[int]]):
                 "the loader fetches batches ahead of the loop: use torchdata's StatefulDataLoader (pip install "
                 "torch_gradmatch[data]) and save its state_dict(), or between two epochs call set_epoch() first"
             )
-        return {"epoch": self._place[0], "position": self._place[1], "settings": self._settings}
+        place = {"epoch": self._place[0], "position": self._place[1]}
+        return {**place, "ranks": self.num_replicas, "settings": self._settings}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
+
+        The number of ranks may be another one. With ``split="walks"``, where it decides what a batch is, the rest of
+        the epoch is then another draw.
 
         Args:
             state_dict: From ``state_dict`` of a sampler of the same domains and arguments, on any rank.
@@ -312,12 +318,20 @@ class DomainBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: If it is malformed, or of other domains or arguments; nothing changes then.
         """
-        names = ["epoch", "position", "settings"]
+        names = ["epoch", "position", "ranks", "settings"]
         if not isinstance(state_dict, Mapping) or set(state_dict) != set(names):
             raise ValueError(f"the state dict should hold exactly {names} (got {state_dict!r:.200})")
         if state_dict["settings"] != self._settings:
-            raise ValueError("the state dict was saved with other domains, arguments or ranks: resume with the same")
+            raise ValueError("the state dict was saved with other domains or arguments: resume with the same")
         epoch, position = (check_int(f"the state dict's {name}", state_dict[name], 0) for name in names[:2])
+        ranks = check_int("the state dict's ranks", state_dict["ranks"], 1)
+        if ranks != self.num_replicas and self.split != "batch":  # where all serve the same at the same time
+            of_group = self.domains_per_step * self.accumulate
+            of_group //= ranks if self.split == "domains" else 1
+            group, begun = divmod(position, of_group)
+            if begun:
+                raise ValueError(f"the state dict was saved on {ranks} ranks in a group of domains: resume on as many")
+            position = min(group * self.batches_per_group, self._length(epoch))
         if position > self._length(epoch):
             raise ValueError(f"the state dict's position {position} is behind the end of epoch {epoch}")
         self._go_to(epoch, position)
@@ -342,6 +356,6 @@ class DomainBatchSampler(Sampler[list[int]]):
         epoch, start = self._started
         first, begun = divmod(start, self.batches_per_group)
         if begun:
-            raise RuntimeError(f"the loader resumes at batch {start} of epoch {epoch}, in a group: save after one")
+            raise RuntimeError(f"resumed at batch {start} of epoch {epoch}, inside a group: save between two lists")
         for number in count(first):
             yield tuple(self.labels[domain] for domain in self._groups.group(epoch, number)[self._own])

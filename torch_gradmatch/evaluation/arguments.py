@@ -17,6 +17,7 @@ from torch_gradmatch.evaluation.cost import describe
 from torch_gradmatch.evaluation.recipes import SHARED, Choice, LogUniform, Recipe, check_ranges
 from torch_gradmatch.evaluation.task import Task, near_duplicates
 from torch_gradmatch.evaluation.training import train
+from torch_gradmatch.evaluation.trial import linear_layers_called
 
 __all__ = ["described", "merged_ranges", "probed", "tried"]
 
@@ -203,13 +204,10 @@ def probed(task: Task) -> str | None:
         torch.manual_seed(0)
         model = made(task)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        called: list[str] = []
-        for name, module in model.named_modules():
-            if name and type(module) is nn.Linear:
-                module.register_forward_hook(lambda *_, name=name: called.append(name))
-        for indices in task.by_domain.values():
-            loss = check_loss(task.loss_fn(model.eval(), task.batch(indices[:8])), 0)
-            check_reached(torch.autograd.grad(loss, parameters, allow_unused=True), 0)
+        with linear_layers_called(model) as called:
+            for indices in task.by_domain.values():
+                loss = check_loss(task.loss_fn(model.eval(), task.batch(indices[:8])), 0)
+                check_reached(torch.autograd.grad(loss, parameters, allow_unused=True), 0)
         label, indices = next(iter(task.by_domain.items()))
         try:
             task.score(model, indices)

@@ -20,10 +20,11 @@ from torch_gradmatch.evaluation.cost import ERM, Cost, costs, describe
 from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, agreement_of, fidelity, name_of, random_orders
 from torch_gradmatch.evaluation.recipes import SHARED, Recipe, named_recipes, recipe_of
 from torch_gradmatch.evaluation.tables import aligned, wrapped
-from torch_gradmatch.evaluation.trial import Trial
+from torch_gradmatch.evaluation.trial import Trial, linear_layers_called
 from torch_gradmatch.gradients.agreement import Agreement, fish_gamma
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
+from torch_gradmatch.methods.fishr import Fishr
 from torch_gradmatch.methods.idgm import IDGM
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch
@@ -97,7 +98,7 @@ class Comparison:
         return "\n\n".join([self.setting, aligned([heads, *(row.cells() for row in self.rows)]), *said, self.reference])
 
 
-def default_methods(model: nn.Module, lr: float, domains: int) -> dict[str, Method]:
+def default_methods(model: nn.Module, lr: float, domains: int, head: str | None = None) -> dict[str, Method]:
     """Return the methods that :func:`torch_gradmatch.compare` takes if it is given none.
 
     Args:
@@ -106,12 +107,13 @@ def default_methods(model: nn.Module, lr: float, domains: int) -> dict[str, Meth
             short, and the one you train with is: a step of it moves the model little. But it should not be lost in
             rounding; where it is, the fidelities say so.
         domains: S. The exact methods have the strength of Fish by SGD, ``fish_gamma(lr, S)``.
+        head: Name of the model's head, for those that match its gradients alone, at the strength of a tenth.
 
     Returns:
         The methods by name.
     """
     gamma = fish_gamma(lr, domains)
-    return {
+    found: dict[str, Method] = {
         "Fish": Fish(model=model),
         "SmoothFish": SmoothFish(gamma=1.0, inner_lr=lr, model=model),
         "SmoothFish, symmetric": SmoothFish(gamma, inner_lr=lr, model=model, symmetric=True),
@@ -121,6 +123,14 @@ def default_methods(model: nn.Module, lr: float, domains: int) -> dict[str, Meth
         "IDGM, forward": IDGM(model, gamma, "inner_product", hvp="forward"),
         "IDGM, finite_difference": IDGM(model, gamma, "inner_product", hvp="finite_difference"),
     }
+    if head is not None:
+        part: Any = model.get_submodule(head)
+        found |= {
+            "IDGM, head": IDGM(model, matched=part),
+            "IDGM, head, keep_graphs": IDGM(model, matched=part, keep_graphs=True),
+            "Fishr": Fishr(model, part),
+        }
+    return found
 
 
 def compare(
@@ -211,14 +221,15 @@ def compare(
             f"the optimizer's learning rate should be greater than 0 (got {lr}): compare at the one you train with, "
             "not at the beginning of a warm-up"
         )
-    named = _methods(methods, own, lr, domains, head)
     IDGM(own, 0.0).make_loop(plain)  # refuses parameters that are not in the model
     with (
         Trial(own, lambda batch: loss_fn(own, batch), batches, plain) as trial,
         torch.enable_grad(),
         warnings.catch_warnings(),
     ):
-        _refuse_nonfinite(trial)
+        with linear_layers_called(own) as called:
+            _refuse_nonfinite(trial)
+        named = _methods(methods, own, lr, domains, head or (called[-1] if called else None))
         warnings.filterwarnings("ignore", "SmoothFish matches nothing")  # the table says it
         measured, errors = costs(trial, named, rounds)
         trial.fix_random_numbers()
@@ -248,7 +259,7 @@ def _plain_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
 
 
 def _methods(methods: Any, model: nn.Module, lr: float, domains: int, head: str | None) -> dict[str, Method]:
-    own = default_methods(model, lr, domains)
+    own = default_methods(model, lr, domains, head)
     if methods is None:
         return own
     here = {name: recipe_of(name, method) for name, method in own.items()}

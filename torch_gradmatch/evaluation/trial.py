@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch_gradmatch.optimizer import GradMatch
 from torch_gradmatch.slow.buffers import Buffers
 from torch_gradmatch.slow.inner_state import members
 
-__all__ = ["Trial", "copy_optimizer"]
+__all__ = ["Trial", "copy_optimizer", "linear_layers_called"]
 
 
 class Trial:
@@ -137,6 +138,29 @@ class Trial:
         for device in self.devices:
             if device.type not in ("cpu", "meta"):
                 torch.get_device_module(device).synchronize(device)
+
+
+@contextmanager
+def linear_layers_called(model: nn.Module) -> Iterator[list[str]]:
+    """Note the names of the linear layers below a model that are called inside the block, in order.
+
+    Args:
+        model: The model.
+
+    Yields:
+        The names; the last one is that of the head.
+    """
+    called: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+        if name and type(module) is nn.Linear
+    ]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def copy_optimizer(optimizer: Optimizer) -> Optimizer:
