@@ -47,7 +47,11 @@ def test_the_exact_term_is_the_double_backward_of_the_inner_product(build):
             pairs = list(itertools.permutations(gradients, 2))
             gip = sum((a * b).sum() for one, other in pairs for a, b in zip(one, other, strict=True)) / len(pairs)
             expected = torch.autograd.grad(-gip, parameters, materialize_grads=True)
-    for p, term, mean, e, *g in zip(parameters, exact.term, exact.mean, expected, *gradients, strict=True):
+    sizes = [p.numel() for p in parameters]
+    terms, means = (
+        [v.view(p.shape) for v, p in zip(x.split(sizes), parameters, strict=True)] for x in (exact.term, exact.mean)
+    )
+    for p, term, mean, e, *g in zip(parameters, terms, means, expected, *gradients, strict=True):
         torch.testing.assert_close(mean, torch.stack(g).mean(0).detach(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(term, e, rtol=1e-7, atol=1e-9 * float(e.abs().max() + 1), msg=str(p.shape))
     assert 0 < exact.noise < 1e-12
@@ -127,7 +131,8 @@ def test_parameters_beyond_the_loss_and_frozen_ones_are_zero():
     with trying(case, SGD(case.model.parameters(), lr=1e-3)) as trial:
         exact = ExactTerm(trial)
         found = fidelity(trial, Fish(model=case.model), exact, all_orders(3))
-    zero = {p for p, t in zip(trial.parameters, exact.term, strict=True) if not t.any()}
+    terms = exact.term.split([p.numel() for p in trial.parameters])
+    zero = {p for p, t in zip(trial.parameters, terms, strict=True) if not t.any()}
     assert case.model.unused in zero
     assert all(p in zero for p in case.model.frozen.parameters())
     assert found.cosine > 0.9

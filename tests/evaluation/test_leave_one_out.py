@@ -86,6 +86,7 @@ def test_refit_trains_on_all_domains_with_the_settings_that_are_best_over_all_fo
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     model, _ = evidence.refit()
     assert isinstance(model, nn.Sequential)
+    assert not model._forward_hooks
 
 
 # ------------------------------------------------------------------------------------------- processes, kills, resuming
@@ -231,6 +232,13 @@ def test_what_cannot_be_hashed_asks_for_a_name(tmp_path: Path):
     with pytest.raises(ValueError, match="holds runs with loss_fn='name=first', and here it is 'name=second'"):
         found(folder=tmp_path, name="second", **brief)
     found(**brief)  # without a folder nothing is hashed
+
+
+def test_a_call_with_a_folder_leaves_the_random_state_alone(tmp_path: Path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found(["ERM"], folder=tmp_path, seeds=1, draws=1, held_out=["east"])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_folder_without_its_description_is_refused(tmp_path: Path):

@@ -15,7 +15,7 @@ from torch_gradmatch._checks import check_loss, check_reached
 from torch_gradmatch.data._labels import indices_by_domain
 from torch_gradmatch.evaluation.cost import describe
 from torch_gradmatch.evaluation.recipes import SHARED, Choice, LogUniform, Recipe, check_ranges
-from torch_gradmatch.evaluation.task import Task, near_duplicates
+from torch_gradmatch.evaluation.task import Task, near_duplicates, seeded
 from torch_gradmatch.evaluation.training import train
 from torch_gradmatch.evaluation.trial import linear_layers_called
 
@@ -200,8 +200,7 @@ def probed(task: Task) -> str | None:
         TypeError: If the model is none.
         ValueError: If models share parameters, or a loss or the metric is not as it should be.
     """
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+    with seeded(0, task.device):
         model = made(task)
         parameters = [p for p in model.parameters() if p.requires_grad]
         with linear_layers_called(model) as called:
@@ -288,8 +287,8 @@ def described(task: Task, recipes: Mapping[str, Recipe], name: str | None) -> tu
                 ) from error
             return f"name={name}"
 
-    torch.manual_seed(0)
-    model = task.make_model()
+    with seeded(0):
+        model = task.make_model()
     optimizer = task.optimizer(model.parameters(), lr=1e-3, weight_decay=0.0)
     task_parts = {
         "torch": torch.__version__,

@@ -33,6 +33,12 @@ from torch_gradmatch.slow.inner_state import shown_name
 
 __all__ = ["Comparison", "Row", "compare", "default_methods"]
 
+REFERENCE = (
+    "Direction beyond ERM against -dphi/dtheta, that of the exact objective, with phi the agreement that the method "
+    "matches: IDGM its own, Fish and SmoothFish the inner product. cosine: of the mean over orders of the domains; "
+    "gamma: the exact objective's that comes nearest; strength: length over that of the ERM gradient."
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -238,7 +244,7 @@ def compare(
     rows = [Row(ERM, ERM, measured[ERM], None, None)]
     for name, method in named.items():
         rows.append(Row(name, repr(method), measured.get(name), fidelities.get(name), errors.get(name)))
-    found = Comparison(_setting(trial, plain, lr), _reference(plain, lr, domains, said), rows)
+    found = Comparison(_setting(trial, plain, lr), "\n\n".join(map(wrapped, [REFERENCE, *said])), rows)
     if show:
         print(found)  # noqa: T201  it is what was asked for
     return found
@@ -318,20 +324,6 @@ def _exact_term(trial: Trial, phi: Agreement) -> tuple[ExactTerm | None, str]:
         except (RuntimeError, ValueError) as error:
             problem = problem or describe(error)
     return None, problem
-
-
-def _reference(optimizer: Optimizer, lr: float, domains: int, said: Sequence[str]) -> str:
-    """Say what the fidelities are measured against, and what their figures are."""
-    text = (
-        "Direction beyond ERM against -dphi/dtheta, that of the exact objective, with phi the agreement that the "
-        "method matches: IDGM its own, Fish and SmoothFish the inner product. cosine: of the mean over orders of the "
-        "domains; gamma: the exact objective's that comes nearest; strength: length over that of the ERM gradient."
-    )
-    if type(optimizer) is torch.optim.SGD and not any(
-        g["momentum"] or g["weight_decay"] for g in optimizer.param_groups
-    ):
-        text += f" Fish by this SGD: fish_gamma({lr:g}, {domains}) = {fish_gamma(lr, domains):.3g}."
-    return "\n\n".join(map(wrapped, [text, *said]))
 
 
 def _setting(trial: Trial, optimizer: Optimizer, lr: float) -> str:

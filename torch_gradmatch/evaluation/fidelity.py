@@ -21,7 +21,7 @@ with more than one order of the domains the sum of the directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,6 @@ from torch_gradmatch.slow.inner_state import wants_closure
 
 __all__ = ["ExactTerm", "Fidelity", "agreement_of", "direction_beyond_erm", "fidelity", "name_of", "random_orders"]
 
-Vector = list[Tensor]
 SAFETY = 10.0  # a difference of gradients is more than noise if it is so many times as long
 
 
@@ -152,35 +151,35 @@ class ExactTerm:
         check_repeats(losses, trial.losses(), math.sqrt(precision(trial.parameters)))
         self.agreement = name_of(self._phi)
         self.mean = _mean_gradient(trial)
-        change = _distance(_mean_gradient(trial, nudge=True), self.mean)
-        self.noise = SAFETY * change / max(_norm(self.mean), _tiny(self.mean))
+        change = float(_mean_gradient(trial, nudge=True).sub_(self.mean).norm())
+        self.noise = SAFETY * change / max(float(self.mean.norm()), _tiny(self.mean))
         # Taken as a difference of directions, with both of about one length; for that its length has to be known.
         self.term = self._term(trial, hvp, 1.0)
-        length = _norm(self.term)
-        if not (math.isfinite(length) and math.isfinite(_norm(self.mean))):
+        length = float(self.term.norm())
+        if not (math.isfinite(length) and math.isfinite(float(self.mean.norm()))):
             raise RuntimeError(
                 "the gradients are not finite at these parameters: look at the batches, or take a model that has not "
                 "diverged"
             )
         if length > 0:
-            self.term = []  # free it before the next
-            self.term = self._term(trial, hvp, _norm(self.mean) / length)
+            del self.term  # before the next
+            self.term = self._term(trial, hvp, float(self.mean.norm()) / length)
 
-    def _term(self, trial: Trial, hvp: str, gamma: float) -> Vector:
+    def _term(self, trial: Trial, hvp: str, gamma: float) -> Tensor:
         trial.reset()
         names = {p: name for name, p in trial.model.named_parameters()}
         params = {names[p]: p for p in trial.parameters if p.requires_grad}
         loss_fn = functional_loss(trial.model, trial.loss_fn)
         buffers = dict(trial.model.named_buffers())
         found = idgm_grad(loss_fn, params, trial.batches, gamma, self._phi, hvp=hvp, buffers=buffers).gradient
-        term = []
-        for p, m in zip(trial.parameters, self.mean, strict=True):
-            g = found.pop(names[p], None)
-            term.append(torch.zeros_like(m) if g is None else g.detach().to(m.dtype).sub_(m).div_(gamma))
-        return term
+        return (
+            _added(torch.zeros_like(self.mean), (found.pop(names[p], None) for p in trial.parameters), trial)
+            .sub_(self.mean)
+            .div_(gamma)
+        )
 
 
-def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: Sequence[int]) -> Vector:
+def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: Sequence[int]) -> Tensor:
     """Carry out one meta-iteration and return what its gradients have beyond the mean gradient.
 
     Args:
@@ -190,11 +189,11 @@ def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: 
         order: In which to go through the domains.
 
     Returns:
-        For each parameter.
+        One vector for all parameters.
     """
     if type(method) is Fish and method.nonfinite == "raise":  # keeps a copy of the optimizer's state, to no use here
         beyond = direction_beyond_erm(trial, replace(method, nonfinite="ignore"), exact, order)
-        if math.isfinite(_norm(beyond)):
+        if beyond.isfinite().all():
             return beyond
         del beyond  # and let the method itself say what is wrong
     trial.reset()
@@ -202,21 +201,17 @@ def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: 
         wrapper: GradMatch[Any] = GradMatch(torch.optim.SGD(trial.parameters, lr=0.0), method)
     else:
         wrapper = trial.wrap(method)
-    total: Vector = []
-    steps = 0
+    total, steps = exact.mean.new_zeros(0), 0  # of the parameters' size from the first step on
 
     def note(*_: Any) -> None:
         nonlocal total, steps
-        total = total or [torch.zeros_like(m) for m in exact.mean]
-        for t, p in zip(total, trial.parameters, strict=True):
-            if p.grad is not None:
-                t.add_(_dense(p.grad.detach()))
+        total = _added(total if steps else torch.zeros_like(exact.mean), (p.grad for p in trial.parameters), trial)
         steps += 1
 
     wrapper.optimizer.register_step_pre_hook(note)
     wrapper.meta_step(trial.loss_fn, [trial.batches[i] for i in order])
     trial.reset()
-    return [t.div_(steps).sub_(m) for t, m in zip(total, exact.mean, strict=True)]
+    return total.div_(steps).sub_(exact.mean)
 
 
 def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Sequence[int]]) -> Fidelity | None:
@@ -235,68 +230,53 @@ def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Se
         return None
     if isinstance(method, IDGM) and not method.one_pass:
         orders = [range(len(trial.batches))]  # no walk: the order changes nothing
-    cosines = []
-    mean: Vector = []
+    cosines: list[float] = []
+    mean: Tensor | None = None
     for number, order in enumerate(orders):
         torch.default_generator.manual_seed(number)
         beyond = direction_beyond_erm(trial, method, exact, order)
         cosines.append(_cosine(beyond, exact.term))
-        mean = [m.add_(b) for m, b in zip(mean, beyond, strict=True)] if mean else beyond
+        mean = beyond if mean is None else mean.add_(beyond)
         del beyond
-    mean = [m.div_(len(orders)) for m in mean]
-    gamma = _dot(mean, exact.term) / max(_dot(exact.term, exact.term), _tiny(mean))
-    strength = _norm(mean) / max(_norm(exact.mean), _tiny(mean))
-    return Fidelity(
-        cosines=cosines,
-        cosine=_cosine(mean, exact.term),
-        gamma=gamma,
-        relative_error=_distance(mean, exact.term, gamma) / max(abs(gamma) * _norm(exact.term), _tiny(mean)),
-        strength=strength,
-        resolved=strength > exact.noise,
-        agreement=exact.agreement,
-    )
+    assert mean is not None
+    mean = mean.div_(len(orders))
+    gamma = float(mean @ exact.term) / max(float(exact.term @ exact.term), _tiny(mean))
+    strength = float(mean.norm()) / max(float(exact.mean.norm()), _tiny(mean))
+    cosine = _cosine(mean, exact.term)
+    error = float(mean.sub_(exact.term, alpha=gamma).norm()) / max(abs(gamma) * float(exact.term.norm()), _tiny(mean))
+    return Fidelity(cosines, cosine, gamma, error, strength, strength > exact.noise, exact.agreement)
 
 
-def _mean_gradient(trial: Trial, *, nudge: bool = False) -> Vector:
+def _mean_gradient(trial: Trial, *, nudge: bool = False) -> Tensor:
     trial.reset()
     with torch.no_grad():
         for p in trial.parameters if nudge else ():
             p.add_(p * (2 * torch.randint(2, p.shape, device=p.device) - 1), alpha=torch.finfo(p.dtype).eps)
     trial.differentiate_mean_loss()
-    return _filled(trial, [p.grad for p in trial.parameters])
+    first = trial.parameters[0]
+    dtypes = {p.dtype.to_real() for p in trial.parameters} | {torch.float32}
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    length = sum(p.numel() * (2 if p.is_complex() else 1) for p in trial.parameters)
+    return _added(torch.zeros(length, dtype=wide, device=first.device), (p.grad for p in trial.parameters), trial)
 
 
-def _filled(trial: Trial, gradient: Sequence[Tensor | None]) -> Vector:
-    """Return a gradient in at least fp32, zero where a parameter has none."""
-    wide = [torch.promote_types(p.dtype, torch.float32) for p in trial.parameters]
-    return [
-        torch.zeros_like(p, dtype=dtype) if g is None else _dense(g).detach().to(dtype)
-        for p, g, dtype in zip(trial.parameters, gradient, wide, strict=True)
-    ]
+def _added(vector: Tensor, gradient: Iterable[Tensor | None], trial: Trial) -> Tensor:
+    """Add a gradient to a vector of all parameters, in at least fp32; nothing where a parameter has none."""
+    start = 0
+    for p, g in zip(trial.parameters, gradient, strict=True):
+        end = start + p.numel() * (2 if p.is_complex() else 1)
+        if g is not None:
+            dense = g.detach().to_dense() if g.layout is not torch.strided else g.detach()
+            dense = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+            vector[start:end] += dense.reshape(-1).to(vector.device)
+        start = end
+    return vector
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.layout is not torch.strided else gradient
+def _tiny(vector: Tensor) -> float:
+    return float(torch.finfo(vector.dtype).tiny)
 
 
-def _distance(a: Vector, b: Vector, scale: float = 1.0) -> float:
-    """Return the length of a - ``scale`` b, of which there is one parameter's part at a time."""
-    parts = (x.sub(y, alpha=scale) for x, y in zip(a, b, strict=True))
-    return math.sqrt(sum(_dot([part], [part]) for part in parts))
-
-
-def _tiny(vector: Vector) -> float:
-    return float(torch.finfo(vector[0].dtype).tiny)
-
-
-def _dot(a: Vector, b: Vector) -> float:
-    return sum(float(torch.vdot(x.flatten(), y.flatten()).real) for x, y in zip(a, b, strict=True))
-
-
-def _norm(a: Vector) -> float:
-    return math.sqrt(_dot(a, a))
-
-
-def _cosine(a: Vector, b: Vector) -> float:
-    norms = _norm(a) * _norm(b)
-    return _dot(a, b) / norms if norms > 0 else math.nan
+def _cosine(a: Tensor, b: Tensor) -> float:
+    norms = float(a.norm()) * float(b.norm())
+    return float(a @ b) / norms if norms > 0 else math.nan

@@ -8,20 +8,18 @@ of the user's; what an installed package brings is its name.
 from __future__ import annotations
 
 import functools
-import random
 import sys
 import sysconfig
 import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from joblib.hashing import NumpyHasher
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from torch_gradmatch.gradients.replay import RandomState
+from torch_gradmatch.evaluation.task import seeded
 
 __all__ = ["UnhashableError", "fingerprint", "fingerprint_of_data"]
 
@@ -70,14 +68,8 @@ def fingerprint_of_data(dataset: Any) -> str:
     """
     if type(dataset) is TensorDataset:
         return fingerprint(dataset.tensors)
-    before = RandomState.capture([])
-    try:
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002  the global generator is what a data set may draw from
-        random.seed(0)
+    with seeded(0):
         return fingerprint([type(dataset), *(fingerprint(dataset[i]) for i in range(len(dataset)))])
-    finally:
-        before.restore()
 
 
 class _Hasher(NumpyHasher):  # type: ignore[misc]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +17,24 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import TensorDataset, default_collate
 
-__all__ = ["EVALUATED", "Split", "Task", "near_duplicates"]
+from torch_gradmatch.gradients.replay import RandomState
+
+__all__ = ["EVALUATED", "Split", "Task", "near_duplicates", "seeded"]
 
 EVALUATED = 512  # samples in a batch without gradients
+
+
+@contextmanager
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Set the random states of torch, numpy and Python inside a ``with`` block, and restore them."""
+    before = RandomState.capture([torch.device(device)])
+    try:
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  the global generator is what a data set or a model may draw from
+        random.seed(seed)
+        yield
+    finally:
+        before.restore()
 
 
 @dataclass(frozen=True)

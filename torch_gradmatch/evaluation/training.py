@@ -13,10 +13,10 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,8 +28,7 @@ from torch_gradmatch._checks import check_loss
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.evaluation.cost import describe
 from torch_gradmatch.evaluation.recipes import Recipe, Settings, passes_of
-from torch_gradmatch.evaluation.task import Split, Task
-from torch_gradmatch.gradients.replay import RandomState
+from torch_gradmatch.evaluation.task import Split, Task, seeded
 from torch_gradmatch.optimizer import GradMatch
 
 __all__ = ["AVERAGED", "PLAIN", "Training", "train"]
@@ -194,7 +193,9 @@ class Training:
     def close(self) -> None:
         """Measure the end of the run, unless it was measured already."""
         if self.spent == 0 or self._curves[PLAIN][-1][0] != self.spent:
+            started = time.perf_counter()
             self._measure()
+            self.measuring += time.perf_counter() - started
 
     def result(self) -> Run:
         """Score the weights that were kept on all samples.
@@ -203,6 +204,7 @@ class Training:
             By ``"plain"`` and ``"averaged"``: ``"validation"`` and ``"held_out"``, the scores; ``"moment"``, the
             samples after which the weights were kept; ``"curve"``, the scores at all moments. None without an average.
         """
+        self._hook.remove()
         return {kind: self._final(kind) if kind in self._kept else None for kind in (PLAIN, AVERAGED)}
 
     def load(self, kind: str) -> nn.Module:
@@ -251,18 +253,14 @@ class Training:
         return not all(bool(t.isfinite().all()) for t in seen if isinstance(t, Tensor))
 
 
-class _evaluating:  # noqa: N801  reads like a function
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Let a model be in evaluation mode inside a ``with`` block, and each of its modules what it was afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._modes = model, [(module, module.training) for module in model.modules()]
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self._modes:
-            module.training = mode
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    yield
+    for module, mode in modes:
+        module.training = mode
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -307,17 +305,13 @@ def train(task: Task, recipe: Recipe, settings: Settings, held_out: Any, seed: i
         ``"seconds"`` of training and ``"measuring"``; ``"stopped"``, an error's text if training ended by one, or
         None. And the training with the weights that it kept.
     """
-    devices = [] if task.device == "cpu" else [torch.device(task.device)]
-    before, threads = RandomState.capture(devices), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002  the global generator is what a data set may draw from
-        random.seed(seed)
-        return _train(task, recipe, settings, held_out, seed)
+        with seeded(seed, task.device):
+            return _train(task, recipe, settings, held_out, seed)
     finally:
         torch.set_num_threads(threads)
-        before.restore()
 
 
 def _train(task: Task, recipe: Recipe, settings: Settings, held_out: Any, seed: int) -> tuple[Run, Training]:
@@ -328,12 +322,11 @@ def _train(task: Task, recipe: Recipe, settings: Settings, held_out: Any, seed: 
     begun = time.perf_counter()
     try:
         carry_out(recipe, model, training, settings)
-        seconds = time.perf_counter() - begun - training.measuring
         training.close()
     except Exception as error:
         if not training.has_diverged(error):
             raise
         stopped = describe(error)  # a run that diverges is a result, and others are to go on
-        seconds = time.perf_counter() - begun - training.measuring
+    seconds = time.perf_counter() - begun - training.measuring
     run = training.result() | {"spent": training.spent, "stopped": stopped, "seconds": seconds}
     return run | {"measuring": time.perf_counter() - started - seconds}, training
