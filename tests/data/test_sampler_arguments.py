@@ -23,7 +23,7 @@ from _samplers import changing, small_sampler
         changing(r"accumulate should be an integer of at least 1 \(got 0\)", accumulate=0),
         changing(r"exhausted should be one of 'stop', 'cycle' \(got 'repeat'\)", exhausted="repeat"),
         changing("batches_per_epoch=4 needs exhausted='cycle'", batches_per_epoch=4),
-        changing("batches_per_epoch=3 .* multiple of 2", batches_per_epoch=3, exhausted="cycle"),
+        changing("batches_per_epoch=3 .* multiples of 2", batches_per_epoch=3, exhausted="cycle"),
         changing(r"at least 1 \(got 0\)", batches_per_epoch=0, exhausted="cycle"),
         changing(r"batches_per_epoch .* \(got 3.0\)", batches_per_epoch=3.0, exhausted="cycle"),
         changing(r"num_replicas should be an integer of at least 1 \(got 0\)", num_replicas=0),

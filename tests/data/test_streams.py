@@ -237,7 +237,7 @@ def test_loaders_and_lists_of_batches_are_taken(loader):
         ({"weighting": {"a": 1, "b": 1}}, "it lacks 'c'"),
         ({"seed": -1}, "seed should be"),
         ({"order": "sorted"}, "order should be one of"),
-        ({"batches_per_epoch": 4}, r"batches_per_epoch=4 .* multiple of 3"),
+        ({"batches_per_epoch": 4}, r"batches_per_epoch=4 .* multiples of 3"),
         ({"batches_per_epoch": None}, "batches_per_epoch should be an integer of at least 1"),
     ],
 )

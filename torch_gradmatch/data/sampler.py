@@ -193,9 +193,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         if batches_per_epoch is not None:
             per_epoch, surplus = divmod(check_int("batches_per_epoch", batches_per_epoch, 1), size * self.accumulate)
             if surplus or self.exhausted == "stop":
-                raise ValueError(
-                    f"{batches_per_epoch=} needs exhausted='cycle': pass a multiple of {size * accumulate}"
-                )
+                raise ValueError(f"{batches_per_epoch=} needs exhausted='cycle', in multiples of {size * accumulate}")
         weights, paired = domain_weights(weighting, labels), self.order == "flipflop"
         self._groups = Groups(self._runs, size, weights, self.seed, paired, per_epoch, walk)
         told = (labels, self._groups, sizes.tolist(), self._whole_batch, self.accumulate, ranks, self.split)
@@ -206,8 +204,8 @@ class DomainBatchSampler(Sampler[list[int]]):
         # Where the next iterator starts, what a state dict says, and where the latest iterator started.
         self._following = self._place = self._started = (0, 0)
         self._turn: object = None  # of the latest iterator, while it goes on
-        self._begun = False  # since a place was chosen
-        self._runs_ahead = False  # of the loop, does the loader, as meta_batches and check_loader find out
+        # Since a place was chosen; and whether the loader runs ahead of the loop, as meta_batches and check_loader find.
+        self._begun = self._runs_ahead = False
         self._of_labels = not isinstance(domains, Mapping)
 
     def __len__(self) -> int:
