@@ -158,7 +158,9 @@ def test_only_the_iterator_that_was_started_last_goes_on():
         iterator = iter(loader)
         next(iterator)
         begin()
-        with pytest.raises(RuntimeError, match="cannot go on: another one was started since, or a state loaded"):
+        with pytest.raises(
+            RuntimeError, match="another iterator was started since, or a state loaded: iterate with one"
+        ):
             next(iterator)
     assert len(list(loader)) == 17
 
@@ -208,7 +210,7 @@ class Rows:
         (
             {"list": [1, 2], "once": (n for n in (3, 4))},
             RuntimeError,
-            "'once' yields no batch: .* at its end",
+            "'once' yields no batch, or only once: pass",
         ),
     ],
 )
@@ -235,7 +237,7 @@ def test_loaders_and_lists_of_batches_are_taken(loader):
         ({"weighting": {"a": 1, "b": 1}}, "it lacks 'c'"),
         ({"seed": -1}, "seed should be"),
         ({"order": "sorted"}, "order should be one of"),
-        ({"batches_per_epoch": 4}, r"batches_per_epoch=4 needs .* a multiple of 3"),
+        ({"batches_per_epoch": 4}, r"batches_per_epoch=4 .* multiples of 3"),
         ({"batches_per_epoch": None}, "batches_per_epoch should be an integer of at least 1"),
     ],
 )

@@ -185,15 +185,15 @@ class DomainBatchSampler(Sampler[list[int]]):
         # The unit of the draw is a run, the k batches that a domain serves in a row.
         self._runs: list[int] = (-(-served // self._whole_batch) // self.accumulate).tolist()
         if 0 in self._runs:
-            few = f"domain {labels[self._runs.index(0)]!r:.80} has {sizes[self._runs.index(0)]} samples"
-            raise ValueError(f"{few}, too few for {accumulate=}, {batch_size=}, {num_replicas=} and {drop_last=}")
+            few = f"domain {labels[self._runs.index(0)]!r:.80} has {sizes[self._runs.index(0)]} samples, too few for"
+            raise ValueError(f"{few} {accumulate=}, {batch_size=}, {num_replicas=}, {drop_last=}: lower these")
         per_epoch = min(self._runs) if size == len(labels) else None
         if self.exhausted == "cycle":
             per_epoch = max(*self._runs, -(-sum(self._runs) // size))  # McNaughton's bound
         if batches_per_epoch is not None:
             per_epoch, surplus = divmod(check_int("batches_per_epoch", batches_per_epoch, 1), size * self.accumulate)
             if surplus or self.exhausted == "stop":
-                raise ValueError(f"{batches_per_epoch=} needs exhausted='cycle' and a multiple of {size * accumulate}")
+                raise ValueError(f"{batches_per_epoch=} needs exhausted='cycle', in multiples of {size * accumulate}")
         weights, paired = domain_weights(weighting, labels), self.order == "flipflop"
         self._groups = Groups(self._runs, size, weights, self.seed, paired, per_epoch, walk)
         length = per_epoch if self.split != "walks" else batches_per_epoch
@@ -206,8 +206,8 @@ class DomainBatchSampler(Sampler[list[int]]):
         # Where the next iterator starts, what a state dict says, and where the latest iterator started.
         self._following = self._place = self._started = (0, 0)
         self._turn: object = None  # of the latest iterator, while it goes on
-        self._begun = False  # since a place was chosen
-        self._runs_ahead = False  # of the loop, does the loader, as meta_batches and check_loader find out
+        # Since a place was chosen; and whether the loader runs ahead of the loop, as meta_batches and check_loader find.
+        self._begun = self._runs_ahead = False
         self._of_labels = not isinstance(domains, Mapping)
 
     def __len__(self) -> int:

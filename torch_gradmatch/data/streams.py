@@ -119,7 +119,7 @@ class DomainLoader(Generic[Batch]):
         for (number,) in self._sampler:
             turn = turn or self._sampler._turn
             if turn is not self._sampler._turn:
-                raise RuntimeError("this iterator cannot go on: another one was started since, or a state loaded")
+                raise RuntimeError("another iterator was started since, or a state loaded: iterate with one at a time")
             try:
                 batch = self._next(self.labels[number])
             except BaseException as error:
@@ -184,7 +184,7 @@ class DomainLoader(Generic[Batch]):
                 del self._unserved[label]
                 return batch
             iterator = iter(self._loaders[label])
-        raise RuntimeError(f"the loader of domain {label!r:.80} yields no batch: empty, or a generator at its end")
+        raise RuntimeError(f"the loader of domain {label!r:.80} yields no batch, or only once: pass a DataLoader")
 
     def _check_saves(self) -> None:
         """Raise unless every domain's loader can save its place, apart from the others'."""
