@@ -329,7 +329,7 @@ def test_nothing_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert heart.COMMAND.replace("ROOT", str(tmp_path)) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [["hearts"], ["heart", "--processes", "0"], ["--quick", "--full"]])
+@pytest.mark.parametrize("bad", [["hearts"], ["heart", "--processes", "0"], ["--full"]])
 def test_the_command_line_refuses(bad: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         cli.main(bad)
