@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import pickle
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.domains import cli, heart, names, vowels, watch
+from benchmarks.domains import cli, heart, names, simulations, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source, find
 from torch_gradmatch import Evidence
 
@@ -328,7 +329,7 @@ def test_nothing_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert heart.COMMAND.replace("ROOT", str(tmp_path)) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [["hearts"], ["heart", "--processes", "0"], ["--quick", "--full"]])
+@pytest.mark.parametrize("bad", [["hearts"], ["heart", "--processes", "0"], ["--full"]])
 def test_the_command_line_refuses(bad: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         cli.main(bad)
@@ -339,3 +340,32 @@ def test_the_command_line_refuses(bad: list[str], capsys: pytest.CaptureFixture[
 def test_pickles_of_arrays_only():
     with pytest.raises(pickle.UnpicklingError, match="has no place"):
         watch._Arrays(io.BytesIO()).find_class("builtins", "eval")
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("study", "best"), [("hospitals", "ERM"), ("permuted", "ERM"), ("shortcut", "IDGM, strength 30")]
+)
+def test_it_says_yes_where_there_is_something_to_find_and_else_no(study: str, best: str):
+    evidence = simulations.STUDIES[study](0)
+    assert evidence.best == best
+    assert evidence.permuted == (study == "permuted")
+    assert ("No. Use ERM" in evidence.answer) == (best == "ERM")
+
+
+def test_slides_of_a_patient_are_of_one_hospital_and_of_one_class():
+    dataset, patient, hospital = simulations.slides(3)
+    of_patient = {(p, h, int(y)) for p, h, y in zip(patient, hospital, dataset.tensors[1], strict=True)}
+    assert len(of_patient) == len(set(patient)) == 96
+    assert len(set(hospital)) == 6
+
+
+def test_the_command_counts_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(simulations, "BRIEF", simulations.BRIEF | {"seeds": 2, "budget": 300})
+    assert simulations.main(["permuted", "--seeds", "2", "--out", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["permuted"]
+    assert (found["of"], len(found["answers"])) == (2, 2)
+    assert found["yes"] == sum("Yes. Use" in answer["answer"] for answer in found["answers"])
+    assert f"permuted: {found['yes']} yes of 2" in capsys.readouterr().out

@@ -56,9 +56,6 @@ SIZES = {
     }
 }
 SIZES["quick"] = {name: replace(p, budget=p.budget // 4, draws=2, seeds=3) for name, p in SIZES["default"].items()}
-SIZES["full"] = {
-    name: replace(p, budget=5 * p.budget, every=1, draws=20, seeds=10) for name, p in SIZES["default"].items()
-}
 
 
 def held_out(protocol: Protocol, loaded: Loaded) -> list[str]:
@@ -98,10 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("benchmarks/report/domains"), help="default %(default)s")
     add("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="runs at a time; default %(default)s")
     add("--permuted", type=int, default=0, help="the control: domains permuted with this seed")
-    much = parser.add_mutually_exclusive_group()
-    much.add_argument("--quick", action="store_const", const="quick", dest="size", help="shows that it works")
-    much.add_argument("--full", action="store_const", const="full", dest="size", help="a day, or a GPU's machine")
-    parser.set_defaults(size="default")
+    add("--quick", action="store_const", const="quick", default="default", dest="size", help="shows that it works")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in SOURCES:
@@ -115,7 +109,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def section(source: Source, protocol: Protocol, loaded: Loaded, evidence: Evidence) -> str:
     """Return what the report says of one data set."""
     sizes = ", ".join(f"{label} {number}" for label, number in loaded.sizes().items())
-    seconds = sum(row.seconds for row in evidence.rows if not row.name.endswith("averaged"))
     parts = [
         f"## {source.title}",
         f"Shift: {source.shift}. Get it: `{source.command}`. Licence: {source.licence}.",
@@ -127,7 +120,6 @@ def section(source: Source, protocol: Protocol, loaded: Loaded, evidence: Eviden
         ),
         f"```text\n{evidence}\n```",
         f"![Differences to ERM]({source.name}.png)",
-        f"One run by each method took {seconds:.1f} s of training together.",
     ]
     return "\n\n".join(parts)
 
