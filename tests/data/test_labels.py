@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 
 import numpy as np
 import pandas as pd
@@ -53,19 +52,12 @@ class Arrow:
 NUMBERS = ["badc".index(label) for label in LABELS]
 KINDS = {
     "pandas-str": pd.Series(LABELS),
-    "pandas-string": pd.Series(LABELS, dtype="string"),
     "pandas-categorical": categorical(LABELS),
-    "pandas-other-index": pd.Series(LABELS, index=range(100, 121)),
-    "pandas-Int64": pd.Series(NUMBERS, dtype="Int64"),
     "pandas-index": pd.Index(LABELS),
-    "polars-String": pl.Series(LABELS),
     "polars-Categorical": pl.Series(LABELS, dtype=pl.Categorical),
     "polars-UInt8": pl.Series(NUMBERS, dtype=pl.UInt8),
     "numpy-variable-str": np.array(LABELS, dtype=np.dtypes.StringDType()),
-    "numpy-object": np.array(LABELS, dtype=object),
-    "numpy-uint8": np.array(NUMBERS, dtype=np.uint8),
     "torch-strided": torch.tensor([NUMBERS, NUMBERS]).T[:, 0],
-    "tuple": tuple(NUMBERS),
     "strings-and-integers": [f"{label}1" if label != "d" else 1 for label in LABELS],
     "enum": [enum.Enum("Hospital", {label: label for label in "badc"}, type=str)(label) for label in LABELS],
     "arrow-strings": Arrow(LABELS),
@@ -90,33 +82,24 @@ MALFORMED = {
     "no-label": ([], "domains should hold one label per sample, .*got none"),
     "no-domain": ({}, "got none"),
     "none": (["a", None, "b"], rf"domains\[1\] is None: {MISSING}"),
-    "list-NaN": ([0, 1, math.nan], r"domains\[2\] is nan"),
     "bytes": ([b"a"], r"domains\[0\] is b'a'"),
     "bool-after-int": ([1, True], r"domains\[1\] is True"),
     "pandas-codes": (categorical(["a", None, "b"]).cat.codes, rf"domains has a -1, by which cat.codes .*{MISSING}"),
     "pandas-str-NaN": (pd.Series(["a", None, "b"]), rf"domains\[1\] is (nan|None): .*{MISSING}"),
     "pandas-string-NA": (pd.Series(["a", pd.NA, "b"], dtype="string"), r"domains\[1\] is <NA>"),
-    "pandas-categorical-NaN": (categorical(["a", "b", None]), r"domains\[2\] is nan"),
     "pandas-Int64-NA": (pd.Series([4, 5, pd.NA], dtype="Int64"), r"domains\[2\] is <NA>"),
     "pandas-float": (pd.Series([4, 5, None]), r"domains\[2\] is nan"),
-    "pandas-date": (pd.Series(pd.to_datetime(["2026-01-01"])), r"domains\[0\] is Timestamp"),
-    "polars-null": (pl.Series(["a", None], dtype=pl.Categorical), r"domains\[1\] is None"),
     "arrow-null": (Arrow(["a", None]), r"domains\[1\] is None"),
     "numpy-masked": (np.ma.array([1, 2], mask=[False, True]), r"domains\[1\] is None"),
-    "numpy-structured": (np.array([("a", 1)], dtype=[("name", "U1"), ("year", int)]), r"domains\[0\] is \('a', 1\)"),
     "numpy-matrix": (np.array([["a"], ["b"]]), r"domains\[0\] is \['a'\]"),
     "torch-float": (torch.zeros(3), r"domains\[0\] is 0\.0"),
-    "torch-bool": (torch.tensor([True, False]), r"domains\[0\] is True"),
     "list-of-float-tensors": (list(torch.zeros(2)), r"domains\[0\] is tensor\(0\.\)"),
     "key": ({None: [0]}, rf"a key of domains is None: {MISSING}"),
     "empty": ({"a": [0], "b": np.array([], dtype=int)}, rf"domains\['b'\] {INDICES} \(got array"),
     "negative-index": ({"a": [0], "b": [1, -2]}, rf"domains\['b'\] {INDICES} \(got \[1, -2\]\)"),
     "float-index": ({"a": [0], "b": [1.5]}, rf"domains\['b'\] {INDICES} \(got \[1.5\]\)"),
     "bool-index": ({"a": [True, False]}, rf"domains\['a'\] {INDICES}"),
-    "nested-index": ({"a": [[0, 1]]}, rf"domains\['a'\] {INDICES}"),
     "single-index": ({"a": 7}, rf"domains\['a'\] {INDICES} \(got 7\)"),
-    "generator-of-indices": ({"a": (i for i in range(3))}, rf"domains\['a'\] {INDICES} \(got <generator"),
-    "huge-index": ({"a": [2**70]}, rf"domains\['a'\] {INDICES}"),
     "shared-index": ({"a": [0, 4], "b": [1, 4]}, r"sample 4 is in the domains \['a', 'b'\] more than once"),
     "repeated-index": ({"a": [0, 4, 4]}, r"sample 4 is in the domains \['a'\] more than once"),
     "same-text": (np.array([1, "x", "1"], dtype=object), "both the integer 1 and the string '1' as labels: rename one"),

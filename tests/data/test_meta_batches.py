@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from _loops import QUIET
 from _samplers import LABELS, loader_of, small_sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,8 +19,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torch_gradmatch import DomainBatchSampler, DomainLoader, Fish, GradMatch, check_loader, meta_batches
 from torch_gradmatch.data.meta_batches import MetaBatch
 
-# From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+pytestmark = QUIET
 
 
 def assert_named(groups, labels):
@@ -117,7 +117,6 @@ MIXED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # of torchdata
 @pytest.mark.parametrize("kind", MIXED)
 def test_batches_that_torch_cuts_mix_domains_and_are_an_error(kind):
     works = r"DataLoader\(dataset, batch_sampler=DomainBatchSampler\(\.\.\.\)\) or a DomainLoader"
@@ -182,20 +181,31 @@ def test_a_number_of_domains_that_is_none_is_refused(domains_per_step):
 def test_loaders_and_samplers_whose_order_is_another_are_refused():
     with pytest.raises(ValueError, match=r"in_order=True, .* \(got False\)"):
         meta_batches(loader_of(small_sampler(), num_workers=2, in_order=False), 2)
+    with pytest.raises(ValueError, match=r"snapshot_every_n_steps=1, .* \(got 2\)"):
+        meta_batches(stateful(range(21), batch_sampler=small_sampler(), snapshot_every_n_steps=2))
     with pytest.raises(ValueError, match=r"needs accumulate=1 \(got 2\), .* loops of step\(\)"):
         meta_batches(loader_of(DomainBatchSampler(["a", "b"] * 4, 1, accumulate=2)))
 
 
-def test_it_refuses_to_start_in_the_middle_of_a_group():
-    batches, sampler = list(small_sampler()), small_sampler()
-    list(itertools.islice(sampler, 3))
-    state_dict = sampler.state_dict()
-    sampler.load_state_dict(state_dict)
-    loop = meta_batches(loader_of(sampler), 2)
+@pytest.mark.parametrize("kind", ["sampler", "stateful", "streams"])
+def test_it_refuses_to_start_in_the_middle_of_a_group(kind):
+    def make():
+        sampler = small_sampler()
+        if kind == "streams":
+            loader = DomainLoader({label: stateful(range(9), batch_size=2) for label in "abc"}, 6, 2)
+            return loader, loader
+        loader = (
+            stateful(range(21), batch_sampler=sampler, collate_fn=list) if kind == "stateful" else loader_of(sampler)
+        )
+        return loader, sampler if kind == "sampler" else loader
+
+    loader, holder = make()
+    for _ in itertools.islice(loader, 3):
+        state_dict = holder.state_dict()
+    loader, holder = make()
+    holder.load_state_dict(state_dict)
     with pytest.raises(RuntimeError, match="resumed at batch 3 of epoch 0, inside a group: save between two lists"):
-        next(iter(loop))
-    sampler.load_state_dict({**state_dict, "position": 2})
-    assert [batch for group in loop for batch in group] == batches[2:]
+        next(iter(meta_batches(loader)))
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["meta_batches", "check_loader"])

@@ -11,10 +11,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from _loops import QUIET
 from _samplers import (
     LABELS,
     ORDERS,
-    WEIGHTINGS,
     assert_distributed,
     cycling,
     loader_of,
@@ -30,8 +30,7 @@ from torch.utils.data import Sampler
 from torch_gradmatch.data._draw import Groups
 from torch_gradmatch.data.sampler import DomainBatchSampler
 
-# From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+pytestmark = QUIET
 
 # The laws of an epoch
 
@@ -151,20 +150,6 @@ def test_shuffles_of_the_domains_and_the_draw_are_independent():
         for other in orders
     }
     assert_distributed(outcomes, equally)
-
-
-@pytest.mark.large
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_ten_thousand_very_unequal_domains(weighting, order):
-    sizes = np.clip(np.random.default_rng(0).lognormal(3.7, 1.5, 10_000), 1, 8000).astype(int)
-    labels = np.repeat(np.arange(10_000), sizes)
-    sampler = DomainBatchSampler(labels, 2, domains_per_step=15, weighting=weighting, order=order)
-    domains = labels[np.fromiter((batch[0] for batch in sampler), dtype=np.int64)]
-    assert np.all(np.diff(np.sort(domains.reshape(-1, 15), axis=1), axis=1) > 0)
-    left = (sizes + 1) // 2 - np.bincount(domains, minlength=10_000)
-    assert left.min() >= 0
-    assert np.count_nonzero(left) < 15
 
 
 # Labels

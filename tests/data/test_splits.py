@@ -8,6 +8,7 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
+from _loops import QUIET
 from _samplers import assert_distributed, loader_of
 from _splits import grouped, ranks_of, spread, walk
 from hypothesis import given, settings
@@ -15,8 +16,7 @@ from hypothesis import strategies as st
 
 from torch_gradmatch import DomainBatchSampler, meta_batches
 
-# From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+pytestmark = QUIET
 
 LABELS = ["a"] * 16 + ["b"] * 8 + ["c"] * 8 + ["d"] * 24
 PLAIN = {"batch_size": 4, "domains_per_step": 4, "seed": 1}
@@ -84,14 +84,6 @@ def test_parts_are_cut_from_a_batch_of_one_process_and_of_its_domain(case):
     for parts, batch in zip(zip(*ranks_of(*case), strict=True), whole, strict=True):
         served = list(itertools.chain(*parts))
         assert served == batch[: len(batch) - len(batch) % num_replicas]
-
-
-def test_fewer_samples_than_ranks_are_left_over():
-    samplers = ranks_of(["a"] * 9 + ["b"] * 11, {"batch_size": 8, "domains_per_step": 1}, 4, "batch")
-    for _ in range(2):
-        served = [list(sampler) for sampler in samplers]
-        assert [len(batches) for batches in served] == [2] * 4  # of 8 each: 1 and 3 samples are left over
-        assert {len(batch) for batches in served for batch in batches} == {2}
 
 
 # Walks

@@ -206,7 +206,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         # Where the next iterator starts, what a state dict says, and where the latest iterator started.
         self._following = self._place = self._started = (0, 0)
         self._turn: object = None  # of the latest iterator, while it goes on
-        # Since a place was chosen; and whether the loader runs ahead of the loop, as meta_batches and check_loader find.
+        # Since a place was chosen; and whether the loader runs ahead of the loop, as meta_batches and check_loader see.
         self._begun = self._runs_ahead = False
         self._of_labels = not isinstance(domains, Mapping)
 
