@@ -91,7 +91,8 @@ def leave_one_domain_out(
             of the parameters. A run ends with the first step that reaches it.
         draws: How many settings of the hyperparameters are tried; the first is the defaults.
         search: Ranges of hyperparameters by name, instead of the methods' own and of ``"lr"``, ``"weight_decay"`` and
-            ``"batch_size"``, which all have. A batch is shared out over the domains of a meta-iteration.
+            ``"batch_size"``, which all have. A batch is shared out over the domains of a meta-iteration if that takes
+            one step; Fish takes one with each batch, of that many samples. So all take about as many steps.
         domains_per_step: S, the domains in a meta-iteration; None for all that are trained on.
         held_out: Labels of the domains to hold out; None for each in turn.
         validation: The part of each training domain that is kept for selection, in (0, 1).

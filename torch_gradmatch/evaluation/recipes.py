@@ -85,7 +85,7 @@ class Choice:
         return generator.choice(self.values)
 
 
-# What every recipe has: settings of the optimizer, and the samples that the domains of a meta-iteration share.
+# What every recipe has: settings of the optimizer, and the samples for one step of it.
 SHARED: dict[str, LogUniform | Choice] = {
     "lr": LogUniform(1e-4, 1e-2, 1e-3),
     "weight_decay": LogUniform(1e-6, 1e-2, 1e-6),

@@ -29,6 +29,7 @@ from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.evaluation.cost import describe
 from torch_gradmatch.evaluation.recipes import Recipe, Settings, passes_of
 from torch_gradmatch.evaluation.task import Split, Task, seeded
+from torch_gradmatch.methods.direction import DirectionMethod
 from torch_gradmatch.optimizer import GradMatch
 
 __all__ = ["AVERAGED", "PLAIN", "Training", "train"]
@@ -124,26 +125,31 @@ class Training:
         """Serve batches of all training samples, shuffled, until the budget is spent.
 
         Args:
-            batch_size: Samples in a batch. One sample that is left over is left out.
+            batch_size: Samples in a batch. Those left over at the end of an epoch are left out.
 
         Yields:
             A batch.
         """
         generator = torch.Generator().manual_seed(self._seed)
         indices = torch.tensor(self.samples.indices)
+        size = min(batch_size, len(indices))
         while True:
-            for chosen in indices[torch.randperm(len(indices), generator=generator)].split(batch_size):
-                if len(chosen) == 1 < min(len(indices), batch_size):
-                    continue  # BatchNorm cannot do with one
+            shuffled = indices[torch.randperm(len(indices), generator=generator)]
+            for chosen in shuffled[: len(indices) // size * size].split(size):
                 yield self._task.batch(chosen.tolist())
                 if not self.spend(len(chosen)):
                     return
 
-    def by_domain(self, batch_size: int, *, order: Any = "flipflop", passes: float = 1.0) -> Iterator[dict[Any, Any]]:
+    def by_domain(
+        self, batch_size: int, *, shared: bool = True, order: Any = "flipflop", passes: float = 1.0
+    ) -> Iterator[dict[Any, Any]]:
         """Serve one batch of each of S domains, until the budget is spent.
 
         Args:
-            batch_size: Samples of the S domains together; each has an equal share of at least two.
+            batch_size: Samples of the S domains together, an equal share of at least two for each: for a loop that
+                takes one step of the optimizer with all of them.
+            shared: False for a loop that takes a step with each: then each batch has that many samples. So both take as
+                many steps as ordinary training on the same samples.
             order: As for ``DomainBatchSampler``.
             passes: How often each sample is differentiated.
 
@@ -151,8 +157,11 @@ class Training:
             Batches by the domain's label, in the order in which to visit them.
         """
         size, draw = self.domains_per_step, random.Random(self._seed)
-        share = max(2, batch_size // size)
-        sampler = DomainBatchSampler(self.domains, share, size, seed=self._seed, order=order, exhausted="cycle")
+        share = max(2, batch_size // size) if shared else batch_size
+        whole = share <= min(map(len, self._split.training.values()))
+        sampler = DomainBatchSampler(
+            self.domains, share, size, seed=self._seed, order=order, exhausted="cycle", drop_last=whole
+        )
         while True:
             positions = iter(sampler)
             for group in zip(*[positions] * size, strict=True):
@@ -277,14 +286,17 @@ def carry_out(recipe: Recipe, model: nn.Module, training: Training, settings: Se
         for batch in training.pooled(settings["batch_size"]):
             training.step(optimizer, model, batch)
     elif recipe.method is None:
-        for batches in training.by_domain(settings["batch_size"], order=recipe.order):
+        for batches in training.by_domain(settings["batch_size"], shared=False, order=recipe.order):
             for batch in batches.values():
                 training.step(optimizer, model, batch)
     else:
         method = recipe.method(model, settings)
         passes = passes_of(method, model, training.domains_per_step) if recipe.passes is None else recipe.passes
-        wrapper = GradMatch(optimizer, method)
-        for batches in training.by_domain(settings["batch_size"], order=recipe.order, passes=passes):
+        wrapper, shared = (
+            GradMatch(optimizer, method),
+            isinstance(method, DirectionMethod),
+        )  # Fish steps with each batch
+        for batches in training.by_domain(settings["batch_size"], shared=shared, order=recipe.order, passes=passes):
             wrapper.meta_step(lambda batch: training.loss_fn(model, batch), batches)
 
 
