@@ -21,13 +21,13 @@ class MetaStep(Measured):
         losses: Loss of each domain's batch, shape (S,); None after a manual loop, which shows no losses.
         inner_product: Mean inner product of the domains' gradients over pairs, shape (), when tracked.
         cosine: Mean cosine of the domains' gradients over pairs, shape (), when tracked.
-        grad_norms: Euclidean norm of each domain's gradient, shape (S,), when tracked; under ``IDGM(matched=...)`` these,
-            products and cosines are of the matched parameters' gradients.
+        grad_norms: Euclidean norm of each domain's gradient, shape (S,), when tracked; under ``IDGM(matched=...)``
+            norms, products and cosines are of the matched parameters' gradients.
         cosines: Cosine of the gradients of each pair of domains, shape (S, S), with ``track_alignment="pairs"``.
         domains: The domains' names in the order of all these, if they are known: ``meta_step`` was given a mapping, or
             a list by :func:`~torch_gradmatch.meta_batches` from a sampler, which knows its labels.
-        gamma: The strength of the matching under :class:`~torch_gradmatch.IDGM` and :class:`~torch_gradmatch.Fishr`, given
-            or found.
+        gamma: The strength of the matching, given or found, under :class:`~torch_gradmatch.IDGM` and
+            :class:`~torch_gradmatch.Fishr`.
     """
 
     losses: Tensor | None = None
