@@ -163,12 +163,12 @@ def test_copies_and_pickles_carry_the_average():
     model = feature_net()
     optimizer = GradMatch(Adam(model.parameters(), lr=0.05), Fish(0.3, model=model), average=Average())
     optimizer.meta_step(lambda batch: loss_of(model, batch), batches(3))
-    for other_model, other in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
-        other.meta_step(lambda batch, m=other_model: loss_of(m, batch), batches(3, 5))
-        assert_identical(averaged(other, other_model), averaged(other, other_model))
-        assert other.average == optimizer.average
+    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
     optimizer.meta_step(lambda batch: loss_of(model, batch), batches(3, 5))
-    assert_identical(averaged(optimizer, model), averaged(other, other_model))
+    for other_model, other in copies:
+        assert other.average == optimizer.average
+        other.meta_step(lambda batch, m=other_model: loss_of(m, batch), batches(3, 5))
+        assert_identical(averaged(other, other_model), averaged(optimizer, model))
 
 
 def test_several_optimizers_closures_and_half_precision():

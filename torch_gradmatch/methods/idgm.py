@@ -82,7 +82,7 @@ class IDGM(DirectionMethod):
         matched: A module of the model, or some of its parameters, whose gradients are to agree instead of those of all
             parameters: the classifier's head, as in the literature on invariant gradients. The derivative of phi still
             goes through all parameters, but only what lies above these is differentiated twice, and all else once, by
-            ``backward()``: about 1.4 times ordinary training, 1.1 with ``keep_graphs``. So it goes with compiled code,
+            ``backward()``: about 1.5 times ordinary training, 1.1 with ``keep_graphs``. So it goes with compiled code,
             fused attention, checkpointing, ``DistributedDataParallel`` (passed as ``model``) and ``fully_shard`` below.
             What is reported is of the gradients of these parameters. For ``hvp="reverse"``.
         keep_graphs: Keep every domain's graph instead of evaluating it twice: faster, and memory grows with S. For
