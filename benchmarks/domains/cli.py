@@ -12,20 +12,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domains import heart, names, vowels, watch
+import torch
+
+from benchmarks.domains import emoji, heart, names, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source, accuracy, cross_entropy
 from benchmarks.report import environment
-from torch_gradmatch import Evidence, LogUniform, leave_one_domain_out
+from torch_gradmatch import Choice, Evidence, LogUniform, leave_one_domain_out
 
 __all__ = ["SIZES", "SOURCES", "Protocol", "held_out", "main", "measure"]
 
-SOURCES: dict[str, Source] = {module.SOURCE.name: module.SOURCE for module in (watch, vowels, heart, names)}
-SEARCH = {"lr": LogUniform(1e-3, 3e-2, 5e-3)}  # higher than the default: runs are short
+OWN = [module.SOURCE for module in (watch, vowels, heart, names)]
+SOURCES: dict[str, Source] = {source.name: source for source in (*OWN, emoji.FEATURES, emoji.MAPS, *emoji.TINTS)}
+MANY = ("ERM", "ERM, balanced", "Fish", "SmoothFish", "IDGM, head", "IDGM", "Fishr", "VREx", "GroupDRO")
+FEW = ("ERM", "ERM, balanced", "Fish", "IDGM, head", "Fishr", "ERM, cosine decay")
+SHORT = {"lr": LogUniform(1e-3, 3e-2, 5e-3)}  # higher than the default: runs are short
+FROZEN = {"lr": LogUniform(1e-4, 1e-2, 1e-3), "weight_decay": LogUniform(1e-5, 1e-1, 1e-5)}
+FINE_TUNING = {"lr": LogUniform(1e-4, 1.6e-3, 4e-4), "batch_size": Choice((36,))}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Protocol:
         every: 2 to hold out every second domain, in the order of the labels; the others are trained on always.
         draws: Of hyperparameters.
         seeds: How many.
-        permuted: As for ``leave_one_domain_out``.
+        permuted, validation, evaluations, methods, search, optimizer: As for ``leave_one_domain_out``.
     """
 
     budget: int
@@ -45,14 +52,25 @@ class Protocol:
     draws: int = 8
     seeds: int = 5
     permuted: int = 0
+    validation: float = 0.2
+    evaluations: int = 10
+    methods: tuple[str, ...] | None = None
+    search: Mapping[str, LogUniform | Choice] = field(default_factory=lambda: SHORT)
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
 
 
+TINTED = Protocol(20_000, evaluations=5, methods=MANY, search=FROZEN)
 SIZES = {
     "default": {
-        "watch": Protocol(25_000, every=2),
+        "watch": Protocol(125_000, every=2),
         "vowels": Protocol(32_000, every=3),
-        "heart": Protocol(20_000),
+        "heart": Protocol(100_000),
         "names": Protocol(20_000, every=6),
+        "emoji-features": Protocol(60_000, validation=0.25, draws=12, evaluations=6, methods=MANY, search=FROZEN),
+        "emoji": Protocol(10_800, draws=4, evaluations=4, methods=FEW, search=FINE_TUNING, optimizer=torch.optim.AdamW),
+        "tints-4": TINTED,
+        "tints-8": TINTED,
+        "tints-20": replace(TINTED, every=3),
     }
 }
 SIZES["quick"] = {name: replace(p, budget=p.budget // 4, draws=2, seeds=3) for name, p in SIZES["default"].items()}
@@ -76,12 +94,21 @@ def measure(source: Source, protocol: Protocol, loaded: Loaded, folder: Path | N
         "budget": protocol.budget,
         "draws": protocol.draws,
         "permuted": protocol.permuted,
-        "search": SEARCH,
+        "search": protocol.search,
+        "validation": protocol.validation,
+        "evaluations": protocol.evaluations,
+        "optimizer": protocol.optimizer,
         "held_out": held_out(protocol, loaded),
         "folder": folder,
     }
     return leave_one_domain_out(
-        source.make_model, loaded.dataset(), loaded.domains, cross_entropy, accuracy, **arguments | others
+        source.make_model,
+        loaded.dataset(),
+        loaded.domains,
+        cross_entropy,
+        accuracy,
+        protocol.methods,
+        **arguments | others,
     )
 
 

@@ -79,7 +79,8 @@ def leave_one_domain_out(
             list, or a mapping from names of one's own. The first is what the others are compared to. If left out, ERM
             on pooled and on balanced batches, Fish, SmoothFish, and IDGM and Fishr on the head if there is one.
         groups: A label for each sample, of the patient, recording or scene that it comes from. A group is never on both
-            sides of validation, nor of holding out. Training batches are drawn as without.
+            sides of validation, nor of holding out: where domains share groups, the held-out domain is scored on a
+            part of these (as large as that for validation, another one for each seed), and no method trains on it.
         predict: ``predict(model, batch)`` returns outputs and targets, tensors with a row for each sample; they reach
             ``metric`` on the CPU.
         predictions: Whether to keep the outputs and targets on the held-out domain.
