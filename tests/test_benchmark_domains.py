@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.domains import cli, heart, names, simulations, vowels, watch
+from benchmarks.domains import cli, heart, names, sentiment, simulations, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source, find
 from torch_gradmatch import Evidence
 
@@ -101,13 +102,38 @@ def write_names(root: Path, *more: str) -> Path:
     return path
 
 
+def write_sentiment(root: Path, line: str = "1_1\t0.5\tgood") -> Path:
+    """As vaderSentiment has it: an archive in an archive."""
+
+    def archive(**files: bytes) -> bytes:
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w:gz") as file:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+        return content.getvalue()
+
+    rows = "\n".join(["7_1\t-0.25\tso so", *(f"{1 + i // 2}_{i % 2}\t{i / 4 - 1}\ttext {i}" for i in range(8)), line])
+    inner = archive(**{f"hutto_ICWSM_2014/{name}_GroundTruth.txt": rows.encode() for name in sentiment.GENRES})
+    path = put(root, sentiment.TEXTS)
+    path.write_bytes(archive(**{sentiment.INSIDE: inner}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentiment, "embedded", lambda _, texts: torch.ones(len(texts), 384))
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "watch": write_watch,
     "vowels": write_vowels,
     "heart": write_heart,
     "names": write_names,
+    "sentiment": write_sentiment,
 }
-SOURCES = list(cli.SOURCES.values())
+SOURCES = cli.OWN
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -192,6 +218,22 @@ def test_damaged_files_are_named(source: Source, damage: str, tmp_path: Path):
         source.load(tmp_path)
 
 
+def test_sentences_of_a_review_are_a_group_and_scores_are_learned(tmp_path: Path):
+    write_sentiment(tmp_path)
+    source = sentiment.SOURCE
+    loaded = source.load(tmp_path)
+    assert loaded.sizes() == dict.fromkeys(("tweet", "product", "news", "film"), 10)
+    assert (loaded.groups or [])[:4] == ["tweet 7", "tweet 1", "tweet 1", "tweet 2"]
+    assert (loaded.targets[:3].tolist(), loaded.classes) == ([-0.25, -1.0, -0.75], [])
+    model, batch = source.make_model().eval(), [loaded.inputs, loaded.targets]
+    closeness, loss = source.metric(model, batch), source.loss_fn(model, batch)
+    assert closeness.shape == loaded.targets.shape
+    torch.testing.assert_close(closeness.square().mean(), loss)
+    write_sentiment(tmp_path, "no tabs")
+    with pytest.raises(ValueError, match="not enough values"):
+        source.load(tmp_path)
+
+
 def test_watch_data_cannot_run_code(tmp_path: Path):
     class Harm:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -257,7 +299,7 @@ def test_the_first_place_that_is_there(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------ protocol
 
 
-@pytest.mark.parametrize("name", list(cli.SOURCES))
+@pytest.mark.parametrize("name", list(WRITERS))
 def test_models_learn_from_what_is_loaded(name: str, tmp_path: Path):
     WRITERS[name](tmp_path)
     source = cli.SOURCES[name]
@@ -301,7 +343,14 @@ def test_from_files_to_the_report_broken_off_and_resumed(tmp_path: Path, capsys:
     for picture in ("heart.png", "watch.png"):
         assert f"]({picture})" in text
         assert (out / picture).stat().st_size > 5000
-    for expected in ("MIT (of the package", "IDGM, head, averaged", heart.COMMAND, "Switzerland 10", "groups"):
+    for expected in (
+        "MIT (of the package",
+        "IDGM, head, averaged",
+        heart.COMMAND,
+        "Switzerland 10",
+        "groups",
+        "ERM on its validation",
+    ):
         assert expected in text
     found = Evidence.from_json((out / "heart.json").read_text())
     # Broken off after nine runs, and in the middle of the next line.

@@ -10,23 +10,25 @@ them is said at the end and in the report.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from benchmarks.domains import emoji, heart, names, vowels, watch
-from benchmarks.domains.source import Loaded, MissingDataError, Source, accuracy, cross_entropy
+from benchmarks.domains import emoji, heart, names, sentiment, vowels, watch
+from benchmarks.domains.source import Loaded, MissingDataError, Source
 from benchmarks.report import environment
 from torch_gradmatch import Choice, Evidence, LogUniform, leave_one_domain_out
 
 __all__ = ["SIZES", "SOURCES", "Protocol", "held_out", "main", "measure"]
 
-OWN = [module.SOURCE for module in (watch, vowels, heart, names)]
+OWN = [module.SOURCE for module in (watch, vowels, heart, names, sentiment)]
 SOURCES: dict[str, Source] = {source.name: source for source in (*OWN, emoji.FEATURES, emoji.MAPS, *emoji.TINTS)}
 MANY = ("ERM", "ERM, balanced", "Fish", "SmoothFish", "IDGM, head", "IDGM", "Fishr", "VREx", "GroupDRO")
 FEW = ("ERM", "ERM, balanced", "Fish", "IDGM, head", "Fishr", "ERM, cosine decay")
@@ -66,7 +68,8 @@ SIZES = {
         "vowels": Protocol(32_000, every=3),
         "heart": Protocol(100_000),
         "names": Protocol(20_000, every=6),
-        "emoji-features": Protocol(60_000, validation=0.25, draws=12, evaluations=6, methods=MANY, search=FROZEN),
+        "sentiment": Protocol(60_000),
+        "emoji-features": Protocol(40_000, validation=0.25, draws=12, evaluations=5, methods=MANY, search=FROZEN),
         "emoji": Protocol(10_800, draws=4, evaluations=4, methods=FEW, search=FINE_TUNING, optimizer=torch.optim.AdamW),
         "tints-4": TINTED,
         "tints-8": TINTED,
@@ -105,8 +108,8 @@ def measure(source: Source, protocol: Protocol, loaded: Loaded, folder: Path | N
         source.make_model,
         loaded.dataset(),
         loaded.domains,
-        cross_entropy,
-        accuracy,
+        source.loss_fn,
+        source.metric,
         protocol.methods,
         **arguments | others,
     )
@@ -133,18 +136,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def section(source: Source, protocol: Protocol, loaded: Loaded, evidence: Evidence) -> str:
+def curve(folder: Path, method: str) -> str:
+    """Say how a method's runs came along: whether they had converged at the end of their budget."""
+    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    curves = [run["plain"]["curve"] for run in runs if run["method"] == method and run["stopped"] is None]
+    longest = max(map(len, curves))
+    whole = [c for c in curves if len(c) == longest]  # large batches pass two moments at once
+    points = ", ".join(
+        f"{fmean(v for _, v in at):.3f} after {fmean(n for n, _ in at):,.0f}" for at in zip(*whole, strict=True)
+    )
+    return f"{method} on its validation parts, mean over {len(whole)} runs: {points} samples."
+
+
+def section(source: Source, protocol: Protocol, loaded: Loaded, evidence: Evidence, folder: Path) -> str:
     """Return what the report says of one data set."""
     sizes = ", ".join(f"{label} {number}" for label, number in loaded.sizes().items())
     parts = [
         f"## {source.title}",
         f"Shift: {source.shift}. Get it: `{source.command}`. Licence: {source.licence}.",
         "\n".join(f"- {note}" for note in source.notes),
-        (
-            f"{len(loaded.targets)} samples: {sizes}. Who always says the most frequent of {len(loaded.classes)} "
-            f"classes is right in {loaded.most_frequent():.1%}, mean over domains. One of {protocol.every} domains is "
-            "held out."
-        ),
+        f"{len(loaded.targets)} samples: {sizes}. {loaded.chance()} One of {protocol.every} domains is held out.",
+        curve(folder, evidence.rows[0].name),
         f"```text\n{evidence}\n```",
         f"![Differences to ERM]({source.name}.png)",
     ]
@@ -169,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             evidence.to_json(options.out / f"{name}.json")
             evidence.plot(options.out / f"{name}.png")
-            parts.append(section(source, protocol, loaded, evidence))
+            parts.append(section(source, protocol, loaded, evidence, options.out / name))
     print("\n".join(missing), file=sys.stderr)
     if not parts:
         return 1

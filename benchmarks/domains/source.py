@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-__all__ = ["Loaded", "MissingDataError", "Source", "accuracy", "cross_entropy", "find", "text_of"]
+__all__ = ["Loaded", "MissingDataError", "Source", "accuracy", "content_of", "cross_entropy", "find", "text_of"]
 
 
 class MissingDataError(FileNotFoundError):
@@ -25,9 +27,9 @@ class Loaded:
 
     Attributes:
         inputs: Shape (samples, ...), floating point or integer codes.
-        targets: Classes, int64, shape (samples,).
+        targets: Classes, int64, or numbers, shape (samples,).
         domains: The label of each sample's domain.
-        classes: Names of the classes.
+        classes: Names of the classes; none where targets are numbers.
         groups: Which samples belong together, such as the windows of one recording; None if each stands alone.
     """
 
@@ -56,13 +58,58 @@ class Loaded:
 
     def most_frequent(self) -> float:
         """Return how often a guess of the class that is most frequent everywhere is right, mean over domains."""
-        guess = self.targets.bincount().argmax()
-        right = (self.targets == guess).tolist()
-        shares = [
-            sum(r for r, d in zip(right, self.domains, strict=True) if d == domain) / size
-            for domain, size in self.sizes().items()
-        ]
-        return sum(shares) / len(shares)
+        right = self.targets == self.targets.bincount().argmax()
+        return fmean(float(right[own].double().mean()) for own in self._places())
+
+    def chance(self) -> str:
+        """Say what a guess that does not look at the inputs scores."""
+        if self.classes:
+            return (
+                f"Who always says the most frequent of {len(self.classes)} classes is right in "
+                f"{self.most_frequent():.1%}, mean over domains."
+            )
+        middle = self.targets.median()
+        error = fmean(float((self.targets[own] - middle).abs().mean()) for own in self._places())
+        return f"Who always says the median is off by {error:.3f}, mean over domains."
+
+    def _places(self) -> list[Tensor]:
+        return [torch.tensor([d == domain for d in self.domains]) for domain in self.sizes()]
+
+
+def content_of(archive: tarfile.TarFile, name: str) -> bytes:
+    """Return what is in a file of an archive; raise ``ValueError`` or ``KeyError`` if there is none of that name."""
+    file = archive.extractfile(name)
+    if file is None:
+        raise ValueError(f"{name} is no file in it")
+    return file.read()
+
+
+def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    """Return the mean loss of a batch.
+
+    Args:
+        model: The model.
+        batch: Inputs and classes.
+
+    Returns:
+        Shape ().
+    """
+    inputs, targets = batch
+    return functional.cross_entropy(model(inputs), targets)
+
+
+def accuracy(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    """Return which samples of a batch the model knows.
+
+    Args:
+        model: The model.
+        batch: Inputs and classes.
+
+    Returns:
+        Shape (B,), ones and zeros.
+    """
+    inputs, targets = batch
+    return (model(inputs).argmax(dim=1) == targets).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -78,6 +125,7 @@ class Source:
         notes: What somebody should know of it who reads the figures, a sentence or more each.
         load: Reads the files under a folder.
         make_model: Returns a new model.
+        loss_fn, metric: As for ``leave_one_domain_out``.
     """
 
     name: str
@@ -88,6 +136,8 @@ class Source:
     notes: tuple[str, ...]
     load: Callable[[Path], Loaded]
     make_model: Callable[[], nn.Module]
+    loss_fn: Callable[[nn.Module, list[Tensor]], Tensor] = cross_entropy
+    metric: Callable[[nn.Module, list[Tensor]], Tensor] = accuracy
 
 
 def find(root: Path, places: Sequence[str], command: str) -> Path:
@@ -126,31 +176,3 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-
-
-def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    """Return the mean loss of a batch.
-
-    Args:
-        model: The model.
-        batch: Inputs and classes.
-
-    Returns:
-        Shape ().
-    """
-    inputs, targets = batch
-    return functional.cross_entropy(model(inputs), targets)
-
-
-def accuracy(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    """Return which samples of a batch the model knows.
-
-    Args:
-        model: The model.
-        batch: Inputs and classes.
-
-    Returns:
-        Shape (B,), ones and zeros.
-    """
-    inputs, targets = batch
-    return (model(inputs).argmax(dim=1) == targets).to(torch.float32)

@@ -56,6 +56,32 @@ def check_sides(own: Any, split: Any, groups: dict[int, Any], *, complete: bool)
         assert sorted(all_of(split)) == list(range(240))
 
 
+def test_groups_that_all_domains_have_are_shared_out():
+    """The same drawings in several styles: unseen style and unseen drawing."""
+    by_domain = task(*data(samples=240)).by_domain
+    groups = {i: place % 20 for own in by_domain.values() for place, i in enumerate(own)}  # each thrice in each style
+    own = task(*data(samples=240), group_of=groups)
+    tested = []
+    for seed in range(8):
+        split = own.split("west", seed)
+        check_sides(own, split, groups, complete=False)
+        tested.append({groups[i] for i in split.held_out})
+        assert len(tested[-1]) == 5, "a quarter of twenty"
+        assert len({groups[i] for side in split.validation.values() for i in side}) == 4, "a quarter of what is left"
+        assert all(len(side) == 11 * 3 for side in split.training.values())
+        assert sorted(split.held_out) == [i for i in own.by_domain["west"] if groups[i] in tested[-1]]
+    assert len(set.union(*tested)) > 12, "another part for each seed"
+
+
+def test_groups_of_the_held_out_domain_alone_are_all_scored():
+    groups = {i: f"{data()[1][i]} {i // 8}" for i in range(96)}
+    west = [i for i in range(96) if data()[1][i] == "west"]
+    groups[west[0]] = groups[0]  # one sample in a group of the north
+    split = task(group_of=groups).split("west", 0)
+    assert split.held_out == west
+    assert not {i for i in range(96) if groups[i] == groups[0]} & {i for side in split.training.values() for i in side}
+
+
 def test_groups_that_leave_a_domain_nothing_are_named():
     own = task(group_of={i: data()[1][i] for i in range(96)})
     with pytest.raises(ValueError, match="leave domain 'north' no sample to select by where 'east' is held out"):
