@@ -1,4 +1,4 @@
-"""Inter-domain gradient matching for PyTorch: a drop-in wrapper around any ``torch.optim.Optimizer``.
+"""Inter-domain gradient matching for PyTorch: a wrapper around any ``torch.optim.Optimizer``.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 """

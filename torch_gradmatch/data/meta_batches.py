@@ -23,7 +23,7 @@ class MetaBatch(list[Batch]):
         domains: Their labels in the same order, None if unknown.
 
     Attributes:
-        domains: Those labels. A copy that was made through the type, ``type(batches)(...)``, knows none.
+        domains: Those labels. A copy made by ``type(batches)(...)`` has none.
 
     Example:
         >>> MetaBatch([0.5, 0.7], ("north", "south")) == [0.5, 0.7]
@@ -38,15 +38,15 @@ class MetaBatch(list[Batch]):
 def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -> MetaBatches[Batch]:
     """Group the batches of a loader into lists of S, one for each ``GradMatch.meta_step``.
 
-    An incomplete last list is left out; after a ``DomainBatchSampler`` or a ``DomainLoader`` there is none, and the
-    lists are :class:`~torch_gradmatch.data.meta_batches.MetaBatch` with the labels of their domains. To resume, save
-    the state dict of a ``StatefulDataLoader``, or of the ``DomainLoader``, between two lists: in the middle of a group
-    it is a ``RuntimeError`` when iteration starts.
+    Over a ``DomainBatchSampler`` or a ``DomainLoader`` the lists are
+    :class:`~torch_gradmatch.data.meta_batches.MetaBatch` with the labels of their domains. Over other loaders an
+    incomplete last list is left out. To resume, save the state dict of a ``StatefulDataLoader``, or of the
+    ``DomainLoader``, between two lists: one saved in the middle of a group is a ``RuntimeError`` when iteration starts.
 
     Args:
         loader: Any iterable of batches that have one domain each: a ``DataLoader`` with a ``DomainBatchSampler`` or a
-            batch sampler class of your own, a ``DomainLoader``, or any other whose batches torch's ``BatchSampler``
-            does not cut: that mixes domains, shuffled or not.
+            batch sampler class of your own, or a ``DomainLoader``. Batches of torch's own ``BatchSampler`` mix domains
+            and are refused.
         domains_per_step: S; where the sampler has ``split="domains"``, S / R, its ``batches_per_group``. ``None`` takes
             it from the loader's ``DomainBatchSampler``, or the ``DomainLoader``.
 
