@@ -1,7 +1,7 @@
 r"""The inner loop of Fish: steps of the wrapped optimizer, and the interpolation that closes them.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, Algorithm 1, last two lines. A
-training loop of the user's may call both; :class:`~torch_gradmatch.methods.fish.FishLoop` is the whole meta-iteration.
+training loop may call both; :class:`~torch_gradmatch.methods.fish.FishLoop` is the whole meta-iteration.
 """
 
 from __future__ import annotations
