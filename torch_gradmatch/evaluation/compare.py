@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch_gradmatch._checks import check_int, check_model, check_num_domains, named_batches
 from torch_gradmatch.evaluation.cost import ERM, Cost, costs, describe
 from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, agreement_of, fidelity, name_of, random_orders
-from torch_gradmatch.evaluation.recipes import SHARED, Recipe, named_recipes, recipe_of
+from torch_gradmatch.evaluation.recipes import SHARED, Recipe, draw_settings, named_recipes, recipe_of
 from torch_gradmatch.evaluation.tables import aligned, wrapped
 from torch_gradmatch.evaluation.trial import Trial, linear_layers_called
 from torch_gradmatch.gradients.agreement import Agreement, fish_gamma
@@ -272,8 +272,7 @@ def _methods(methods: Any, model: nn.Module, lr: float, domains: int, head: str 
     named: dict[str, Method] = {}
     for name, recipe in named_recipes(methods, head, here).items():
         if recipe.method is not None and name != ERM:
-            ranges = {**SHARED, **recipe.search}
-            named[name] = recipe.method(model, {key: of.default for key, of in ranges.items()})
+            named[name] = recipe.method(model, draw_settings({**SHARED, **recipe.search}, 0, 0))
         elif recipe != Recipe():  # the row of ERM is always there
             raise ValueError(
                 f"methods[{name!r}] should have a method of one meta-iteration, and another name than {ERM!r}, whose "

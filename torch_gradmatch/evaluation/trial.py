@@ -96,15 +96,6 @@ class Trial:
             self._random_of_domain[index].restore()
         return self._loss_fn(content)
 
-    def losses(self) -> list[float]:
-        """Evaluate the loss of every domain at the present parameters.
-
-        Returns:
-            The losses, in order.
-        """
-        self.reset()
-        return [float(check_loss(self.loss_fn(batch), batch[0]).detach()) for batch in self.batches]
-
     def fix_random_numbers(self) -> None:
         """From here on let a domain's loss see the same random numbers (dropout) whenever it is evaluated."""
         self._random.restore()
