@@ -77,7 +77,7 @@ class Study:
             number = "1 run is" if len(self.journal) == 1 else f"{len(self.journal)} runs are"
             kept = f"{number} kept in the folder: the same call goes on from there"
             lost = "nothing is kept: pass folder= to go on from where it was"
-            raise KeyboardInterrupt(kept if self.journal.is_kept else lost) from None
+            raise KeyboardInterrupt(lost if self.journal.path is None else kept) from None
         return [self._row(name, method, kind, chosen) for name, (method, kind) in self.kinds().items()]
 
     def kinds(self) -> dict[str, tuple[str, str]]:
@@ -85,8 +85,7 @@ class Study:
         found = {}
         for m in self.recipes:
             found[m] = (m, PLAIN)
-            runs = [self.journal[Key(m, h, d, 0)] for h in self.held for d in range(self.draws)]
-            if any(run[AVERAGED] for run in runs):
+            if any(self.journal[Key(m, h, d, 0)][AVERAGED] for h in self.held for d in range(self.draws)):
                 found[m + SUFFIX] = (m, AVERAGED)
         return found
 
@@ -121,7 +120,7 @@ class Study:
     def _carry_out(self, keys: Sequence[Key], bar: Any) -> None:
         settings = {key: draw_settings(self.ranges[key.method], key.draw, 0) for key in keys}
         expected = {k: {"settings": settings[k], "by": self.described[k.method]} for k in keys}
-        missing = [key for key in keys if not self.journal.find(key, expected[key])]
+        missing = [key for key in keys if not self.journal.has(key, expected[key])]
         bar.update(len(keys) - len(missing))
         for key, run in self._trained(missing, settings):
             self.journal.add(key, expected[key] | run)

@@ -292,10 +292,8 @@ def carry_out(recipe: Recipe, model: nn.Module, training: Training, settings: Se
     else:
         method = recipe.method(model, settings)
         passes = passes_of(method, model, training.domains_per_step) if recipe.passes is None else recipe.passes
-        wrapper, shared = (
-            GradMatch(optimizer, method),
-            isinstance(method, DirectionMethod),
-        )  # Fish steps with each batch
+        wrapper = GradMatch(optimizer, method)
+        shared = isinstance(method, DirectionMethod)  # Fish steps with each batch
         for batches in training.by_domain(settings["batch_size"], shared=shared, order=recipe.order, passes=passes):
             wrapper.meta_step(lambda batch: training.loss_fn(model, batch), batches)
 
