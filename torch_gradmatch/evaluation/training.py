@@ -50,6 +50,7 @@ class Training:
     Attributes:
         samples: The training samples, a ``Subset`` of the data set.
         domains: The label of each one's domain.
+        domains_per_step: S, how many domains a meta-iteration has.
         budget: How many samples may be differentiated.
         spent: How many were.
         measuring: Seconds for averaging and measuring.
@@ -81,14 +82,10 @@ class Training:
         indices = [i for own in split.training.values() for i in own]
         self.samples: Subset[Any] = Subset(task.dataset, indices)
         self.domains = [label for label, own in split.training.items() for _ in own]
+        self.domains_per_step = task.domains_per_step or len(split.training)
         self.budget, self.spent, self.measuring = task.budget, 0.0, 0.0
         self._marks = [task.budget * k / task.evaluations for k in range(1, task.evaluations + 1)]
         self._measure()
-
-    @property
-    def domains_per_step(self) -> int:
-        """S, how many domains a meta-iteration has."""
-        return self._task.domains_per_step or len(self._split.training)
 
     @property
     def progress(self) -> float:
