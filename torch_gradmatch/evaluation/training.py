@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -249,11 +250,8 @@ class Training:
         Returns:
             Whether it is the library's own refusal, or weights or outputs are not finite.
         """
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        own = trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
-        if own and isinstance(error, RuntimeError | ValueError):
+        raised_in = Path(extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.is_relative_to(PACKAGE) and isinstance(error, RuntimeError | ValueError):
             return True
         seen = [*self._model.state_dict().values(), *self._outputs]
         return not all(bool(t.isfinite().all()) for t in seen if isinstance(t, Tensor))
