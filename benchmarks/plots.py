@@ -12,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from torch_gradmatch.evaluation.plots import OKABE_ITO
-
-ORANGE, BLUE, GREEN, PINK, AMBER, SKY, _, BLACK = OKABE_ITO
+ORANGE, BLUE, GREEN, PINK = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
+AMBER, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 STYLES: dict[str, dict[str, Any]] = {
     "ERM": {"color": BLACK, "marker": "o"},
     "Fish": {"color": BLUE, "marker": "s"},

@@ -13,8 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from torch_gradmatch.evaluation.plots import OKABE_ITO, plot_agreement_by_domain, smoothed
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -24,6 +22,9 @@ if TYPE_CHECKING:
 SPRITES_PER_SHAPE = 4
 SHOWN_DOMAINS = 5
 SMOOTHED = 2
+NAMED = 3  # of many domains, how many at either end the legend names
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 @dataclass
@@ -194,7 +195,7 @@ def _alignment(curves: dict[str, tuple[Sequence[float], Sequence[float]]], axes:
     """Draw the agreement of gradients over training, as in the tracking figure of the paper."""
     for (title, (positions, values)), colour in zip(curves.items(), OKABE_ITO, strict=False):
         axes.plot(positions, values, color=colour, linewidth=1.0, alpha=0.4)
-        axes.plot(positions, smoothed(values, SMOOTHED), color=colour, linewidth=2.2, label=title)
+        axes.plot(positions, _smoothed(values), color=colour, linewidth=2.2, label=title)
     axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
     axes.set_ylabel(quantity)
 
@@ -204,16 +205,36 @@ def save_agreement(path: Path, runs: Sequence[Run]) -> None:
     figure = Figure(figsize=(1.0 + 4.2 * len(runs), 4.6), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axes, run in zip(panels, runs, strict=True):
-        by_domain = zip(*run.agreement_with_rest, strict=True)
-        curves = {f"domain {n}": (run.iteration, of_domain) for n, of_domain in enumerate(by_domain, start=1)}
-        plot_agreement_by_domain(curves, axes, smoothing=SMOOTHED)
+        _by_domain(run, axes)
         axes.set_ylim(-1.02, 1.02)
         axes.set_title(run.title, fontsize=12)
         axes.set_xlabel("meta-iteration")
         axes.grid(alpha=0.25)
-    for axes in panels[1:]:
-        axes.set_ylabel("")
+    panels[0].set_ylabel("cosine with the others' gradients")
     figure.savefig(path)
+
+
+def _by_domain(run: Run, axes: Axes) -> None:
+    """Draw the cosine of each domain's gradient with the others', in the order of the means, the least last."""
+    curves = dict(enumerate(zip(*run.agreement_with_rest, strict=True), start=1))
+    order = sorted(curves, key=lambda domain: -sum(curves[domain]))
+    for rank, domain in enumerate(order):
+        few = len(order) <= len(OKABE_ITO)
+        colour = OKABE_ITO[rank] if few else (0.84 * rank / len(order), 0.4, 0.7 - 0.7 * rank / len(order))
+        label = f"domain {domain}" if few or rank < NAMED or len(order) - rank <= NAMED else None
+        axes.plot(run.iteration, _smoothed(curves[domain]), color=colour, linewidth=1.8, label=label)
+    axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
+    axes.legend(fontsize="small")
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value with some before and after it.
+
+    Returns:
+        As many.
+    """
+    windows = [values[max(0, i - SMOOTHED) : i + SMOOTHED + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _evaluations(runs: Sequence[Run]) -> str:

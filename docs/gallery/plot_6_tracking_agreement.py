@@ -9,12 +9,12 @@ Four hospitals of the same kind, and a fifth that writes a quarter of its labels
 """
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, meta_batches
-from torch_gradmatch.evaluation.plots import agreement_by_domain, plot_agreement_by_domain
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -34,19 +34,24 @@ model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 2))
 criterion = nn.CrossEntropyLoss()
 optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(meta_lr=0.5, track_alignment="pairs"))
 
-reports = {}
+reports = []
 for _ in range(25):
     for batches in meta_batches(loader):
-        reports[len(reports)] = optimizer.meta_step(lambda batch: criterion(model(batch[0]), batch[1]), batches)
-print({name: round(value, 3) for name, value in reports[len(reports) - 1].scalars().items()})
+        reports.append(optimizer.meta_step(lambda batch: criterion(model(batch[0]), batch[1]), batches))
+print({name: round(value, 3) for name, value in reports[-1].scalars().items()})
 
 # %%
 # One batch of 32 makes a noisy measurement: the lines are means over neighbours. The order of the legend is that of the
 # means, the domain that agrees least last.
 
+agreement = pd.DataFrame([report.scalars() for report in reports]).filter(like="agreement_with_rest/")
+agreement = agreement.rename(columns=lambda name: name.rpartition("/")[2])
+order = agreement.mean().sort_values(ascending=False).index
+
 figure, axes = plt.subplots(figsize=(7, 4))
-order = plot_agreement_by_domain(agreement_by_domain(reports), axes)
-axes.set_xlabel("meta-iteration")
+agreement[order].rolling(21, center=True, min_periods=1).mean().plot(ax=axes)
+axes.axhline(0.0, color="0.6", linestyle=":")
+axes.set(xlabel="meta-iteration", ylabel="cosine with the others' gradients")
 figure.tight_layout()
 print("agrees least:", order[-1])
 plt.show()

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from _study import data, found, loss_fn, metric, net
+from _study import data, found, net
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -160,4 +160,3 @@ def test_the_head_is_the_linear_layer_that_is_called_last():
     assert "IDGM, body" not in [row.name for row in found(["ERM", "IDGM, head"], head="body", **brief).rows]
     found({"ERM": "ERM", "noted": Recipe(noted)}, **brief)
     assert matched
-    assert loss_fn is not metric

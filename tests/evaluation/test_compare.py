@@ -39,10 +39,6 @@ def _short_timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.unfreeze()
 
 
-def loss_of(case: Case) -> Any:
-    return case.loss
-
-
 def trained(case: Case, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Take a few steps of ordinary training, and leave gradients behind."""
     for batch in case.batches:
@@ -61,7 +57,7 @@ def test_nothing_changes(build: Any):
     momentum = 0.0 if build is networks.sparse_embedding else 0.9  # a sparse one cannot be compared with anything
     optimizer = trained(case, SGD(case.model.parameters(), lr=0.01, momentum=momentum))
     before = state_of_everything(case.model, optimizer)
-    found = compare(case.model, loss_of(case), case.batches, optimizer=optimizer, **BRIEF)
+    found = compare(case.model, case.loss, case.batches, optimizer=optimizer, **BRIEF)
     assert_identical(state_of_everything(case.model, optimizer), before)
     assert found["Fish"].error is None
     assert found["IDGM"].error is None
@@ -93,7 +89,7 @@ def test_a_new_users_transformer_gets_an_answer_and_keeps_everything(capsys: pyt
     trained(case, optimizer)
     scheduler.step()
     before = state_of_everything(case.model, optimizer), scheduler.state_dict()
-    found = compare(case.model, loss_of(case), case.batches, optimizer=optimizer)
+    found = compare(case.model, case.loss, case.batches, optimizer=optimizer)
     assert_identical((state_of_everything(case.model, optimizer), scheduler.state_dict()), before)
     printed = capsys.readouterr().out
     assert printed == f"{found}\n"
@@ -113,7 +109,7 @@ def test_in_the_middle_of_the_users_own_inner_loop():
     optimizer = GradMatch(Adam(case.model.parameters(), lr=1e-3), Fish(0.5, inner_steps=5, model=case.model))
     trained(case, optimizer)
     before = state_of_everything(case.model, optimizer)
-    compare(case.model, loss_of(case), case.batches, optimizer=optimizer, **BRIEF)
+    compare(case.model, case.loss, case.batches, optimizer=optimizer, **BRIEF)
     assert_identical(state_of_everything(case.model, optimizer), before)
     assert optimizer.inner_step == 3
     trained(case, optimizer)
@@ -143,7 +139,7 @@ def test_nothing_changes_when_the_loss_raises(when: str):
 def test_the_figures_are_those_of_the_methods():
     case = make(networks.batch_norm_1d)
     lr = 1e-4
-    found = compare(case.model, loss_of(case), case.batches, optimizer=SGD(case.model.parameters(), lr=lr), **BRIEF)
+    found = compare(case.model, case.loss, case.batches, optimizer=SGD(case.model.parameters(), lr=lr), **BRIEF)
     evaluations = {row.name: row.cost.evaluations for row in found.rows if row.cost}
     assert evaluations["ERM"] == evaluations["Fish"] == evaluations["IDGM, keep_graphs"] == 3
     assert evaluations["SmoothFish"] == 3  # a walk alone
@@ -199,7 +195,7 @@ print(json.dumps({name: one.peak_bytes for name, one in found.items()}))
 
 def test_a_direction_lost_in_rounding_is_said():
     case = make(networks.batch_norm_1d)
-    found = compare(case.model, loss_of(case), case.batches, optimizer=SGD(case.model.parameters(), lr=1e-17), **BRIEF)
+    found = compare(case.model, case.loss, case.batches, optimizer=SGD(case.model.parameters(), lr=1e-17), **BRIEF)
     assert "lost in rounding" in str(found)
 
 
@@ -214,7 +210,7 @@ class Broken(Method):
 def test_a_method_that_fails_is_named_and_the_others_go_on():
     case = make(networks.sparse_embedding)  # torch has no forward derivative of it
     methods = {"mine": Broken("no such luck"), "forward": IDGM(case.model, 0.1, hvp="forward"), "Fish": Fish()}
-    found = compare(case.model, loss_of(case), case.batches, methods, SGD(case.model.parameters(), 0.01), **BRIEF)
+    found = compare(case.model, case.loss, case.batches, methods, SGD(case.model.parameters(), 0.01), **BRIEF)
     assert found["mine"].error == "no such luck"
     assert found["mine"].cost is None
     assert "hvp" in found["forward"].error
@@ -247,7 +243,7 @@ def test_a_method_that_fails_later_without_a_word_is_named_too():
     methods = {"mine": BreaksLater(), "exact": IDGM(case.model, 0.1)}
     optimizer = SGD(case.model.parameters(), 0.01)
     before = state_of_everything(case.model, optimizer)
-    found = compare(case.model, loss_of(case), case.batches, methods, optimizer, **{**BRIEF, "rounds": 3})
+    found = compare(case.model, case.loss, case.batches, methods, optimizer, **{**BRIEF, "rounds": 3})
     assert_identical(state_of_everything(case.model, optimizer), before)
     assert found["mine"].error == "NotImplementedError"
     assert found["mine"].cost is None
@@ -290,7 +286,7 @@ def test_every_method_is_measured_against_what_it_matches():
         "cosine": IDGM(case.model, 0.2, "cosine"),
     }
     optimizer = SGD(case.model.parameters(), lr=1e-4)
-    found = compare(case.model, loss_of(case), case.batches, methods, optimizer, **BRIEF)
+    found = compare(case.model, case.loss, case.batches, methods, optimizer, **BRIEF)
     assert [row.fidelity.agreement for row in found.rows[2:]] == ["variance", "inner_product", "cosine"]
     for name, gamma in (("variance", 0.5), ("product", 0.1), ("cosine", 0.2)):
         assert found[name].fidelity.cosine == pytest.approx(1.0, abs=1e-9)
@@ -330,9 +326,7 @@ def test_lbfgs_has_costs_and_no_fidelity():
     case = make(networks.batch_norm_1d)
     optimizer = LBFGS(case.model.parameters(), lr=0.1, max_iter=3)
     before = state_of_everything(case.model, optimizer)
-    found = compare(
-        case.model, loss_of(case), case.batches, {"Fish": Fish(), "exact": IDGM(case.model, 0.1)}, optimizer
-    )
+    found = compare(case.model, case.loss, case.batches, {"Fish": Fish(), "exact": IDGM(case.model, 0.1)}, optimizer)
     assert_identical(state_of_everything(case.model, optimizer), before)
     assert not any(row.error for row in found.rows)
     assert found["Fish"].fidelity is None
@@ -343,7 +337,7 @@ def test_other_forms_of_the_arguments():
     case = make(networks.batch_norm_1d)
     case.model.float()
     batches = ((x.float(), y.float()) for x, y in case.batches)
-    found = compare(case.model, loss_of(case), batches, [SmoothFish(2.0, 0.01), Fish(0.3)], **BRIEF)
+    found = compare(case.model, case.loss, batches, [SmoothFish(2.0, 0.01), Fish(0.3)], **BRIEF)
     assert "SGD(lr=0.01)" in found.setting
     assert [row.name.split("(")[0] for row in found.rows if row.cost] == ["ERM", "SmoothFish", "Fish"]
     assert isinstance(found, Comparison)
@@ -392,7 +386,7 @@ def test_names_objects_and_recipes_as_for_leave_one_domain_out():
 )
 def test_wrong_arguments_are_named(changed: dict[str, Any], error: type[Exception], message: str):
     case = make(networks.batch_norm_1d)
-    arguments: dict[str, Any] = {"model": case.model, "loss_fn": loss_of(case), "batches": case.batches, **BRIEF}
+    arguments: dict[str, Any] = {"model": case.model, "loss_fn": case.loss, "batches": case.batches, **BRIEF}
     if changed.get("optimizer") == "warm-up":
         changed = {"optimizer": SGD(case.model.parameters(), lr=0.0)}
     with pytest.raises(error, match=message):

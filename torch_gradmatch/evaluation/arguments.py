@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_gradmatch._checks import check_loss, check_reached
+from torch_gradmatch._checks import add_note, check_loss, check_reached
 from torch_gradmatch.data._labels import indices_by_domain
 from torch_gradmatch.evaluation.cost import describe
-from torch_gradmatch.evaluation.recipes import SHARED, Choice, LogUniform, Recipe, check_ranges
+from torch_gradmatch.evaluation.recipes import SHARED, Choice, LogUniform, Recipe, Settings, check_ranges, draw_settings
 from torch_gradmatch.evaluation.task import Task, near_duplicates, seeded
 from torch_gradmatch.evaluation.training import train
 from torch_gradmatch.evaluation.trial import linear_layers_called
@@ -22,6 +22,7 @@ from torch_gradmatch.evaluation.trial import linear_layers_called
 __all__ = ["described", "merged_ranges", "probed", "tried"]
 
 Ranges = dict[str, dict[str, LogUniform | Choice]]
+ORDER = "make_model, dataset, domains, loss_fn, metric"
 
 
 def check_call(make_model: Any, dataset: Any, functions: Mapping[str, Any]) -> None:
@@ -38,29 +39,20 @@ def check_call(make_model: Any, dataset: Any, functions: Mapping[str, Any]) -> N
     """
     missing = [name for name in ("scipy", "joblib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModuleNotFoundError(
-            f"leave_one_domain_out needs {', '.join(missing)}: install the extra, torch_gradmatch[evidence]"
-        )
+        raise ModuleNotFoundError(f"this needs {', '.join(missing)}: install the extra, torch_gradmatch[evidence]")
     if isinstance(make_model, nn.Module):
         raise TypeError(
             f"make_model should be a function that returns a new model (got a {type(make_model).__name__}): each run "
             "trains one of its own. Pass the function that builds it, or lambda: copy.deepcopy(model)"
         )
     for name, value in {"make_model": make_model, **functions}.items():
-        if not callable(value):
-            raise TypeError(
-                f"{name} should be a function (got {type(value).__name__}): the order is make_model, dataset, domains, "
-                "loss_fn, metric"
-            )
+        if not callable(value) and not (name in ("predict", "collate_fn") and value is None):
+            raise TypeError(f"{name} should be a function (got {type(value).__name__}): the order is {ORDER}")
+    given = type(dataset).__name__
     if hasattr(dataset, "iloc"):
-        raise TypeError(
-            f"dataset should be a sequence of samples (got a {type(dataset).__name__}): pass TensorDataset(inputs, "
-            "targets) of its columns, or df.to_dict('records')"
-        )
+        raise TypeError(f"dataset should be a sequence of samples (got a {given}): pass df.to_dict('records')")
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or isinstance(dataset, Mapping):
-        raise TypeError(
-            f"dataset should be a map-style Dataset or a sequence of samples (got a {type(dataset).__name__})"
-        )
+        raise TypeError(f"dataset should be a map-style Dataset or a sequence of samples (got a {given})")
 
 
 def samples_by_domain(domains: Any, dataset: Any) -> dict[Any, list[int]]:
@@ -80,22 +72,17 @@ def samples_by_domain(domains: Any, dataset: Any) -> dict[Any, list[int]]:
     """
     labels, indices = indices_by_domain(domains)
     by_domain = {label: of_domain.tolist() for label, of_domain in zip(labels, indices, strict=True)}
-    number = 1 + max(index for of_domain in by_domain.values() for index in of_domain)
-    if number > len(dataset) or (number < len(dataset) and not isinstance(domains, Mapping)):
+    number, size = 1 + max(map(max, by_domain.values())), len(dataset)
+    if number > size or (number < size and not isinstance(domains, Mapping)):
         raise ValueError(
-            f"domains should have a label for each of the {len(dataset)} samples of the dataset (got {number}); to "
-            "leave samples out, map labels to indices"
+            f"domains should have a label for each of the {size} samples of the dataset (got {number}); to leave "
+            "samples out, map labels to indices"
         )
     if len(by_domain) < 3:
-        raise ValueError(
-            f"domains should have at least three labels, one to hold out and two to match (got {len(by_domain)})"
-        )
+        raise ValueError(f"domains should have at least three labels, one of them to hold out (got {len(by_domain)})")
     for label, of_domain in by_domain.items():
         if len(of_domain) < 2:
-            raise ValueError(
-                f"domain {label!r} has one sample, and needs one to train on and one to select by: leave it out, or "
-                "merge it with another"
-            )
+            raise ValueError(f"domain {label!r} has one sample, to train on or to select by: leave it out, or merge it")
     return by_domain
 
 
@@ -112,10 +99,8 @@ def groups_of(groups: Any, dataset: Any) -> dict[int, Any]:
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("domains", "groups")) from None
     found = {i: label for label, of_group in zip(labels, indices, strict=True) for i in of_group.tolist()}
-    if len(found) != len(dataset):
-        raise ValueError(
-            f"groups should have a label for each of the {len(dataset)} samples of the dataset (got {len(found)})"
-        )
+    if len(found) != (size := len(dataset)):
+        raise ValueError(f"groups should have a label for each of the {size} samples of the dataset (got {len(found)})")
     return found
 
 
@@ -128,13 +113,13 @@ def check_held_out(by_domain: Mapping[Any, Any], held_out: Sequence[Any] | None)
     """
     if isinstance(held_out, str):
         raise TypeError(f"held_out should be a list of labels (got {held_out!r}): [{held_out!r}]")
-    held = list(by_domain) if held_out is None else list(held_out)
-    for label in held:
+    held = {str(label): label for label in (by_domain if held_out is None else held_out)}
+    for label in held.values():
         if label not in by_domain:
             raise ValueError(f"held_out should name domains (got {label!r})")
     if not held:
         raise ValueError("held_out should name at least one domain (got none)")
-    return {str(label): label for label in held}
+    return held
 
 
 def merged_ranges(recipes: Mapping[str, Recipe], search: Mapping[str, LogUniform | Choice] | None) -> Ranges:
@@ -178,12 +163,12 @@ def made(task: Task) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"make_model should return a torch.nn.Module (got {type(model).__name__})")
     places = {p.untyped_storage().data_ptr() for p in first.parameters() if p.numel()}
-    shared = [name for name, p in model.named_parameters() if p.numel() and p.untyped_storage().data_ptr() in places]
-    if shared:
-        raise ValueError(
-            f"make_model returned the same {shared[0]} twice, so each run would go on with the model of the one "
-            "before: let it build a new model, or return copy.deepcopy(model)"
-        )
+    for name, p in model.named_parameters():
+        if p.numel() and p.untyped_storage().data_ptr() in places:
+            raise ValueError(
+                f"make_model returned the same {name} twice, so each run would go on with the model of the one before: "
+                "let it build a new model, or return copy.deepcopy(model)"
+            )
     return model.to(task.device)
 
 
@@ -211,16 +196,15 @@ def probed(task: Task) -> str | None:
         try:
             task.score(model, indices)
         except Exception as error:
-            raise type(error)(f"{error}\n(raised when the metric was called with domain {label!r})") from error
-    if not task.group_of:
-        found = near_duplicates(task)
-        if found:
-            shown = ", ".join(f"{share:.0%} of {label!r}" for label, share in found.items())
-            warnings.warn(
-                f"many samples have a near-identical twin in their domain ({shown}), and no groups are given: if they "
-                "come from one patient, recording or scene, selection is blind to what is memorized. Pass groups=",
-                stacklevel=3,
-            )
+            add_note(error, f"raised when the metric was called with domain {label!r}")
+            raise
+    if not task.group_of and (found := near_duplicates(task)):
+        shown = ", ".join(f"{share:.0%} of {label!r}" for label, share in found.items())
+        warnings.warn(
+            f"many samples have a near-identical twin in their domain ({shown}), and no groups are given: if they "
+            "come from one patient, recording or scene, selection is blind to what is memorized. Pass groups=",
+            stacklevel=3,
+        )
     return called[-1] if called else None
 
 
@@ -243,21 +227,21 @@ def tried(
     working, left_out = {}, {}
     brief = replace(task, budget=1, evaluations=1, predictions=False)
     for name, recipe in recipes.items():
-        settings = {key: of.default for key, of in ranges[name].items()}
         try:
-            run, _ = train(brief, recipe, settings, None, 0)
-        except Exception as error:  # noqa: BLE001  any recipe, any reason: the answer says it
-            run, reason = {"stopped": describe(error)}, error
-        else:
-            reason = RuntimeError(run["stopped"])
-        if run["stopped"] is None:
+            _take_a_step(brief, recipe, draw_settings(ranges[name], 0, 0))
             working[name] = recipe
-        elif name == next(iter(recipes)):
-            raise reason
-        else:
-            left_out[name] = run["stopped"]
+        except Exception as error:
+            if name == next(iter(recipes)):
+                raise
+            left_out[name] = describe(error)
             warnings.warn(f"{name} is left out, since its first step failed: {left_out[name]}", stacklevel=3)
     return working, left_out
+
+
+def _take_a_step(task: Task, recipe: Recipe, settings: Settings) -> None:
+    run, _ = train(task, recipe, settings, None, 0)
+    if run["stopped"] is not None:
+        raise RuntimeError(run["stopped"])
 
 
 def described(task: Task, recipes: Mapping[str, Recipe], name: str | None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -283,7 +267,7 @@ def described(task: Task, recipes: Mapping[str, Recipe], name: str | None) -> tu
             if name is None:
                 raise ValueError(
                     f"folder= needs to know whether its runs are of the same {what}, and {error}: pass name=, a name "
-                    "of your own for it, and change the name whenever it changes"
+                    "of your own that changes whenever it does"
                 ) from error
             return f"name={name}"
 

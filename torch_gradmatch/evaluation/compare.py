@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch_gradmatch._checks import check_int, check_model, check_num_domains, named_batches
 from torch_gradmatch.evaluation.cost import ERM, Cost, costs, describe
 from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, agreement_of, fidelity, name_of, random_orders
-from torch_gradmatch.evaluation.recipes import SHARED, Recipe, named_recipes, recipe_of
+from torch_gradmatch.evaluation.recipes import SHARED, Recipe, draw_settings, named_recipes, recipe_of
 from torch_gradmatch.evaluation.tables import aligned, wrapped
 from torch_gradmatch.evaluation.trial import Trial, linear_layers_called
 from torch_gradmatch.gradients.agreement import Agreement, fish_gamma
@@ -223,10 +223,7 @@ def compare(
     plain = _plain_optimizer(optimizer, own)
     lr = float(plain.param_groups[0].get("lr", 0.01))
     if lr <= 0:
-        raise ValueError(
-            f"the optimizer's learning rate should be greater than 0 (got {lr}): compare at the one you train with, "
-            "not at the beginning of a warm-up"
-        )
+        raise ValueError(f"the optimizer's learning rate should be greater than 0 (got {lr}): compare after a warm-up")
     IDGM(own, 0.0).make_loop(plain)  # refuses parameters that are not in the model
     with (
         Trial(own, lambda batch: loss_fn(own, batch), batches, plain) as trial,
@@ -234,16 +231,17 @@ def compare(
         warnings.catch_warnings(),
     ):
         with linear_layers_called(own) as called:
-            _refuse_nonfinite(trial)
+            loss = float(trial.differentiate_mean_loss())
+        if not math.isfinite(loss):
+            raise ValueError(f"the mean loss of the batches is {loss}: look at them, or has the model diverged?")
         named = _methods(methods, own, lr, domains, head or (called[-1] if called else None))
         warnings.filterwarnings("ignore", "SmoothFish matches nothing")  # the table says it
         measured, errors = costs(trial, named, rounds)
         trial.fix_random_numbers()
         drawn = random_orders(domains, orders, torch.Generator().manual_seed(seed))
         fidelities, said = _fidelities(trial, named, errors, drawn)
-    rows = [Row(ERM, ERM, measured[ERM], None, None)]
-    for name, method in named.items():
-        rows.append(Row(name, repr(method), measured.get(name), fidelities.get(name), errors.get(name)))
+    shown = {ERM: ERM} | {name: repr(method) for name, method in named.items()}
+    rows = [Row(n, what, measured.get(n), fidelities.get(n), errors.get(n)) for n, what in shown.items()]
     found = Comparison(_setting(trial, plain, lr), "\n\n".join(map(wrapped, [REFERENCE, *said])), rows)
     if show:
         print(found)  # noqa: T201  it is what was asked for
@@ -272,23 +270,13 @@ def _methods(methods: Any, model: nn.Module, lr: float, domains: int, head: str 
     named: dict[str, Method] = {}
     for name, recipe in named_recipes(methods, head, here).items():
         if recipe.method is not None and name != ERM:
-            ranges = {**SHARED, **recipe.search}
-            named[name] = recipe.method(model, {key: of.default for key, of in ranges.items()})
-        elif recipe != Recipe():  # the row of ERM is always there
+            named[name] = recipe.method(model, draw_settings({**SHARED, **recipe.search}, 0, 0))
+        elif recipe != Recipe():
             raise ValueError(
                 f"methods[{name!r}] should have a method of one meta-iteration, and another name than {ERM!r}, whose "
                 "row is always there"
             )
     return named
-
-
-def _refuse_nonfinite(trial: Trial) -> None:
-    loss = float(trial.differentiate_mean_loss())
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the mean loss of the batches is {loss}, so there is nothing to compare at these parameters: look at the "
-            "batches, or take a model that has not diverged"
-        )
 
 
 def _fidelities(

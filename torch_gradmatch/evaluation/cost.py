@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
+
+from torch.optim import Optimizer
 
 from torch_gradmatch.evaluation.peak_memory import peak_memory
 from torch_gradmatch.evaluation.trial import Trial, copy_optimizer
@@ -51,90 +53,61 @@ def describe(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-class _Pair:
-    """A method and ERM, which take their steps by one and the same copy of the optimizer.
+def _erm(trial: Trial, optimizer: Optimizer) -> None:
+    """Carry out one iteration of ordinary training from wherever the parameters are."""
+    needs_closure = wants_closure(optimizer)
+    if not needs_closure or hasattr(optimizer, "first_step"):  # SAM moves before it calls the closure
+        trial.differentiate_mean_loss()
+    if needs_closure:
+        optimizer.step(lambda: float(trial.differentiate_mean_loss()))
+    else:
+        optimizer.step()
 
-    Args:
-        trial: Where.
-        method: The method, or None for ERM alone.
-    """
 
-    def __init__(self, trial: Trial, method: Method | None) -> None:
-        self.trial = trial
-        self.optimizer = copy_optimizer(trial.optimizer)
+def _time(trial: Trial, run: Callable[[], object]) -> float:
+    """Return the seconds of one run, without those for the way back to the first parameters."""
+    elapsed, times = 0.0, 0
+    while elapsed < SHORTEST_TIMING:
         trial.reset()
-        self.run_erm()  # makes the optimizer's state, if there is none yet
-        self.run: Callable[[], object] = self.run_erm
-        if method is not None:
-            trial.reset()
-            self._runner(method)()  # loads what is loaded once
-            self.run = self._runner(method)
-        trial.reset()
-
-    def _runner(self, method: Method) -> Callable[[], object]:
-        """Return what carries out one meta-iteration from wherever the parameters are."""
-        return partial(GradMatch(self.optimizer, method).meta_step, self.trial.loss_fn, self.trial.batches)
-
-    def run_erm(self) -> None:
-        """Carry out one iteration of ordinary training from wherever the parameters are."""
-        needs_closure = wants_closure(self.optimizer)
-        if not needs_closure or hasattr(self.optimizer, "first_step"):  # SAM moves before it calls the closure
-            self.trial.differentiate_mean_loss()
-        if needs_closure:
-            self.optimizer.step(lambda: float(self.trial.differentiate_mean_loss()))
-        else:
-            self.optimizer.step()
-
-    def measure(self) -> tuple[int, int | None]:
-        """Measure one meta-iteration after the first few.
-
-        Returns:
-            Number of evaluations, and the peak of memory in bytes.
-        """
-
-        def warm_up() -> None:
-            for _ in range(WARM_UPS):
-                self.run()
-                self.trial.reset()
-            self.trial.evaluations = 0
-
-        peak = peak_memory(self.run, self.trial.devices, warm_up)
-        return self.trial.evaluations, peak
-
-    def time(self, run: Callable[[], object]) -> float:
-        """Time a run.
-
-        Args:
-            run: :attr:`run` or :meth:`run_erm`.
-
-        Returns:
-            Seconds for one, without those for the way back to the first parameters.
-        """
-        elapsed, times = 0.0, 0
-        while elapsed < SHORTEST_TIMING:
-            self.trial.reset()
-            self.trial.synchronize()
-            start = perf_counter()
-            run()
-            self.trial.synchronize()
-            elapsed, times = elapsed + perf_counter() - start, times + 1
-        return elapsed / times
+        trial.synchronize()
+        start = perf_counter()
+        run()
+        trial.synchronize()
+        elapsed, times = elapsed + perf_counter() - start, times + 1
+    return elapsed / times
 
 
 def _cost(trial: Trial, method: Method | None, rounds: int) -> tuple[Cost, list[float]]:
-    """Measure one method.
+    """Measure a method, or ERM, which takes its steps by the same copy of the optimizer.
 
     Returns:
         Its cost, and the seconds that ERM took in the same rounds.
     """
-    pair = _Pair(trial, method)
-    evaluations, peak_bytes = pair.measure()
+    optimizer = copy_optimizer(trial.optimizer)
+    erm: Callable[[], object] = partial(_erm, trial, optimizer)
+    run = erm
+    trial.reset()
+    erm()  # makes the optimizer's state, if there is none yet
+    trial.reset()
+    if method is not None:
+        GradMatch(optimizer, method).meta_step(trial.loss_fn, trial.batches)  # loads what is loaded once
+        run = partial(GradMatch(optimizer, method).meta_step, trial.loss_fn, trial.batches)
+        trial.reset()
+
+    def warm_up() -> None:
+        for _ in range(WARM_UPS):
+            run()
+            trial.reset()
+        trial.evaluations = 0
+
+    peak_bytes = peak_memory(run, trial.devices, warm_up)
+    evaluations = trial.evaluations
     seconds: list[float] = []
     of_erm: list[float] = []
+    kinds = [(seconds, run), (of_erm, erm)] if method is not None else [(seconds, run)]
     for number in range(rounds):
-        kinds = [(seconds, pair.run), (of_erm, pair.run_erm)] if method is not None else [(seconds, pair.run)]
-        for times, run in kinds[:: 1 if number % 2 else -1]:  # who is first gets other caches
-            times.append(pair.time(run))
+        for times, one in kinds[:: 1 if number % 2 else -1]:  # who is first gets other caches
+            times.append(_time(trial, one))
     trial.reset()
     of_erm = of_erm or seconds
     return Cost(seconds, [s / e for s, e in zip(seconds, of_erm, strict=True)], evaluations, peak_bytes), of_erm
@@ -152,7 +125,7 @@ def costs(trial: Trial, methods: Mapping[str, Method], rounds: int) -> tuple[dic
         The costs, also that of :data:`ERM`, and for the methods that failed, why; by name.
     """
     erm, seconds = _cost(trial, None, rounds)
-    measured, errors = {ERM: erm}, {}
+    measured, errors = {}, {}
     for name, method in methods.items():
         gc.collect()  # optimizers may be in cycles
         try:
@@ -165,5 +138,4 @@ def costs(trial: Trial, methods: Mapping[str, Method], rounds: int) -> tuple[dic
             trial.differentiate_mean_loss()  # if this fails it is the user's own loss, and an error of compare
     trial.reset()
     gc.collect()
-    measured[ERM] = Cost(seconds, [1.0] * len(seconds), erm.evaluations, erm.peak_bytes)
-    return measured, errors
+    return {ERM: replace(erm, seconds=seconds, of_erm=[1.0] * len(seconds))} | measured, errors

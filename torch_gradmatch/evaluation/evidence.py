@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torch_gradmatch.evaluation.plots import OKABE_ITO
 from torch_gradmatch.evaluation.statistics import LEVEL, Interval, holm, interval_of, power
 from torch_gradmatch.evaluation.tables import aligned, wrapped
 
@@ -25,6 +24,7 @@ __all__ = ["Difference", "Evidence", "EvidenceRow", "difference"]
 AVERAGED = ", averaged"  # after a recipe's name
 POOLED, BALANCED = "ERM", "ERM, balanced"
 POINTS = (0.01, 0.03)
+GREEN = "#009E73"  # Okabe and Ito's, which colour-blind readers can tell from the others'
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class EvidenceRow:
     @property
     def worst(self) -> tuple[str, float]:
         """The held-out domain where the mean over seeds is least, and that mean."""
-        found = {label: fmean(values) for label, values in self.by_domain.items()}
-        label = min(found, key=found.__getitem__)
-        return label, found[label]
+        return min(((label, fmean(values)) for label, values in self.by_domain.items()), key=lambda pair: pair[1])
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,8 @@ class Difference:
 
     def lacks(self) -> str:
         """Say why it is not better."""
-        failed = [
-            f"for another {what} its interval {found} includes 0"
-            for what, found in (("domain", self.domains), ("seed", self.seeds))
-            if not found.low > 0
-        ]
+        both = {"domain": self.domains, "seed": self.seeds}
+        failed = [f"for another {what} its interval {d} includes 0" for what, d in both.items() if not d.low > 0]
         return " and ".join(failed) or f"p = {self.p:.2g} alone, {self.corrected:.2g} after Holm's correction"
 
 
@@ -138,10 +133,7 @@ class Evidence:
         first, *others = self.rows
         found = {row.name: difference(row, first) for row in others}
         corrected = holm([d.p for d in found.values()])
-        return {
-            name: Difference(d.by_domain, d.domains, d.seeds, d.p, p)
-            for (name, d), p in zip(found.items(), corrected, strict=True)
-        }
+        return {name: replace(d, corrected=p) for (name, d), p in zip(found.items(), corrected, strict=True)}
 
     @property
     def best(self) -> str:
@@ -165,43 +157,34 @@ class Evidence:
     @property
     def answer(self) -> str:
         """What to use, what it costs, and how far this study could see. In sentences."""
-        first, found = self.rows[0], self.differences
+        first, found, name = self.rows[0], self.differences, self.best
         left = [f"{name} was left out: {reason}." for name, reason in self.left_out.items()]
         if not found:
             return " ".join([f"There is nothing to compare {first.name} with.", *left])
-        name = self.best
         many = f"after Holm's correction for {len(found)} comparisons" if len(found) > 1 else "in one comparison"
+        nearest = max(found, key=lambda n: found[n].domains.mean)
         if name != first.name:
             d = found[name]
-            said = [
-                (
-                    f"Yes. Use {name}: {d.domains.mean:+.3f} over {first.name}, [{d.domains.low:+.3f}, "
-                    f"{d.domains.high:+.3f}] for another domain, [{d.seeds.low:+.3f}, {d.seeds.high:+.3f}] for another "
-                    f"seed, p = {d.corrected:.2g} {many}."
-                ),
-                self._price(name),
-            ]
+            times = self[name].seconds / max(first.seconds, 1e-9)
+            copy = ", and one more copy of the parameters" if name.endswith(AVERAGED) else ""
+            said = [f"Yes. Use {name}: {d.domains.mean:+.3f} over {first.name}, {d.domains.ends} for another domain,"]
+            said += [f"{d.seeds.ends} for another seed, p = {d.corrected:.2g} {many}."]
+            said += [f"It takes {times:.1f} times the seconds of {first.name} for as many samples{copy}."]
             said += _listed("Also better", {n: d for n, d in found.items() if d.is_better and n != name})
         else:
-            nearest = max(found, key=lambda n: found[n].domains.mean)
-            said = [
-                f"No. Use {first.name}: nothing is better than it for another domain and for another seed, {many}.",
-                f"The best mean has {nearest}, {found[nearest].domains.mean:+.3f}; {found[nearest].lacks()}."
-                if found[nearest].domains.mean > 0
-                else "No other has a better mean.",
-            ]
+            said = [f"No. Use {first.name}: nothing is better than it for another domain and for another seed, {many}."]
+            if found[nearest].domains.mean > 0:
+                said += [f"The best mean has {nearest}, {found[nearest].domains.mean:+.3f}; {found[nearest].lacks()}."]
+            else:
+                said += ["No other has a better mean."]
         if first.name == POOLED and BALANCED in found:
             said += [f"The sampler alone ({BALANCED}): {found[BALANCED].domains}."]
         said += _listed("Worse", {n: d for n, d in found.items() if d.domains.mean < 0 and d.corrected < LEVEL})
         seen = " and ".join(f"of {points:g} in {self.power(points):.0%}" for points in POINTS)
         said += [f"With the spread found, such a study sees a true difference {seen} of cases.", *left]
-        control = ["Control: the domains are permuted, so that there is nothing to find."] if self.permuted else []
-        return " ".join([*control, *said])
-
-    def _price(self, name: str) -> str:
-        times = self[name].seconds / max(self.rows[0].seconds, 1e-9)
-        copy = ", and one more copy of the parameters" if name.endswith(AVERAGED) else ""
-        return f"It takes {times:.1f} times the seconds of {self.rows[0].name} for as many samples{copy}."
+        if self.permuted:
+            said = ["Control: the domains are permuted, so that there is nothing to find.", *said]
+        return " ".join(said)
 
     def __str__(self) -> str:
         first, found = self.rows[0], self.differences
@@ -263,15 +246,8 @@ class Evidence:
         Returns:
             The text.
         """
-        content = {
-            "setting": self.setting,
-            "rows": [asdict(row) for row in self.rows],
-            "left_out": self.left_out,
-            "permuted": self.permuted,
-            "differences": {name: asdict(d) for name, d in self.differences.items()},
-            "answer": self.answer,
-        }
-        text = json.dumps(content, indent=1) + "\n"
+        names = ("setting", "rows", "left_out", "permuted", "differences", "answer")
+        text = json.dumps({name: getattr(self, name) for name in names}, indent=1, default=asdict) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -302,7 +278,7 @@ class Evidence:
         figure = Figure(figsize=(7, 1.3 + 0.34 * max(1, len(found))), dpi=150, layout="constrained")
         axes = figure.subplots()
         for y, d in enumerate(found.values()):
-            colour = OKABE_ITO[2] if d.is_better else "0.25"
+            colour = GREEN if d.is_better else "0.25"
             axes.plot(list(d.by_domain.values()), [y] * len(d.by_domain), "|", color="0.6", markersize=8)
             for interval, shift, width in ((d.domains, 0.0, 2.6), (d.seeds, 0.22, 1.1)):
                 if math.isfinite(interval.low):

@@ -21,7 +21,7 @@ with more than one order of the domains the sum of the directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,15 +29,13 @@ import torch
 from torch import Tensor
 
 from torch_gradmatch.evaluation.trial import Trial
-from torch_gradmatch.gradients.agreement import AGREEMENTS, Agreement, check_agreement, inner_product
-from torch_gradmatch.gradients.functional import functional_loss, idgm_grad
-from torch_gradmatch.gradients.replay import check_repeats
+from torch_gradmatch.gradients.agreement import Agreement, check_agreement, inner_product
+from torch_gradmatch.gradients.report import MetaStep
 from torch_gradmatch.methods.base import Method
 from torch_gradmatch.methods.fish import Fish
 from torch_gradmatch.methods.idgm import IDGM
 from torch_gradmatch.methods.smooth_fish import SmoothFish
 from torch_gradmatch.optimizer import GradMatch
-from torch_gradmatch.parallel.foreach import precision
 from torch_gradmatch.slow.inner_state import wants_closure
 
 __all__ = ["ExactTerm", "Fidelity", "agreement_of", "direction_beyond_erm", "fidelity", "name_of", "random_orders"]
@@ -116,17 +114,14 @@ def name_of(agreement: Agreement) -> str:
         agreement: The function.
 
     Returns:
-        The name of a named one, else that of the function, or of its class.
+        The name of the function, or of its class.
     """
-    for name, function in AGREEMENTS.items():
-        if function is agreement:
-            return name
     name = getattr(agreement, "__name__", type(agreement).__name__)
     return "a function" if name == "<lambda>" else str(name)
 
 
 class ExactTerm:
-    r"""The gradient of the mean loss and :math:`-\partial\phi/\partial\theta` at one point.
+    r"""The gradient of the mean loss and :math:`-\partial\phi/\partial\theta` at one point, by ``IDGM``.
 
     Args:
         trial: Where, with its random numbers fixed.
@@ -146,72 +141,52 @@ class ExactTerm:
     """
 
     def __init__(self, trial: Trial, hvp: str = "reverse", agreement: str | Agreement = "inner_product") -> None:
-        self._phi = check_agreement(agreement)
-        losses = trial.losses()
-        check_repeats(losses, trial.losses(), math.sqrt(precision(trial.parameters)))
-        self.agreement = name_of(self._phi)
+        phi = check_agreement(agreement)
+        self.agreement = name_of(phi)
         self.mean = _mean_gradient(trial)
         change = float(_mean_gradient(trial, nudge=True).sub_(self.mean).norm())
         self.noise = SAFETY * change / max(float(self.mean.norm()), _tiny(self.mean))
-        # Taken as a difference of directions, with both of about one length; for that its length has to be known.
-        self.term = self._term(trial, hvp, 1.0)
-        length = float(self.term.norm())
-        if not (math.isfinite(length) and math.isfinite(float(self.mean.norm()))):
+        # Strength 1: the term is a difference of directions, with both of one length.
+        method: Any = IDGM(trial.model, agreement=phi, strength=1.0, hvp=hvp, nonfinite="ignore")  # type: ignore[arg-type]
+        self.term, report = direction_beyond_erm(trial, method, self.mean, range(len(trial.batches)))
+        if not (self.term.isfinite().all() and self.mean.isfinite().all()):
             raise RuntimeError(
                 "the gradients are not finite at these parameters: look at the batches, or take a model that has not "
                 "diverged"
             )
-        if length > 0:
-            del self.term  # before the next
-            self.term = self._term(trial, hvp, float(self.mean.norm()) / length)
-
-    def _term(self, trial: Trial, hvp: str, gamma: float) -> Tensor:
-        trial.reset()
-        names = {p: name for name, p in trial.model.named_parameters()}
-        params = {names[p]: p for p in trial.parameters if p.requires_grad}
-        loss_fn = functional_loss(trial.model, trial.loss_fn)
-        buffers = dict(trial.model.named_buffers())
-        found = idgm_grad(loss_fn, params, trial.batches, gamma, self._phi, hvp=hvp, buffers=buffers).gradient
-        return (
-            _added(torch.zeros_like(self.mean), (found.pop(names[p], None) for p in trial.parameters), trial)
-            .sub_(self.mean)
-            .div_(gamma)
-        )
+        self.term = self.term.div_(report.gamma) if report.gamma else self.term.zero_()
 
 
-def direction_beyond_erm(trial: Trial, method: Method, exact: ExactTerm, order: Sequence[int]) -> Tensor:
-    """Carry out one meta-iteration and return what its gradients have beyond the mean gradient.
+def direction_beyond_erm(
+    trial: Trial, method: Method, mean_gradient: Tensor, order: Sequence[int]
+) -> tuple[Tensor, MetaStep]:
+    """Carry out one meta-iteration and take what its gradients have beyond the mean gradient.
 
     Args:
         trial: Where, with its random numbers fixed.
         method: The method.
-        exact: Holds the mean gradient.
+        mean_gradient: Of the domains.
         order: In which to go through the domains.
 
     Returns:
-        One vector for all parameters.
+        One vector for all parameters, and the report.
     """
-    if type(method) is Fish and method.nonfinite == "raise":  # keeps a copy of the optimizer's state, to no use here
-        beyond = direction_beyond_erm(trial, replace(method, nonfinite="ignore"), exact, order)
-        if beyond.isfinite().all():
-            return beyond
-        del beyond  # and let the method itself say what is wrong
     trial.reset()
     if isinstance(method, IDGM | SmoothFish):  # one gradient, whatever the optimizer: one without a state
         wrapper: GradMatch[Any] = GradMatch(torch.optim.SGD(trial.parameters, lr=0.0), method)
     else:
         wrapper = trial.wrap(method)
-    total, steps = exact.mean.new_zeros(0), 0  # of the parameters' size from the first step on
+    total, steps = mean_gradient.new_zeros(0), 0  # of the parameters' size from the first step on
 
     def note(*_: Any) -> None:
         nonlocal total, steps
-        total = _added(total if steps else torch.zeros_like(exact.mean), (p.grad for p in trial.parameters), trial)
+        total = _add_gradients(total if steps else torch.zeros_like(mean_gradient), trial)
         steps += 1
 
     wrapper.optimizer.register_step_pre_hook(note)
-    wrapper.meta_step(trial.loss_fn, [trial.batches[i] for i in order])
+    report = wrapper.meta_step(trial.loss_fn, [trial.batches[i] for i in order])
     trial.reset()
-    return total.div_(steps).sub_(exact.mean)
+    return total.div_(steps).sub_(mean_gradient), report
 
 
 def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Sequence[int]]) -> Fidelity | None:
@@ -225,20 +200,27 @@ def fidelity(trial: Trial, method: Method, exact: ExactTerm, orders: Sequence[Se
 
     Returns:
         What was found, or None for an optimizer that evaluates gradients itself (LBFGS).
+
+    Raises:
+        RuntimeError: If a walk diverges.
     """
     if wants_closure(trial.optimizer):
         return None
     if isinstance(method, IDGM) and not method.one_pass:
         orders = [range(len(trial.batches))]  # no walk: the order changes nothing
+    looks = type(method) is Fish and method.nonfinite == "raise"
+    if looks:  # here: the method keeps a copy of the optimizer's state for it
+        method = replace(method, nonfinite="ignore")  # type: ignore[type-var]
     cosines: list[float] = []
-    mean: Tensor | None = None
+    mean = torch.zeros(())
     for number, order in enumerate(orders):
         torch.default_generator.manual_seed(number)
-        beyond = direction_beyond_erm(trial, method, exact, order)
+        beyond, _ = direction_beyond_erm(trial, method, exact.mean, order)
+        if looks and not beyond.isfinite().all():
+            raise RuntimeError("the walk through the domains diverged: lower the learning rate")
         cosines.append(_cosine(beyond, exact.term))
-        mean = beyond if mean is None else mean.add_(beyond)
+        mean = mean.add_(beyond) if number else beyond
         del beyond
-    assert mean is not None
     mean = mean.div_(len(orders))
     gamma = float(mean @ exact.term) / max(float(exact.term @ exact.term), _tiny(mean))
     strength = float(mean.norm()) / max(float(exact.mean.norm()), _tiny(mean))
@@ -253,24 +235,22 @@ def _mean_gradient(trial: Trial, *, nudge: bool = False) -> Tensor:
         for p in trial.parameters if nudge else ():
             p.add_(p * (2 * torch.randint(2, p.shape, device=p.device) - 1), alpha=torch.finfo(p.dtype).eps)
     trial.differentiate_mean_loss()
-    first = trial.parameters[0]
-    dtypes = {p.dtype.to_real() for p in trial.parameters} | {torch.float32}
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    length = sum(p.numel() * (2 if p.is_complex() else 1) for p in trial.parameters)
-    return _added(torch.zeros(length, dtype=wide, device=first.device), (p.grad for p in trial.parameters), trial)
+    wide = torch.float64 if any(p.dtype.to_real() == torch.float64 for p in trial.parameters) else torch.float32
+    return _add_gradients(torch.zeros(sum(_sizes(trial)), dtype=wide, device=trial.parameters[0].device), trial)
 
 
-def _added(vector: Tensor, gradient: Iterable[Tensor | None], trial: Trial) -> Tensor:
-    """Add a gradient to a vector of all parameters, in at least fp32; nothing where a parameter has none."""
-    start = 0
-    for p, g in zip(trial.parameters, gradient, strict=True):
-        end = start + p.numel() * (2 if p.is_complex() else 1)
-        if g is not None:
-            dense = g.detach().to_dense() if g.layout is not torch.strided else g.detach()
+def _add_gradients(vector: Tensor, trial: Trial) -> Tensor:
+    """Add ``.grad`` to a vector of all parameters, in at least fp32; nothing where a parameter has none."""
+    for p, part in zip(trial.parameters, vector.split(_sizes(trial)), strict=True):
+        if p.grad is not None:
+            dense = p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad
             dense = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
-            vector[start:end] += dense.reshape(-1).to(vector.device)
-        start = end
+            part.add_(dense.detach().reshape(-1).to(vector.device))
     return vector
+
+
+def _sizes(trial: Trial) -> list[int]:
+    return [p.numel() * (2 if p.is_complex() else 1) for p in trial.parameters]
 
 
 def _tiny(vector: Tensor) -> float:

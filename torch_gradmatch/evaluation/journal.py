@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 __all__ = ["Journal", "Key"]
 
 RUNS, TASK = "runs.jsonl", "task.json"
+OR_NAME = "give the method another name, or "
 
 
 class Key(NamedTuple):
@@ -29,58 +30,49 @@ class Key(NamedTuple):
     seed: int
 
 
-class Journal:
+class Journal(dict[Key, dict[str, Any]]):
     """Runs by key, kept in a folder if there is one: what is added is on the disk before the next run begins.
 
     Args:
         folder: Where; made if it is not there. None to keep nothing.
         task: What the runs depend on, in plain numbers and text: a folder with runs of something else is refused.
 
+    Attributes:
+        path: Of the file of runs, None without a folder.
+
     Raises:
         ValueError: If the folder holds runs of another task, names the first difference; or a line that is no run.
     """
 
     def __init__(self, folder: Path | None, task: Mapping[str, Any]) -> None:
-        self._runs: dict[Key, dict[str, Any]] = {}
-        self._path: Path | None = None
-        if folder is None:
+        super().__init__()
+        self.path = None if folder is None else folder / RUNS
+        if folder is None or self.path is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / RUNS
-        described = json.loads(json.dumps(task))
-        known = folder / TASK
+        described, known = json.loads(json.dumps(task)), folder / TASK
         if known.exists():
-            self._refuse_another(folder, json.loads(known.read_text()), described)
-        elif self._path.exists():
+            _refuse_another(f"{folder} holds runs", json.loads(known.read_text()), described, "")
+        elif self.path.exists():
             raise ValueError(f"{folder} has {RUNS} but no {TASK} that says what they are runs of: pass another folder")
         else:
             _write(known, json.dumps(described, indent=1) + "\n")
-        if self._path.exists():
-            self._read(self._path)
-
-    @staticmethod
-    def _refuse_another(folder: Path, known: dict[str, Any], described: dict[str, Any]) -> None:
-        for name in {**known, **described}:
-            if known.get(name) != described.get(name):
-                raise ValueError(
-                    f"{folder} holds runs with {name}={known.get(name)!r:.200}, and here it is "
-                    f"{described.get(name)!r:.200}: pass another folder, or remove this one"
-                )
+        if self.path.exists():
+            self._read(self.path)
 
     def _read(self, path: Path) -> None:
         text = path.read_text()
-        whole, separator, _torn = text.rpartition("\n")  # a line that was being written when it was killed
-        if len(whole + separator) < len(text):
+        whole, separator, torn = text.rpartition("\n")
+        if torn:  # a line that was being written when it was killed
             _write(path, whole + separator)
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 run = json.loads(line)
-                key = Key(*(run.pop(name) for name in Key._fields))
+                self[Key(*(run.pop(name) for name in Key._fields))] = run
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"line {number} of {path} is no run: remove it to go on ({error})") from error
-            self._runs[key] = run
 
-    def find(self, key: Key, expected: Mapping[str, Any]) -> bool:
+    def has(self, key: Key, expected: Mapping[str, Any]) -> bool:
         """Return whether it has a run.
 
         Args:
@@ -93,27 +85,10 @@ class Journal:
         Raises:
             ValueError: If it was trained by something else.
         """
-        run = self._runs.get(key)
-        if run is None:
-            return False
-        for name, value in json.loads(json.dumps(expected)).items():
-            if run[name] != value:
-                raise ValueError(
-                    f"the folder has a run of {key.method!r} with {name}={run[name]!r:.200}, and here it is "
-                    f"{value!r:.200}: give the method another name, or pass another folder"
-                )
-        return True
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        return self._runs[key]
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether there is a folder."""
-        return self._path is not None
-
-    def __len__(self) -> int:
-        return len(self._runs)
+        if key in self:
+            there = {name: self[key][name] for name in expected}
+            _refuse_another(f"the folder has a run of {key.method!r}", there, json.loads(json.dumps(expected)), OR_NAME)
+        return key in self
 
     def add(self, key: Key, run: Mapping[str, Any]) -> None:
         """Keep a run.
@@ -122,13 +97,21 @@ class Journal:
             key: Which.
             run: Plain numbers and text by name.
         """
-        line = json.dumps(key._asdict() | dict(run))
-        self._runs[key] = {name: value for name, value in json.loads(line).items() if name not in Key._fields}
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(line + "\n")
+        self[key] = json.loads(json.dumps(run))
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(key._asdict() | dict(run)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _refuse_another(where: str, known: Mapping[str, Any], here: Mapping[str, Any], remedy: str) -> None:
+    for name in {**known, **here}:
+        if known.get(name) != here.get(name):
+            raise ValueError(
+                f"{where} with {name}={known.get(name)!r:.200}, and here it is {here.get(name)!r:.200}: {remedy}pass "
+                "another folder"
+            )
 
 
 def _write(path: Path, text: str) -> None:

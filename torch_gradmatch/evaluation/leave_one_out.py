@@ -139,8 +139,7 @@ def leave_one_domain_out(
         (['ERM', 'ERM, averaged', 'Fish', 'Fish, averaged'], ['north', 'south', 'west'])
     """
     functions = {"loss_fn": loss_fn, "metric": metric, "optimizer": optimizer}
-    functions |= {key: f for key, f in (("predict", predict), ("collate_fn", collate_fn)) if f is not None}
-    arguments.check_call(make_model, dataset, functions)
+    arguments.check_call(make_model, dataset, functions | {"predict": predict, "collate_fn": collate_fn})
     counts = {"seeds": seeds, "budget": budget, "draws": draws, "evaluations": evaluations, "processes": processes}
     for key, value in counts.items():
         check_int(key, value, at_least=1)
@@ -150,23 +149,21 @@ def leave_one_domain_out(
     if check_bool("predictions", predictions) and predict is None:
         raise ValueError("predictions=True needs predict=, which returns the outputs and targets to keep")
     by_domain = arguments.samples_by_domain(domains, dataset)
-    if domains_per_step is not None and not 2 <= check_int("domains_per_step", domains_per_step, 1) < len(by_domain):
-        raise ValueError(
-            f"domains_per_step should be from 2 to {len(by_domain) - 1}, all that are trained on "
-            f"(got {domains_per_step})"
-        )
+    most = len(by_domain) - 1  # all that are trained on
+    if domains_per_step is not None and not 2 <= check_int("domains_per_step", domains_per_step, 1) <= most:
+        raise ValueError(f"domains_per_step should be from 2 to {most} (got {domains_per_step})")
     held = arguments.check_held_out(by_domain, held_out)
-    groups_of = arguments.groups_of(groups, dataset)
     task = Task(
-        make_model, dataset, by_domain, loss_fn, metric, predict, optimizer, collate_fn, groups_of, str(device),
-        domains_per_step, validation, budget, evaluations, predictions,
+        make_model, dataset, by_domain, loss_fn, metric, predict, optimizer, collate_fn,
+        arguments.groups_of(groups, dataset), str(device), domains_per_step, validation, budget, evaluations,
+        predictions,
     )  # fmt: skip
     if permuted:
         task = task.permuted(permuted)
     for label in held.values():
         task.split(label, 0)  # raises if the groups leave nothing
     found_head = arguments.probed(task)
-    recipes = named_recipes(methods, found_head if head is None else head)
+    recipes = named_recipes(methods, head or found_head)
     ranges = arguments.merged_ranges(recipes, search)
     recipes, left_out = arguments.tried(task, recipes, ranges)
     what, each = arguments.described(task, recipes, name) if folder is not None else ({}, dict.fromkeys(recipes, ""))
@@ -183,7 +180,7 @@ def leave_one_domain_out(
 
 def _setting(task: Task, held: Mapping[str, Any], seeds: int, draws: int) -> str:
     samples = sum(map(len, task.by_domain.values()))
-    step = len(task.by_domain) - 1 if task.domains_per_step is None else task.domains_per_step
+    step = task.domains_per_step or len(task.by_domain) - 1
     groups = f" in {len(set(task.group_of.values()))} groups" if task.group_of else ""
     return (
         f"{len(task.by_domain)} domains, {samples} samples{groups}, {len(held)} held out in turn; {step} domains in a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ __all__ = ["peak_memory"]
 
 
 def peak_memory(
-    run: Callable[[], Any], devices: Iterable[torch.device], warm_up: Callable[[], Any] | None = None
+    run: Callable[[], Any], devices: Iterable[torch.device], warm_up: Callable[[], Any] = lambda: None
 ) -> int | None:
     """Run something once and return the most memory that it needed above the level before.
 
@@ -37,42 +38,36 @@ def peak_memory(
         >>> needed is None or 250e6 < needed < 300e6
         True
     """
-    accelerators = [d for d in dict.fromkeys(devices) if d.type == "cuda"]
     gc.collect()
-    warm_up = warm_up or (lambda: None)
+    accelerators = {d: torch.cuda.memory_allocated(d) for d in devices if d.type == "cuda"}
     if accelerators:
-        before = {device: torch.cuda.memory_allocated(device) for device in accelerators}
         warm_up()
         for device in accelerators:
             torch.cuda.reset_peak_memory_stats(device)
         run()
-        return sum(torch.cuda.max_memory_allocated(device) - before[device] for device in accelerators)
-    level = _resident_now()
+        return sum(torch.cuda.max_memory_allocated(device) - before for device, before in accelerators.items())
+    before = _resident_anew()
     warm_up()
-    _resident_now()
+    _resident_anew()
     run()
-    return None if level is None else max(0, (_highest_resident() or 0) - level)
+    return None if before is None else max(0, _highest_resident() - before)
 
 
-def _resident_now() -> int | None:
-    """Let the record of the highest resident memory begin anew, and return its first entry.
+def _resident_anew() -> int | None:
+    """Let the record of the highest resident memory begin anew.
 
     Returns:
-        Bytes, or None where there is no such record.
+        Its first entry in bytes, or None where there is no such record.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed is no longer resident
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _highest_resident()
-
-
-def _highest_resident() -> int | None:
-    """Return the process's highest resident memory in bytes since the record began, or None if it is not told."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        Path("/proc/self/clear_refs").write_text("5")
+        return _highest_resident()
     return None
+
+
+def _highest_resident() -> int:
+    """Return the process's highest resident memory in bytes since the record began."""
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024

@@ -304,9 +304,7 @@ def named_recipes(methods: Any, head: str | None, own: Mapping[str, Recipe] | No
     found: dict[str, Recipe] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(
-                f"methods should have a name each (got {name!r} twice): pass a mapping, {{'one': ..., 'other': ...}}"
-            )
+            raise ValueError(f"methods should have a name each (got {name!r} twice): pass a mapping from names")
         if isinstance(value, str) and value not in known:
             needs = " ('IDGM, head' and 'Fishr' need head=)" if value in ("IDGM, head", "Fishr") else ""
             raise ValueError(f"methods should be among {', '.join(map(repr, known))} (got {value!r}){needs}")
@@ -327,8 +325,6 @@ def recipe_of(name: Any, value: Any) -> Recipe:
     if isinstance(value, Method):
         return Recipe(lambda model, _: for_model(value, model))
     if not isinstance(value, Recipe):
-        raise TypeError(
-            f"methods[{name!r}] should be a name, a method object such as Fish() or a Recipe (got "
-            f"{type(value).__name__})"
-        )
+        given = type(value).__name__
+        raise TypeError(f"methods[{name!r}] should be a name, a method object such as Fish() or a Recipe (got {given})")
     return value

@@ -37,10 +37,13 @@ class Interval:
     spread: float
     number: int
 
+    @property
+    def ends(self) -> str:
+        """Its ends as text."""
+        return "[-]" if math.isinf(self.low) else f"[{self.low:+.3f}, {self.high:+.3f}]"
+
     def __str__(self) -> str:
-        if math.isinf(self.low):
-            return f"{self.mean:+.3f} [-]"
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f} {self.ends}"
 
 
 def interval_of(values: Sequence[float]) -> Interval:

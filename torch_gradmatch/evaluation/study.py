@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -77,7 +78,7 @@ class Study:
             number = "1 run is" if len(self.journal) == 1 else f"{len(self.journal)} runs are"
             kept = f"{number} kept in the folder: the same call goes on from there"
             lost = "nothing is kept: pass folder= to go on from where it was"
-            raise KeyboardInterrupt(kept if self.journal.is_kept else lost) from None
+            raise KeyboardInterrupt(lost if self.journal.path is None else kept) from None
         return [self._row(name, method, kind, chosen) for name, (method, kind) in self.kinds().items()]
 
     def kinds(self) -> dict[str, tuple[str, str]]:
@@ -85,15 +86,14 @@ class Study:
         found = {}
         for m in self.recipes:
             found[m] = (m, PLAIN)
-            runs = [self.journal[Key(m, h, d, 0)] for h in self.held for d in range(self.draws)]
-            if any(run[AVERAGED] for run in runs):
+            if any(self.journal[Key(m, h, d, 0)][AVERAGED] for h in self.held for d in range(self.draws)):
                 found[m + SUFFIX] = (m, AVERAGED)
         return found
 
     def select(self, method: str, kind: str, held_out: str) -> int:
         """Return the draw that is best on the validation parts of the training domains; of equal ones the first."""
-        runs = [_of(self.journal[Key(method, held_out, draw, 0)], kind) for draw in range(self.draws)]
-        return max(range(self.draws), key=lambda draw: runs[draw]["validation"])
+        validation = [score["validation"] for score in self._scores(method, kind, held_out)]
+        return validation.index(max(validation))
 
     def refit(self, name: str) -> tuple[nn.Module, Settings]:
         """Carry out ``Evidence.refit``.
@@ -108,11 +108,9 @@ class Study:
             RuntimeError: If the run diverged.
         """
         method, kind = self.kinds()[name]
-        scores = [
-            fmean(_of(self.journal[Key(method, h, draw, 0)], kind)["validation"] for h in self.held)
-            for draw in range(self.draws)
-        ]
-        settings = draw_settings(self.ranges[method], scores.index(max(scores)), 0)
+        by_fold = [[score["validation"] for score in self._scores(method, kind, h)] for h in self.held]
+        means = [fmean(of_draw) for of_draw in zip(*by_fold, strict=True)]
+        settings = draw_settings(self.ranges[method], means.index(max(means)), 0)
         run, training = train(self.task, self.recipes[method], settings, None, 0)
         if run["stopped"] is not None:
             raise RuntimeError(f"training on all domains diverged: {run['stopped']}")
@@ -121,41 +119,39 @@ class Study:
     def _carry_out(self, keys: Sequence[Key], bar: Any) -> None:
         settings = {key: draw_settings(self.ranges[key.method], key.draw, 0) for key in keys}
         expected = {k: {"settings": settings[k], "by": self.described[k.method]} for k in keys}
-        missing = [key for key in keys if not self.journal.find(key, expected[key])]
+        missing = [key for key in keys if not self.journal.has(key, expected[key])]
         bar.update(len(keys) - len(missing))
-        for key, run in self._trained(missing, settings):
+        parallel = Parallel(max(1, min(self.processes, len(missing))), return_as="generator_unordered")
+        for key, run in parallel(
+            delayed(_run)(key, self.task, self.recipes[key.method], settings[key], self.held[key.held_out])
+            for key in missing
+        ):
             self.journal.add(key, expected[key] | run)
             spent = run["measuring"] / max(run["measuring"] + run["seconds"], 1e-9)
             bar.set_postfix_str(f"{key.method}, held out: {key.held_out}, {spent:.0%} measuring", refresh=False)
             bar.update()
-
-    def _trained(self, keys: Sequence[Key], settings: Mapping[Key, Settings]) -> Iterator[tuple[Key, Run]]:
-        """Yield runs in whatever order they are done."""
-        arguments = [(key, self.task, self.recipes[key.method], settings[key], self.held[key.held_out]) for key in keys]
-        if self.processes == 1 or len(keys) < 2:
-            yield from (_run(*own) for own in arguments)
-        else:
-            yield from Parallel(self.processes, return_as="generator_unordered")(delayed(_run)(*a) for a in arguments)
 
     def _row(self, name: str, method: str, kind: str, chosen: Mapping[tuple[str, str, str], int]) -> EvidenceRow:
         runs = {
             h: [self.journal[Key(method, h, chosen[method, kind, h], seed)] for seed in range(self.seeds)]
             for h in self.held
         }
+        scores = {h: [_of(run, kind) for run in of_domain] for h, of_domain in runs.items()}
         every = [run for of_domain in runs.values() for run in of_domain]
-        reasons = [run["stopped"] for run in every if run["stopped"] is not None]
-        by_draw = [[_of(self.journal[Key(method, h, d, 0)], kind) for d in range(self.draws)] for h in self.held]
+        kept = {h: [score.get("predictions") for score in of_domain] for h, of_domain in scores.items()}
         return EvidenceRow(
             name,
-            {h: [_of(run, kind)["held_out"] for run in of_domain] for h, of_domain in runs.items()},
+            {h: [score["held_out"] for score in of_domain] for h, of_domain in scores.items()},
             {h: of_domain[0]["settings"] for h, of_domain in runs.items()},
-            fmean(max(run["held_out"] for run in of_domain) for of_domain in by_draw),
+            fmean(max(score["held_out"] for score in self._scores(method, kind, h)) for h in self.held),
             fmean(run["seconds"] for run in every),
-            {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
-            {h: [_of(run, kind).get("predictions") for run in of_domain] for h, of_domain in runs.items()}
-            if self.task.predictions
-            else {},
+            dict(Counter(run["stopped"] for run in every if run["stopped"] is not None)),
+            kept if self.task.predictions else {},
         )
+
+    def _scores(self, method: str, kind: str, held_out: str) -> list[Run]:
+        """Return the scores of every draw with the first seed."""
+        return [_of(self.journal[Key(method, held_out, draw, 0)], kind) for draw in range(self.draws)]
 
 
 def _run(key: Key, task: Task, recipe: Recipe, settings: Settings, held_out: Any) -> tuple[Key, Run]:

@@ -168,8 +168,6 @@ class Task:
             many = getattr(self.dataset, "__getitems__", None)
             samples = [self.dataset[i] for i in indices] if many is None else many(list(indices))
             batch = (self.collate_fn or default_collate)(samples)
-        if self.device == "cpu":
-            return batch
         return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, batch)
 
     def score(self, model: nn.Module, indices: Sequence[int]) -> tuple[float, list[Any]]:
@@ -230,9 +228,8 @@ def near_duplicates(task: Task, most: int = 256) -> dict[Any, float]:
         inputs = leaves[0].detach().cpu().flatten(1).double()
         scale = inputs.std(0)
         inputs = inputs[:, scale > 0] / scale[scale > 0]
-        distances = torch.cdist(inputs, inputs)
-        typical = float(np.median(distances[~torch.eye(len(inputs), dtype=torch.bool)].numpy()))
-        nearest = distances.fill_diagonal_(math.inf).min(1).values
+        typical = float(np.median(torch.pdist(inputs).numpy()))
+        nearest = torch.cdist(inputs, inputs).fill_diagonal_(math.inf).min(1).values
         share = float((nearest < typical / 5).double().mean())
         if share > 0.1:
             found[label] = share

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Training:
     Attributes:
         samples: The training samples, a ``Subset`` of the data set.
         domains: The label of each one's domain.
+        domains_per_step: S, how many domains a meta-iteration has.
         budget: How many samples may be differentiated.
         spent: How many were.
         measuring: Seconds for averaging and measuring.
@@ -81,14 +83,10 @@ class Training:
         indices = [i for own in split.training.values() for i in own]
         self.samples: Subset[Any] = Subset(task.dataset, indices)
         self.domains = [label for label, own in split.training.items() for _ in own]
+        self.domains_per_step = task.domains_per_step or len(split.training)
         self.budget, self.spent, self.measuring = task.budget, 0.0, 0.0
         self._marks = [task.budget * k / task.evaluations for k in range(1, task.evaluations + 1)]
         self._measure()
-
-    @property
-    def domains_per_step(self) -> int:
-        """S, how many domains a meta-iteration has."""
-        return self._task.domains_per_step or len(self._split.training)
 
     @property
     def progress(self) -> float:
@@ -252,11 +250,8 @@ class Training:
         Returns:
             Whether it is the library's own refusal, or weights or outputs are not finite.
         """
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        own = trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
-        if own and isinstance(error, RuntimeError | ValueError):
+        raised_in = Path(extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.is_relative_to(PACKAGE) and isinstance(error, RuntimeError | ValueError):
             return True
         seen = [*self._model.state_dict().values(), *self._outputs]
         return not all(bool(t.isfinite().all()) for t in seen if isinstance(t, Tensor))
@@ -292,10 +287,8 @@ def carry_out(recipe: Recipe, model: nn.Module, training: Training, settings: Se
     else:
         method = recipe.method(model, settings)
         passes = passes_of(method, model, training.domains_per_step) if recipe.passes is None else recipe.passes
-        wrapper, shared = (
-            GradMatch(optimizer, method),
-            isinstance(method, DirectionMethod),
-        )  # Fish steps with each batch
+        wrapper = GradMatch(optimizer, method)
+        shared = isinstance(method, DirectionMethod)  # Fish steps with each batch
         for batches in training.by_domain(settings["batch_size"], shared=shared, order=recipe.order, passes=passes):
             wrapper.meta_step(lambda batch: training.loss_fn(model, batch), batches)
 

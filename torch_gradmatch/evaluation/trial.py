@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -96,15 +96,6 @@ class Trial:
             self._random_of_domain[index].restore()
         return self._loss_fn(content)
 
-    def losses(self) -> list[float]:
-        """Evaluate the loss of every domain at the present parameters.
-
-        Returns:
-            The losses, in order.
-        """
-        self.reset()
-        return [float(check_loss(self.loss_fn(batch), batch[0]).detach()) for batch in self.batches]
-
     def fix_random_numbers(self) -> None:
         """From here on let a domain's loss see the same random numbers (dropout) whenever it is evaluated."""
         self._random.restore()
@@ -151,16 +142,11 @@ def linear_layers_called(model: nn.Module) -> Iterator[list[str]]:
         The names; the last one is that of the head.
     """
     called: list[str] = []
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: called.append(name))
-        for name, module in model.named_modules()
-        if name and type(module) is nn.Linear
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name and type(module) is nn.Linear:
+                hooks.enter_context(module.register_forward_hook(lambda *_, name=name: called.append(name)))
         yield called
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def copy_optimizer(optimizer: Optimizer) -> Optimizer:
