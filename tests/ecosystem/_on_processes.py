@@ -242,8 +242,10 @@ def in_trainer(directory: Path) -> dict[str, Any]:
         ranks: dict[str, Any]
 
         def get_train_dataloader(self) -> Any:
-            sampler = DomainBatchSampler(self.train_dataset.domains, BATCH_SIZE, **self.ranks)
-            return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=sampler))
+            sampler = DomainBatchSampler(self.domains, BATCH_SIZE, **self.ranks)
+            loader = self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=sampler))
+            check_loader(self.gradmatch, loader)
+            return loader
 
     as_it_is, example.DomainTrainer = example.DomainTrainer, Prepared
     if SIZE > 1:

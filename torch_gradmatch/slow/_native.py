@@ -93,7 +93,8 @@ def _load() -> NativeStatus:
         return NativeStatus(False, False, f"switched off by {SWITCH}=off")
     library = _library("_C")
     if library is None:
-        because = _kept_from_the_build().get("cpu") or f"{_PACKAGE} was imported without being installed"
+        here = f"{_PACKAGE} was imported as it lies there; from another folder Python imports what was installed"
+        because = _kept_from_the_build().get("cpu") or here
         build = f"with torch and a C++ compiler at hand, this builds it: {_command()}"
         return NativeStatus(False, False, f"the extension was not built ({because}); {build}")
     try:
