@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 import torch
@@ -132,6 +133,20 @@ class GradMatch(Wrapper, Generic[MethodT]):
     def inner_step(self) -> int:
         """Number of inner steps taken since the last meta-update."""
         return self._loop.inner_step
+
+    @property
+    def domain(self) -> str | int | None:
+        """Label of the next step's batch, set by the loop if :attr:`last_meta_step` is to name the domains.
+
+        :func:`~torch_gradmatch.domain_batches` knows it. A step forgets it. A string, an integer or None.
+        """
+        return self._loop.domain
+
+    @domain.setter
+    def domain(self, label: str | int | None) -> None:
+        if label is not None and not isinstance(label, str | Integral):
+            raise TypeError(f"domain should be a label, a string or an integer, or None (got {label!r:.80})")
+        self._loop.domain = label
 
     @property
     def last_meta_step(self) -> MetaStep | None:

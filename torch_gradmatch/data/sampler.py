@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from itertools import count, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -285,9 +285,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         return sum(self._length(epoch) for epoch in range(check_int("epochs", epochs, 0)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place behind the last batch that the sampler has served, and a hash of the settings.
-
-        It is the same on every rank.
+        """Return the place behind the last batch served and a hash of the settings, the same on every rank.
 
         Returns:
             Numbers and strings; ``torch.load(weights_only=True)`` loads them.
@@ -346,12 +344,3 @@ class DomainBatchSampler(Sampler[list[int]]):
         """Let the next iterator start at a place; the one in progress moves the place no more."""
         self._following = self._place = (epoch, position)
         self._turn, self._begun = None, False
-
-    def _names(self) -> Iterator[tuple[str | int, ...]]:
-        """Yield the labels of the domains that each group serves here, from where the latest iterator started."""
-        epoch, start = self._started
-        first, begun = divmod(start, self.batches_per_group)
-        if begun:
-            raise RuntimeError(f"resumed at batch {start} of epoch {epoch}, inside a group: save between two lists")
-        for number in count(first):
-            yield tuple(self.labels[domain] for domain in self._groups.group(epoch, number)[self._own])

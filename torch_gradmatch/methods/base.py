@@ -142,6 +142,7 @@ class MetaLoop(ABC):
         method: As given.
         optimizer: As given.
         inner_step: Number of inner steps since the last meta-update.
+        domain: The label of the batch that the next step is on, if the training loop says it.
         last: What the last meta-iteration measured.
         needs_closure: Whether the wrapped optimizer's ``step`` needs a closure.
     """
@@ -150,6 +151,7 @@ class MetaLoop(ABC):
         self.method = method
         self.optimizer = optimizer
         self.inner_step = 0
+        self.domain: str | int | None = None
         self.last: MetaStep | None = None
         self.needs_closure = wants_closure(optimizer)
 
