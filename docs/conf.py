@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -9,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx.errors import ExtensionError
+from sphinx.util.typing import get_type_hints, stringify_annotation
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]  # the last for the gallery
+
+from offline import loads_of_site  # noqa: E402
 
 import torch_gradmatch  # noqa: E402  of this checkout
 
@@ -34,6 +39,14 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "torch_gradmatch"
+# MathJax is served with the site: the one file of that wheel that draws formulas without fonts.
+mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
+if mathjax is None or mathjax.origin is None:
+    raise ImportError("the site needs sphinx-mathjax-offline: pip install -r requirements-dev.txt")
+html_static_path = ["_static", str(Path(mathjax.origin).parent / "static" / "mathjax" / "tex-svg.js")]
+mathjax_path = "tex-svg.js"
+mathjax3_config = {"options": {"enableMenu": False}}  # its entries load more files
+html_css_files = ["look.css"]
 templates_path: list[str] = []
 exclude_patterns = ["_build", "gallery/*.py", "gallery/GALLERY_HEADER.rst", "releasing.md"]
 nitpicky = True
@@ -41,7 +54,10 @@ nitpicky = True
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # sphinx_autodoc_typehints puts them into the arguments
+autodoc_typehints = "signature"  # of properties; sphinx_autodoc_typehints takes arguments and results out of it
+autodoc_preserve_defaults = True
+autodoc_mock_imports = ["lightning", "transformers"]
+toc_object_entries_show_parents = "hide"
 always_use_bars_union = True
 typehints_fully_qualified = False
 napoleon_google_docstring = True
@@ -74,6 +90,7 @@ nitpick_ignore_regex = [("py:class", r"torch_gradmatch\.(\w+\.)*_\w+(\.\w+)*")]
 nitpick_ignore = [
     ("py:class", "pandas.DataFrame"),
     ("py:class", "torch_gradmatch.parallel.sharing.Sharing"),
+    ("py:class", "torch_gradmatch.parallel.together.Together"),
     ("py:class", "torch_gradmatch.slow.buffers.Buffers"),
     ("py:class", "torch_gradmatch.data.meta_batches.MetaBatches"),
 ]
@@ -167,6 +184,40 @@ def skip_fields(app: Any, what: str, name: str, obj: Any, skip: bool, options: A
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+SIGNATURES = {"torch_gradmatch.GradMatch.step": "(closure=None)"}  # the default tells no closure from None
+
+
+def sign(app: Any, what: str, name: str, obj: Any, options: Any, *given: Any) -> tuple[str, None] | None:  # noqa: ARG001
+    """Leave the types out of named tuples' signatures, too, and private names."""
+    if isinstance(obj, type) and issubclass(obj, tuple) and hasattr(obj, "_fields"):
+        return f"({', '.join(obj._fields)})", None
+    return (SIGNATURES[name], None) if name in SIGNATURES else None
+
+
+def add_types(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:  # noqa: ARG001
+    """Write the type of each attribute that a docstring lists beside its name."""
+    if what != "class":
+        return
+    types = get_type_hints(obj.__init__) | get_type_hints(obj)
+    for at, line in reversed(list(enumerate(lines))):
+        kind = types.get(line.removeprefix(".. attribute:: "))
+        if kind is not None and line.startswith(".. attribute:: "):
+            lines.insert(at + 1, f"   :type: {stringify_annotation(kind, 'smart')}")
+
+
+def measure_cells(app: Any, doctree: nodes.document) -> None:  # noqa: ARG001
+    """Tell the style sheet which cells of tables stay in one line, and which need room for more."""
+    for entry in doctree.findall(nodes.entry):
+        entry["classes"].append("short" if len(entry.astext()) <= 24 else "long")
+
+
+def check_offline(app: Any, error: Exception | None) -> None:
+    """Refuse a site of which a page loads something from another one."""
+    found = loads_of_site(Path(app.outdir)) if error is None and app.builder.name == "html" else {}
+    if found:
+        raise ExtensionError(f"pages load from elsewhere: {found}")
+
+
 def add_gallery(app: Any, docname: str, source: list[str]) -> None:  # noqa: ARG001
     """Lead from the gallery's page to what was built of it."""
     if docname == "gallery/index" and gallery_is_built:
@@ -175,6 +226,10 @@ def add_gallery(app: Any, docname: str, source: list[str]) -> None:  # noqa: ARG
 
 def setup(app: Any) -> None:
     """Tell Sphinx of the above."""
+    app.connect("autodoc-process-docstring", add_types)
+    app.connect("autodoc-process-signature", sign, priority=400)  # before sphinx_autodoc_typehints
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("build-finished", check_offline)
+    app.connect("doctree-read", measure_cells)
     app.connect("missing-reference", link_elsewhere)
     app.connect("source-read", add_gallery)

@@ -164,7 +164,7 @@ class GradMatch(Wrapper, Generic[MethodT]):
             closure: Re-evaluates the model and returns the loss; passed on to the wrapped optimizer.
 
         Returns:
-            What the wrapped optimizer returns: the loss if there is a closure.
+            What the wrapped optimizer's ``step`` returns, the loss if there is a closure.
 
         Raises:
             RuntimeError: If the inner loop diverged (see ``Fish.nonfinite``): the slow weights are intact; or if a

@@ -133,6 +133,10 @@ class DomainBatchSampler(Sampler[list[int]]):
         True
     """
 
+    labels: tuple[str | int, ...]
+    domains_per_step: int
+    batches_per_group: int
+
     def __init__(
         self,
         domains: Any,

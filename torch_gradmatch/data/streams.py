@@ -70,6 +70,9 @@ class DomainLoader(Generic[Batch]):
         ['n0', 's2'] True
     """
 
+    labels: tuple[str | int, ...]
+    domains_per_step: int
+
     def __init__(
         self,
         loaders: Mapping[str, Iterable[Batch]] | Mapping[int, Iterable[Batch]],

@@ -67,6 +67,13 @@ class Training:
         >>> recipe = Recipe(train=clipped)
     """
 
+    samples: Subset[Any]
+    domains: list[str]
+    domains_per_step: int
+    budget: int
+    spent: float
+    measuring: float
+
     def __init__(self, task: Task, split: Split, model: nn.Module, seed: int) -> None:
         self._task, self._split, self._model, self._seed = task, split, model, seed
         self._averaged: AveragedModel | None = None

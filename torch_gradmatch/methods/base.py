@@ -147,6 +147,9 @@ class MetaLoop(ABC):
         needs_closure: Whether the wrapped optimizer's ``step`` needs a closure.
     """
 
+    inner_step: int
+    needs_closure: bool
+
     def __init__(self, method: Any, optimizer: Optimizer) -> None:
         self.method = method
         self.optimizer = optimizer
