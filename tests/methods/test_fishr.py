@@ -305,9 +305,6 @@ def test_heads_and_losses_that_do_not_serve_are_errors_in_words():
     ):
         with pytest.raises(ValueError, match=message):
             GradMatch(SGD(model.parameters(), lr=0.1), Fishr(**{"model": model, "head": model[-1], **wrong}))
-    for setting, value in (("ema", 1.0), ("ema", -0.1), ("start", -1), ("strength", 0), ("gamma", -1)):
-        with pytest.raises(ValueError, match=f"{setting} should be"):
-            Fishr(model, model[-1], **{setting: value})
     before = copy.deepcopy(model.state_dict())
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fishr(model, model[-1]))
     for loss, message in (

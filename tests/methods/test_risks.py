@@ -157,14 +157,7 @@ def test_failures_change_nothing(name: str):
         assert_identical((model.state_dict(), optimizer.state_dict()), before)
 
 
-def test_settings_and_changed_numbers_of_domains():
-    for build_, message in (
-        (lambda: VREx(-1), "beta should be"),
-        (lambda: GroupDRO(float("nan")), "eta should be"),
-        (lambda: ERM(nonfinite="maybe"), "nonfinite should be"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build_()
+def test_changed_numbers_of_domains():
     w = nn.Parameter(torch.ones(()))
     optimizer = GradMatch(SGD([w], lr=0.0), GroupDRO(1.0))
     optimizer.meta_step(lambda value: w * value, [1.0, 2.0])
