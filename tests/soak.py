@@ -630,7 +630,8 @@ def cases(part: str, share: float) -> list[str]:
         return [f"{name}/{max(2 * LOOKS, round(100_000 * share))}" for name in LONG]
     if part == "sequences":
         return [f"{name}/{i}/{max(1, round(20 * share))}" for i in range(10) for name in MACHINES]
-    return [f"{first}/20" for first in range(0, max(20, round(1000 * share)), 20)]
+    number = max(4, round(1000 * share))
+    return [f"{first}/{min(20, number - first)}" for first in range(0, number, 20)]
 
 
 def apart(part: str, case: str, seed: int) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
-import threading
 from typing import Any
 
 import pytest
@@ -15,9 +13,8 @@ from _models import assert_identical, loss_of
 from _wrapped import CountsInDefaults
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from torch_gradmatch import Fish, GradMatch, SmoothFish
+from torch_gradmatch import Fish, GradMatch
 
 # ------------------------------------------------------------------------------------------ a real, shared optimizer
 
@@ -70,57 +67,6 @@ def test_the_state_is_the_wrapped_optimizers_and_nothing_of_ours_is_in_it(meta_d
     assert [set(group) for group in wrapped.param_groups] == [set(group) for group in plain.param_groups]
     optimizer.state = {}
     assert wrapped.state == {}
-
-
-class Untouchable(SGD):
-    """Can be built once, and neither copied nor stepped until it is told so."""
-
-    built = False
-    ready = False
-
-    def __init__(self, params: Any, lock: Any) -> None:
-        assert not Untouchable.built
-        Untouchable.built = True
-        super().__init__(params, lr=0.1, momentum=0.9)
-        self.param_groups[0]["lock"] = lock
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise AssertionError("copied")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise AssertionError("copied")
-
-    def step(self, closure: Any = None) -> Any:
-        assert self.ready
-        return super().step(closure)
-
-
-@pytest.mark.parametrize(
-    "method", [Fish(), Fish(inner_state="reset"), SmoothFish(1.0, 0.1)], ids=["carry", "reset", "SmoothFish"]
-)
-def test_wrapping_builds_steps_and_copies_nothing_draws_nothing_and_fires_no_hook(method: Any):
-    """Nor does training copy what the user has put into a group, be it a lock."""
-    w = nn.Parameter(torch.ones(2))
-    Untouchable.built = False
-    wrapped = Untouchable([w], threading.Lock())
-    torch.manual_seed(0)
-    random.seed(0)
-    before = torch.get_rng_state(), random.getstate()
-    fired: list[Any] = []
-    hooks = [register_optimizer_step_pre_hook(lambda *_: fired.append(1))]
-    hooks.append(register_optimizer_step_post_hook(lambda *_: fired.append(1)))
-    try:
-        optimizer = GradMatch(wrapped, method)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert not fired
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    wrapped.ready = True
-    optimizer.meta_step(lambda x: (w * x).sum(), [1.0, 2.0])
-    with pytest.raises(ValueError, match="nan"):
-        optimizer.meta_step(lambda x: (w * x).sum(), [1.0, float("nan")])
 
 
 def test_neither_the_method_nor_the_optimizer_can_be_replaced():
