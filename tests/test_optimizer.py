@@ -335,42 +335,9 @@ def test_meta_step_in_the_middle_of_a_manual_loop_says_what_to_call():
     assert_identical(snapshot(model, optimizer), before)
 
 
-BAD_LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
-    "vector": (lambda loss: loss * torch.ones(3, dtype=loss.dtype), ValueError, r"for batch 1 it has shape \(3,\)"),
-    "nan": (lambda loss: loss * float("nan"), ValueError, "batch 1 is nan"),
-    "inf": (lambda loss: loss + float("inf"), ValueError, "batch 1 is inf"),
-    "float": (lambda loss: loss.item(), TypeError, "batch 1 it returned float"),
-    "none": (lambda _: None, TypeError, "batch 1 it returned NoneType"),
-    "detached": (lambda loss: loss.detach(), ValueError, "batch 1 does not depend"),
-}
-
-
-@pytest.mark.parametrize("bad", sorted(BAD_LOSSES))
-def test_a_bad_loss_in_meta_step_leaves_parameters_and_buffers_as_they_were(bad: str):
-    spoil, error, message = BAD_LOSSES[bad]
-    model = feature_net()
-    optimizer = GradMatch(Adam(model.parameters()), Fish(0.5, model=model))
-    optimizer.meta_step(lambda b: loss_of(model, b), batches(3))
-    before = copy.deepcopy(model.state_dict())
-
-    def loss_fn(batch: tuple[Any, ...]) -> Any:
-        loss = loss_of(model, batch)
-        return spoil(loss) if batch[2] == 1 else loss
-
-    with pytest.raises(error, match=message):
-        optimizer.meta_step(loss_fn, batches(3))
-    assert_identical(model.state_dict(), before)
-    assert optimizer.inner_step == 0
-    optimizer.rollback()  # nothing left to undo
-    assert_identical(model.state_dict(), before)
-    optimizer.meta_step(lambda b: loss_of(model, b), batches(3))
-
-
-def test_empty_or_too_few_batches_are_refused():
+def test_other_than_inner_steps_batches_are_refused():
     model = feature_net()
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.5, inner_steps=3))
-    with pytest.raises(ValueError, match="batches is empty"):
-        optimizer.meta_step(lambda b: loss_of(model, b), [])
     with pytest.raises(ValueError, match=r"2 batches but Fish\(inner_steps=3\)"):
         optimizer.meta_step(lambda b: loss_of(model, b), batches(2))
     optimizer.meta_step(lambda b: loss_of(model, b), iter(batches(3)))

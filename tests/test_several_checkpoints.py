@@ -14,7 +14,6 @@ from _several import (
     every_inner_state,
     everything,
     fish,
-    loss_of,
     make_batches,
     make_model,
     matrices,
@@ -27,7 +26,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Muon
 from torch.optim.lr_scheduler import OneCycleLR
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import Fish, GradMatch
 
 
 @every_inner_state
@@ -57,29 +56,6 @@ def trainer(inner_state: str, seed: int = 0) -> tuple[nn.Module, GradMatch[Fish]
     model = make_model(seed)
     optimizer = GradMatch(muon_and_adamw(model), fish(inner_state, track_alignment=True))
     return model, optimizer, OneCycleLR(optimizer, max_lr=[0.1, 0.05], total_steps=40, cycle_momentum=False)
-
-
-@pytest.mark.parametrize("kind", [SmoothFish, IDGM])
-def test_the_other_methods_resume(kind: type[Any]):
-    def build(seed: int) -> tuple[nn.Module, GradMatch[Any]]:
-        model = make_model(seed)
-        method = SmoothFish(2.0, 0.1) if kind is SmoothFish else IDGM(model, 0.5, "variance")
-        return model, GradMatch(muon_and_adamw(model), method)
-
-    batches = make_batches(DOMAINS * 4)
-    groups = [batches[i : i + DOMAINS] for i in range(0, len(batches), DOMAINS)]
-    (whole, whole_optimizer), (model, optimizer), (again, optimizer_again) = build(0), build(0), build(1)
-    for group in groups:
-        whole_optimizer.meta_step(lambda batch: loss_of(whole, batch), group)
-    for group in groups[:2]:
-        optimizer.meta_step(lambda batch: loss_of(model, batch), group)
-    saved = through_a_file([model.state_dict(), optimizer.state_dict()])
-    again.load_state_dict(saved[0])
-    optimizer_again.load_state_dict(saved[1])
-    for group in groups[2:]:
-        optimizer_again.meta_step(lambda batch: loss_of(again, batch), group)
-    assert_identical(dict(again.named_parameters()), dict(whole.named_parameters()))
-    assert_identical(optimizer_again.state_dict(), whole_optimizer.state_dict())
 
 
 def of_other_groups(state: Any) -> Any:

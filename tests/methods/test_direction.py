@@ -16,6 +16,7 @@ from _second_order import (
     DIRECTIONS,
     GAMMA,
     METHODS,
+    MORE_METHODS,
     assert_close,
     assert_same_buffers,
     flat,
@@ -35,6 +36,7 @@ from torch_gradmatch import IDGM, GradMatch
 WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "vector": (lambda value: value.expand(3), ValueError, r"batch 2{} it has shape \(3,\)"),
     "float": (lambda value: float(value.detach()), TypeError, r"batch 2{} it returned float"),
+    "none": (lambda _: None, TypeError, r"batch 2{} it returned NoneType"),
     "nan": (lambda value: value * float("nan"), ValueError, r"the loss of batch 2{} is nan: nothing was changed"),
     "infinite": (lambda value: value / 0.0, ValueError, r"batch 2{} is inf"),
     "detached": (lambda value: value.detach(), ValueError, r"batch 2{} does not depend"),
@@ -43,12 +45,12 @@ WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = 
 
 @pytest.mark.parametrize(
     ("method", "wrong"),
-    [(m, w) for m in METHODS for w in WRONG_LOSSES if w == "nan" or m in ("IDGM", "SmoothFish", "Fish")],
+    [(m, w) for m in ("IDGM", "SmoothFish", "Fish", "VREx", "Fishr") for w in WRONG_LOSSES],
 )
 def test_a_wrong_loss_is_named_and_nothing_changes(method: str, wrong: str):
     spoil, error, message = WRONG_LOSSES[wrong]
     case = make(networks.batch_norm_1d)
-    optimizer = GradMatch(AdamW(case.model.parameters()), METHODS[method](case.model))
+    optimizer = GradMatch(AdamW(case.model.parameters()), (METHODS | MORE_METHODS)[method](case.model))
 
     def loss(batch: Any) -> Any:
         value = case.loss(case.model, batch)

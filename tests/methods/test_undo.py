@@ -11,6 +11,7 @@ import pytest
 import torch
 from _models import FeatureNet, assert_identical, loss_of, make_batches
 from _second_order import METHODS as ALL_METHODS
+from _second_order import MORE_METHODS
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "SmoothFish, symmetric": lambda m: SmoothFish(0.1, 0.1, m, symmetric=True),
     "SmoothFish, symmetric, without model": lambda _: SmoothFish(0.1, 0.1, symmetric=True),
     "IDGM": lambda m: IDGM(m, 0.1, "variance"),
+    **MORE_METHODS,
 }
 
 
