@@ -5,22 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from _models import assert_identical
-from _ranks import on_ranks
-from _spread import error_of, full, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, vmap
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 from torch_gradmatch import DomainBatchSampler, Fishr, GradMatch, meta_batches
@@ -270,55 +263,3 @@ def test_dropout_and_a_penalty_on_the_weights_are_no_sum_and_batch_norm_moves_on
     optimizer.meta_step(loss, domains())
     assert model[1].num_batches_tracked == 4
     torch.testing.assert_close(model[1].running_mean, reference[1].running_mean)
-
-
-# --------------------------------------------------------------------------------------------- several processes
-
-
-def one_rank(scheme: str, gamma: float | None) -> Any:
-    model: Any = network()
-    head, called = model[-1], model
-    rank, size = dist.get_rank(), dist.get_world_size()
-    group: dict[str, Any] = {}
-    if scheme == "ddp":
-        called = DistributedDataParallel(model)
-    elif scheme == "fsdp":
-        mesh = init_device_mesh("cpu", (size,))
-        fully_shard(model[0], mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    else:
-        group = world()
-    method = Fishr(called, head, gamma, **group)
-    optimizer = GradMatch(Adam(called.parameters(), lr=0.01), method)
-    for number in range(4):
-        mine = [(x[rank::size], y[rank::size]) for x, y in domains(number)]
-        report = optimizer.meta_step(partial(loss_of, called), mine)
-    return [full(p) for p in model.parameters()], report.gamma, report.losses
-
-
-@pytest.mark.parametrize("gamma", [100.0, None])
-@pytest.mark.parametrize("scheme", ["ddp", "fsdp", "data"])
-def test_on_two_ranks_is_what_one_process_finds(scheme: str, gamma: float | None):
-    model = network()
-    optimizer = GradMatch(Adam(model.parameters(), lr=0.01), Fishr(model, model[-1], gamma))
-    for number in range(4):
-        report = optimizer.meta_step(partial(loss_of, model), domains(number))
-    found = on_ranks(2, one_rank, scheme, gamma)
-    for parameters, its_gamma, losses in found:
-        assert its_gamma == pytest.approx(report.gamma, rel=1e-7)
-        torch.testing.assert_close(losses, report.losses, rtol=1e-9, atol=1e-9)
-        for ours, p in zip(parameters, model.parameters(), strict=True):
-            torch.testing.assert_close(ours, p, rtol=1e-8, atol=1e-9)
-    if scheme != "fsdp":
-        assert_identical(found[0][0], found[1][0])
-
-
-def fails_on_one() -> str:
-    model = network()
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fishr(model, model[-1], **world()))
-    factor = float("nan") if dist.get_rank() else 1.0
-    return error_of(optimizer.meta_step, lambda b: loss_of(model, b) * factor, domains())
-
-
-def test_what_one_rank_raises_all_raise():
-    assert all("is nan" in error for error in on_ranks(2, fails_on_one))

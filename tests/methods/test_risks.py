@@ -1,4 +1,4 @@
-"""ERM, VREx, GroupDRO and Aggregate: their objectives by plain autograd, what they remember, and several processes."""
+"""ERM, VREx, GroupDRO and Aggregate: their objectives by plain autograd, and what they remember."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from _feature_training import batches, feature_net
 from _models import DOMAINS, assert_identical, assert_same_model, domain_loss, loss_of, small_network
-from _ranks import on_ranks
-from _spread import build, domain_batches, error_of, loss_over, mine, not_a_number_on_last, spread, weights, world
-from _spread import loss_of as loss_of_part
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from torch_gradmatch import ERM, IDGM, Aggregate, Fishr, GradMatch, GroupDRO, VREx
+from torch_gradmatch import ERM, Aggregate, GradMatch, GroupDRO, VREx
 
 BETA, ETA = 0.7, 0.5
 EVERY = {
@@ -195,73 +191,3 @@ def test_aggregators_that_do_not_serve():
         optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Aggregate(aggregator))
         with pytest.raises(ValueError, match=rf"should return a tensor of shape \(21,\).*\(got {got}\)"):
             optimizer.meta_step(partial(domain_loss, model), [0, 1])
-
-
-# --------------------------------------------------------------------------------------------- several processes
-
-
-def one_rank(scheme: str, name: str) -> Any:
-    model = spread(scheme, build("batch_norm")) if scheme in {"ddp", "fsdp"} else build("batch_norm")
-    optimizer = GradMatch(
-        SGD(model.parameters(), lr=0.1), EVERY[name](model=model, **({} if scheme != "data" else world()))
-    )
-    for number in range(3):
-        report = optimizer.meta_step(partial(loss_of_part, model), mine(domain_batches(3, number)))
-    return weights(model), report.losses
-
-
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("scheme", ["ddp", "fsdp", "data"])
-def test_on_two_ranks_is_what_one_process_finds(scheme: str, name: str):
-    if scheme == "fsdp" and name == "Aggregate":
-        errors = on_ranks(2, sharded_aggregate)
-        assert all("needs whole gradients in one matrix, and the parameters are sharded" in e for e in errors)
-        return
-    model = build("batch_norm")
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), EVERY[name](model=model))
-    for number in range(3):
-        report = optimizer.meta_step(partial(loss_over, model, size=2), domain_batches(3, number))
-    for found, losses in on_ranks(2, one_rank, scheme, name):
-        torch.testing.assert_close(losses, report.losses, rtol=1e-9, atol=1e-9)
-        for key, value in weights(model).items():
-            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=key)
-
-
-def sharded_aggregate() -> str:
-    model = spread("fsdp", build("smooth"))
-    return error_of(lambda: GradMatch(SGD(model.parameters(), lr=0.1), EVERY["Aggregate"](model=model)))
-
-
-def fails_on_one(name: str) -> str:
-    model = build("smooth")
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), EVERY[name](model=model, **world()))
-    return error_of(optimizer.meta_step, not_a_number_on_last(partial(loss_of_part, model)), mine(domain_batches(3, 0)))
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_what_one_rank_raises_all_raise(name: str):
-    assert all("is nan" in error for error in on_ranks(2, fails_on_one, name))
-
-
-def raises_on_one(name: str) -> str:
-    """A loss that raises in the middle: the other rank is in a reduction by then."""
-    model = build("smooth")
-    of_head = {"Fishr": Fishr, "matched": lambda m, head, **s: IDGM(m, matched=head, parallel="data", **s)}
-    method = of_head[name](model, model[-1], **world()) if name in of_head else EVERY[name](model=model, **world())
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), method)
-    calls: list[int] = []
-
-    def loss(batch: Any) -> Tensor:
-        calls.append(1)
-        if dist.get_rank() == 1 and len(calls) >= 2:
-            raise ZeroDivisionError("here")
-        return loss_of_part(model, batch)
-
-    return error_of(optimizer.meta_step, loss, mine(domain_batches(3, 0)))
-
-
-@pytest.mark.parametrize("name", [*EVERY, "Fishr", "matched"])
-def test_a_rank_that_raises_keeps_nobody_waiting(name: str):
-    first, second = on_ranks(2, raises_on_one, name)
-    assert "on rank 1: ZeroDivisionError: here" in first
-    assert "ZeroDivisionError: here" in second
