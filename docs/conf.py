@@ -13,8 +13,6 @@ from docutils import nodes
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]  # the last for the gallery
 
-import make_errors  # noqa: E402
-
 import torch_gradmatch  # noqa: E402  of this checkout
 
 # sphinx_autodoc_typehints calls a method that a later Sphinx will not have, once for every docstring.
@@ -175,14 +173,8 @@ def add_gallery(app: Any, docname: str, source: list[str]) -> None:  # noqa: ARG
         source[0] += "\n```{toctree}\n../auto_gallery/index\n```\n"
 
 
-def write_errors(app: Any) -> None:  # noqa: ARG001
-    """Write the page of errors anew."""
-    make_errors.write(HERE.parent / "torch_gradmatch", HERE / "errors.md")
-
-
 def setup(app: Any) -> None:
     """Tell Sphinx of the above."""
     app.connect("autodoc-skip-member", skip_fields)
-    app.connect("builder-inited", write_errors)
     app.connect("missing-reference", link_elsewhere)
     app.connect("source-read", add_gallery)

@@ -30,7 +30,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, check_loader, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, check_loader, domain_batches, meta_batches
 
 LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured synchronizes
 
@@ -91,7 +91,10 @@ def train(method: str, options: argparse.Namespace, directory: Path) -> tuple[to
     while taken < options.epochs * steps_in_epoch:
         hidden = None if accelerator.is_main_process else True  # None: unless there is a terminal
         name = f"{method} epoch {taken // steps_in_epoch}"
-        for batch in (bar := tqdm(batches, desc=name, leave=False, disable=hidden)):
+        served = domain_batches(loader) if method == "Fish" else batches
+        for batch in (bar := tqdm(served, desc=name, leave=False, disable=hidden, total=steps_in_epoch)):
+            if method == "Fish":  # so that what is logged has the domains' names
+                gradmatch.domain, batch = batch
             if method == "exact":
                 loss = gradmatch.meta_step(loss_fn, batch).losses.mean()  # a list, one batch of each domain
             else:

@@ -3,9 +3,9 @@
 What changes in a LightningModule is the optimizer, and the loader that serves the domains in turn. Lightning stores the
 place of torchdata's ``StatefulDataLoader`` in its checkpoints, so that training resumes in the middle of an inner loop.
 
-- In the middle of an inner loop the model holds the fast weights. :class:`ValidateSlowWeights` has the slow ones
-  validated, whatever ``val_check_interval`` is, and ``on_save_checkpoint`` adds them to checkpoints: training resumes
-  from ``"state_dict"``, and ``"slow_weights"`` is the model that was validated.
+- In the middle of an inner loop the model holds the fast weights. ``GradMatchCallback`` has the slow ones validated,
+  whatever ``val_check_interval`` is, and adds them to checkpoints: training resumes from ``"state_dict"``, and
+  ``"slow_weights"`` is the model that was validated. It also checks the loader and logs numbers of each domain.
 - ``training_step`` may return None: that batch moves nothing and counts as an inner step, as its turn is over. (Not in
   16-mixed precision, where Lightning then leaves out the step.)
 - Under ``accumulate_grad_batches=k`` the sampler serves k batches of a domain in a row, so that a step has one domain.
@@ -23,47 +23,25 @@ place of torchdata's ``StatefulDataLoader`` in its checkpoints, so that training
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import os
 import sys
 import warnings
-from contextlib import ExitStack
 from typing import Any
 
 import lightning
 import torch
 import torch.distributed as dist
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, check_loader, meta_batches
+from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, meta_batches
+from torch_gradmatch.integrations.lightning import GradMatchCallback
 
 LOG_EVERY = 2 * DOMAINS  # steps: reading what a meta-iteration measured synchronizes
-
-
-class ValidateSlowWeights(Callback):
-    """Lets the model hold the slow weights during validation."""
-
-    def __init__(self) -> None:
-        self.block = ExitStack()
-
-    def on_validation_start(self, trainer: lightning.Trainer, _module: lightning.LightningModule) -> None:
-        """Enter the block."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, GradMatch):
-                self.block.enter_context(optimizer.slow_weights())
-
-    def on_validation_end(self, *_: Any) -> None:
-        """Leave the block. Lightning has every ModelCheckpoint come after this."""
-        self.block.close()
-
-    def on_exception(self, *_: Any) -> None:
-        """Leave the block also if validation fails."""
-        self.block.close()
 
 
 class Classifier(lightning.LightningModule):
@@ -91,7 +69,6 @@ class Classifier(lightning.LightningModule):
         ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank, "split": "batch"}
         accumulate = self.trainer.accumulate_grad_batches
         sampler = DomainBatchSampler(self.domains, BATCH_SIZE, seed=self.hparams.seed, accumulate=accumulate, **ranks)
-        self.sampler = sampler
         loader = StatefulDataLoader(self.data, batch_sampler=sampler)
         if self.automatic_optimization:
             return loader
@@ -123,17 +100,6 @@ class Classifier(lightning.LightningModule):
             optimizer = GradMatch(optimizer, exact)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, gamma=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Refuse a loader that does not fit the method."""
-        if self.hparams.method != "ERM":
-            check_loader(self.optimizers(), self.trainer.train_dataloader, self.trainer.accumulate_grad_batches)
-        self.on_train_epoch_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Go to the epoch that follows where Lightning resumes between two, or has cut the one before short."""
-        if self.sampler.state_dict()["epoch"] < self.current_epoch:
-            self.sampler.set_epoch(self.current_epoch)
 
     def on_before_batch_transfer(self, batch: Any, _index: int) -> Any:
         """Name the domains of a list in a dictionary: of the list Lightning makes a copy that has lost their names.
@@ -182,29 +148,14 @@ class Classifier(lightning.LightningModule):
         """Log the loss on the held-out domain."""
         self.log("held_out_loss", self.loss(batch), sync_dist=True)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Log what the last meta-iteration measured: agreement, and the losses if it was a ``meta_step``."""
-        report = None if self.hparams.method == "ERM" else self.optimizers().last_meta_step
-        if report is not None and self.global_step % LOG_EVERY == 0:
-            for name, value in report.scalars("train/").items():
-                self.log(name, value, prog_bar=name in ("train/loss", "train/cosine"))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the slow weights, as a model to use; and the place of lists, which Lightning does not know."""
-        if self.hparams.method == "exact":
+        """Add the place of lists, which Lightning does not know. Between two epochs the callback finds it."""
+        if self.hparams.method == "exact" and not self.trainer.is_last_batch:
             checkpoint["place"] = self.trainer.train_dataloader.loader.state_dict()
-        if self.hparams.method == "Fish":
-            with self.optimizers().slow_weights():
-                checkpoint["slow_weights"] = copy.deepcopy(self.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the place for the loader that is about to be made."""
         self.place = checkpoint.get("place")
-
-    def on_train_end(self) -> None:
-        """Leave the slow weights behind if training stops in the middle of an inner loop."""
-        if self.hparams.method != "ERM":
-            self.optimizers().rollback()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -232,7 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             precision=options.precision,
             gradient_clip_val=1.0 if classifier.automatic_optimization else None,
             callbacks=[
-                ValidateSlowWeights(),
+                GradMatchCallback(),
                 ModelCheckpoint(f"{options.directory}/{method}", every_n_train_steps=50, save_last=True),
             ],
             accelerator="auto",

@@ -1,24 +1,17 @@
 """Fish in the Trainer of transformers: ``python examples/with_trainer.py``, and ``--resume`` to go on.
 
-What changes is the optimizer handed to the Trainer, and ``get_train_dataloader``, which serves the domains in turn. The
-Trainer skips the batches that were trained on when it resumes, so the sampler needs no state; checkpoints in the middle
-of an inner loop are fine for that.
+What changes is the optimizer handed to the Trainer, and the Trainer itself: ``DomainTrainer`` serves the domains in
+turn, evaluates and saves the slow weights, and logs numbers of each domain. Checkpoints in the middle of an inner loop
+are fine to resume from.
 
-- ``evaluate`` measures the slow weights, whatever ``eval_steps`` is. Checkpoints, to resume from, hold the fast ones
-  in the middle of an inner loop: where they are to be used as a model, also by ``load_best_model_at_end``, let
-  ``save_steps`` be a multiple of S. ``with trainer.gradmatch.slow_weights(): trainer.save_model(...)`` saves the slow
-  ones; ``rollback()`` leaves them behind if ``max_steps`` ends in the middle of an inner loop.
-- ``log`` adds how well the gradients agreed in the last meta-iteration that was over: let ``logging_steps`` be a
-  multiple of S. The losses are the Trainer's own: ``step`` sees none.
-- Under ``gradient_accumulation_steps=k`` the sampler serves k batches of a domain in a row, so that a step has one
-  domain.
+- In the middle of an inner loop checkpoints hold the fast weights: where they are to be used as a model, also by
+  ``load_best_model_at_end``, let ``save_steps`` be a multiple of S. If ``max_steps`` ends there, ``rollback()`` leaves
+  them behind.
+- ``log`` adds what was measured in the last meta-iteration that was over: let ``logging_steps`` be a multiple of S.
 - The Trainer takes the length of the first epoch for that of all. They differ only with ``domains_per_step`` below the
   number of domains: then a resume in a later epoch may not find its place.
 - With several GPUs in one process the Trainer uses DataParallel, where BatchNorm follows the first one's part of the
-  batch: set ``CUDA_VISIBLE_DEVICES=0``, or start one process for each.
-- It runs under torchrun as it is: each process's sampler serves its part of every batch, and the loader is returned as
-  it is, where ``accelerator.prepare`` would give every process batches of other domains for one step, which
-  ``check_loader`` refuses.
+  batch: set ``CUDA_VISIBLE_DEVICES=0``, or start one process for each. It runs under torchrun as it is.
 - Exact matching needs ``meta_step`` and so a loop of one's own: see ``with_accelerate.py``.
 """
 
@@ -26,66 +19,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from _spurious_data import BATCH_SIZE, DOMAINS, ERM_LR, FISH_LR, accuracy, make_data, make_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, check_loader
-
-
-class EpochLoader(DataLoader[Any]):
-    """A loader that is told the epoch, as the Trainer does where a loader can be: also when it resumes."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is served next."""
-        self.batch_sampler.set_epoch(epoch)
-
-
-class DomainTrainer(Trainer):
-    """A Trainer whose batches come from one domain each; ``train_dataset.domains`` says which.
-
-    Attributes:
-        gradmatch: The optimizer under the one that ``train`` wraps around it, None for ERM.
-    """
-
-    gradmatch: GradMatch[Fish] | None = None
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Serve the domains in turn.
-
-        Returns:
-            The loader itself: ``accelerator.prepare`` would split it again.
-        """
-        size = self.accelerator.num_processes
-        batch_size = size * self.args.per_device_train_batch_size
-        ranks = {"num_replicas": size, "rank": self.accelerator.process_index, "split": "batch"}
-        accumulate = self.args.gradient_accumulation_steps
-        sampler = DomainBatchSampler(self.train_dataset.domains, batch_size, accumulate=accumulate, **ranks)
-        return EpochLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the slow weights.
-
-        Returns:
-            The metrics.
-        """
-        with self.gradmatch.slow_weights() if self.gradmatch is not None else nullcontext():
-            return super().evaluate(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Add the agreement of the domains' gradients to the loss; where names are the same the Trainer's count."""
-        if self.gradmatch is not None and self.gradmatch.last_meta_step is not None and "loss" in logs:
-            logs = self.gradmatch.last_meta_step.scalars() | logs
-        super().log(logs, *args)
+from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch.integrations.huggingface import DomainTrainer
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -93,11 +40,10 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     Args:
         data: Features and classes.
-        domains: The domain of each sample, to train on.
     """
 
-    def __init__(self, data: TensorDataset, domains: list[str] | None = None) -> None:
-        self.data, self.domains = data, domains
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
 
     def __len__(self) -> int:
         return len(self.data)
@@ -153,17 +99,19 @@ def make_trainer(method: str, directory: str, **arguments: Any) -> Any:
         "logging_steps": 2 * DOMAINS,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
+        "data_seed": 0,
     }
     args = TrainingArguments(directory, **settings | arguments)
     data, domains, held_out = make_data()
     trainer = DomainTrainer(
-        model, args, train_dataset=Rows(data, domains), eval_dataset=Rows(held_out), optimizers=(optimizer, scheduler)
+        model,
+        args,
+        domains=domains,
+        train_dataset=Rows(data),
+        eval_dataset=Rows(held_out),
+        optimizers=(optimizer, scheduler),
     )
     trainer.remove_callback(PrinterCallback)
-    if method == "Fish":
-        trainer.gradmatch = optimizer
-        # An error now rather than gradients that are not matched.
-        check_loader(optimizer, trainer.get_train_dataloader(), args.gradient_accumulation_steps)
     return trainer
 
 

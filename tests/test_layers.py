@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import torch_gradmatch
+from torch_gradmatch import integrations
 
 PACKAGE = Path(torch_gradmatch.__file__).parent
 ROOMS = [  # DESIGN section 4: a file imports from rooms that stand before its own, and from its own
@@ -25,6 +26,7 @@ ROOMS = [  # DESIGN section 4: a file imports from rooms that stand before its o
     {"data"},
     {"evaluation"},
     {"__init__"},
+    {"__main__", "integrations"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -66,6 +68,23 @@ def test_the_check_sees_an_import_inside_a_function_and_of_a_name():
     assert imported("from torch_gradmatch.slow import ops, weights") == {"slow.ops", "slow.weights"}
 
 
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [("DomainTrainer", "transformers", "transformers accelerate"), ("GradMatchCallback", "lightning", "lightning")],
+)
+def test_an_integration_without_its_framework_says_what_to_install(monkeypatch, name: str, package: str, install: str):
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in list(sys.modules):
+        if module.startswith(("torch_gradmatch.integrations.", f"{package}.")):
+            monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(
+        ImportError, match=rf"torch_gradmatch\.integrations\.\w+ needs {package} \(.*pip install {install}$"
+    ):
+        getattr(integrations, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = integrations.Trainer
+
+
 def test_every_public_name_exists_and_is_documented():
     for name in torch_gradmatch.__all__:
         assert getattr(torch_gradmatch, name).__doc__
@@ -76,10 +95,11 @@ def test_the_version_is_the_packages():
 
 
 def test_importing_is_lean_and_public_modules_are_found_under_the_package():
-    """No plotting or test library, and no CUDA context."""
+    """No plotting or test library, no framework that writes the loop, and no CUDA context."""
     code = (
         "import sys, torch_gradmatch, torch\n"
-        "heavy = {'matplotlib', 'pytest', 'hypothesis', 'scipy', 'pandas'} & set(sys.modules)\n"
+        "heavy = {'matplotlib', 'pytest', 'hypothesis', 'scipy', 'pandas', 'lightning', 'transformers'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
     )

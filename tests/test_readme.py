@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
+import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -14,16 +14,21 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_every_python_block_runs():
-    torch.manual_seed(0)
+def shape_of(text: str) -> str:
+    """The words, with any number for a number: rounding differs from one machine to another."""
+    return " ".join(re.sub(r"[\d.]*\d", "0", text).split())
+
+
+def test_every_python_block_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
     namespace: dict[str, object] = {}
     code = blocks("python")
-    assert len(code) == 2
+    printed = [*re.findall(r"^print.*  # (.*)$", code[0], flags=re.MULTILINE), *blocks("text")]
+    assert len(code) == len(printed) == 2
     for number, block in enumerate(code):
         exec(compile(block, f"README block {number}", "exec", dont_inherit=True), namespace)
+        assert shape_of(capsys.readouterr().out) == shape_of(printed[number])
     assert namespace["optimizer"].inner_step == 0
-    assert namespace["report"].losses.shape == (3,)
-    assert set(namespace["report"].domains) == {"north", "south", "west"}
+    assert namespace["loss"].item() < 0.6
 
 
 def test_the_loop_differs_from_an_ordinary_one_in_one_line():
@@ -35,7 +40,7 @@ def test_the_loop_differs_from_an_ordinary_one_in_one_line():
 
 
 def test_it_fits_on_one_screen():
-    assert len(README.read_text().splitlines()) <= 150
+    assert len(README.read_text().splitlines()) <= 110
 
 
 def test_every_command_and_file_it_names_exists():

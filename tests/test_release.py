@@ -57,23 +57,33 @@ def test_the_sdist_has_every_source_and_nothing_that_was_built(sdist: Path):
     assert not [file for file in files if file.endswith((".so", ".pyc", "_build.json")) or file.startswith("tests/")]
 
 
-def test_what_is_built_from_it_in_isolation_says_at_import_what_to_do(sdist: Path):
+def test_what_is_built_from_it_in_isolation_is_pure_and_says_what_to_do(sdist: Path):
     """As ``pip install .`` does it, which shows nothing of what the build says: torch is not there, then it is."""
-    done = run(sys.executable, "-c", HIDE_TORCH, "--quiet", "build", cwd=sdist)
+    done = run(sys.executable, "-c", HIDE_TORCH, "--quiet", "bdist_wheel", cwd=sdist)
     assert done.returncode == 0, done.stderr
-    done = run(sys.executable, "-c", "import torch_gradmatch; print(torch_gradmatch.__file__)", cwd=sdist / "build/lib")
+    (wheel,) = (sdist / "dist").iterdir()
+    assert wheel.name == f"torch_gradmatch-{torch_gradmatch.__version__}-py3-none-any.whl"
+    code = "import torch_gradmatch as t; print(t.__file__, t.native_status())"
+    done = run(sys.executable, "-W", "error", "-c", code, cwd=sdist / "build/lib")
     assert done.returncode == 0, done.stderr
     assert str(sdist) in done.stdout
-    (warning,) = (line for line in done.stderr.splitlines() if "RuntimeWarning" in line)
-    assert "goes on without its native kernel" in warning
-    assert "torch is not installed where this is built" in warning
-    assert "pip install --no-build-isolation --no-cache-dir" in warning
+    assert "torch._foreach: the extension was not built (torch is not installed where this is built)" in done.stdout
+    assert "pip install setuptools wheel && pip install --no-build-isolation --no-deps" in done.stdout
+
+
+def test_a_setuptools_that_makes_no_wheels_is_said_to_need_wheel(sdist: Path):
+    """As in a new environment of Python 3.11."""
+    hide = "import importlib.util as u; found = u.find_spec\n"
+    hide += "u.find_spec = lambda name: None if 'wheel' in name else found(name)\n"
+    done = run(sys.executable, "-c", hide + HIDE_TORCH, "--quiet", "bdist_wheel", cwd=sdist)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].endswith("needs wheel to build it: pip install wheel, and try again")
 
 
 def test_the_version_is_written_once_and_the_metadata_and_the_citation_have_it(sdist: Path):
     for path, pattern in ((sdist / "PKG-INFO", r"^Version: (.*)$"), (ROOT / "CITATION.cff", r"^version: (.*)$")):
         assert re.findall(pattern, path.read_text(), flags=re.MULTILINE) == [torch_gradmatch.__version__]
-    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version", "license"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_every_command_and_file_of_the_checklist_exists():

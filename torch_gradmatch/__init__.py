@@ -1,4 +1,4 @@
-"""Inter-domain gradient matching for PyTorch: a drop-in wrapper around any ``torch.optim.Optimizer``.
+"""Inter-domain gradient matching for PyTorch: a wrapper around any ``torch.optim.Optimizer``.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 """
@@ -6,7 +6,7 @@ Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104
 import sys
 
 from torch_gradmatch.data.loaders import check_loader
-from torch_gradmatch.data.meta_batches import meta_batches
+from torch_gradmatch.data.meta_batches import domain_batches, meta_batches
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import DomainLoader
 from torch_gradmatch.evaluation.compare import Comparison, compare
@@ -51,6 +51,7 @@ __all__ = [
     "alignment",
     "check_loader",
     "compare",
+    "domain_batches",
     "fish_gamma",
     "functional",
     "leave_one_domain_out",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 import torch
@@ -31,29 +32,27 @@ _NO_CLOSURE: Any = object()  # step() was called without one, and not by torch.d
 class GradMatch(Wrapper, Generic[MethodT]):
     r"""Wraps an optimizer so that training prefers updates on which the domains' gradients agree.
 
-    A real ``torch.optim.Optimizer``: learning-rate schedulers, ``GradScaler``, hooks, closures, deepcopy and pickle
-    work. Parameter groups, defaults and state *are* the wrapped optimizer's, at all times; nothing is ever written into
-    them. To wrap an optimizer does not build, step or copy it. With :class:`~torch_gradmatch.Fish`, the model's
-    parameters are the fast weights :math:`\tilde\theta` in an inner loop and the slow weights :math:`\theta` between
-    two. :class:`~torch_gradmatch.SmoothFish` and :class:`~torch_gradmatch.IDGM` hand the wrapped optimizer a gradient
-    of their own, one in each meta-iteration.
+    It is a ``torch.optim.Optimizer``: learning-rate schedulers, ``GradScaler``, hooks, closures, deepcopy and pickle
+    work. Parameter groups, defaults and state *are* the wrapped optimizer's; nothing is added to them. Wrapping does
+    not build, step or copy the optimizer. With :class:`~torch_gradmatch.Fish` the model holds the fast weights
+    :math:`\tilde\theta` in an inner loop and the slow weights :math:`\theta` between two. The other methods hand the
+    wrapped optimizer one gradient in each meta-iteration.
 
     Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937.
 
-    Methods of the wrapped optimizer that this class has not, such as schedule-free's ``train`` and ``eval``, can be
-    called on it, too.
+    The wrapped optimizer's own methods, such as schedule-free's ``train`` and ``eval``, can be called on this object.
 
     Args:
-        optimizer: The optimizer to wrap: any class, freshly built or in the middle of training. A list of several, over
-            disjoint parameters, is wrapped as one: a step is one step of each. A learning-rate scheduler takes this
-            object or any of them.
+        optimizer: The optimizer to wrap: any class, freshly built or in the middle of training. A list of optimizers
+            over disjoint parameters is wrapped as one: a step is one step of each. A learning-rate scheduler takes
+            this object or any of them.
         method: How to match gradients; ``Fish()`` if left out.
-        average: Keep a mean of the weights, too, for :meth:`averaged_weights`; None to keep none.
+        average: Keep the mean of the weights for :meth:`averaged_weights`; None to keep none.
 
     Attributes:
-        optimizer: The wrapped optimizer. Of several, an object with the list as ``optimizer.optimizers``.
-        method: The method. Its settings may be changed between meta-iterations, ``optimizer.method.meta_lr = 0.1``;
-            neither it nor ``optimizer`` can be replaced.
+        optimizer: The wrapped optimizer; for a list, one object that holds it as ``optimizer.optimizers``.
+        method: The method. Its settings may be changed between meta-iterations, ``optimizer.method.meta_lr = 0.1``.
+            ``method`` and ``optimizer`` cannot be replaced.
         average: As given.
 
     Raises:
@@ -136,6 +135,20 @@ class GradMatch(Wrapper, Generic[MethodT]):
         return self._loop.inner_step
 
     @property
+    def domain(self) -> str | int | None:
+        """Label of the next step's batch, set by the loop if :attr:`last_meta_step` is to name the domains.
+
+        :func:`~torch_gradmatch.domain_batches` knows it. A step forgets it. A string, an integer or None.
+        """
+        return self._loop.domain
+
+    @domain.setter
+    def domain(self, label: str | int | None) -> None:
+        if label is not None and not isinstance(label, str | Integral):
+            raise TypeError(f"domain should be a label, a string or an integer, or None (got {label!r:.80})")
+        self._loop.domain = label
+
+    @property
     def last_meta_step(self) -> MetaStep | None:
         """What the last meta-iteration measured, or None before the first."""
         return self._loop.last
@@ -143,9 +156,9 @@ class GradMatch(Wrapper, Generic[MethodT]):
     def step(self, closure: Callable[[], Any] | None = _NO_CLOSURE) -> Any:
         """Take one step of the wrapped optimizer; under ``Fish(inner_steps=S)`` every S-th also interpolates.
 
-        Under ``IDGM`` and ``SmoothFish``, whose steps are taken by :meth:`meta_step`, this is ordinary training. A step
-        that raises does not count. One whose gradients overflowed under a ``torch.amp.GradScaler``, so that it moves
-        nothing, does: the domain had its turn.
+        Under the other methods this is ordinary training; :meth:`meta_step` takes their steps. A step that raises does
+        not count. A step that a ``torch.amp.GradScaler`` skips, because gradients overflowed, counts: the domain had
+        its turn.
 
         Args:
             closure: Re-evaluates the model and returns the loss; passed on to the wrapped optimizer.
@@ -212,10 +225,10 @@ class GradMatch(Wrapper, Generic[MethodT]):
     def slow_weights(self) -> AbstractContextManager[None]:
         r"""Let parameters and followed buffers hold the slow weights :math:`\theta` inside a ``with`` block.
 
-        For evaluating, exporting, averaging or saving a model in the middle of an inner loop, whose parameters are
-        those of a walk half done. On leaving the block they are again what they were, bit for bit, also if it raises;
-        what the block does to them is lost. Between two inner loops, and under methods that have none, nothing is
-        changed and nothing is lost. Takes the memory of one more copy of the parameters. ``step``, ``meta_step``,
+        Use it to evaluate, export, average or save a model in the middle of an inner loop, where the model holds the
+        fast weights. After the block it holds them again, bit for bit, also if the block raises. Changes to parameters
+        inside the block are discarded. Between two inner loops, and under methods without one, the block changes
+        nothing and discards nothing. It takes the memory of one more copy of the parameters. ``step``, ``meta_step``,
         ``interpolate``, ``rollback`` and ``state_dict`` raise ``RuntimeError`` inside the block.
 
         Returns:
@@ -238,12 +251,12 @@ class GradMatch(Wrapper, Generic[MethodT]):
     def averaged_weights(self) -> AbstractContextManager[None]:
         r"""Let parameters and followed buffers hold their average :math:`\bar\theta` inside a ``with`` block.
 
-        For evaluating, exporting or saving the averaged model, also in the middle of an inner loop. On leaving the
-        block parameters and buffers are again what they were, bit for bit, also if it raises. What the block does to
-        parameters is lost; buffers as it leaves them are kept with the average: call
-        ``torch.optim.swa_utils.update_bn(loader, model)`` inside, if the model has BatchNorm, and evaluate. Only the
-        buffers of the method's ``model`` are followed. Takes the memory of one more copy of the parameters for its
-        time. ``step``, ``meta_step``, ``interpolate``, ``rollback`` and ``state_dict`` raise ``RuntimeError`` inside.
+        Use it to evaluate, export or save the averaged model, also in the middle of an inner loop. After the block
+        parameters and buffers are what they were, bit for bit, also if the block raises. Changes to parameters inside
+        the block are discarded. Changes to buffers are kept with the average: if the model has BatchNorm, call
+        ``torch.optim.swa_utils.update_bn(loader, model)`` inside, then evaluate. Only the buffers of the method's
+        ``model`` are followed. The block takes the memory of one more copy of the parameters. ``step``, ``meta_step``,
+        ``interpolate``, ``rollback`` and ``state_dict`` raise ``RuntimeError`` inside.
 
         Returns:
             A context manager.
@@ -260,17 +273,18 @@ class GradMatch(Wrapper, Generic[MethodT]):
     ) -> MetaStep:
         """Carry out one whole meta-iteration by the chosen method.
 
-        If anything raises on the way, parameters, the buffers of the method's ``model``, ``.grad`` and the wrapped
-        optimizer's state are back at what they were before the call. Exceptions: under ``IDGM`` and ``SmoothFish``, if
-        it is the wrapped optimizer's own step that raises, which comes last, its state, and the parameters if it takes
-        no closure, stay where it left them; with ``nonfinite="ignore"`` ``Fish`` keeps no copy of that state. A note on
-        the error says what was restored.
+        If anything raises, parameters, the buffers of the method's ``model``, ``.grad`` and the wrapped optimizer's
+        state are restored to what they were before the call. A note on the error says what was restored. There are two
+        exceptions. Methods other than ``Fish`` take the wrapped optimizer's step last; if that step raises, its state
+        stays where the step left it, and so do the parameters unless it takes a closure. ``Fish`` with
+        ``nonfinite="ignore"`` keeps no copy of that state.
 
         Args:
             loss_fn: ``loss_fn(batch)`` calls the model as usual and returns a scalar.
-            batches: One batch of each of S domains, whatever ``loss_fn`` takes. A mapping names the domains, in its
-                order, as does a list by :func:`~torch_gradmatch.meta_batches`: messages and the result then name them.
-            scaler: A ``torch.amp.GradScaler`` for training in half precision: losses are scaled, gradients unscaled,
+            batches: One batch of each of S domains, in the form that ``loss_fn`` takes. A mapping names the domains, in
+                its order. Lists from :func:`~torch_gradmatch.meta_batches` know the names. Messages and the result then
+                use them.
+            scaler: A ``torch.amp.GradScaler`` for training in half precision. Losses are scaled, gradients unscaled,
                 steps on gradients that overflowed are skipped, and the scale is updated. ``loss_fn`` returns the plain
                 loss.
 
@@ -278,9 +292,9 @@ class GradMatch(Wrapper, Generic[MethodT]):
             What was measured.
 
         Raises:
-            RuntimeError: In the middle of a manual inner loop; if training diverges; under ``IDGM`` if an operation
-                lacks the derivative needed; if ``loss_fn`` calls ``backward()`` itself; if ``scaler`` is
-                given and the wrapped optimizer needs a closure. The message says what to do.
+            RuntimeError: In the middle of an inner loop; if training diverges; under ``IDGM`` if an operation lacks the
+                derivative needed; if ``loss_fn`` calls ``backward()``; if ``scaler`` is given and the wrapped optimizer
+                needs a closure. The message says what to do.
             TypeError: If ``loss_fn`` cannot be called, a loss is not a tensor, or ``scaler`` no ``GradScaler``.
             ValueError: If there are no batches (under ``IDGM`` and ``SmoothFish``: fewer than two), or not as many as
                 ``Fish(inner_steps=S)`` says, or a loss is not a scalar, not finite or depends on no parameter.

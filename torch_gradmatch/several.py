@@ -31,18 +31,19 @@ def check_optimizer(name: str, value: object) -> Optimizer:
 class SeveralOptimizers(Optimizer):
     """Several optimizers over disjoint parameters as one: a step is one step of each, in order.
 
-    Its groups are theirs, one after the other, so that a scheduler may be given this or any of them. Each keeps its
-    own state.
+    The parameter groups are those of the optimizers, one after the other. A scheduler takes this object or any of the
+    optimizers. Each optimizer keeps its own state.
 
     Args:
-        optimizers: At least one, of which none may need a closure.
+        optimizers: At least one. None of them may need a closure.
 
     Attributes:
-        optimizers: They themselves, in order.
+        optimizers: The optimizers, in order.
 
     Raises:
         TypeError: If one is no optimizer.
-        ValueError: If there is none, one is there twice or needs a closure, or two hold the same parameter.
+        ValueError: If the list is empty, an optimizer is in it twice or needs a closure, or two hold the same
+            parameter.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:

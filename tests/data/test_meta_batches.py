@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from torch_gradmatch import DomainBatchSampler, DomainLoader, Fish, GradMatch, check_loader, meta_batches
+from torch_gradmatch import (
+    DomainBatchSampler,
+    DomainLoader,
+    Fish,
+    GradMatch,
+    check_loader,
+    domain_batches,
+    meta_batches,
+)
 from torch_gradmatch.data.meta_batches import MetaBatch
 
 pytestmark = QUIET
@@ -70,6 +78,49 @@ def test_a_list_that_knows_its_domains_is_a_list_to_all_others():
     assert type(batches[:1]) is list
     if torch.accelerator.is_available():
         assert pin_memory(batches).domains == ("a", 7)
+
+
+# One by one, each behind its label
+
+
+def assert_labelled(pairs, labels):
+    for domain, batch in pairs:
+        assert {labels[index] for index in batch} == {domain}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate": 2}, {"num_replicas": 2, "rank": 1, "split": "walks"}, {"exhausted": "cycle"}],
+    ids=["plain", "accumulate", "walks", "cycle"],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_behind_their_labels_in_every_epoch_and_from_any_place(workers, options):
+    labels = LABELS + ["d"] * 8
+    make = lambda: DomainBatchSampler(labels, 2, 2, seed=3, **options)  # noqa: E731
+    loader, plain_epochs = loader_of(make(), workers), make()
+    for _ in range(2):
+        pairs = list(domain_batches(loader))
+        assert [batch for _, batch in pairs] == list(plain_epochs)
+        assert_labelled(pairs, labels)
+    for position in range(len(plain_epochs)):
+        sampler = make()
+        sampler.load_state_dict({**sampler.state_dict(), "position": position})
+        pairs = list(domain_batches(loader_of(sampler)))
+        assert len(pairs) == len(sampler) - position
+        assert_labelled(pairs, labels)
+
+
+def test_batches_of_streams_come_behind_their_labels():
+    loader = DomainLoader(
+        {label: [f"{label}0", f"{label}1"] for label in "abc"}, batches_per_epoch=6, domains_per_step=2
+    )
+    for domain, batch in domain_batches(loader):
+        assert batch.startswith(domain)
+
+
+def test_loaders_that_know_no_domains_are_refused():
+    with pytest.raises(ValueError, match=r"DataLoader over a DomainBatchSampler.* as you made it \(got list\)"):
+        next(domain_batches([1, 2]))
 
 
 # Loaders that are taken, and those that are not
@@ -245,14 +296,15 @@ class Watched(Dataset):
         return batch
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "meta_batches"])
+@pytest.mark.parametrize("loop", ["plain", "labelled", "meta_batches"])
 @pytest.mark.parametrize("streams", [False, True], ids=["sampler", "streams"])
-def test_a_batch_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched(streams, grouped):
+def test_a_batch_that_the_loop_is_done_with_is_not_kept_while_the_next_is_fetched(streams, loop):
     watched = Watched()
     loader = DataLoader(watched, batch_sampler=small_sampler(), collate_fn=lambda batch: batch)
     if streams:
         loader = DomainLoader({label: map(watched.__getitems__, itertools.count()) for label in "ab"}, 12)
-    iterator = iter(meta_batches(loader, 2) if grouped else loader)
+    iterator = iter({"plain": iter, "labelled": domain_batches}.get(loop, meta_batches)(loader))
     while next(iterator, None) is not None:
         pass
+    grouped = loop == "meta_batches"
     assert watched.alive == ([0, 1] * len(watched.alive) if grouped else [0] * len(watched.alive))[: len(watched.alive)]

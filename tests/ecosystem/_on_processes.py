@@ -166,6 +166,8 @@ def in_lightning(directory: Path) -> dict[str, Any]:
     import with_lightning as example
     from lightning.pytorch.callbacks import ModelCheckpoint
 
+    from torch_gradmatch.integrations.lightning import GradMatchCallback
+
     example.make_model = make_model
 
     class Bare(example.Classifier):
@@ -174,18 +176,18 @@ def in_lightning(directory: Path) -> dict[str, Any]:
         settings: dict[str, Any]
 
         def train_dataloader(self) -> Any:
-            self.sampler = DomainBatchSampler(self.domains, BATCH_SIZE, **self.settings)
-            return DataLoader(self.data, batch_sampler=self.sampler)
+            return DataLoader(self.data, batch_sampler=DomainBatchSampler(self.domains, BATCH_SIZE, **self.settings))
 
     def fit(
         where: str, max_steps: int, resume: bool = False, split: bool = False, model: Any = None, method: str = "Fish"
     ) -> dict[str, Any]:
         model = example.Classifier(method) if model is None else model
-        model.on_train_end = lambda: None  # stop where training stops, for the comparison
+        callback = GradMatchCallback()
+        callback.on_train_end = lambda *_: None  # stop where training stops, for the comparison
         saver = ModelCheckpoint(directory / where, "{step}", every_n_train_steps=SAVED, save_top_k=-1)
         trainer = lightning.Trainer(
             max_steps=max_steps,
-            callbacks=[saver, example.ValidateSlowWeights()],
+            callbacks=[saver, callback],
             accelerator="cpu",
             devices=SIZE,
             strategy="ddp" if SIZE > 1 else "auto",
@@ -240,8 +242,10 @@ def in_trainer(directory: Path) -> dict[str, Any]:
         ranks: dict[str, Any]
 
         def get_train_dataloader(self) -> Any:
-            sampler = DomainBatchSampler(self.train_dataset.domains, BATCH_SIZE, **self.ranks)
-            return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=sampler))
+            sampler = DomainBatchSampler(self.domains, BATCH_SIZE, **self.ranks)
+            loader = self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=sampler))
+            check_loader(self.gradmatch, loader)
+            return loader
 
     as_it_is, example.DomainTrainer = example.DomainTrainer, Prepared
     if SIZE > 1:

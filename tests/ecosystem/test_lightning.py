@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import doctest
 import logging
 import math
 import warnings
@@ -12,6 +13,7 @@ import lightning
 import pytest
 import torch
 import with_lightning as example
+from _domains import domain_of
 from _same import assert_same, without_prefix
 from _spurious_data import DOMAINS, make_data, make_model
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torch_gradmatch import IDGM, DomainBatchSampler, Fish, GradMatch, MetaStep, meta_batches
+from torch_gradmatch import IDGM, Average, DomainBatchSampler, Fish, GradMatch, MetaStep, meta_batches
+from torch_gradmatch.integrations import lightning as integration
+from torch_gradmatch.integrations.lightning import GradMatchCallback
 
 STEPS_IN_EPOCH = 16
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -55,8 +59,12 @@ class Recording(example.Classifier):
             return None
         return super().training_step(batch, index)
 
-    def on_train_end(self):
-        """Stop where training stops, for the comparison."""
+
+class Staying(GradMatchCallback):
+    """Stops where training stops, for the comparison."""
+
+    def on_train_end(self, *_):
+        pass
 
 
 def fit(
@@ -78,9 +86,10 @@ def fit(
             # On a CPU Lightning would make bfloat16 of "16-mixed"; given as a plugin it scales the loss as on a GPU.
             plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if precision == "16-mixed" else None,
             precision=None if precision == "16-mixed" else precision,
-            callbacks=[saver, *([example.ValidateSlowWeights()] if callbacks is None else callbacks)],
+            callbacks=[saver, *([Staying()] if callbacks is None else callbacks)],
             accelerator="cpu",
             logger=False,
+            log_every_n_steps=example.LOG_EVERY,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -150,7 +159,6 @@ def test_it_resumes_where_epochs_differ_in_length(tmp_path, monkeypatch):
                 sampler.set_epoch(epoch)
                 lengths.add(len(sampler))
             assert len(lengths) > 1
-            self.sampler = sampler
             return StatefulDataLoader(torch.utils.data.Subset(self.data, kept), batch_sampler=sampler)
 
     monkeypatch.setitem(globals(), "Recording", Uneven)
@@ -243,7 +251,6 @@ def test_exact_is_the_plain_loop(tmp_path):
 
 
 def test_one_inner_step_kept_whole_is_erm(monkeypatch):
-    monkeypatch.setattr(example, "check_loader", lambda *_: None)  # it would refuse one inner step with four domains
     monkeypatch.setattr(example, "Fish", lambda *_, model, **__: Fish(1.0, inner_steps=1, model=model))
     monkeypatch.setattr(example, "FISH_LR", example.ERM_LR)
     fish, erm = Recording("Fish"), Recording("ERM")
@@ -287,7 +294,7 @@ def test_the_model_of_a_checkpoint_is_the_one_that_was_validated(tmp_path):
     """Also one that ModelCheckpoint keeps for its metric, from which training resumes all the same."""
     best = ModelCheckpoint(tmp_path, "best-{step}", monitor="held_out_loss", save_top_k=-1)
     trainer = {"val_check_interval": 6}
-    whole = fit(tmp_path, 22, every=1000, trainer=trainer, callbacks=[best, example.ValidateSlowWeights()])
+    whole = fit(tmp_path, 22, every=1000, trainer=trainer, callbacks=[best, Staying()])
     short, _ = fit(tmp_path, DOMAINS, every=1000)
     saved = torch.load(tmp_path / "best-step=6.ckpt", weights_only=True)
     assert_same(dict(saved["slow_weights"]), dict(short.state_dict()))
@@ -374,23 +381,28 @@ def test_log_holds_what_every_second_meta_iteration_measured(tmp_path, monkeypat
     class Noting(example.Classifier):
         def __init__(self, *args):
             super().__init__(*args)
-            self.measured, self.shown = {}, set()
+            self.measured, self.losses, self.shown = {}, {}, set()
             models.append(self)
+
+        def training_step(self, batch, index):
+            self.batch = batch
+            return super().training_step(batch, index)
 
         def on_train_batch_end(self, outputs, *args):
             super().on_train_batch_end(outputs, *args)
             report = MetaStep() if self.hparams.method == "ERM" else self.optimizers().last_meta_step or MetaStep()
-            losses = {"train/loss": float(outputs["loss"])} if self.automatic_optimization else {}
-            self.measured[self.global_step - 1] = report.scalars("train/") | losses
+            if self.automatic_optimization:
+                self.losses["train/loss"] = self.losses[f"train/loss/{domain_of(*self.batch)}"] = float(outputs["loss"])
+            self.measured[self.global_step - 1] = report.scalars("train/") | self.losses
             self.shown |= self.trainer.progress_bar_metrics.keys() - {"v_num"}
 
     monkeypatch.setattr(example, "Classifier", Noting)
     where = ["--directory", str(tmp_path / "checkpoints"), "--log", str(tmp_path / "log")]
     example.main(["--epochs", "4", "--exact", *where])
     agreement = {"train/grad_norm", "train/inner_product", "train/cosine"}
-    names = ("loss", "grad_norm")
-    each = {"train/gamma"} | {f"train/{name}/domain {domain}" for name in names for domain in range(DOMAINS)}
-    for model, tags in zip(models, [set(), agreement, agreement | each], strict=True):
+    losses, norms = ({f"train/{name}/domain {domain}" for domain in range(DOMAINS)} for name in ("loss", "grad_norm"))
+    all_of_fish = losses | norms | agreement
+    for model, tags in zip(models, [losses, all_of_fish, all_of_fish | {"train/gamma"}], strict=True):
         board = EventAccumulator(str(tmp_path / "log" / model.hparams.method)).Reload()
         tags = tags | {"train/loss"}
         assert {tag for tag in board.Tags()["scalars"] if tag.startswith("train/")} == tags
@@ -402,6 +414,95 @@ def test_log_holds_what_every_second_meta_iteration_measured(tmp_path, monkeypat
         assert model.shown == tags & {"train/loss", "train/cosine"}
     names = [model.hparams.method for model in models]
     assert names == ["ERM", "Fish", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "settings"),
+    [
+        pytest.param(7, {}, id="in an inner loop"),
+        pytest.param(22, {"workers": 1}, id="with a worker that runs ahead"),
+        pytest.param(22, {"trainer": {"limit_train_batches": 13}}, id="with epochs cut short"),
+        pytest.param(12, {"trainer": {"accumulate_grad_batches": 2}}, id="accumulating"),
+    ],
+)
+def test_the_optimizer_is_told_the_domain_of_every_batch_also_after_it_resumes(tmp_path, stop, settings):
+    told = []
+
+    class Watching(Staying):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            super().on_train_batch_start(trainer, module, batch, index)
+            told.append((trainer.optimizers[0].domain, domain_of(*batch)))
+
+    for resume_from in None, f"step={stop}":
+        _, trainer = fit(tmp_path, 36, resume_from, callbacks=[Watching()], **settings)
+        assert len(told) == (36 - (0 if resume_from is None else stop)) * trainer.accumulate_grad_batches
+        assert {label for label, _ in told} == {f"domain {domain}" for domain in range(DOMAINS)}
+        assert all(label == truth for label, truth in told)
+        told.clear()
+
+
+def test_the_average_is_validated_tested_and_saved_from_when_it_has_begun(tmp_path, monkeypatch):
+    inside = []
+
+    class Averaging(Recording):
+        def configure_optimizers(self):
+            without = super().configure_optimizers()["optimizer"]
+            return GradMatch(without.optimizer, without.method, Average(start=1))
+
+        def test_dataloader(self):
+            return self.val_dataloader()
+
+        def test_step(self, batch, index):
+            inside.append(self.model[0].weight.detach().clone())
+
+    slow, _ = fit(tmp_path, 14, every=1000, trainer={"val_check_interval": 6})
+    monkeypatch.setitem(globals(), "Recording", Averaging)
+    callback = Staying("averaged")
+    model, trainer = fit(tmp_path, 14, every=14, callbacks=[callback], trainer={"val_check_interval": 6})
+    optimizer = trainer.optimizers[0]
+    assert torch.equal(model.validated[0], slow.validated[0])  # after 1 meta-update there is no average yet
+    assert not torch.equal(model.validated[1], slow.validated[1])
+    with optimizer.averaged_weights():
+        expected = copy.deepcopy(dict(model.state_dict()))
+    saved = torch.load(tmp_path / "step=14.ckpt", weights_only=True)
+    assert_same(dict(saved["averaged_weights"]), expected)
+    assert not torch.equal(saved["state_dict"]["model.0.weight"], expected["model.0.weight"])
+    trainer.test(model, verbose=False)
+    assert all(torch.equal(weight, expected["model.0.weight"]) for weight in inside)
+    assert inside
+
+
+def test_an_average_that_is_not_kept_and_other_weights_are_errors(tmp_path):
+    with pytest.raises(RuntimeError, match="this optimizer keeps no average"):
+        fit(tmp_path, 6, callbacks=[GradMatchCallback("averaged")], trainer={"val_check_interval": 4})
+    with pytest.raises(ValueError, match=r"weights should be .*\(got 'fast'\)"):
+        GradMatchCallback("fast")
+
+
+def test_training_that_ends_in_an_inner_loop_leaves_the_slow_weights_behind(tmp_path):
+    short, _ = fit(tmp_path, DOMAINS, every=1000)
+    found, trainer = fit(tmp_path, DOMAINS + 2, every=1000, callbacks=[GradMatchCallback()])
+    assert trainer.optimizers[0].inner_step == 0
+    assert_same(dict(found.state_dict()), dict(short.state_dict()))
+
+
+def test_a_loader_that_knows_no_domains_is_refused_with_fish_and_taken_without():
+    class Plain(example.Classifier):
+        def train_dataloader(self):
+            return DataLoader(self.data, batch_size=64)
+
+    settings = {"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False}
+    with pytest.raises(ValueError, match="loader should be a DataLoader over a DomainBatchSampler"):
+        lightning.Trainer(callbacks=[GradMatchCallback()], **settings).fit(Plain("Fish"))
+    lightning.Trainer(callbacks=[GradMatchCallback()], **settings).fit(Plain("ERM"))
+
+
+def test_the_example_in_its_docstring():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        failed, tried = doctest.testmod(integration)
+    assert (failed, tried > 0) == (0, True)
 
 
 def test_the_example_trains_and_resumes(tmp_path, capsys):

@@ -83,6 +83,49 @@ def test_names_are_those_of_the_call_in_progress_only():
         optimizer.meta_step(lambda x: (w * x).sum(), [float("nan")])
 
 
+def step_each(w: nn.Parameter, optimizer: GradMatch[Fish], values: Any, names: Any) -> MetaStep | None:
+    for value, optimizer.domain in zip(values, names, strict=True):
+        optimizer.zero_grad()
+        (w * value).sum().backward()
+        optimizer.step()
+        assert optimizer.domain is None
+    return optimizer.last_meta_step
+
+
+def test_a_loop_that_names_the_domain_of_every_step_reports_as_a_mapping():
+    (w, optimizer), (v, whole) = linear(inner_steps=3, track_alignment="pairs"), linear(track_alignment="pairs")
+    for values, names in ((1.0, 2.0, 3.0), NAMES), ((2.0, 5.0, 4.0), NAMES[::-1]):
+        report = step_each(w, optimizer, values, names)
+        expected = whole.meta_step(lambda x: (v * x).sum(), dict(zip(names, values, strict=True)))
+        assert report.domains == names == expected.domains
+        assert report.scalars() == {k: n for k, n in expected.scalars().items() if not k.startswith("loss")}
+    assert torch.equal(w, v)
+
+
+def test_names_of_a_loop_are_whole_or_none_and_of_one_inner_loop():
+    w, optimizer = linear(inner_steps=2, track_alignment=True)
+    assert step_each(w, optimizer, (1.0, 2.0), ("a", None)).domains is None
+    step_each(w, optimizer, (1.0,), "a")
+    optimizer.rollback()
+    assert step_each(w, optimizer, (1.0, 2.0), "bc").domains == ("b", "c")
+    step_each(w, optimizer, (1.0,), "a")
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.rollback()
+    step_each(w, optimizer, (1.0,), "b")
+    optimizer.load_state_dict(state)
+    assert step_each(w, optimizer, (1.0,), "c").domains is None  # the checkpoint has no names
+    step_each(w, optimizer, (1.0,), "a")
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert step_each(twin.param_groups[0]["params"][0], twin, (2.0,), "b").domains == ("a", "b")
+
+
+def test_a_name_that_is_no_label_is_an_error():
+    _, optimizer = linear()
+    with pytest.raises(TypeError, match=r"domain should be a label, .* \(got tensor\(1\)\)"):
+        optimizer.domain = torch.tensor(1)
+    assert optimizer.domain is None
+
+
 # ----------------------------------------------------------------------------------------------------------- pairs
 
 

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from torch_gradmatch import NativeStatus, native_status
 from torch_gradmatch.slow import _native
 
 ROOT = Path(__file__).parents[2]
+DIST = f"torch_gradmatch-{torch_gradmatch.__version__}"
 LIBRARY = next(iter(Path(torch_gradmatch.__file__).parent.glob("_C.*.so")), None)
 WORKS = (
     "import torch; from torch_gradmatch.slow.ops import interpolate_; s, f = torch.zeros(3), torch.ones(3); "
@@ -77,9 +80,45 @@ def test_not_built_is_silent_and_works(package: Path):
     code = WORKS + "import torch_gradmatch as t; print(t.__file__, t.native_status())"
     done = python(code, "-W", "error", cwd=package)
     assert done.returncode == 0, done.stderr
-    assert str(package) in done.stdout
-    assert "torch._foreach: the extension was not built" in done.stdout
+    where = f"{package}/torch_gradmatch was imported as it lies there; from another folder Python imports what was"
+    assert f"torch._foreach: the extension was not built ({where} installed)" in done.stdout
+    assert "this builds it: in a clone of the repository, pip install" in done.stdout
     assert "--no-build-isolation" in done.stdout
+
+
+def test_a_clone_that_was_not_built_is_silent_and_says_what_builds_it_where_it_is(package: Path):
+    (package / "a clone").mkdir()
+    clone = (package / "torch_gradmatch").rename(package / "a clone" / "torch_gradmatch").parent
+    (clone / "setup.py").touch()
+    done = python(WORKS + "import torch_gradmatch as t; print(t.native_status())", "-W", "error", cwd=clone)
+    assert done.returncode == 0, done.stderr
+    editable = f"pip install --no-build-isolation --no-deps --editable '{clone}'\n"
+    assert done.stdout.endswith(f"this builds it: pip install setuptools wheel && {editable}")
+
+
+@pytest.mark.parametrize(
+    ("url", "source"),
+    [
+        ("file://{}/the%20clone", "--no-cache-dir --force-reinstall '{}/the clone'"),
+        ("file://{}/of.tar.gz", "--no-cache-dir --force-reinstall {}/of.tar.gz"),
+        ("file://{}/a.whl", "--force-reinstall ."),
+        ("file://{}/lost", "--force-reinstall ."),
+        ("https://somewhere.org/the%20clone", "--force-reinstall ."),
+    ],
+    ids=["folder", "archive", "wheel", "folder that is gone", "elsewhere"],
+)
+def test_the_command_that_builds_it_names_what_was_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, source: str
+):
+    for name in "the clone", "of.tar.gz", "a.whl":
+        (tmp_path / name).touch()
+    info = tmp_path / "torch_gradmatch-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_gradmatch\nVersion: 1\n")
+    (info / "direct_url.json").write_text(json.dumps({"url": url.format(tmp_path), "dir_info": {}}))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_native, "_PACKAGE", tmp_path / "torch_gradmatch")
+    assert _native._command().endswith(f"--no-build-isolation --no-deps {source.format(tmp_path)}")
 
 
 def test_a_library_that_fails_to_load_warns_once_and_everything_works(package: Path):
@@ -91,16 +130,12 @@ def test_a_library_that_fails_to_load_warns_once_and_everything_works(package: P
     assert f"does not load with torch {torch.__version__}" in done.stdout
 
 
-@pytest.mark.large
-def test_what_the_build_kept_is_said_and_only_a_loss_is_warned_of(package: Path):
+def test_what_the_build_kept_is_said_in_silence(package: Path):
     code = WORKS + "import torch_gradmatch as t; print(t.native_status())"
-    for lost, warnings in (["cpu"], 1), ([], 0):
-        kept = {"cpu": "the compiler had gone home", "cuda": "", "lost": lost}
-        (package / "torch_gradmatch" / "_build.json").write_text(json.dumps(kept))
-        done = python(code, cwd=package)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("RuntimeWarning: torch_gradmatch goes on without its native kernel") == warnings
-        assert "torch._foreach: the extension was not built (the compiler had gone home); with torch" in done.stdout
+    (package / "torch_gradmatch" / "_build.json").write_text(json.dumps({"cpu": "the compiler had gone home"}))
+    done = python(code, "-W", "error", cwd=package)
+    assert done.returncode == 0, done.stderr
+    assert "torch._foreach: the extension was not built (the compiler had gone home); with torch" in done.stdout
 
 
 def test_a_library_of_another_version_is_named_and_everything_works(package: Path):
@@ -125,9 +160,18 @@ def sources(package: Path) -> Path:
     return package
 
 
-def setup(sources: Path, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    run = "import runpy, sys; sys.argv = ['setup.py', '--quiet', 'build']; "
+def setup(
+    sources: Path, command: str = "build", code: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    run = f"import runpy, sys; sys.argv = ['setup.py', '--quiet', {command!r}]; "
     return python(code + run + "runpy.run_path('setup.py')", cwd=sources, **environment)
+
+
+def wheel(sources: Path) -> dict[str, str]:
+    """The files of the wheel that was built, with their text."""
+    (path,) = sources.glob("dist/*.whl")
+    with ZipFile(path) as archive:
+        return {name: archive.read(name).decode(errors="replace") for name in archive.namelist()}
 
 
 def built(sources: Path) -> list[Path]:
@@ -146,18 +190,41 @@ def test_off_builds_pure_python(sources: Path):
     assert list(sources.glob("build/lib/torch_gradmatch/methods/fish.py"))
 
 
-NO_COMPILER = {"CC": "/no/such/compiler", "CXX": "/no/such/compiler"}
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [
+        ("/no/such/compiler", "there is no C++ compiler (/no/such/compiler) where this is built"),
+        ("false", "not compile"),
+    ],
+    ids=["none", "one that fails"],
+)
+def test_without_a_compiler_a_pure_wheel_is_built_and_says_so(sources: Path, compiler: str, why: str):
+    stale = sources / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "torch_gradmatch"
+    stale.mkdir(parents=True)
+    (stale / "_C.abi3.so").touch()
+    done = setup(sources, "bdist_wheel", CC=compiler, CXX=compiler)
+    assert done.returncode == 0, done.stderr
+    assert why in done.stderr
+    assert "installing without the native extension" in done.stderr
+    files = wheel(sources)
+    assert f"{DIST}.dist-info/WHEEL" in files
+    assert "Tag: py3-none-any" in files[f"{DIST}.dist-info/WHEEL"]
+    assert why in files["torch_gradmatch/_build.json"]
+    assert not [name for name in files if name.endswith(".so") or ".data/" in name]
+
+
+REQUIRED = {"TORCH_GRADMATCH_NATIVE": "require"}
 NO_TORCH = "import sys; sys.modules['torch'] = None; "
 BUILDS: dict[str, tuple[str, dict[str, str], bool, str]] = {
-    "no compiler": ("", NO_COMPILER, True, "did not compile.*installing without the native extension"),
-    "no compiler, required": (
+    "no compiler": ("", {"CXX": "/no/such/compiler"} | REQUIRED, False, "=require, but there is no C.. compiler"),
+    "bad compiler": (
         "",
-        {**NO_COMPILER, "TORCH_GRADMATCH_NATIVE": "require"},
+        {"CC": "false", "CXX": "false"} | REQUIRED,
         False,
-        "TORCH_GRADMATCH_NATIVE=require, but the extension did not compile",
+        "=require, but the extension did not compile",
     ),
     "no torch": (NO_TORCH, {}, True, "torch is not installed.*install torch, then pip install --no-build-isolation"),
-    "no torch, required": (NO_TORCH, {"TORCH_GRADMATCH_NATIVE": "require"}, False, "torch is not installed"),
+    "no torch, required": (NO_TORCH, REQUIRED, False, "torch is not installed"),
     "no torch, CUDA": (
         NO_TORCH,
         {"TORCH_GRADMATCH_CUDA": "1"},
@@ -178,11 +245,14 @@ BUILDS: dict[str, tuple[str, dict[str, str], bool, str]] = {
 @pytest.mark.parametrize("case", BUILDS)
 def test_what_cannot_be_built_is_said_and_only_what_was_asked_for_ends_the_build(sources: Path, case: str):
     code, environment, succeeds, says = BUILDS[case]
-    done = setup(sources, code, **environment)
+    done = setup(sources, code=code, **environment)
     assert (done.returncode == 0) is succeeds, done.stderr
     assert re.search(says, done.stderr, flags=re.DOTALL), done.stderr
-    assert done.stderr.count("torch is not installed where") == (1 + ("CUDA" in case) if "no torch" in case else 0)
+    assert done.stderr.count("torch is not installed where") == ("no torch" in case)
     assert not built(sources)
+
+
+HAS_CUDA = "import torch; torch.version.cuda = '13.0'; "
 
 
 @pytest.mark.large
@@ -191,14 +261,33 @@ def test_cuda_without_nvcc_is_refused_if_it_is_asked_for_and_its_reason_kept_els
     hidden = {"PATH": without("nvcc"), "CUDA_HOME": "", "CUDA_PATH": ""}
     nowhere = "import os, pathlib; real = os.access; "
     nowhere += "os.access = lambda path, mode: 'nvcc' not in str(path) and real(path, mode); "
-    done = setup(sources, nowhere, TORCH_GRADMATCH_CUDA="1", **hidden)
+    done = setup(sources, code=nowhere, TORCH_GRADMATCH_CUDA="1", **hidden)
     assert done.returncode != 0
     assert "TORCH_GRADMATCH_CUDA=1, but nvcc was not found" in done.stderr
-    done = setup(sources, nowhere, **hidden)
+    done = setup(sources, code=nowhere + HAS_CUDA, **hidden)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in built(sources)] == ["_C.abi3.so"]
     assert "nvcc was not found" in kept(sources)["cuda"]
-    assert kept(sources)["lost"] == []
+
+
+@pytest.mark.large
+@needs_compiler
+@pytest.mark.parametrize(
+    ("version", "asked", "tries"), [(None, "auto", False), (None, "1", True), ("13.0", "auto", True)]
+)
+def test_cuda_is_compiled_where_torch_has_it_or_it_is_asked_for(
+    sources: Path, version: str | None, asked: str, tries: bool
+):
+    nvcc = sources / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\ntouch tried\nexit 3\n")
+    nvcc.chmod(0o755)
+    code = f"import torch; torch.version.cuda = {version!r}; "
+    done = setup(sources, code=code, CUDA_HOME=str(nvcc.parents[1]), TORCH_GRADMATCH_CUDA=asked)
+    assert (sources / "tried").exists() is tries
+    assert (done.returncode == 0) is (asked == "auto"), done.stderr
+    if not tries:
+        assert kept(sources)["cuda"] == f"it was installed beside torch {torch.__version__}, which has no CUDA"
 
 
 @pytest.mark.large
@@ -208,11 +297,10 @@ def test_an_nvcc_that_fails_takes_nothing_else_with_it(sources: Path):
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_80 && exit 0\nexit 3\n")
     nvcc.chmod(0o755)
-    done = setup(sources, CUDA_HOME=str(nvcc.parents[1]))
+    done = setup(sources, code=HAS_CUDA, CUDA_HOME=str(nvcc.parents[1]))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in built(sources)] == ["_C.abi3.so"]
     assert "its CUDA library did not compile" in kept(sources)["cuda"]
-    assert kept(sources)["lost"] == ["cuda"]
     done = setup(sources, CUDA_HOME=str(nvcc.parents[1]), TORCH_GRADMATCH_CUDA="1")
     assert done.returncode != 0
     assert "TORCH_GRADMATCH_CUDA=1, but its CUDA library did not compile" in done.stderr
@@ -248,10 +336,9 @@ def test_an_architecture_that_torch_does_not_know_ends_the_build_only_where_cuda
     nvcc.chmod(0o755)
     asked = {"CUDA_HOME": str(nvcc.parents[1]), "TORCH_CUDA_ARCH_LIST": "8.0;Hoper"}
     why = "TORCH_CUDA_ARCH_LIST='8.0;Hoper' should name architectures that torch knows"
-    done = setup(sources, **asked)
+    done = setup(sources, code=HAS_CUDA, **asked)
     assert done.returncode == 0, done.stderr
     assert why in kept(sources)["cuda"]
-    assert kept(sources)["lost"] == ["cuda"]
     done = setup(sources, TORCH_GRADMATCH_CUDA="1", **asked)
     assert done.returncode != 0
     assert why in done.stderr
@@ -333,13 +420,11 @@ def test_a_gpu_without_machine_code_is_named_once_torch_uses_cuda(
 
 @needs_compiler
 def test_a_cuda_library_that_fails_is_warned_of_and_one_that_is_not_there_is_not(alone: Path):
-    assert _native._load_cuda() == (False, "there is no CUDA kernel: its library was not built")
-    kept = {"cpu": "", "cuda": "nvcc was on holiday", "lost": []}
-    (alone / "_build.json").write_text(json.dumps(kept))
-    assert _native._load_cuda() == (False, "there is no CUDA kernel: nvcc was on holiday")
-    (alone / "_build.json").write_text(json.dumps(kept | {"lost": ["cuda"]}))
-    with pytest.warns(RuntimeWarning, match="goes on without its CUDA kernel: .* nvcc was on holiday"):
-        assert not _native._load_cuda()[0]
+    for because in "its library was not built", "nvcc was on holiday":
+        found, about = _native._load_cuda()
+        assert not found
+        assert about.startswith(f"there is no CUDA kernel: {because}; with nvcc at hand, this builds it: ")
+        (alone / "_build.json").write_text(json.dumps({"cpu": "", "cuda": "nvcc was on holiday"}))
     cuda_library(alone, 13000, 13000)
     with pytest.warns(RuntimeWarning, match=r"_C_cuda\.abi3\.so was built from another version"):
         assert not _native._load_cuda()[0]

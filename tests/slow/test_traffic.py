@@ -45,7 +45,7 @@ class Traffic(TorchDispatchMode):
     ids=str,
 )
 def test_bytes_for_each_parameter(slow_dtype: torch.dtype, fast_dtype: torch.dtype, kernel: int, foreach: int):
-    """As docs/guides/gpu.md says; the kernel reads and writes each tensor once."""
+    """The kernel reads and writes each tensor once."""
     slow = [torch.zeros(1000, dtype=slow_dtype) for _ in range(50)]
     fast = [torch.ones(1000, dtype=fast_dtype) for _ in range(50)]
     with Traffic() as traffic:

@@ -19,31 +19,30 @@ __all__ = ["check_loader"]
 def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> None:
     """Raise unless a training loop over this loader matches the gradients of as many domains as the optimizer expects.
 
-    For frameworks, whose loop calls ``optimizer.step()`` out of sight: called once before training, on every rank, with
-    ``torch.distributed`` initialized where there are several. :func:`~torch_gradmatch.meta_batches` are for a loop of
-    ``meta_step``, any other loader is for one of ``step()``, which needs ``Fish(inner_steps=S)``.
+    Call it once before training, on every rank, with ``torch.distributed`` initialized where there are several ranks.
+    :func:`~torch_gradmatch.meta_batches` are for a loop of ``meta_step``; any other loader is for a loop of ``step()``,
+    which needs ``Fish(inner_steps=S)``.
 
-    What several ranks serve together has to fit, too:
+    Several ranks need a sampler with:
 
-    - ``DomainBatchSampler(split="walks")`` if each rank walks by itself: ``Fish`` with a ``process_group``, or
-      ``SmoothFish`` with one and ``parallel="walks"``;
+    - ``split="walks"`` for ``Fish`` with a ``process_group``, or ``SmoothFish`` with one and ``parallel="walks"``;
     - ``split="domains"`` for ``IDGM`` with a ``process_group`` and ``parallel="domains"``;
     - ``split="batch"`` with ``parallel="data"`` or without ``process_group``.
 
-    The loaders in a ``DomainLoader`` have to give each rank its part themselves; nobody can check that.
+    The loaders in a ``DomainLoader`` have to give each rank its part themselves; that cannot be checked.
 
     Args:
         optimizer: A ``GradMatch``, or the object into which Lightning or Accelerate have wrapped it.
         loader: What the loop iterates over: a ``DataLoader`` with a ``DomainBatchSampler``, a ``DomainLoader``, or
             ``meta_batches`` of one of them. A framework should not have prepared it.
-        accumulation_steps: Batches whose gradients the framework adds up before it steps.
+        accumulation_steps: Number of batches whose gradients the framework adds up before it steps.
 
     Raises:
         TypeError: If there is no ``GradMatch``.
-        ValueError: If the numbers of domains or the batches that are accumulated differ, ``step()`` would never match
-            gradients (a method other than ``Fish``, or ``Fish`` without ``inner_steps``, over a loader that is no
-            ``meta_batches``), the loader is none of the three, or is over another data set, or the ranks' batches do
-            not fit the method.
+        ValueError: If loader and optimizer differ in the number of domains or of accumulated batches; if ``step()``
+            would never match gradients (a method other than ``Fish``, or ``Fish`` without ``inner_steps``, over a
+            loader that is no ``meta_batches``); if the loader is none of the three or is over another data set; or if
+            the ranks' batches do not fit the method.
 
     Example:
         >>> import torch

@@ -1,9 +1,10 @@
-"""Batches in lists of S, one for each ``GradMatch.meta_step``, that know their domains."""
+"""Batches that know their domains: in lists of S, one for each ``GradMatch.meta_step``, and one by one for ``step``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from itertools import count, islice, repeat
 from typing import Any, Generic, cast
 
 from torch.utils.data import BatchSampler, DataLoader
@@ -12,7 +13,7 @@ from torch_gradmatch._checks import check_int
 from torch_gradmatch.data.sampler import DomainBatchSampler
 from torch_gradmatch.data.streams import Batch, DomainLoader
 
-__all__ = ["MetaBatch", "meta_batches"]
+__all__ = ["MetaBatch", "domain_batches", "meta_batches"]
 
 
 class MetaBatch(list[Batch]):
@@ -23,7 +24,7 @@ class MetaBatch(list[Batch]):
         domains: Their labels in the same order, None if unknown.
 
     Attributes:
-        domains: Those labels. A copy that was made through the type, ``type(batches)(...)``, knows none.
+        domains: Those labels. A copy made by ``type(batches)(...)`` has none.
 
     Example:
         >>> MetaBatch([0.5, 0.7], ("north", "south")) == [0.5, 0.7]
@@ -38,15 +39,15 @@ class MetaBatch(list[Batch]):
 def meta_batches(loader: Iterable[Batch], domains_per_step: int | None = None) -> MetaBatches[Batch]:
     """Group the batches of a loader into lists of S, one for each ``GradMatch.meta_step``.
 
-    An incomplete last list is left out; after a ``DomainBatchSampler`` or a ``DomainLoader`` there is none, and the
-    lists are :class:`~torch_gradmatch.data.meta_batches.MetaBatch` with the labels of their domains. To resume, save
-    the state dict of a ``StatefulDataLoader``, or of the ``DomainLoader``, between two lists: in the middle of a group
-    it is a ``RuntimeError`` when iteration starts.
+    Over a ``DomainBatchSampler`` or a ``DomainLoader`` the lists are
+    :class:`~torch_gradmatch.data.meta_batches.MetaBatch` with the labels of their domains. Over other loaders an
+    incomplete last list is left out. To resume, save the state dict of a ``StatefulDataLoader``, or of the
+    ``DomainLoader``, between two lists: one saved in the middle of a group is a ``RuntimeError`` when iteration starts.
 
     Args:
         loader: Any iterable of batches that have one domain each: a ``DataLoader`` with a ``DomainBatchSampler`` or a
-            batch sampler class of your own, a ``DomainLoader``, or any other whose batches torch's ``BatchSampler``
-            does not cut: that mixes domains, shuffled or not.
+            batch sampler class of your own, or a ``DomainLoader``. Batches of torch's own ``BatchSampler`` mix domains
+            and are refused.
         domains_per_step: S; where the sampler has ``split="domains"``, S / R, its ``batches_per_group``. ``None`` takes
             it from the loader's ``DomainBatchSampler``, or the ``DomainLoader``.
 
@@ -110,14 +111,77 @@ class MetaBatches(Generic[Batch]):
         return len(cast("Sized", self.loader)) // self.domains_per_step
 
     def __iter__(self) -> Iterator[MetaBatch[Batch]]:
-        batches, names = MetaBatch[Batch](), None if self.sampler is None else self.sampler._names()
-        for batch in self.loader:
-            if names is not None and not batches:
-                batches.domains = next(names)
+        batches, labels = list[Batch](), list[str | int]()
+        for label, batch in _labelled(self.loader, self.sampler):
+            if self.sampler is not None and not batches:
+                epoch, start = self.sampler._started
+                if start % self.sampler.batches_per_group:
+                    where = f"batch {start} of epoch {epoch}, inside a group"
+                    raise RuntimeError(f"resumed at {where}: save between two lists")
             batches.append(batch)
+            labels += [] if label is None else [label]
             del batch  # or a batch the loop is done with stays in memory while the next is fetched
             if len(batches) == self.domains_per_step:
-                yield batches
-                batches = MetaBatch()
+                yield MetaBatch(batches, tuple(labels) or None)
+                batches, labels = [], []
         if self.sampler is not None and self.sampler._turn is None:
             self.sampler.set_epoch(self.sampler._following[0])  # a loader that fetches ahead has come to its end
+
+
+def served_labels(sampler: DomainBatchSampler) -> Iterator[str | int]:
+    """Return the label of each batch, one after the other, from where the sampler's latest iterator started."""
+    epoch, start = sampler._started
+    first, begun = divmod(start, sampler.batches_per_group)
+    groups = (sampler._groups.group(epoch, number)[sampler._own] for number in count(first))
+    domains = (domain for group in groups for domain in group for _ in range(sampler.accumulate))
+    return (sampler.labels[domain] for domain in islice(domains, begun, None))
+
+
+def _labelled(loader: Iterable[Batch], sampler: DomainBatchSampler | None) -> Iterator[tuple[str | int | None, Batch]]:
+    """Yield each batch behind its label, which is known once the loader has begun."""
+    labels: Iterator[str | int | None] | None = None
+    for batch in loader:
+        labels = labels or (repeat(None) if sampler is None else served_labels(sampler))
+        yield next(labels), batch
+        del batch
+
+
+def domain_batches(loader: Iterable[Batch]) -> Iterator[tuple[str | int, Batch]]:
+    """Serve each batch of a loader behind the label of its domain, for loops of ``GradMatch.step``.
+
+    ``for optimizer.domain, batch in domain_batches(loader)`` tells the optimizer the domain of every step, so that
+    ``optimizer.last_meta_step.scalars()`` has a number for each domain. The batches and their order are the loader's,
+    with workers, ``accumulate``, and from where it resumes.
+
+    Args:
+        loader: A ``DataLoader`` with a ``DomainBatchSampler``, or a ``DomainLoader``; not one that a framework has
+            prepared.
+
+    Yields:
+        A label and a batch.
+
+    Raises:
+        ValueError: If the loader is another one, or its domains are not those of its data set.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> from torch_gradmatch import Fish, GradMatch
+        >>> w = torch.nn.Parameter(torch.ones(()))
+        >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(inner_steps=2, track_alignment=True))
+        >>> sampler = DomainBatchSampler(["north", "south"], batch_size=1)
+        >>> for optimizer.domain, x in domain_batches(DataLoader([3.0, 5.0], batch_sampler=sampler)):
+        ...     optimizer.zero_grad()
+        ...     (w * x).sum().backward()
+        ...     optimizer.step()
+        >>> numbers = optimizer.last_meta_step.scalars()
+        >>> numbers["grad_norm/north"], numbers["grad_norm/south"]
+        (3.0, 5.0)
+    """
+    sampler = sampler_of(loader)
+    if sampler is None:
+        raise ValueError(
+            "loader should be a DataLoader over a DomainBatchSampler, or a DomainLoader, as you made it (got "
+            f"{type(loader).__name__}): only they know the domains"
+        )
+    yield from cast("Iterator[tuple[str | int, Batch]]", _labelled(loader, sampler))

@@ -1,21 +1,21 @@
-"""Batches for meta-iterations: S batches at a time, each from one domain, the S domains distinct.
+"""Batches for meta-iterations: S batches in a row, each from one domain, the S domains distinct.
 
 Algorithm 1 of Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, visits the
 domains in random order. Where there are more domains than inner steps, the authors' code draws S of them without
 replacement, as here. There each domain has its own loader; here one ``batch_sampler`` serves any ``DataLoader``.
 
 By default every second group reverses the order of the one before. To first order in the step size, the mean of a
-walk of SGD through the domains and of the reverse walk is the mean over all orders, the direction that Fish stands
-for; that of two walks in random orders is not. This is FlipFlop of Rajput, Lee and Papailiopoulos, *Permutation-Based
-SGD: Is Random Optimal?*, ICLR 2022, whose walks are whole epochs, and the *paired reversal* of Nguyen et al.,
-arXiv 2604.00260, who prove that it cancels the leading term that depends on the order.
+walk of SGD through the domains and of the reverse walk is the mean over all orders; the mean of two walks in random
+orders is not. For whole epochs this is FlipFlop of Rajput, Lee and Papailiopoulos, *Permutation-Based SGD: Is Random
+Optimal?*, ICLR 2022, and the *paired reversal* of Nguyen et al., arXiv 2604.00260, who prove that it cancels the
+leading term that depends on the order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from itertools import count, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,51 +29,48 @@ __all__ = ["DomainBatchSampler"]
 
 
 class DomainBatchSampler(Sampler[list[int]]):
-    """A ``batch_sampler`` whose consecutive groups of S batches come from S distinct domains.
+    """A ``batch_sampler`` that serves groups of S batches, each batch from another domain.
 
     In each epoch the samples of every domain are shuffled and cut into batches. A group draws S domains without
     replacement from those with a batch left and serves them in random order. The next group serves the same domains in
     reverse order, with their next batches, and so on in pairs.
 
-    With ``exhausted="stop"`` the epoch ends when fewer than S domains have a batch left, with S equal to the number of
-    domains when the smallest has run out, and no sample is served twice. With ``exhausted="cycle"`` a domain that has
-    run out is shuffled anew and goes on. An epoch then has
+    With ``exhausted="stop"`` the epoch ends when fewer than S domains have a batch left, and no sample is served twice.
+    With ``exhausted="cycle"`` a domain that has run out is shuffled anew and goes on. An epoch then has
 
         max(max_d n_d, ⌈(Σ_d n_d) / S⌉) groups, n_d the batches of domain d:
 
     the fewest in which every domain could be served whole. With S equal to the number of domains, that is until the
-    largest has been served whole. With S smaller it is at least as many batches as the data has, and each domain
-    serves as many of them as its weight gives it.
+    largest has been served whole. With S smaller it is at least as many batches as the data has.
 
-    Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. An epoch
+    Epochs advance by themselves: each new iterator serves the next epoch, also after one that was broken off. An epoch
     depends only on the arguments and its number; global random state is neither read nor changed. ``len(sampler)`` is
-    exactly the number of batches of the epoch of the iterator in progress, or else of the next one. It is that of the
-    whole epoch also where that is resumed in the middle: frameworks count the batches before the checkpoint themselves.
+    the number of batches of the whole epoch of the iterator in progress, or else of the next one, also where the epoch
+    is resumed in the middle: frameworks count the batches before the checkpoint themselves.
 
     ``accumulate=k`` is for loops that add up the gradients of k batches before they step: each domain of a group serves
-    k batches in a row, all of which are added up. So a step still has one domain. What a domain has beyond a multiple
-    of k is not served in that epoch, but others in each. A loss that is a mean over its batch weighs a smaller batch as
-    much as a full one; ``drop_last=True`` leaves smaller ones out.
+    k batches in a row, so that a step has one domain. Samples beyond a multiple of k batches are not served in that
+    epoch; they are other samples in each epoch. A loss that is a mean over its batch weighs a smaller batch as much as
+    a full one; ``drop_last=True`` leaves smaller ones out.
 
     Each of R ranks of ``torch.distributed`` has a sampler of its own, with the same arguments but for ``rank``; nothing
     is communicated. In every epoch all ranks have the same number of batches. ``split`` says what they share:
 
-    - ``"batch"``, for DDP, FSDP2 and methods with ``parallel="data"``: all serve the same domain at the same time, and
-      each the r-th of R equal consecutive parts of the batch. Together they serve what one process would.
-    - ``"walks"``, for methods whose ranks walk by themselves (``Fish`` and ``SmoothFish`` with a ``process_group``): in
-      each group all have the same S domains, each rank in an order of its own, the ranks 2k and 2k + 1 in opposite
-      ones. R batches of a domain are dealt out at a time; no sample is served by two ranks.
-    - ``"domains"``, for ``IDGM`` with ``parallel="domains"``: the S batches of each group are dealt out, S / R
-      consecutive ones to each rank.
+    - ``"batch"``, for DDP, FSDP2 and methods with ``parallel="data"``: all ranks serve the same domain at the same
+      time, rank r the r-th of R equal parts of the batch. Together they serve what one process would.
+    - ``"walks"``, for ``Fish`` and ``SmoothFish`` with a ``process_group``: in each group all ranks have the same S
+      domains, each rank in an order of its own; ranks 2k and 2k + 1 have opposite orders. No sample is served by two
+      ranks.
+    - ``"domains"``, for ``IDGM`` with ``parallel="domains"``: each rank has S / R consecutive batches of each group.
 
-    With ``"batch"`` and ``"walks"`` all ranks have equally many samples of a domain at a time. What a domain has last
-    is cut so that R divides it: fewer than R samples of a domain are not served in an epoch, others in each.
+    With ``"batch"`` and ``"walks"`` all ranks have the same number of samples of a domain at a time. So fewer than R
+    samples of a domain are not served in an epoch; they are other samples in each epoch.
 
     To resume in the middle of an epoch, save and load the ``state_dict()`` of torchdata's ``StatefulDataLoader`` over
-    the sampler: it holds the sampler's. A ``DataLoader`` with workers fetches batches ahead of the loop, and the
+    the sampler, which holds the sampler's. A ``DataLoader`` with workers fetches batches ahead of the loop; the
     sampler's own state is then that of the batch which was fetched last. Where :func:`~torch_gradmatch.meta_batches` or
     :func:`~torch_gradmatch.check_loader` have seen such a loader, ``state_dict()`` is an error in the middle of an
-    epoch. The sampler alone cannot know.
+    epoch.
 
     Args:
         domains: One label, string or integer, per sample of the data set: a list or tuple, or a tensor, array or column
@@ -81,22 +78,22 @@ class DomainBatchSampler(Sampler[list[int]]):
             need not cover the data set.
         batch_size: Samples in a batch; a domain's last batch may be smaller. With ``split="batch"``, in the batch of
             all ranks together, a multiple of R.
-        domains_per_step: S; ``None`` for all domains, of which there should be two then. With 1, and also with one
-            domain, it serves ordinary training. With ``split="domains"``, S of all ranks together, a multiple of R.
-        weighting: The probabilities p_d with which a group's domains are drawn, one after the other among those not
-            yet in it. ``"uniform"``: equal. ``"proportional"``: p_d ∝ the batches that the domain has left
+        domains_per_step: S; ``None`` for all domains, at least two. 1 is for ordinary training. With
+            ``split="domains"``, S of all ranks together, a multiple of R.
+        weighting: The probabilities p_d with which a group's domains are drawn, one after the other without
+            replacement. ``"uniform"``: equal. ``"proportional"``: p_d ∝ the batches that the domain has left
             (``stratified`` in the authors' code), so that large and small domains last about equally long; in a cycle
             p_d ∝ n_d. A mapping from every label to a positive number: p_d ∝ that.
-        order: ``"flipflop"`` serves groups in pairs, the second in the reverse order of the first; where one of the
-            first's domains has no batch left, the second is drawn anew. In a cycle, and with S equal to the number of
+        order: ``"flipflop"`` serves groups in pairs, the second in the reverse order of the first. Where a domain of
+            the first group has no batch left, the second is drawn anew. In a cycle, and with S equal to the number of
             domains, the last group of an epoch and the first of the next may be a pair, too. ``"random"`` draws every
-            group, each in an order of its own.
+            group in an order of its own.
         exhausted: What happens when domains run out, ``"stop"`` or ``"cycle"``, see above.
-        batches_per_epoch: With ``exhausted="cycle"``, the length of every epoch instead: a multiple of S times k. With
+        batches_per_epoch: With ``exhausted="cycle"``, the length of every epoch: a multiple of S times k. With
             ``split="domains"``, of all ranks together.
         accumulate: k, the batches of a domain in a row, see above.
         num_replicas: R, the number of ranks. With 1, ``split`` makes no difference.
-        rank: This one's number, from 0 to R - 1.
+        rank: The number of this rank, from 0 to R - 1.
         split: ``"batch"``, ``"walks"`` or ``"domains"``, see above.
         seed: Integer of at least 0.
         drop_last: Leave out a domain's last batch if it is smaller than ``batch_size``. With ``split="walks"``, leave
@@ -257,7 +254,7 @@ class DomainBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iterator serves; without this, epochs follow one another.
 
-        To choose the epoch that ``load_state_dict`` is about to resume keeps the position in it, so a loop that
+        If that is the epoch which ``load_state_dict`` is about to resume, the position in it is kept. So a loop that
         calls this before every epoch resumes rightly.
 
         Args:
@@ -288,9 +285,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         return sum(self._length(epoch) for epoch in range(check_int("epochs", epochs, 0)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place behind the last batch that the sampler has served, and a hash of the settings.
-
-        It is the same on every rank.
+        """Return the place behind the last batch served and a hash of the settings, the same on every rank.
 
         Returns:
             Numbers and strings; ``torch.load(weights_only=True)`` loads them.
@@ -309,8 +304,7 @@ class DomainBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
 
-        The number of ranks may be another one. With ``split="walks"``, where it decides what a batch is, the rest of
-        the epoch is then another draw.
+        The number of ranks may differ. With ``split="walks"`` the rest of the epoch is then another draw.
 
         Args:
             state_dict: From ``state_dict`` of a sampler of the same domains and arguments, on any rank.
@@ -350,12 +344,3 @@ class DomainBatchSampler(Sampler[list[int]]):
         """Let the next iterator start at a place; the one in progress moves the place no more."""
         self._following = self._place = (epoch, position)
         self._turn, self._begun = None, False
-
-    def _names(self) -> Iterator[tuple[str | int, ...]]:
-        """Yield the labels of the domains that each group serves here, from where the latest iterator started."""
-        epoch, start = self._started
-        first, begun = divmod(start, self.batches_per_group)
-        if begun:
-            raise RuntimeError(f"resumed at batch {start} of epoch {epoch}, inside a group: save between two lists")
-        for number in count(first):
-            yield tuple(self.labels[domain] for domain in self._groups.group(epoch, number)[self._own])

@@ -1,4 +1,4 @@
-"""Batches for meta-iterations where every domain has a loader of its own: for streams, which have no index to sample.
+"""Batches for meta-iterations where every domain has a loader of its own: streams, for instance.
 
 Algorithm 1 of Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, has a loader for
 each domain, too. The groups are drawn as in :class:`~torch_gradmatch.DomainBatchSampler`.
@@ -20,30 +20,29 @@ FAILED = object()
 
 
 class DomainLoader(Generic[Batch]):
-    """A loader over one loader per domain, whose consecutive groups of S batches come from S distinct domains.
+    """A loader over one loader per domain. It serves groups of S batches, each batch from another domain.
 
-    For domains that cannot be indexed, such as one ``IterableDataset`` each. Where they can,
-    :class:`~torch_gradmatch.DomainBatchSampler` needs one set of workers, and not one per domain. A group draws S
-    domains without replacement and serves them in random order; the next group serves the same domains in reverse
+    It is for domains that cannot be indexed, such as one ``IterableDataset`` each. Where they can be indexed,
+    :class:`~torch_gradmatch.DomainBatchSampler` needs one set of workers instead of one per domain. A group draws S
+    domains without replacement and serves them in random order. The next group serves the same domains in reverse
     order, with their next batches, and so on in pairs.
 
-    A loader that has come to its end is iterated over again. So there is no end but the given length of an epoch, and
-    each epoch goes on where the one before ended, in every loader. No batch is fetched before it is served.
+    A loader that has come to its end is iterated over again. Each epoch has the given length and goes on, in every
+    loader, where the one before ended. No batch is fetched before it is served.
 
-    Epochs advance by themselves: each new iterator serves the next one, also after one that was broken off. Only the
+    Epochs advance by themselves: each new iterator serves the next epoch, also after one that was broken off. Only the
     iterator that was started last can go on. The draws depend only on the arguments and the number of the epoch; global
     random state is neither read nor changed.
 
-    If a loader raises an error, its pass is over: the next batch of that domain is the first of a new pass, as the note
+    If a loader raises an error, the next batch of that domain is the first of a new pass over its loader, as the note
     in the error says. The next iterator begins again with the group that was broken off.
 
-    To save the place and to go on there, every domain's loader needs ``state_dict`` and ``load_state_dict``, as
-    torchdata's ``StatefulDataLoader`` has them. At the end of a pass a loader may save that nothing is left, or the
-    start of the next pass; both resume alike.
+    To save the place and resume, every domain's loader needs ``state_dict`` and ``load_state_dict``, as torchdata's
+    ``StatefulDataLoader`` has them.
 
     Args:
         loaders: For each domain's label, string or integer, an iterable of its batches, such as a ``DataLoader``, or a
-            list or tuple of batches. Whatever else has ``__getitem__`` is a data set, whose rows are no batches.
+            list or tuple of batches. Data sets, anything else with ``__getitem__``, are refused.
         batches_per_epoch: The length of an epoch, a multiple of S.
         domains_per_step: S; ``None`` for all domains.
         weighting: ``"uniform"`` draws every domain with the same probability, a mapping from every label to a positive

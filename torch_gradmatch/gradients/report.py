@@ -25,7 +25,8 @@ class MetaStep(Measured):
             norms, products and cosines are of the matched parameters' gradients.
         cosines: Cosine of the gradients of each pair of domains, shape (S, S), with ``track_alignment="pairs"``.
         domains: The domains' names in the order of all these, if they are known: ``meta_step`` was given a mapping, or
-            a list by :func:`~torch_gradmatch.meta_batches` from a sampler, which knows its labels.
+            a list by :func:`~torch_gradmatch.meta_batches` from a sampler, which knows its labels; or every step of a
+            manual loop was told its ``GradMatch.domain``.
         gamma: The strength of the matching, given or found, under :class:`~torch_gradmatch.IDGM` and
             :class:`~torch_gradmatch.Fishr`.
     """

@@ -33,9 +33,9 @@ def _check_aggregator(value: object) -> Callable[[Tensor], Tensor]:
 
 @dataclass(repr=False)
 class Aggregate(OnceMethod):
-    """Hand the matrix of the domains' gradients to a function, and what it returns to the wrapped optimizer.
+    """Hand the matrix of the domains' gradients to a function, and its result to the wrapped optimizer.
 
-    Memory: the matrix, S times the parameters, and whatever the function takes; all parameters on one device, not
+    Memory: the matrix, S times the parameters, and what the function takes. All parameters are on one device, not
     sharded. Each domain is evaluated once, with one graph alive.
 
     Attributes:
@@ -43,8 +43,8 @@ class Aggregate(OnceMethod):
             after the other, zero where a loss does not depend on one; returns shape (P,). Any callable, such as
             ``torchjd.aggregation.UPGrad()`` (``pip install torchjd``).
         model: As for :class:`~torch_gradmatch.ERM`.
-        nonfinite: As there.
-        process_group: As there, and each gradient is averaged: S all-reduces.
+        nonfinite: As for :class:`~torch_gradmatch.ERM`.
+        process_group: As for :class:`~torch_gradmatch.ERM`, and each gradient is averaged: S all-reduces.
 
     Raises:
         TypeError: If ``aggregator`` cannot be called.

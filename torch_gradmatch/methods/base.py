@@ -1,4 +1,4 @@
-"""What a method of gradient matching is to ``GradMatch``: a small object with the policy of a meta-iteration.
+"""The interface between ``GradMatch`` and a method: settings, and the loop that carries them out.
 
 A new method is one new file: a :class:`Method` with the settings, whose :meth:`Method.make_loop` makes a
 :class:`MetaLoop` that carries them out for one optimizer.
@@ -30,17 +30,16 @@ __all__ = ["COMMON_CHECKS", "MetaLoop", "Method", "evaluate", "shown_settings"]
 
 
 class Method(ABC):
-    """The settings of a method. Holds no state: one object may serve several optimizers.
+    """The settings of a method. It holds no state: one object may serve several optimizers.
 
-    A setting may be changed between meta-iterations, ``optimizer.method.gamma = 0.5``. It is checked like at
-    construction, by :attr:`checks`, and takes effect at the next meta-iteration; a refused value changes nothing.
+    A setting may be changed between meta-iterations, ``optimizer.method.gamma = 0.5``. It is checked as at
+    construction, by :attr:`checks`, and takes effect at the next meta-iteration. A refused value changes nothing.
 
-    A ``ProcessGroup`` among the settings can be neither copied nor pickled. A deepcopy has the same one: it trains
-    among the same processes. To pickle such a method is an error, because without its group it would be another method.
+    A method with a ``ProcessGroup`` cannot be pickled. A deepcopy has the same group.
     """
 
     checks: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
-    """For each setting a function that returns the value to keep and raises if it cannot be used."""
+    """For each setting a function that returns the value to keep, or raises."""
 
     if not TYPE_CHECKING:  # which would accept any name for the sake of this
 
@@ -143,14 +142,16 @@ class MetaLoop(ABC):
         method: As given.
         optimizer: As given.
         inner_step: Number of inner steps since the last meta-update.
+        domain: The label of the batch that the next step is on, if the training loop says it.
         last: What the last meta-iteration measured.
-        needs_closure: Whether the wrapped optimizer's ``step`` cannot do without a closure.
+        needs_closure: Whether the wrapped optimizer's ``step`` needs a closure.
     """
 
     def __init__(self, method: Any, optimizer: Optimizer) -> None:
         self.method = method
         self.optimizer = optimizer
         self.inner_step = 0
+        self.domain: str | int | None = None
         self.last: MetaStep | None = None
         self.needs_closure = wants_closure(optimizer)
 
@@ -186,7 +187,7 @@ class MetaLoop(ABC):
 
         Args:
             closure: As for any optimizer.
-            scaling: What a ``GradScaler`` says of the gradients, if it was one that called.
+            scaling: What a ``GradScaler`` says of the gradients, if one called.
 
         Returns:
             What the wrapped optimizer returned.

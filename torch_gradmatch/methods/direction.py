@@ -1,4 +1,4 @@
-"""What the methods have in common that work out one direction and hand it to the wrapped optimizer as the gradient."""
+"""The base of methods that work out one direction and hand it to the wrapped optimizer as the gradient."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ EXPLODED = 10.0
 
 @dataclass
 class Evaluation:
-    """What a method is given to work out a direction with.
+    """What a method is given to work out a direction.
 
     Attributes:
         loss: Returns the loss of a domain by its number, times ``scale``.
-        of_batch: Returns that of any batch.
-        batches: One of each domain.
-        parameters: Those of the optimizer that require a gradient.
+        of_batch: Returns the loss of any batch, times ``scale``.
+        batches: One batch of each domain.
+        parameters: The optimizer's parameters that require a gradient.
         sharing: How ranks share the evaluations; None on one process.
         places: The model's buffers, if they are followed.
-        scale: That of a ``GradScaler``. The direction is to be multiplied by it, too, and the report is not.
+        scale: The scale of a ``GradScaler``. The direction is multiplied by it, the report is not.
         checks: Whether to refuse what is not finite or diverges, if the method does so.
-        number: How many meta-iterations there were before.
-        memory: What the method keeps from one meta-iteration to the next, as numbers and tensors, not
-            written to: it is in the state dict.
-        kept: What it keeps in this process only.
+        number: Number of meta-iterations before.
+        memory: Numbers and tensors that the method keeps from one meta-iteration to the next. They are in the state
+            dict: replace tensors instead of writing to them.
+        kept: What the method keeps in this process only.
     """
 
     loss: Callable[[int], Tensor]
@@ -64,18 +64,18 @@ class Evaluation:
 
     @property
     def is_due(self) -> bool:
-        """Whether to look whether losses are the same twice: in meta-iterations number 1, 2, 4, 8 and so on."""
+        """Whether this meta-iteration checks that losses are the same twice: number 1, 2, 4, 8 and so on."""
         return (self.number + 1) & self.number == 0
 
     def read_finite(
         self, losses: Tensor, gradient: Sequence[Tensor], others: Sequence[Tensor] = ()
     ) -> tuple[list[float], list[float]]:
-        """Read what tells whether an evaluation went well; synchronizes once.
+        """Read losses, the norm of a gradient and other numbers; synchronizes once.
 
         Args:
-            losses: Of the domains, shape (S,).
+            losses: Losses of the domains, shape (S,).
             gradient: The direction found.
-            others: Anything else that is wanted.
+            others: Other tensors to read.
 
         Returns:
             The losses; and the norm of the gradient and the other numbers, finite or not.
@@ -92,7 +92,7 @@ class Evaluation:
         return values[: len(losses)], values[len(losses) :]
 
     def refuse_explosion(self, loss: float, matching: float, remedy: str) -> None:
-        """Raise if the matching term outgrows the mean loss: then it is unbounded, and training raises gradients."""
+        """Raise if the matching term outgrows the mean loss: then training raises the gradients without bound."""
         first = self.memory.setdefault("first", max(abs(loss), abs(matching)))
         if matching > max(abs(loss), EXPLODED * first):
             raise RuntimeError(
@@ -107,10 +107,10 @@ class Direction:
     """What one evaluation found.
 
     Attributes:
-        gradient: For each trained parameter, what its ``.grad`` is to be; None for no step.
+        gradient: The new ``.grad`` of each trained parameter; None for no step.
         objective: What the direction lowers, shape ().
         report: What was measured.
-        buffers: The model's buffers after one forward pass of each domain, saved; None to leave them be.
+        buffers: The model's buffers after one forward pass of each domain; None to leave them as they are.
     """
 
     gradient: Sequence[Tensor | None]
@@ -123,9 +123,9 @@ class DirectionMethod(Method):
     """A method without inner steps: every meta-iteration is one step of the wrapped optimizer."""
 
     fewest: ClassVar[int] = 2
-    """How many domains a meta-iteration has at least."""
+    """The least number of domains in a meta-iteration."""
     keeps: ClassVar[str] = ""
-    """What is lost with the state that it keeps, for a warning."""
+    """What is lost with the method's state, for a warning."""
 
     def make_loop(self, optimizer: Optimizer) -> DirectionLoop:
         """Make the loop that carries these settings out for one optimizer. See ``Method.make_loop``."""

@@ -49,39 +49,38 @@ class Fish(Method):
         inner_steps: S, the number of inner steps after which ``step`` interpolates by itself; None to call
             ``interpolate`` or ``meta_step`` instead.
         inner_state: ``"carry"`` keeps the inner optimizer's state (momenta, step counts) from one meta-iteration to
-            the next; ``"reset"`` returns it at the start of each to what it was when the optimizer was wrapped, with
-            the hyperparameters it has by then. A function is called with the wrapped optimizer at the start of every
+            the next. ``"reset"`` returns the state at the start of each to what it was when the optimizer was wrapped;
+            hyperparameters stay as they are. A function is called with the wrapped optimizer at the start of every
             inner loop, to reset what it chooses.
-        model: The model, if its buffers (BatchNorm statistics) are to be followed, too. In a manual loop call
-            ``zero_grad()`` before the first forward pass: what moves buffers before it does not belong to the walk.
-            A model in ``DistributedDataParallel`` is passed as such.
+        model: Pass the model to interpolate its buffers (BatchNorm's statistics), too. In a loop of your own call
+            ``zero_grad()`` before the first forward pass: changes to buffers before it are not part of the inner loop.
+            A model in ``DistributedDataParallel`` is passed in its wrapper.
         buffers: With ``model``: ``"interpolate"`` moves floating-point buffers by the same interpolation as the
-            parameters, as the official code does; ``"latest"`` keeps what the inner loop left. Integer buffers
-            always take the latest value.
-        meta_dtype: Keep slow weights in this dtype where it is wider than the parameter's: with bf16 or fp16
-            parameters a small ``meta_lr`` moves nothing otherwise.
+            parameters, as the official code does. ``"latest"`` keeps the values at the end of the inner loop. Integer
+            buffers always take the latest value.
+        meta_dtype: Keep slow weights in this dtype where it is wider than the parameter's. Without it a small
+            ``meta_lr`` does not move bf16 or fp16 parameters at all.
         track_alignment: Measure how well the inner gradients agree: ``GradMatch.last_meta_step`` and the result of
-            ``meta_step`` then hold inner product, cosine and norms. Costs two vectors of the size of the parameters.
-            ``"pairs"`` measures the cosine of each pair of domains, too, and of each with the sum of the others, and
-            copies every gradient for it: S times the parameters. Each gradient is taken where the steps before it have
-            led. What is measured is not in a checkpoint: an inner loop that is resumed in its middle reports nothing.
+            ``meta_step`` then hold inner product, cosine and norms. It costs two vectors of the size of the parameters.
+            ``"pairs"`` also measures the cosine of each pair of domains, and of each domain with the sum of the others.
+            It copies every gradient: S times the parameters. Each gradient is taken at the fast weights of its step. An
+            inner loop that is resumed in the middle reports nothing.
         nonfinite: ``"raise"`` refuses to interpolate towards parameters or buffers that hold NaN or infinity, so the
             slow weights survive a diverged inner loop (synchronizes once in a meta-iteration). In ``meta_step`` it also
-            refuses each domain's loss that is not finite before the step on it (synchronizes once more for each), and
-            keeps a copy of the wrapped optimizer's state, to which a failed meta-iteration returns. ``"ignore"`` does
-            not look, never synchronizes and keeps no such copy. On several ranks what one of them finds is raised on
-            all, and losses are looked at when the inner loop is over.
-        process_group: Ranks that walk by themselves, each with batches of its own in an order of its own, from the
-            same parameters: the meta-update goes to the mean of their walks,
-            :math:`\theta \leftarrow \theta + \epsilon(\frac1R\sum_r\tilde\theta_r - \theta)`. One all-reduce of the
-            parameters in a meta-iteration, and the slow weights are the same bits on every rank afterwards. Asks for
-            ``inner_state="reset"`` and for ``model``, whose buffers are averaged. The model must not be in
-            ``DistributedDataParallel``. What is measured is this rank's own walk. ``torch.distributed.group.WORLD``
-            for all ranks; None for one process, for ``DistributedDataParallel`` and for ``fully_shard``, whose
-            gradients are averaged in every step.
+            refuses a loss that is not finite before the step on it (synchronizes once more for each domain), and keeps
+            a copy of the wrapped optimizer's state, to restore it if the meta-iteration fails. ``"ignore"`` skips
+            these checks, never synchronizes and keeps no such copy. On several ranks all raise what one finds, and
+            losses are checked at the end of the inner loop.
+        process_group: Ranks that each take a walk of their own (other batches, another order) from the same
+            parameters. The meta-update goes to the mean of the walks,
+            :math:`\theta \leftarrow \theta + \epsilon(\frac1R\sum_r\tilde\theta_r - \theta)`. It takes one
+            all-reduce of the parameters in a meta-iteration, and leaves the same bits on every rank. It needs
+            ``inner_state="reset"`` and ``model``, whose buffers are averaged. The model must not be in
+            ``DistributedDataParallel``. The report is of this rank's own walk. ``torch.distributed.group.WORLD`` for
+            all ranks; None for one process, for ``DistributedDataParallel`` and for ``fully_shard``, which average
+            gradients in every step.
 
-    Any of them but ``model`` and ``process_group`` may be changed between meta-iterations; within one the settings are
-    those that it began with.
+    All settings but ``model`` and ``process_group`` may be changed; a change takes effect at the next meta-iteration.
 
     Raises:
         TypeError: If ``model`` is no module or ``process_group`` no process group.

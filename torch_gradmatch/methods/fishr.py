@@ -1,4 +1,4 @@
-r"""Fishr: equal variances of the gradients of the domains' samples, by the classifier's head.
+r"""Fishr: equal variances of the classifier head's per-sample gradients in all domains.
 
 Rame, Dancette and Cord, *Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization*, ICML 2022, arXiv
 2109.02934. With :math:`v_i` the variance, over the samples of domain i, of the head's gradients of single samples, and
@@ -13,8 +13,8 @@ is a mean over B samples, a sample's gradient is :math:`\delta z^\mathsf T` with
 .. math:: v = \mathrm E[\delta^2 (z^2)^\mathsf T] - \mathrm E[\delta z^\mathsf T]^2
 
 takes two matrix products, whatever the loss. Differences from the official code (and DomainBed's): there BackPACK takes
-every sample's gradient, the domains go through the network as one batch (with BatchNorm in training mode that is
-another network), and the optimizer is made anew when the penalty begins.
+every sample's gradient, the domains go through the network as one batch (which matters to BatchNorm),
+and the optimizer is made anew when the penalty begins.
 """
 
 from __future__ import annotations
@@ -59,25 +59,25 @@ def _check_head(value: object) -> nn.Linear:
 class Fishr(OnceMethod):
     r"""Match the variances over samples of the head's gradients, at the price of ordinary training.
 
-    All parameters are trained: the penalty's derivative goes through the head and all that is below it, once. Every
-    domain is evaluated once in a meta-iteration, with S graphs alive. The running variances are the domains' own: by
-    name where the batches have names (a mapping, or :func:`~torch_gradmatch.meta_batches` from a sampler), else by
-    position, and then every meta-step has to have as many. They are in the optimizer's state dict.
+    All parameters are trained. Every domain is evaluated once in a meta-iteration, with S graphs alive. Each domain has
+    running variances, by name where the batches have names (a mapping, or :func:`~torch_gradmatch.meta_batches` from a
+    sampler), else by position; then every meta-step needs the same number of batches. They are in the optimizer's
+    state dict.
 
-    ``loss_fn`` has to be a mean over the samples of a batch, of any loss (cross-entropy, squared error, label
-    smoothing): at the first meta-iteration a batch is evaluated together with a copy of itself, and a loss that grows
-    by that is refused. The head is called once in it, with a matrix (samples, features).
+    ``loss_fn`` has to be a mean over the samples of a batch (cross-entropy, squared error, label smoothing). The first
+    meta-iteration evaluates a batch together with a copy of itself, and refuses a loss that grows. ``loss_fn`` calls
+    the head once, with a matrix (samples, features).
 
     Attributes:
         model: The model.
         head: Its last layer, a ``torch.nn.Linear``; ``fully_shard`` may have sharded it.
-        gamma: :math:`\gamma \ge 0`, what DomainBed calls lambda (1000 there); 0 is ordinary training. None to find it
-            by ``strength`` at meta-iteration number ``start``.
-        strength: How long the penalty's gradient is then, relative to the mean gradient.
-        ema: :math:`\rho \in [0, 1)`, by which the variances are averaged from the first meta-iteration on.
+        gamma: :math:`\gamma \ge 0`, DomainBed's lambda (1000 there); 0 is ordinary training. None to find it by
+            ``strength`` at meta-iteration number ``start``.
+        strength: Length of the penalty's gradient over that of the mean gradient, at that meta-iteration.
+        ema: :math:`\rho \in [0, 1)`, the decay of the running variances, from the first meta-iteration on.
         start: Number of the first meta-iteration with the penalty, from 0.
         nonfinite: As for :class:`~torch_gradmatch.ERM`.
-        process_group: As there; the statistics are those of the whole batches.
+        process_group: As for :class:`~torch_gradmatch.ERM`; the statistics are those of the whole batches.
 
     Raises:
         TypeError: If ``head`` is no linear layer.

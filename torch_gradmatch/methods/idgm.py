@@ -56,58 +56,58 @@ class IDGM(DirectionMethod):
 
     **Strength, not gamma.** :math:`\gamma` has the units of 1/loss (variance, inner product) and depends on the size of
     the network: on small networks 2e-3 to 1e-1 make the matching term a tenth as long as the mean gradient, on a
-    pretrained one 3e-4, and 1 drives all gradients to zero. So it is found by default: at the first meta-iteration, so
-    that :math:`|\gamma\,\partial\phi/\partial\theta|` is ``strength`` times :math:`|\bar G|`. It is kept from then on,
-    stands in ``MetaStep.gamma`` and in the optimizer's state dict.
+    pretrained one 3e-4, and 1 drives all gradients to zero. So by default the first meta-iteration finds the gamma at
+    which :math:`|\gamma\,\partial\phi/\partial\theta|` is ``strength`` times :math:`|\bar G|`. It is kept from then on,
+    in ``MetaStep.gamma`` and in the optimizer's state dict.
 
-    **The inner product is unbounded**: with gamma too large the objective falls for ever while the gradients grow, and
-    the model diverges; or, where the gradients cannot grow, training settles where they are large and agree, because
-    nothing is learnt. Warm up by ordinary training. Near ``fish_gamma(lr, S)`` it does about what Fish does.
+    **The inner product is unbounded.** With gamma too large the objective falls for ever while the gradients grow, and
+    the model diverges. Where the gradients cannot grow, training may settle where they are large and agree because
+    nothing is learnt: warm up by ordinary training. With ``fish_gamma(lr, S)`` it does about what Fish does.
     ``agreement="variance"`` (the default) and ``"cosine"`` are bounded.
 
-    Gradients that are differentiated again are taken by ``torch.autograd.grad``, all others by ``backward()``. At the
-    first meta-iteration both are compared, and a parameter where they differ is refused by name.
+    Gradients that are differentiated again are taken by ``torch.autograd.grad``, all others by ``backward()``. The
+    first meta-iteration compares the two; where they differ the error names the parameter.
 
     Attributes:
-        model: The model. BatchNorm's statistics move once for each domain and meta-iteration, as in a plain forward
-            pass.
+        model: The model. BatchNorm's statistics move once for each domain and meta-iteration.
         gamma: :math:`\gamma \ge 0`; 0 is ordinary training. None to find it by ``strength``.
-        agreement: :math:`\phi`: ``"variance"``, ``"inner_product"`` (the paper's), ``"cosine"``, or a function that
+        agreement: :math:`\phi`: ``"variance"``, ``"inner_product"`` (the paper's), ``"cosine"``, or a function. It
             takes the list of the domains' gradients, each a dictionary by parameter name, and returns a scalar, the
             larger the better they agree.
-        strength: How long the matching term is at the first meta-iteration, relative to the mean gradient. Changed
-            later, gamma is found anew at the next one.
+        strength: Length of the matching term over that of the mean gradient, at the first meta-iteration. If it is
+            changed later, gamma is found anew at the next one.
         hvp: How the products of Hessian and vector are taken: ``"reverse"`` (double backward), ``"forward"``
             (``jvp`` of ``grad``), or ``"finite_difference"`` for models without second derivatives.
-        matched: A module of the model, or some of its parameters, whose gradients are to agree instead of those of all
-            parameters: the classifier's head, as in the literature on invariant gradients. The derivative of phi still
-            goes through all parameters, but only what lies above these is differentiated twice, and all else once, by
-            ``backward()``: about 1.5 times ordinary training, 1.1 with ``keep_graphs``. So it goes with compiled code,
-            fused attention, checkpointing, ``DistributedDataParallel`` (passed as ``model``) and ``fully_shard`` below.
-            What is reported is of the gradients of these parameters. For ``hvp="reverse"``.
+        matched: A module of the model, or some of its parameters: match the gradients of these instead of all, those of
+            the classifier's head for instance. The derivative of phi still goes through all parameters. Only what lies
+            above the matched parameters is differentiated twice, all else once, by ``backward()``: about 1.5 times
+            ordinary training, 1.1 with ``keep_graphs``. Below them may lie compiled code, fused attention,
+            checkpointing, ``DistributedDataParallel`` (passed as ``model``) and ``fully_shard``. The report is of the
+            matched gradients. For ``hvp="reverse"``.
         keep_graphs: Keep every domain's graph instead of evaluating it twice: faster, and memory grows with S. For
             ``hvp="reverse"``.
-        one_pass: Evaluate each domain once, with one graph alive: it is matched with the domains before it, counted
-            twice. In expectation over random orders of the domains that is exact, and the mean of an order and its
-            reverse is, so ``DomainBatchSampler(order="flipflop")`` suits it. For the three named agreements; about 2.5
-            times ordinary training.
-        nonfinite: ``"raise"`` refuses a loss or gradient with NaN or infinity and a diverging inner product before
-            anything is changed (synchronizes once in a meta-iteration); ``"ignore"`` does not look.
-            Either way a loss that is not the same in both passes is refused; by ``"ignore"`` it is looked for in
-            meta-iterations number 1, 2, 4, 8 and so on. With ``one_pass`` or ``keep_graphs`` each is evaluated once.
+        one_pass: Evaluate each domain once, with one graph alive, and match it with the domains before it, counted
+            twice. That is exact in expectation over random orders of the domains, and exact in the mean of an order and
+            its reverse (``DomainBatchSampler(order="flipflop")``). For the three named agreements; 2.3 to 3.5 times
+            ordinary training.
+        nonfinite: ``"raise"`` refuses a loss or gradient with NaN or infinity, and a diverging inner product, before
+            anything is changed (synchronizes once in a meta-iteration). ``"ignore"`` skips these checks. Either way a
+            loss that differs between the two passes is refused; ``"ignore"`` checks that in meta-iterations number 1,
+            2, 4, 8 and so on. With ``one_pass`` or ``keep_graphs`` each loss is evaluated once.
         track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
-            parameters. ``"pairs"`` measures the cosine of each pair of domains, and of each with the sum of the others,
-            and copies every gradient for it: S times the parameters. ``agreement="cosine"`` measures the mean anyway.
+            parameters. ``"pairs"`` also measures the cosine of each pair of domains, and of each domain with the sum of
+            the others. It copies every gradient: S times the parameters. ``agreement="cosine"`` measures the mean
+            anyway.
         process_group: The ranks that train together, ``torch.distributed.group.WORLD`` for all of them; None for one
             process, or for a model of ``torch.distributed.fsdp.fully_shard``, whose ranks find each other and which
-            takes ``hvp="finite_difference"``. Parameters are then the same bits on all of them after every
-            ``meta_step``, and so are the model's buffers: means over the ranks, the largest of integers. What is raised
-            on one rank is raised on all.
-        parallel: ``"domains"``: every rank has batches of domains of its own, as many as it likes, and S counts all.
-            Two all-reduces of the size of the parameters, whatever S (one more where cosines are measured). The report
-            is of all domains, in the order of the ranks. The model is the plain module; ``agreement`` is one of the
-            three named ones. ``"data"``: every rank has its part of the batch of each domain, and each gradient is
-            averaged: S + 1 all-reduces, and memory for S gradients. The model may be in ``DistributedDataParallel``.
+            takes ``hvp="finite_difference"``. After every ``meta_step`` parameters are the same bits on all ranks, and
+            so are the model's buffers: means over the ranks, the largest of integers. All ranks raise what one raises.
+        parallel: ``"domains"``: every rank has batches of domains of its own, any number of them, and S counts those of
+            all ranks. Two all-reduces of the size of the parameters, whatever S (one more where cosines are measured).
+            The report is of all domains, in the order of the ranks. The model is the plain module; ``agreement`` is one
+            of the three named ones. ``"data"``: every rank has its part of the batch of each domain, and each gradient
+            is averaged: S + 1 all-reduces, and memory for S gradients. The model may be in
+            ``DistributedDataParallel``.
 
     Raises:
         TypeError: If ``model`` is no module or ``process_group`` no process group.

@@ -1,7 +1,7 @@
 r"""The inner loop of Fish: steps of the wrapped optimizer, and the interpolation that closes them.
 
 Shi et al., *Gradient Matching for Domain Generalization*, ICLR 2022, arXiv 2104.09937, Algorithm 1, last two lines. A
-training loop of the user's may call both; :class:`~torch_gradmatch.methods.fish.FishLoop` is the whole meta-iteration.
+training loop may call both; :class:`~torch_gradmatch.methods.fish.FishLoop` is the whole meta-iteration.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class InnerLoop(MetaLoop):
         self._carries: object = None  # the inner_state that was checked
         self._alignment: GradientAlignment | None = None
         self._losses: list[Tensor] | None = None  # of a meta_step in progress
+        self._domains: list[str | int] = []  # of the inner steps, as far as they were named
         self._warns = True  # of many steps in an inner loop of the user's
         self._check_settings()
         self.slow.rest(parameters, method.meta_dtype)
@@ -138,6 +139,9 @@ class InnerLoop(MetaLoop):
         watches = settings.inner_state == "reset" or self.inner_state.saved is not None
         loss = self.inner_state.watch(take) if watches else take()
         self.inner_step += 1
+        if self.domain is not None:
+            self._domains.append(self.domain)
+            self.domain = None
         if self.inner_step == settings.inner_steps:
             self.interpolate()
         elif self.inner_step == MANY_STEPS and settings.inner_steps is None and self._warns:
@@ -204,10 +208,11 @@ class InnerLoop(MetaLoop):
                 ops.interpolate_(theta, means, settings.meta_lr)
                 copy_all_(fast, means)
                 self.inner_state.reset()  # so that all ranks are the same now and not only when the next loop begins
-        self.last = MetaStep()
+        domains = tuple(self._domains) if len(self._domains) == self.inner_step else None
+        self.last = MetaStep(domains=domains)
         if self._alignment is not None and len(self._alignment) == self.inner_step:
             found = self._alignment.result()
-            self.last = MetaStep(None, found.inner_product, found.cosine, found.grad_norms, found.cosines)
+            self.last = MetaStep(None, found.inner_product, found.cosine, found.grad_norms, found.cosines, domains)
         self._close()
 
     def _check_end(self, moving: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -268,7 +273,7 @@ class InnerLoop(MetaLoop):
             )
 
     def _close(self) -> None:
-        self.inner_step, self._alignment = 0, None
+        self.inner_step, self._alignment, self._domains = 0, None, []
         self.slow.close()
         self.slow.rest(self.parameters(), self.settings.meta_dtype)
 
@@ -328,4 +333,4 @@ class InnerLoop(MetaLoop):
         self.slow.load_state_dict(state, self.named_parameters(), self.settings.meta_dtype)
         self.inner_state.counters |= {(True, name) for name in state.get("counters", ())}
         self.inner_step, self.last = state.get("inner_step", 0), None
-        self._alignment = None  # that of an inner loop in progress is not carried over
+        self._alignment, self._domains = None, []  # those of an inner loop in progress are not carried over

@@ -1,4 +1,4 @@
-"""What the methods share that evaluate each domain once: their losses, the keys of domains, and how they end."""
+"""The base of methods that evaluate each domain once in a meta-iteration."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class OnceMethod(DirectionMethod):
 
 
 def domain_keys(given: Evaluation) -> list[str]:
-    """Return under what to remember something of each domain: its name, or its position where none have names.
+    """Return a key for each domain: its name, or its position where domains have no names.
 
     Args:
         given: What a method is given.

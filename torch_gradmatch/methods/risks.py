@@ -1,7 +1,6 @@
-r"""Functions of the domains' losses: ordinary training, and two that weigh the domains by how they fare.
+r"""Functions of the domains' losses: ordinary training, V-REx and GroupDRO.
 
-Each hands :math:`\sum_i w_i\,\partial L_i/\partial\theta` to the wrapped optimizer, so that ``meta_step`` compares
-methods by changing one argument.
+Each hands :math:`\sum_i w_i\,\partial L_i/\partial\theta` to the wrapped optimizer.
 
 ============ =========================================== ======================================================
 method       objective                                   source
@@ -66,13 +65,13 @@ class _Risk(OnceMethod):
 class ERM(OnceMethod):
     r"""Ordinary training: the mean :math:`\frac1S\sum_i G_i` of the domains' gradients, one graph at a time.
 
-    The baseline that ``meta_step`` compares with; every domain counts the same, however many samples it has.
+    The baseline to compare with. Every domain counts the same, however many samples it has.
 
     Attributes:
-        model: The model, if its buffers (BatchNorm's statistics) are to be as before where a meta-iteration fails, or
-            it is in ``DistributedDataParallel``.
+        model: Pass the model if it is in ``DistributedDataParallel``, or to have its buffers (BatchNorm's statistics)
+            restored where a meta-iteration fails.
         nonfinite: ``"raise"`` refuses a loss or direction with NaN or infinity before anything is changed (synchronizes
-            once in a meta-iteration); ``"ignore"`` does not look.
+            once in a meta-iteration). ``"ignore"`` skips this check.
         process_group: Ranks that each have their part of the batch of every domain: one all-reduce of the gradient.
             None for one process, for a model in ``DistributedDataParallel`` and for ``fully_shard``.
 
@@ -115,15 +114,14 @@ class ERM(OnceMethod):
 class VREx(_Risk):
     r"""Equal losses: the mean plus ``beta`` times the mean squared deviation over domains (V-REx).
 
-    A difference from DomainBed's: there the first steps have another ``beta`` and the optimizer is made anew after
-    them; here ``optimizer.method.beta`` may be changed at any time. The domains are evaluated one by one, with S graphs
-    alive.
+    In DomainBed the first steps have another ``beta``, and the optimizer is made anew after them. Here
+    ``optimizer.method.beta`` may be changed at any time. The domains are evaluated one by one, with S graphs alive.
 
     Attributes:
         beta: :math:`\beta \ge 0`, in units of 1/loss; 0 is ordinary training.
         model: As for :class:`~torch_gradmatch.ERM`.
-        nonfinite: As there.
-        process_group: As there.
+        nonfinite: As for :class:`~torch_gradmatch.ERM`.
+        process_group: As for :class:`~torch_gradmatch.ERM`.
 
     Raises:
         ValueError: If a setting is out of range; the message names it and shows the value.
@@ -149,16 +147,16 @@ class VREx(_Risk):
 class GroupDRO(_Risk):
     r"""The worst domain: weights :math:`q_i` that grow with the losses, :math:`q_i \propto q_i\,e^{\eta L_i}`.
 
-    The weights are those of all domains seen so far, by name where the batches have names (a mapping, or
-    :func:`~torch_gradmatch.meta_batches` from a sampler), else by position; those of the domains in a meta-iteration
-    are divided by their sum there. They are in the optimizer's state dict, as logarithms. The domains are evaluated one
-    by one, with S graphs alive.
+    Every domain seen so far has a weight, by name where the batches have names (a mapping, or
+    :func:`~torch_gradmatch.meta_batches` from a sampler), else by position. In a meta-iteration the weights of its
+    domains are divided by their sum. They are in the optimizer's state dict, as logarithms. The domains are evaluated
+    one by one, with S graphs alive.
 
     Attributes:
         eta: :math:`\eta \ge 0`, in units of 1/loss; 0 is ordinary training.
         model: As for :class:`~torch_gradmatch.ERM`.
-        nonfinite: As there.
-        process_group: As there.
+        nonfinite: As for :class:`~torch_gradmatch.ERM`.
+        process_group: As for :class:`~torch_gradmatch.ERM`.
 
     Raises:
         ValueError: If a setting is out of range; the message names it and shows the value.

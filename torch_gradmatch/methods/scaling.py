@@ -1,8 +1,8 @@
-"""Loss scaling: what a ``torch.amp.GradScaler`` asks of an optimizer that steps by itself whatever the gradients hold.
+"""Loss scaling: what a ``torch.amp.GradScaler`` tells ``GradMatch``.
 
-A ``GradScaler`` leaves out the steps of an ordinary optimizer whose gradients hold infinity or NaN. Then the inner loop
-would not know that a domain had its turn. An optimizer with ``_step_supports_amp_scaling`` is called every time and is
-told, by two attributes, how the gradients are scaled and whether they overflowed.
+A ``GradScaler`` skips the step of an ordinary optimizer whose gradients hold infinity or NaN. Then the inner loop would
+not know that a domain had its turn. An optimizer with ``_step_supports_amp_scaling`` is called every time. Two
+attributes tell it how the gradients are scaled and whether they overflowed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class LossScaling:
     """What a ``GradScaler`` says of the gradients that a step finds.
 
     Attributes:
-        scale: What they are still multiplied by, shape () or (1,); None if they were unscaled already.
-        found_inf: Greater than 0 if any of them holds infinity or NaN.
+        scale: The factor of the gradients, shape () or (1,); None if they were unscaled already.
+        found_inf: Greater than 0 if any gradient holds infinity or NaN.
     """
 
     scale: Tensor | None

@@ -68,42 +68,40 @@ __all__ = ["SmoothFish"]
 class SmoothFish(DirectionMethod):
     r"""Match gradients by :math:`\bar G + \gamma(\tilde G - \bar G)`: first derivatives, free choice of strength.
 
-    Costs S gradients in a meta-iteration over S domains at gamma 1, which is what ordinary training on the same batches
-    costs, and 2S - 1 at another; 3S - 2 if symmetric. Batches are walked through in the order given: shuffle the
-    domains, as ``DomainBatchSampler`` does. All gradients of a domain see the same random numbers (dropout), so that
-    their difference is the effect of the walk alone. For the same reason the loss has to be the same when it is
-    evaluated again; in meta-iterations number 1, 2, 4, 8 and so on one is, to see whether it is.
+    A meta-iteration over S domains takes S gradients at gamma 1, as ordinary training does, 2S - 1 at another gamma,
+    and 3S - 2 if symmetric. The walk goes through the batches in the order given: shuffle the domains, as
+    ``DomainBatchSampler`` does. All gradients of a domain see the same random numbers (dropout), so that their
+    difference is the effect of the walk alone. The loss has to be the same when it is evaluated again;
+    meta-iterations number 1, 2, 4, 8 and so on check that.
 
     Attributes:
-        gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training, at its cost. The exact
-            objective's gamma that this corresponds to is ``gamma * fish_gamma(inner_lr, S)``; if symmetric, gamma
-            itself.
+        gamma: :math:`\gamma \ge 0`, the strength of the matching; 0 is ordinary training, at its cost. In the exact
+            objective's gamma it is ``gamma * fish_gamma(inner_lr, S)``; if symmetric, gamma itself.
         inner_lr: :math:`\alpha > 0`, step of the inner walk by SGD, whatever the wrapped optimizer. If symmetric, the
-            step of a difference of gradients: the direction is exact to :math:`O(\alpha)`, and where it is so small
-            that the difference is lost in rounding a warning says so, in the first meta-iterations.
-        model: The model, if it has buffers (BatchNorm's statistics): they then move once for each domain and
-            meta-iteration; without it with every gradient. A model in ``DistributedDataParallel``, which averages the
-            gradients by itself, is passed as such.
+            step of a difference of gradients: the direction is exact to :math:`O(\alpha)`. If it is so small that
+            rounding swallows the difference, the first meta-iterations warn.
+        model: Pass the model if it has buffers (BatchNorm's statistics). They then move once for each domain and
+            meta-iteration; without it with every gradient. A model in ``DistributedDataParallel`` is passed in its
+            wrapper, which averages the gradients.
         nonfinite: ``"raise"`` refuses a loss or a direction with NaN or infinity, and a matching term that outgrows the
-            loss, before anything is changed (synchronizes once in a meta-iteration); ``"ignore"`` does not look.
+            loss, before anything is changed (synchronizes once in a meta-iteration). ``"ignore"`` skips these checks.
         track_alignment: Measure the mean cosine of the gradients, too; costs one more vector of the size of the
-            parameters. ``"pairs"`` measures the cosine of each pair of domains, and of each with the sum of the others,
-            and copies every gradient for it: S times the parameters.
-        symmetric: Walk to and fro, for the gradient of the exact objective by the inner product without second
-            derivatives.
+            parameters. ``"pairs"`` also measures the cosine of each pair of domains, and of each domain with the sum of
+            the others. It copies every gradient: S times the parameters.
+        symmetric: Walk through the domains and back. That gives the gradient of the exact objective with the inner
+            product, without second derivatives.
         process_group: The ranks that train together, ``torch.distributed.group.WORLD`` for all of them; None for one
-            process, or for a model of ``torch.distributed.fsdp.fully_shard``, whose ranks find each other. Parameters
-            are then the same bits on all of them after every ``meta_step``, and so are the model's buffers: means over
-            the ranks, the largest of integers. What is raised on one rank is raised on all.
-        parallel: ``"walks"``: every rank walks by itself, through batches of its own in an order of its own, and the
-            mean of the directions goes to the wrapped optimizer: one all-reduce of the size of the parameters. Two
-            ranks that walk in opposite orders have the exact objective's direction in the mean. The model is the plain
-            module; losses and all else in the report are of this rank's walk. ``"data"``: every rank has its part of
-            the batch of each domain, and each gradient is averaged, as in ``DistributedDataParallel``, which the model
-            may be in.
+            process, or for a model of ``torch.distributed.fsdp.fully_shard``, whose ranks find each other. After every
+            ``meta_step`` parameters are the same bits on all ranks, and so are the model's buffers: means over the
+            ranks, the largest of integers. All ranks raise what one raises.
+        parallel: ``"walks"``: every rank takes a walk of its own (other batches, another order), and the mean of the
+            directions goes to the wrapped optimizer: one all-reduce of the size of the parameters. The mean of two
+            ranks that walk in opposite orders is the exact objective's direction. The model is the plain module; the
+            report is of this rank's walk. ``"data"``: every rank has its part of the batch of each domain, and each
+            gradient is averaged. The model may be in ``DistributedDataParallel``.
 
-    At gamma 1 (and not symmetric) no gradient is taken at :math:`\theta` but the first: what ``meta_step`` reports is
-    then measured along the walk, as Fish does.
+    At gamma 1 (not symmetric) only the first gradient is taken at :math:`\theta`. The report of ``meta_step`` is then
+    measured along the walk, as under Fish.
 
     Raises:
         TypeError: If ``model`` is no module or ``process_group`` no process group.

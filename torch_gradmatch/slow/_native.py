@@ -11,10 +11,14 @@ import ctypes
 import functools
 import json
 import os
+import shlex
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import torch
 
@@ -22,9 +26,6 @@ __all__ = ["NativeStatus", "native_status"]
 
 SWITCH = "TORCH_GRADMATCH_NATIVE"
 _PACKAGE = Path(__file__).parents[1]
-# Without pip's cache, which may have what it built in isolation, where there is no torch.
-_FLAGS = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
-_REMEDY = f"with torch and a C++ compiler at hand, pip install {_FLAGS} builds it"
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,28 @@ def _library(stem: str) -> Path | None:
     return next(found, None)
 
 
-def _kept_from_the_build() -> dict[str, Any]:
+def _kept_from_the_build() -> dict[str, str]:
     """Why setup.py built no library; nothing where it has not run, as in a checkout that was only put on the path."""
     try:
         return dict(json.loads((_PACKAGE / "_build.json").read_text()))
     except (OSError, ValueError):
         return {}
+
+
+def _command() -> str:
+    """What builds the extension: a line to be pasted, with the folder or archive that this was installed from."""
+    clone, install = _PACKAGE.parent, "pip install setuptools wheel && pip install --no-build-isolation --no-deps"
+    if (clone / "setup.py").exists():
+        return f"{install} --editable {shlex.quote(str(clone))}"
+    with suppress(PackageNotFoundError, KeyError):
+        installed = distribution("torch_gradmatch")
+        url = urlparse(json.loads(installed.read_text("direct_url.json") or "{}")["url"])
+        source = Path(unquote(url.path))
+        is_this = Path(str(installed.locate_file("torch_gradmatch"))).absolute() == _PACKAGE
+        if is_this and url.scheme == "file" and source.suffix != ".whl" and source.exists():
+            # Without pip's cache, which may have what it built of an archive in isolation, where there is no torch.
+            return f"{install} --no-cache-dir --force-reinstall {shlex.quote(str(source))}"
+    return f"in a clone of the repository, {install} --force-reinstall ."
 
 
 def _warned(kernel: str, reason: str) -> str:
@@ -76,10 +93,10 @@ def _load() -> NativeStatus:
         return NativeStatus(False, False, f"switched off by {SWITCH}=off")
     library = _library("_C")
     if library is None:
-        kept = _kept_from_the_build()
-        because = f" ({kept['cpu']})" if kept.get("cpu") else ""
-        reason = f"the extension was not built{because}; {_REMEDY}"
-        return _lost(reason) if "cpu" in kept.get("lost", ()) else NativeStatus(False, False, reason)
+        here = f"{_PACKAGE} was imported as it lies there; from another folder Python imports what was installed"
+        because = _kept_from_the_build().get("cpu") or here
+        build = f"with torch and a C++ compiler at hand, this builds it: {_command()}"
+        return NativeStatus(False, False, f"the extension was not built ({because}); {build}")
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
@@ -103,9 +120,8 @@ def _load_cuda() -> tuple[bool, str]:
     """Load the second library and ask it, but no GPU, what it is good for."""
     library = _library("_C_cuda")
     if library is None:
-        kept = _kept_from_the_build()
-        about = f"there is no CUDA kernel: {kept.get('cuda') or 'its library was not built'}"
-        return False, _warned("CUDA", about) if "cuda" in kept.get("lost", ()) else about
+        because = _kept_from_the_build().get("cuda") or "its library was not built"
+        return False, f"there is no CUDA kernel: {because}; with nvcc at hand, this builds it: {_command()}"
     try:
         torch.ops.load_library(str(library))
         asked = ctypes.CDLL(str(library))

@@ -1,4 +1,4 @@
-r"""The mean of the slow weights over training, which on unseen domains is often better than the weights themselves.
+r"""The mean of the slow weights over training, often better on unseen domains than the weights themselves.
 
 After meta-update number :math:`t` from ``start`` on (of a method without inner loop: after step number :math:`t`),
 
@@ -10,8 +10,8 @@ After meta-update number :math:`t` from ``start`` on (of a method without inner 
 
 Equal weights: Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*, UAI 2018, arXiv
 1803.05407 (SWA). On unseen domains: Cha et al., *SWAD*, NeurIPS 2021, arXiv 2102.08604; Arpit et al., *Ensemble of
-Averages*, NeurIPS 2022, arXiv 2110.10832. The arithmetic is that of ``torch.optim.swa_utils.AveragedModel``, whose
-average is a second model; here it is one copy of the parameters, and the model holds it for the time of a block.
+Averages*, NeurIPS 2022, arXiv 2110.10832. The arithmetic is that of ``torch.optim.swa_utils.AveragedModel``. There the
+average is a second model; here it is one copy of the parameters, which the model holds inside a block.
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ __all__ = ["Average", "RunningAverage"]
 class Average:
     r"""Keep the mean of the slow weights: ``GradMatch(optimizer, method, average=Average())``.
 
-    ``with optimizer.averaged_weights():`` lets the model hold it. It costs one copy of the parameters that are trained
-    and one pass over them in each meta-iteration. Weights average well while they stay in one basin: at a constant
-    learning rate, from when the loss falls slowly (``start``), or of a pretrained model from the beginning. A step that
-    a ``GradScaler`` skips counts, too.
+    ``with optimizer.averaged_weights():`` lets the model hold it. It costs one copy of the trained parameters, and one
+    pass over them in each meta-iteration. Weights average well while they stay in one basin: at a constant learning
+    rate once the loss falls slowly (``start``), or from a pretrained model. A step that a ``GradScaler`` skips counts.
 
     Attributes:
-        start: Number of the first meta-update whose weights are taken in, from 0.
-        decay: :math:`d \in (0, 1)` for an exponential mean (EMA), which forgets old weights over about
-            :math:`1/(1-d)` meta-updates; None for equal weights (SWA).
+        start: Number of the first meta-update that counts, from 0.
+        decay: :math:`d \in (0, 1)` for an exponential mean (EMA) over about :math:`1/(1-d)` meta-updates; None for
+            equal weights (SWA).
 
     Raises:
         ValueError: If one is out of range.
