@@ -225,40 +225,6 @@ def test_a_scheduler_may_hold_the_wrapped_optimizer_instead():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_a_step_that_grad_scaler_skips_counts_and_moves_nothing():
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = GradMatch(SGD([parameter], lr=1.0), Fish(0.5, inner_steps=2))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    counts = []
-    for slope in (1.0, float("inf"), 1.0, 1.0):
-        optimizer.zero_grad()
-        scaler.scale((parameter * slope).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        counts.append(optimizer.inner_step)
-    assert counts == [1, 0, 1, 0]
-    assert parameter.item() == -0.5 - 1.0  # half of one unscaled step, then half of two
-
-
-@pytest.mark.parametrize("wrapped_class", [SGD, Adam], ids=["SGD", "Adam"])
-def test_grad_scaler_with_a_fused_optimizer(wrapped_class: Any):
-    """Fused optimizers unscale by themselves for a GradScaler; wrapped ones get gradients unscaled already."""
-    finals = []
-    for wrap in (False, True):
-        parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
-        optimizer: Optimizer = wrapped_class([parameter], lr=0.1, fused=True)
-        if wrap:
-            optimizer = GradMatch(optimizer, Fish(1.0, inner_steps=2))
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        for _ in range(4):
-            optimizer.zero_grad()
-            scaler.scale(parameter.square().sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        finals.append(parameter.detach())
-    torch.testing.assert_close(finals[1], finals[0])
-
-
 def test_closure_result_is_returned():
     parameter = nn.Parameter(torch.tensor([3.0]))
     optimizer = GradMatch(SGD([parameter], lr=0.5), Fish(1.0, inner_steps=1))

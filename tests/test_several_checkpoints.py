@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _feature_training import through_file
 from _models import assert_identical
 from _several import (
     DOMAINS,
@@ -19,7 +20,6 @@ from _several import (
     matrices,
     muon_and_adamw,
     rest,
-    through_a_file,
     train,
 )
 from torch import nn
@@ -37,7 +37,7 @@ def test_it_resumes_in_the_middle_of_an_inner_loop(inner_state: str):
     model, optimizer, scheduler = trainer(inner_state)
     train(optimizer, model, batches[:5], scheduler.step)
     assert optimizer.inner_step == 2
-    saved = through_a_file([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()])
+    saved = through_file([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()])
     again, optimizer_again, scheduler_again = trainer(inner_state, seed=1)
     again.load_state_dict(saved[0])
     optimizer_again.load_state_dict(saved[1])
@@ -117,7 +117,7 @@ def test_optimizers_of_another_layout_are_saved_one_by_one():
 
     saved = build(0.5).state_dict()
     optimizer = build(0.1)
-    optimizer.load_state_dict(through_a_file(saved))
+    optimizer.load_state_dict(through_file(saved))
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
     with pytest.raises(ValueError, match="is of 1 optimizers and there are 2 here"):
         optimizer.load_state_dict({**saved, "optimizers": saved["optimizers"][:1]})

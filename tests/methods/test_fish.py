@@ -178,23 +178,6 @@ def test_meta_dtype_keeps_what_bfloat16_would_lose():
     assert train(torch.float32) == pytest.approx(1.0 - 400 * 0.01 * 0.0625, abs=0.01)
 
 
-def test_meta_dtype_honours_weight_surgery_between_loops_where_it_happened():
-    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0625), Fish(0.01, inner_steps=1, meta_dtype=torch.float32))
-
-    def meta_iteration() -> Tensor:
-        optimizer.zero_grad()
-        parameter.sum().backward()
-        optimizer.step()
-        return optimizer.state_dict()["gradmatch"]["slow_weights"][0]
-
-    before = meta_iteration().clone()
-    parameter.data[1] = 3.0
-    after = meta_iteration()
-    torch.testing.assert_close(after[0], before[0] - 0.01 * 0.0625, rtol=1e-4, atol=0.0)  # extra digits kept
-    torch.testing.assert_close(after[1], torch.tensor(3.0 - 0.01 * 0.0625), rtol=1e-4, atol=0.0)
-
-
 def test_meta_dtype_never_narrows():
     parameter = nn.Parameter(torch.full((1,), 1 + 1e-12, dtype=torch.float64))
     optimizer = GradMatch(torch.optim.SGD([parameter], lr=0.0), Fish(0.5, meta_dtype=torch.float32))

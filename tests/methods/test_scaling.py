@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from _models import FeatureNet, assert_identical, assert_same_model, loss_of, make_batches
+from _feature_training import batches, feature_net
+from _models import assert_identical, assert_same_model, loss_of
 from _second_order import MORE_METHODS
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -15,14 +16,6 @@ from torch.optim import SGD, Adam
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, agreement
 
 SCALE = 2.0**10
-
-
-def feature_net() -> FeatureNet:
-    return FeatureNet(torch.Generator().manual_seed(0))
-
-
-def batches(count: int, seed: int = 1) -> list[Any]:
-    return make_batches(torch.Generator().manual_seed(seed), count)
 
 
 def make_scaler(**settings: Any) -> GradScaler:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _models import FeatureNet, assert_identical, loss_of, make_batches
+from _feature_training import batches, feature_net, train
+from _models import assert_identical, loss_of
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -97,21 +98,6 @@ def test_repr_shows_settings_and_only_the_class_of_the_model():
         "SmoothFish(gamma=1.0, inner_lr=0.1, model=Linear, nonfinite='raise', track_alignment=False, symmetric=False)"
     )
     assert "gamma=0.5, agreement='variance', strength=0.1, hvp='reverse'" in repr(IDGM(nn.Linear(1, 1), 0.5))
-
-
-def feature_net() -> FeatureNet:
-    return FeatureNet(torch.Generator().manual_seed(0))
-
-
-def batches(count: int) -> list[Any]:
-    return make_batches(torch.Generator().manual_seed(1), count)
-
-
-def train(model: nn.Module, optimizer: GradMatch[Fish], some: list[Any]) -> None:
-    for batch in some:
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        optimizer.step()
 
 
 CHANGES: dict[str, Any] = {

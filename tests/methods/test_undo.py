@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from _models import FeatureNet, assert_identical, loss_of, make_batches
+from _feature_training import batches, feature_net
+from _models import assert_identical, loss_of
 from _second_order import METHODS as ALL_METHODS
 from _second_order import MORE_METHODS
 from torch import Tensor, nn
@@ -41,14 +42,6 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 ERRORS: dict[str, type[BaseException]] = {"raises": KeyError, "interrupts": KeyboardInterrupt}
-
-
-def feature_net() -> FeatureNet:
-    return FeatureNet(torch.Generator().manual_seed(0))
-
-
-def batches(count: int, seed: int = 1) -> list[Any]:
-    return make_batches(torch.Generator().manual_seed(seed), count)
 
 
 def spoiled(model: nn.Module, index: int, how: str) -> Callable[[Any], Tensor]:
