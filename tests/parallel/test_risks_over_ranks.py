@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from _models import assert_identical
 from _ranks import on_ranks
 from _spread import (
@@ -18,7 +17,6 @@ from _spread import (
     loss_of,
     loss_over,
     mine,
-    not_a_number_on_last,
     spread,
     weights,
     world,
@@ -26,7 +24,7 @@ from _spread import (
 from torch import nn
 from torch.optim import Adam
 
-from torch_gradmatch import ERM, IDGM, Aggregate, Fishr, GradMatch, GroupDRO, VREx
+from torch_gradmatch import ERM, Aggregate, Fishr, GradMatch, GroupDRO, VREx
 
 METHODS: dict[str, Callable[..., Any]] = {  # of a model and its head
     "ERM": lambda m, _, **s: ERM(model=m, **s),
@@ -74,31 +72,3 @@ def test_on_two_ranks_is_what_one_process_finds(scheme: str, name: str):
 
 def sharded_aggregate() -> str:
     return error_of(wrap, "Aggregate", "fsdp")
-
-
-def goes_wrong_on_one() -> list[tuple[str, str]]:
-    """A loss that is NaN, and one that raises in the middle: the other rank is in a reduction by then."""
-    found = []
-    for method in (*METHODS.values(), lambda m, head, **s: IDGM(m, matched=head, parallel="data", **s)):
-        model: Any = build("smooth")
-        optimizer = GradMatch(Adam(model.parameters(), lr=0.1), method(model, model[-1], **world()))
-        calls: list[int] = []
-
-        def raises(batch: Any, model: Any = model, calls: list[int] = calls) -> Any:
-            calls.append(1)
-            if dist.get_rank() == 1 and len(calls) >= 2:
-                raise ZeroDivisionError("here")
-            return loss_of(model, batch)
-
-        batches = mine(domain_batches(3, 0))
-        not_finite = error_of(optimizer.meta_step, not_a_number_on_last(partial(loss_of, model)), batches)
-        found.append((not_finite, error_of(optimizer.meta_step, raises, batches)))
-    return found
-
-
-def test_what_one_rank_raises_all_raise_and_nobody_is_kept_waiting():
-    for (not_finite, raised), (its_own, raised_here) in zip(*on_ranks(2, goes_wrong_on_one), strict=True):
-        assert "is nan" in not_finite
-        assert "is nan" in its_own
-        assert "on rank 1: ZeroDivisionError: here" in raised
-        assert "ZeroDivisionError: here" in raised_here
