@@ -40,23 +40,6 @@ class FeatureNet(nn.Module):
         return x * self.per_domain[domain]
 
 
-class SparseNet(nn.Module):
-    """Two embedding tables with sparse gradients; a domain touches few rows."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.first = nn.Embedding(10, 3, sparse=True)
-        self.second = nn.Embedding(7, 3, sparse=True)
-        self.double()
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
-
-    def forward(self, x: Tensor, domain: int) -> Tensor:
-        rows = torch.arange(x.shape[0])
-        return self.first((rows + 3 * domain) % 10) * self.second((rows + domain) % 7) + x[:, :3]
-
-
 def make_batches(
     generator: torch.Generator, count: int, *, dtype: torch.dtype = torch.float64
 ) -> list[tuple[Any, ...]]:

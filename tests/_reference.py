@@ -248,12 +248,3 @@ def smooth_fish_gradient(
         mean, smooth = (sum(0 if g[i] is None else g[i] for g in gs) / len(gs) for gs in (here, along))
         found.append(mean + gamma * (smooth - mean))
     return found
-
-
-def idgm_direction(losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float) -> Tensor:
-    """Gbar - gamma dGIP/dtheta by plain autograd, keeping every graph."""
-    theta = theta.detach().requires_grad_()
-    gradients = [torch.autograd.grad(loss(theta), theta, create_graph=True)[0] for loss in losses]
-    gip = mean_pairwise_inner_product(gradients)
-    (gip_gradient,) = torch.autograd.grad(gip, theta)
-    return torch.stack(gradients).mean(dim=0).detach() - gamma * gip_gradient

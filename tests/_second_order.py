@@ -22,7 +22,7 @@ from _reference import mean_pairwise_cosine, mean_pairwise_inner_product
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import ERM, IDGM, Aggregate, Fish, Fishr, GradMatch, GroupDRO, SmoothFish, VREx
 
 GAMMA = 0.3
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -36,6 +36,22 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "SmoothFish-walk": lambda model: SmoothFish(1.0, 0.1, model),
     "SmoothFish-symmetric": lambda model: SmoothFish(GAMMA, 0.1, model, symmetric=True),
     "Fish": lambda model: Fish(0.5, model=model),
+}
+
+
+def head_of(model: nn.Module) -> Any:
+    return model.out if hasattr(model, "out") else model[-1]  # type: ignore[index]
+
+
+MORE_METHODS: dict[str, Callable[[nn.Module], Any]] = {  # that take first derivatives, or second ones of a head
+    "ERM": lambda m: ERM(model=m),
+    "VREx": lambda m: VREx(0.7, model=m),
+    "GroupDRO": lambda m: GroupDRO(0.5, model=m),
+    "Aggregate": lambda m: Aggregate(lambda matrix: matrix.amax(0), model=m),
+    "Fishr": lambda m: Fishr(m, head_of(m)),
+    "Fishr later": lambda m: Fishr(m, head_of(m), start=3),
+    "matched": lambda m: IDGM(m, matched=head_of(m)),
+    "IDGM by strength": lambda m: IDGM(m),
 }
 DIRECTIONS = {name: method for name, method in METHODS.items() if name != "Fish"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,13 +132,6 @@ def everything(model: nn.Module, optimizer: GradMatch[Any]) -> Any:
     """Copies of all that may change."""
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     return copy.deepcopy((model.state_dict(), optimizer.state_dict(), optimizer.inner_step)), gradients
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class Scaled(nn.Module):

@@ -40,7 +40,7 @@ def test_the_loop_differs_from_an_ordinary_one_in_one_line():
 
 
 def test_it_fits_on_one_screen():
-    assert len(README.read_text().splitlines()) <= 125
+    assert len(README.read_text().splitlines()) <= 110
 
 
 def test_every_command_and_file_it_names_exists():

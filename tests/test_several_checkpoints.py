@@ -8,26 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from _feature_training import through_file
 from _models import assert_identical
 from _several import (
     DOMAINS,
     every_inner_state,
     everything,
     fish,
-    loss_of,
     make_batches,
     make_model,
     matrices,
     muon_and_adamw,
     rest,
-    through_a_file,
     train,
 )
 from torch import nn
 from torch.optim import SGD, AdamW, Muon
 from torch.optim.lr_scheduler import OneCycleLR
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import Fish, GradMatch
 
 
 @every_inner_state
@@ -38,7 +37,7 @@ def test_it_resumes_in_the_middle_of_an_inner_loop(inner_state: str):
     model, optimizer, scheduler = trainer(inner_state)
     train(optimizer, model, batches[:5], scheduler.step)
     assert optimizer.inner_step == 2
-    saved = through_a_file([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()])
+    saved = through_file([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()])
     again, optimizer_again, scheduler_again = trainer(inner_state, seed=1)
     again.load_state_dict(saved[0])
     optimizer_again.load_state_dict(saved[1])
@@ -57,29 +56,6 @@ def trainer(inner_state: str, seed: int = 0) -> tuple[nn.Module, GradMatch[Fish]
     model = make_model(seed)
     optimizer = GradMatch(muon_and_adamw(model), fish(inner_state, track_alignment=True))
     return model, optimizer, OneCycleLR(optimizer, max_lr=[0.1, 0.05], total_steps=40, cycle_momentum=False)
-
-
-@pytest.mark.parametrize("kind", [SmoothFish, IDGM])
-def test_the_other_methods_resume(kind: type[Any]):
-    def build(seed: int) -> tuple[nn.Module, GradMatch[Any]]:
-        model = make_model(seed)
-        method = SmoothFish(2.0, 0.1) if kind is SmoothFish else IDGM(model, 0.5, "variance")
-        return model, GradMatch(muon_and_adamw(model), method)
-
-    batches = make_batches(DOMAINS * 4)
-    groups = [batches[i : i + DOMAINS] for i in range(0, len(batches), DOMAINS)]
-    (whole, whole_optimizer), (model, optimizer), (again, optimizer_again) = build(0), build(0), build(1)
-    for group in groups:
-        whole_optimizer.meta_step(lambda batch: loss_of(whole, batch), group)
-    for group in groups[:2]:
-        optimizer.meta_step(lambda batch: loss_of(model, batch), group)
-    saved = through_a_file([model.state_dict(), optimizer.state_dict()])
-    again.load_state_dict(saved[0])
-    optimizer_again.load_state_dict(saved[1])
-    for group in groups[2:]:
-        optimizer_again.meta_step(lambda batch: loss_of(again, batch), group)
-    assert_identical(dict(again.named_parameters()), dict(whole.named_parameters()))
-    assert_identical(optimizer_again.state_dict(), whole_optimizer.state_dict())
 
 
 def of_other_groups(state: Any) -> Any:
@@ -141,7 +117,7 @@ def test_optimizers_of_another_layout_are_saved_one_by_one():
 
     saved = build(0.5).state_dict()
     optimizer = build(0.1)
-    optimizer.load_state_dict(through_a_file(saved))
+    optimizer.load_state_dict(through_file(saved))
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
     with pytest.raises(ValueError, match="is of 1 optimizers and there are 2 here"):
         optimizer.load_state_dict({**saved, "optimizers": saved["optimizers"][:1]})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from _feature_training import through_file
 from _models import assert_identical
 from _several import (
     DOMAINS,
@@ -21,7 +22,6 @@ from _several import (
     matrices,
     muon_and_adamw,
     rest,
-    through_a_file,
     train,
 )
 from torch.optim import SGD, Muon, Optimizer
@@ -131,8 +131,8 @@ def test_a_group_may_join_one_of_them_in_the_middle(place: int, inner_state: str
         hand.step(batch)
         assert_same(model, optimizer, reference, hand.optimizers)
         if index == DOMAINS + 1:
-            assert_identical(through_a_file(optimizer.state_dict()), optimizer.state_dict())
-            optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+            assert_identical(through_file(optimizer.state_dict()), optimizer.state_dict())
+            optimizer.load_state_dict(through_file(optimizer.state_dict()))
 
 
 def test_hooks_on_the_wrapper_on_the_whole_and_on_each():

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from _samplers import through_a_file
+from _feature_training import through_file
 
 # From Python 3.12 on, forking a worker from a process with threads warns; these workers only read a range.
 QUIET = [
@@ -26,7 +26,7 @@ def epochs_of(loop, number):
     return [[plain(item) for item in loop] for _ in range(number)]
 
 
-def assert_resumes(make, number, stops, through=through_a_file):
+def assert_resumes(make, number, stops, through=through_file):
     """Killed behind any item of any epoch, the rest of it and the epochs after are what they would have been.
 
     ``make`` returns what has the state, and a loop over it.

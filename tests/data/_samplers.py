@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections import Counter
 from fractions import Fraction
 
 import pytest
-import torch
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -28,13 +26,6 @@ def small_sampler(**changes):
 def loader_of(sampler, num_workers=0, **options):
     data = range(sum(indices.size for indices in sampler._indices))
     return DataLoader(data, batch_sampler=sampler, collate_fn=list, num_workers=num_workers, **options)
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @st.composite

@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from _feature_training import through_file
 from _loops import QUIET
 from _samplers import (
     LABELS,
@@ -21,7 +22,6 @@ from _samplers import (
     plan_probabilities,
     samplers,
     small_sampler,
-    through_a_file,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,7 +158,7 @@ def test_shuffles_of_the_domains_and_the_draw_are_independent():
 def test_numpy_integers_are_accepted_as_arguments():
     sampler = small_sampler(batch_size=np.int64(2), domains_per_step=np.int32(2), seed=np.uint8(3))
     assert list(sampler) == list(small_sampler())
-    through_a_file(sampler.state_dict())
+    through_file(sampler.state_dict())
 
 
 # Epochs, length

@@ -8,8 +8,9 @@ import pickle
 
 import pytest
 import torch
+from _feature_training import through_file
 from _loops import QUIET, assert_resumes
-from _samplers import LABELS, changing, cycling, samplers, small_sampler, through_a_file
+from _samplers import LABELS, changing, cycling, samplers, small_sampler
 from _splits import accumulating, ranks_of, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ def test_a_state_dict_taken_anywhere_continues_exactly(case, data):
     list(itertools.islice(sampler, position))
 
     resumed = DomainBatchSampler(labels, **arguments)
-    resumed.load_state_dict(through_a_file(sampler.state_dict()))
+    resumed.load_state_dict(through_file(sampler.state_dict()))
     # Asking changes nothing, and neither does saving what was just loaded.
     assert resumed.state_dict() == sampler.state_dict()
     if data.draw(st.booleans(), label="set_epoch before the epoch, as many loops do"):

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
+from _feature_training import through_file
 from _loops import QUIET, assert_resumes
-from _samplers import through_a_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_streams import Flaky, Stored, batches_of, cases
@@ -60,7 +60,7 @@ def test_a_resumed_loader_saves_the_place_it_was_given(case, stop, again):
     loader = DomainLoader(stored(sizes), **arguments)
     list(itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), stop))
     state = loader.state_dict()
-    kept = through_a_file(state)
+    kept = through_file(state)
     resumed = DomainLoader(stored(sizes), **arguments)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == kept
@@ -172,7 +172,7 @@ def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(change, messa
     loader, twin = good_loader(), good_loader()
     for other in (loader, twin):
         list(itertools.islice(other, 2))
-    before = through_a_file(loader.state_dict())
+    before = through_file(loader.state_dict())
     state = good_loader().state_dict()
     with pytest.raises(ValueError, match=message):
         loader.load_state_dict({**state, **change})

@@ -209,14 +209,6 @@ def test_a_hook_that_changes_grad_is_refused(way: str):
     assert_old_gradients(model, old)
 
 
-@pytest.mark.parametrize("hvp", SECOND)
-def test_reentrant_checkpointing_is_refused(hvp: str):
-    model, batches = model_and_batches()
-    with pytest.raises(ValueError, match=r"'0.weight' \(and of 1 more\).*use_reentrant=False works.*finite_diff"):
-        idgm(model, batches, checkpointed(model, use_reentrant=True), hvp=hvp, compare=True)
-    idgm(model, batches, checkpointed(model, use_reentrant=False), hvp="reverse", compare=True)
-
-
 def test_reentrant_checkpointing_between_parameters_is_explained():
     """torch itself refuses it there, and does not know what else there is."""
     model, batches = model_and_batches()
@@ -374,28 +366,3 @@ def test_kinks_and_rounding_are_not_taken_for_such_a_field(activation: type[nn.M
         hvp="finite_difference",
         compare=True,
     )
-
-
-# ------------------------------------------------------------------------------------------------------- evaluations
-
-
-@pytest.mark.parametrize("hvp", [*SECOND, "finite_difference"])
-def test_an_error_of_a_second_evaluation_says_so(hvp: str):
-    model, batches = model_and_batches()
-    wrapped = [{"x": x} for x in batches]
-    with pytest.raises(KeyError) as caught:
-        idgm(model, wrapped, lambda b: squared(model)(b.pop("x")), hvp=hvp)
-    (note,) = caught.value.__notes__
-    assert "batch 2 for the second time: does it change its batch (pop" in note or "batch 0 for the second" in note
-
-
-def test_an_error_of_a_first_evaluation_names_the_batch():
-    model, batches = model_and_batches()
-
-    def loss(b: dict[str, Tensor]) -> Tensor:
-        return squared(model)(b["x"])
-
-    wrapped = {"north": {"x": batches[0]}, "south": {}}
-    with pytest.raises(KeyError) as caught:
-        gradient_alignment(model.parameters(), loss, wrapped)
-    assert caught.value.__notes__ == ["raised when loss_fn was called with batch 1 (domain 'south')"]

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import _networks as networks
 import hypothesis.strategies as st
 import pytest
 import torch
-from _reference import agreement_of, naive_idgm
+from _networks import Case, make, mean_squared_error, two_layers
+from _networks import regression as batches_of_regression
+from _reference import agreement_of
+from _second_order import flat, next_random_numbers, plain_autograd, seed_everything
 from hypothesis import given, settings
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_gradmatch.gradients.functional import (
     domain_gradients,
@@ -30,49 +33,6 @@ from torch_gradmatch.gradients.functional import (
 GAMMA = 0.3
 
 
-class TiedNet(nn.Module):
-    """One matrix serves as embedding and, transposed, as output layer; a scale is frozen and one weight is unused."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 5)
-        self.hidden = nn.Linear(5, 5)
-        self.out = nn.Linear(5, 7, bias=False)
-        self.out.weight = self.embedding.weight
-        self.scale = nn.Parameter(torch.tensor(1.5), requires_grad=False)
-        self.unused = nn.Parameter(torch.ones(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = (x * 3).long().remainder(7)
-        return self.out(torch.tanh(self.hidden(self.embedding(rows)))) * self.scale
-
-
-def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """A small network in double precision, and the shape of one of its samples."""
-    torch.manual_seed(0)
-    model: nn.Module
-    if name == "mlp":
-        model, shape = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), (6,)
-    elif name == "cnn":
-        convolution = nn.Conv2d(2, 4, 3, padding=1, bias=False)
-        model = nn.Sequential(
-            convolution, nn.BatchNorm2d(4), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
-        )
-        shape = (2, 4, 4)
-    elif name == "dropout":
-        model, shape = (
-            nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(16, 4)),
-            (6,),
-        )
-    elif name == "transformer":
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True, activation="gelu")
-        model, shape = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)), (3, 8)
-    else:
-        model, shape = TiedNet(), (4,)
-    return model.double(), shape
-
-
-NETWORKS = ["mlp", "cnn", "dropout", "transformer", "tied"]
 AGREEMENTS = ["inner_product", "variance", "cosine", "own"]
 
 
@@ -82,74 +42,63 @@ def own_agreement(gradients: Any) -> Tensor:
     return -torch.stack([(g - flat[0]).square().sum() for g in flat[1:]]).logsumexp(dim=0)
 
 
-def batches_for(shape: tuple[int, ...], domains: int = 4) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return [
-        torch.randn(3 + i, *shape, generator=generator, dtype=torch.float64) * (1 + 0.2 * i) + 0.1 * i
-        for i in range(domains)
-    ]
+def phi_of(chosen: str) -> Any:
+    return own_agreement if chosen == "own" else chosen
 
 
-def loss_for(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    def loss(x: Tensor) -> Tensor:
-        out = model(x)
-        return (out - out.roll(1, -1)).tanh().square().mean() + out.square().mean()
-
-    return loss
+def pure_of(case: Case) -> Any:
+    return functional_loss(case.model, lambda batch: case.loss(case.model, batch))
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def seeded(seed: int = 3) -> None:
-    torch.manual_seed(seed)
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_buffers())
+
+
+def name_of(build: Callable[[], Case]) -> str:
+    return build.__name__
 
 
 @pytest.mark.parametrize("hvp", ["reverse", "kept", "forward", "finite_difference"])
 @pytest.mark.parametrize("chosen", AGREEMENTS)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_two_passes_are_naive_double_backward(name: str, chosen: str, hvp: str):
-    """Gradient, value, losses, buffers and the random numbers left, to 1e-9 (finite differences: to 1e-6)."""
-    model, shape = network(name)
-    batches, loss = batches_for(shape), loss_for(model)
-    params, buffers = trainable(model), dict(model.named_buffers())
-    phi = own_agreement if chosen == "own" else chosen
-    seeded()
+@pytest.mark.parametrize("build", [networks.mixup, networks.features], ids=name_of)
+def test_two_passes_are_naive_double_backward(build: Callable[[], Case], chosen: str, hvp: str):
+    """Every agreement by every way; other networks are in ``test_real_models.py``."""
+    case, oracle = make(build), make(build).model
     way = {"keep_graphs": True} if hvp == "kept" else {"hvp": hvp}
-    found = idgm_grad(functional_loss(model, loss), params, batches, GAMMA, phi, **way, buffers=buffers)
-    next_number = torch.rand(())
-    oracle = copy.deepcopy(model)
-    seeded()
-    with sdpa_kernel(SDPBackend.MATH):
-        losses = [lambda x=x: loss_for(oracle)(x) for x in batches]
-        objective, gradient = naive_idgm(list(trainable(oracle).values()), losses, GAMMA, phi)
-    assert torch.equal(next_number, torch.rand(()))
+    params, buffers = trainable(case.model), buffers_of(case.model)
+    seed_everything()
+    found = idgm_grad(pure_of(case), params, case.batches, GAMMA, phi_of(chosen), **way, buffers=buffers)
+    next_numbers = next_random_numbers()
+    seed_everything()
+    expected = plain_autograd(oracle, case.loss, case.batches, GAMMA, phi_of(chosen))
+    assert next_numbers == next_random_numbers()
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if hvp == "finite_difference" else {"rtol": 1e-9, "atol": 1e-12}
-    for (parameter, ours), expected in zip(found.gradient.items(), gradient, strict=True):
-        torch.testing.assert_close(ours, expected, **tolerance, msg=lambda m, n=parameter: f"{n}: {m}")
-    torch.testing.assert_close(found.losses.mean() - GAMMA * found.agreement, objective, rtol=1e-10, atol=1e-12)
-    for buffer, expected in oracle.named_buffers():
-        torch.testing.assert_close(found.buffers[buffer], expected, rtol=1e-12, atol=1e-12)
-    assert found.reached == {n: n != "unused" for n in params}
+    torch.testing.assert_close(flat(found.gradient, case.model), flat(expected.direction, oracle), **tolerance)
+    torch.testing.assert_close(
+        found.losses.mean() - GAMMA * found.agreement, expected.objective, rtol=1e-10, atol=1e-12
+    )
+    torch.testing.assert_close(found.buffers, buffers_of(oracle), rtol=1e-12, atol=1e-12)
+    assert found.reached == {n: g is not None for n, g in expected.direction.items()}
 
 
 @pytest.mark.parametrize("chosen", AGREEMENTS)
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_gradient_is_that_of_the_scalar_by_finite_differences(name: str, chosen: str):
+@pytest.mark.parametrize("build", [networks.batch_norm_eval, networks.batch_norm_1d], ids=name_of)
+def test_gradient_is_that_of_the_scalar_by_finite_differences(build: Callable[[], Case], chosen: str):
     """No derivative of the library's in the oracle: central differences of ``idgm_loss`` along random directions."""
-    model, shape = network(name)
-    batches = batches_for(shape)
-    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
-    phi = own_agreement if chosen == "own" else chosen
-    gradient = idgm_grad(pure, params, batches, GAMMA, phi, buffers=buffers).gradient
+    case = make(build)
+    params, buffers = trainable(case.model), buffers_of(case.model)
+    gradient = idgm_grad(pure_of(case), params, case.batches, GAMMA, phi_of(chosen), buffers=buffers).gradient
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()}
 
         def objective(step: float, direction: dict[str, Tensor] = direction) -> float:
             moved = {n: p.detach() + step * direction[n] for n, p in params.items()}
-            return float(idgm_loss(pure, moved, batches, GAMMA, phi, buffers=buffers)[0])
+            return float(idgm_loss(pure_of(case), moved, case.batches, GAMMA, phi_of(chosen), buffers=buffers)[0])
 
         slope = (objective(1e-5) - objective(-1e-5)) / 2e-5
         expected = sum(float((gradient[n] * direction[n]).sum()) for n in params)
@@ -293,29 +242,23 @@ def test_scaling_of_the_losses(domains: int, seed: int, scale: float):
         torch.testing.assert_close(idgm_grad(scaled, theta, batches, gamma, chosen).gradient, expected)
 
 
-def reversed_too(one: Any, other: Any) -> Any:
-    """The mean direction of an order of the domains and its reverse."""
-    return {n: (one.gradient[n] + other.gradient[n]) / 2 for n in one.gradient}
-
-
 @pytest.mark.parametrize("hvp", ["reverse", "forward"])
 @pytest.mark.parametrize("chosen", ["inner_product", "variance", "cosine"])
-@pytest.mark.parametrize("name", ["mlp", "transformer", "tied"])
-def test_one_pass_over_an_order_and_its_reverse_is_two_passes(name: str, chosen: str, hvp: str):
-    model, shape = network(name)
-    model.eval()  # without dropout a domain's loss does not depend on its place
-    batches, params = batches_for(shape), trainable(model)
-    pure, buffers = functional_loss(model, loss_for(model)), dict(model.named_buffers())
-    two = idgm_grad(pure, params, batches, GAMMA, chosen, buffers=buffers)
+@pytest.mark.parametrize("build", [networks.transformer_eval, networks.features], ids=name_of)
+def test_one_pass_over_an_order_and_its_reverse_is_two_passes(build: Callable[[], Case], chosen: str, hvp: str):
+    case = make(build)
+    model, pure = case.model.eval(), pure_of(case)  # a domain's loss does not depend on its place
+    params, buffers = trainable(model), buffers_of(model)
+    two = idgm_grad(pure, params, case.batches, GAMMA, chosen, buffers=buffers)
     one, other = (
         idgm_grad(pure, params, order, GAMMA, chosen, hvp=hvp, one_pass=True, buffers=buffers)
-        for order in (batches, batches[::-1])
+        for order in (case.batches, case.batches[::-1])
     )
-    for n, g in reversed_too(one, other).items():
-        torch.testing.assert_close(g, two.gradient[n], rtol=1e-11, atol=1e-14)
+    of_both = {n: (g + other.gradient[n]) / 2 for n, g in one.gradient.items()}
+    torch.testing.assert_close(of_both, two.gradient, rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(one.agreement, two.agreement)
     assert torch.equal(one.losses, two.losses)
-    assert max(float((one.gradient[n] - two.gradient[n]).abs().max()) for n in params) > 1e-6  # one order is another
+    assert float((flat(one.gradient, model) - flat(two.gradient, model)).abs().max()) > 1e-6  # one order is another
 
 
 @law
@@ -332,10 +275,10 @@ def test_one_pass_is_unbiased_over_the_orders(seed: int, chosen: str):
 
 @pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
 def test_one_pass_moves_buffers_and_random_numbers_once_for_each_domain(hvp: str):
-    model, shape = network("cnn")
-    model = nn.Sequential(*model[:2], nn.Dropout(0.3), *model[2:])
-    batches, params, buffers = batches_for(shape), trainable(model), dict(model.named_buffers())
-    pure, calls = functional_loss(model, loss_for(model)), []
+    torch.manual_seed(0)
+    model = two_layers(nn.BatchNorm1d(6), nn.Dropout(0.3))
+    batches, params, buffers = batches_of_regression(7, 4), trainable(model), buffers_of(model)
+    pure, calls = functional_loss(model, lambda batch: mean_squared_error(model, batch)), []
 
     def counted(*arguments: Any) -> Any:
         calls.append(1)
@@ -343,7 +286,7 @@ def test_one_pass_moves_buffers_and_random_numbers_once_for_each_domain(hvp: str
 
     found = []
     for settings_ in ({"one_pass": True, "hvp": hvp}, {"keep_graphs": True}):
-        seeded()
+        seed_everything()
         found.append((idgm_grad(counted, params, batches, GAMMA, buffers=buffers, **settings_), torch.rand(())))
         calls.append(0)
     (one, after), (kept, expected) = found
@@ -352,7 +295,7 @@ def test_one_pass_moves_buffers_and_random_numbers_once_for_each_domain(hvp: str
     for n, b in one.buffers.items():
         torch.testing.assert_close(b, kept.buffers[n])
     # Before the first domain there is none to match it with.
-    assert calls.index(0) == {"reverse": 4, "forward": 1 + 3 * 2, "finite_difference": 1 + 3 * 3}[hvp]
+    assert calls.index(0) == {"reverse": 3, "forward": 1 + 2 * 2, "finite_difference": 1 + 2 * 3}[hvp]
 
 
 def test_one_pass_by_strength():
@@ -368,12 +311,13 @@ def test_one_pass_by_strength():
 
 
 def test_functional_loss_leaves_the_model_alone():
-    model, shape = network("cnn")
+    case = make(networks.batch_norm_1d)
+    model = case.model
     before = copy.deepcopy(model.state_dict())
     params = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     given_buffers = copy.deepcopy(buffers)
-    loss, moved = functional_loss(model, lambda x: model(x).sum())(params, buffers, batches_for(shape)[0])
+    loss, moved = functional_loss(model, lambda x: model(x).sum())(params, buffers, case.batches[0][0])
     assert loss.item() == 0.0
     assert moved["1.num_batches_tracked"] == 1
     for n, b in buffers.items():
@@ -384,9 +328,9 @@ def test_functional_loss_leaves_the_model_alone():
 
 def test_buffers_under_transforms():
     """An ensemble by ``vmap`` with statistics of its own for each member."""
-    model, shape = network("cnn")
-    batches = batches_for(shape, 2)
-    pure, params, buffers = functional_loss(model, loss_for(model)), trainable(model), dict(model.named_buffers())
+    case = make(networks.batch_norm_1d)
+    batches = case.batches[:2]
+    pure, params, buffers = pure_of(case), trainable(case.model), buffers_of(case.model)
     params = {n: p.detach() for n, p in params.items()}
     stacked = [{n: torch.stack([t, t]) for n, t in tensors.items()} for tensors in (params, buffers)]
 
@@ -535,9 +479,9 @@ def test_a_mapping_of_batches_is_its_batches():
 
 
 def test_a_functional_loss_without_buffers_says_what_it_needs():
-    model, shape = network("mlp")
+    case = make(networks.batch_norm_1d)
     with pytest.raises(ValueError, match=r"pass buffers=dict\(model.named_buffers\(\)\)"):
-        idgm_grad(functional_loss(model, loss_for(model)), trainable(model), batches_for(shape), GAMMA)
+        idgm_grad(pure_of(case), trainable(case.model), case.batches, GAMMA)
     with pytest.raises(TypeError, match=r"should return the loss and the new buffers.*got Tensor"):
         idgm_grad(lambda p, b, x: regression(p, x), drawn(0, 3)[0], drawn(0, 3)[1], GAMMA, buffers={})
 

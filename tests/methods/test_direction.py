@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import _networks as networks
 import pytest
 import torch
-from _feature_training import through_file
 from _models import assert_identical
-from _networks import Case, make
+from _networks import make
 from _second_order import (
     DIRECTIONS,
     GAMMA,
     METHODS,
+    MORE_METHODS,
     assert_close,
     assert_same_buffers,
     flat,
@@ -37,6 +36,7 @@ from torch_gradmatch import IDGM, GradMatch
 WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "vector": (lambda value: value.expand(3), ValueError, r"batch 2{} it has shape \(3,\)"),
     "float": (lambda value: float(value.detach()), TypeError, r"batch 2{} it returned float"),
+    "none": (lambda _: None, TypeError, r"batch 2{} it returned NoneType"),
     "nan": (lambda value: value * float("nan"), ValueError, r"the loss of batch 2{} is nan: nothing was changed"),
     "infinite": (lambda value: value / 0.0, ValueError, r"batch 2{} is inf"),
     "detached": (lambda value: value.detach(), ValueError, r"batch 2{} does not depend"),
@@ -45,12 +45,12 @@ WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = 
 
 @pytest.mark.parametrize(
     ("method", "wrong"),
-    [(m, w) for m in METHODS for w in WRONG_LOSSES if w == "nan" or m in ("IDGM", "SmoothFish", "Fish")],
+    [(m, w) for m in ("IDGM", "SmoothFish", "Fish", "VREx", "Fishr") for w in WRONG_LOSSES],
 )
 def test_a_wrong_loss_is_named_and_nothing_changes(method: str, wrong: str):
     spoil, error, message = WRONG_LOSSES[wrong]
     case = make(networks.batch_norm_1d)
-    optimizer = GradMatch(AdamW(case.model.parameters()), METHODS[method](case.model))
+    optimizer = GradMatch(AdamW(case.model.parameters()), (METHODS | MORE_METHODS)[method](case.model))
 
     def loss(batch: Any) -> Any:
         value = case.loss(case.model, batch)
@@ -61,44 +61,6 @@ def test_a_wrong_loss_is_named_and_nothing_changes(method: str, wrong: str):
     named = dict(zip(("north", "south", 7), case.batches, strict=True))
     with nothing_changes(case.model, optimizer), pytest.raises(error, match=message.format(r" \(domain 7\)")):
         optimizer.meta_step(loss, named)
-
-
-@pytest.mark.parametrize("method", DIRECTIONS)
-def test_what_fails_changes_nothing_and_training_goes_on(method: str):
-    case, oracle = make(networks.batch_norm_1d), make(networks.batch_norm_1d)
-    optimizer, plain = (GradMatch(AdamW(c.model.parameters()), DIRECTIONS[method](c.model)) for c in (case, oracle))
-    train(case, optimizer, 1)
-    train(oracle, plain, 1)
-
-    def fail(batch: Any) -> Tensor:
-        return 1 / 0 if batch is case.batches[2] else case.loss(case.model, batch)
-
-    with nothing_changes(case.model, optimizer), pytest.raises(ValueError, match=r"at least 2 domains \(got 1\)"):
-        optimizer.meta_step(fail, case.batches[:1])
-    with nothing_changes(case.model, optimizer), pytest.raises(ValueError, match="batches is empty"):
-        optimizer.meta_step(fail, [])
-    with nothing_changes(case.model, optimizer), pytest.raises(ZeroDivisionError):
-        optimizer.meta_step(fail, case.batches)
-    train(case, optimizer, 1)
-    train(oracle, plain, 1)
-    assert_identical(case.model.state_dict(), oracle.model.state_dict())
-
-
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
-def test_a_failing_step_leaves_parameters_and_buffers(method: str):
-    """The last thing that can go wrong: a hook or the wrapped optimizer itself raises."""
-    case = make(networks.batch_norm_1d)
-    optimizer = GradMatch(AdamW(case.model.parameters()), DIRECTIONS[method](case.model))
-
-    def fail(*_: Any) -> None:
-        raise MemoryError
-
-    handle = optimizer.register_step_pre_hook(fail)
-    with nothing_changes(case.model, optimizer), pytest.raises(MemoryError):
-        optimizer.meta_step(lambda batch: case.loss(case.model, batch), case.batches)
-    handle.remove()
-    optimizer.meta_step(lambda batch: case.loss(case.model, batch), case.batches)
-    assert int(case.model[1].num_batches_tracked) == 3
 
 
 @pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
@@ -142,36 +104,6 @@ def test_there_is_no_inner_loop(method: str):
         opt.step()
     assert_identical(case.model.state_dict(), twin.model.state_dict())
     assert optimizer.inner_step == 0
-
-
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
-def test_resumes_bit_for_bit_from_a_file(method: str):
-    case, resumed = make(networks.batch_norm_1d), make(networks.batch_norm_1d, seed=1)
-    optimizer = GradMatch(AdamW(case.model.parameters(), lr=0.05), DIRECTIONS[method](case.model))
-    train(case, optimizer)
-    saved = through_file({"model": case.model.state_dict(), "optimizer": optimizer.state_dict()})
-    other = GradMatch(AdamW(resumed.model.parameters(), lr=7.0), DIRECTIONS[method](resumed.model))
-    resumed.model.load_state_dict(saved["model"])
-    other.load_state_dict(saved["optimizer"])
-    train(case, optimizer)
-    train(Case(resumed.model, resumed.loss, case.batches), other)
-    assert_identical(resumed.model.state_dict(), case.model.state_dict())
-    assert_identical(other.state_dict(), optimizer.state_dict())
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish"])
-def test_a_copy_of_model_and_optimizer_goes_on_alike(method: str, how: Callable[[Any], Any]):
-    case = make(networks.batch_norm_1d)
-    optimizer = GradMatch(AdamW(case.model.parameters(), lr=0.05), METHODS[method](case.model))
-    train(case, optimizer)
-    model, twin = how((case.model, optimizer))
-    assert twin.method.model is model is not case.model
-    train(case, optimizer)
-    assert not torch.equal(model[0].weight, case.model[0].weight)
-    train(Case(model, case.loss, case.batches), twin)
-    assert_identical(model.state_dict(), case.model.state_dict())
-    assert_identical(twin.state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("IDGM", "SmoothFish"), ("IDGM", "Fish"), ("Fish", "IDGM")])

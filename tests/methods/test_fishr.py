@@ -5,24 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from _feature_training import through_file
 from _models import assert_identical
-from _ranks import on_ranks
-from _spread import error_of, full, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, vmap
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS, SGD, Adam
+from torch.optim import SGD, Adam
 
 from torch_gradmatch import DomainBatchSampler, Fishr, GradMatch, meta_batches
 
@@ -149,27 +141,6 @@ def test_strength_is_the_relative_length_of_the_penaltys_gradient_and_gamma_is_k
     assert optimizer.meta_step(partial(loss_of, model), domains()).gamma != reports[1].gamma
 
 
-@pytest.mark.parametrize("start", [0, 3])
-def test_resumes_bit_for_bit(start: int):
-    def run(resumes_at: int | None) -> Any:
-        model = network()
-        build = lambda m: GradMatch(Adam(m.parameters(), lr=0.01), Fishr(m, m[-1], start=start))  # noqa: E731
-        optimizer = build(model)
-        for number in range(6):
-            if number == resumes_at:
-                state = through_file((model.state_dict(), optimizer.state_dict()))
-                model = network()
-                model.load_state_dict(state[0])
-                optimizer = build(model)
-                optimizer.load_state_dict(state[1])
-            named = dict(zip("abcd", domains(number), strict=True))
-            optimizer.meta_step(partial(loss_of, model), named)
-        return model.state_dict(), optimizer.state_dict()
-
-    for resumes_at in (1, 4):
-        assert_identical(run(resumes_at), run(None))
-
-
 def test_running_variances_go_by_name_whatever_the_order():
     """The same meta-steps with the domains in another order each time, and without one of them in between."""
     orders = [[0, 1, 2, 3], [3, 1, 0, 2], [1, 3], [2, 3, 1, 0]]
@@ -198,56 +169,6 @@ def test_batches_of_a_sampler_know_their_names():
         optimizer.meta_step(partial(loss_of, model), batches)
     remembered = [key for key in optimizer.state_dict()["gradmatch"]["memory"] if key.startswith("variance of ")]
     assert sorted(remembered) == [f"variance of {i}" for i in range(4)]
-
-
-def test_a_line_search_evaluates_from_the_same_running_variances():
-    """LBFGS evaluates again and again; with one evaluation only, what is remembered is the same."""
-    found = []
-    for iterations in (1, 4):
-        model = network()
-        optimizer = GradMatch(
-            LBFGS(model.parameters(), lr=0.01, max_iter=iterations, line_search_fn=None), Fishr(model, model[-1], 1.0)
-        )
-        optimizer.meta_step(partial(loss_of, model), domains())
-        found.append(optimizer.state_dict()["gradmatch"]["memory"])
-    assert_identical(found[0], found[1])
-
-
-def test_failures_change_nothing_and_overflow_is_forgotten():
-    model = network()
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fishr(model, model[-1], 1.0))
-    optimizer.meta_step(partial(loss_of, model), domains())
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    with pytest.raises(ValueError, match="loss of batch 3 is nan"):
-        optimizer.meta_step(
-            lambda b: loss_of(model, b) * (1 if len(b[0]) == 10 else float("nan")), domains(3, (10, 10, 10, 9))
-        )
-    assert_identical((model.state_dict(), optimizer.state_dict()), before)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizer.meta_step(partial(loss_of, model), domains(1), scaler)
-    kept = copy.deepcopy(optimizer.state_dict()["gradmatch"]["memory"])
-    optimizer.meta_step(overflowing(model), domains(2), scaler)
-    assert scaler.get_scale() == 2.0**9
-    assert_identical(optimizer.state_dict()["gradmatch"]["memory"], kept)
-
-
-def overflowing(model: nn.Module) -> Callable[[Batch], Tensor]:
-    def loss(batch: Batch) -> Tensor:
-        o = model(batch[0])
-        o.register_hook(lambda g: g * float("inf"))
-        return F.cross_entropy(o, batch[1])
-
-    return loss
-
-
-def test_a_scaler_changes_nothing_but_rounding():
-    models = [network(), network()]
-    for model, scaler in zip(models, (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)), strict=True):
-        optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fishr(model, model[-1]))
-        for number in range(4):
-            optimizer.meta_step(partial(loss_of, model), domains(number), scaler)
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_autocast_computes_moments_in_single_precision():
@@ -305,9 +226,6 @@ def test_heads_and_losses_that_do_not_serve_are_errors_in_words():
     ):
         with pytest.raises(ValueError, match=message):
             GradMatch(SGD(model.parameters(), lr=0.1), Fishr(**{"model": model, "head": model[-1], **wrong}))
-    for setting, value in (("ema", 1.0), ("ema", -0.1), ("start", -1), ("strength", 0), ("gamma", -1)):
-        with pytest.raises(ValueError, match=f"{setting} should be"):
-            Fishr(model, model[-1], **{setting: value})
     before = copy.deepcopy(model.state_dict())
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fishr(model, model[-1]))
     for loss, message in (
@@ -345,55 +263,3 @@ def test_dropout_and_a_penalty_on_the_weights_are_no_sum_and_batch_norm_moves_on
     optimizer.meta_step(loss, domains())
     assert model[1].num_batches_tracked == 4
     torch.testing.assert_close(model[1].running_mean, reference[1].running_mean)
-
-
-# --------------------------------------------------------------------------------------------- several processes
-
-
-def one_rank(scheme: str, gamma: float | None) -> Any:
-    model: Any = network()
-    head, called = model[-1], model
-    rank, size = dist.get_rank(), dist.get_world_size()
-    group: dict[str, Any] = {}
-    if scheme == "ddp":
-        called = DistributedDataParallel(model)
-    elif scheme == "fsdp":
-        mesh = init_device_mesh("cpu", (size,))
-        fully_shard(model[0], mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    else:
-        group = world()
-    method = Fishr(called, head, gamma, **group)
-    optimizer = GradMatch(Adam(called.parameters(), lr=0.01), method)
-    for number in range(4):
-        mine = [(x[rank::size], y[rank::size]) for x, y in domains(number)]
-        report = optimizer.meta_step(partial(loss_of, called), mine)
-    return [full(p) for p in model.parameters()], report.gamma, report.losses
-
-
-@pytest.mark.parametrize("gamma", [100.0, None])
-@pytest.mark.parametrize("scheme", ["ddp", "fsdp", "data"])
-def test_on_two_ranks_is_what_one_process_finds(scheme: str, gamma: float | None):
-    model = network()
-    optimizer = GradMatch(Adam(model.parameters(), lr=0.01), Fishr(model, model[-1], gamma))
-    for number in range(4):
-        report = optimizer.meta_step(partial(loss_of, model), domains(number))
-    found = on_ranks(2, one_rank, scheme, gamma)
-    for parameters, its_gamma, losses in found:
-        assert its_gamma == pytest.approx(report.gamma, rel=1e-7)
-        torch.testing.assert_close(losses, report.losses, rtol=1e-9, atol=1e-9)
-        for ours, p in zip(parameters, model.parameters(), strict=True):
-            torch.testing.assert_close(ours, p, rtol=1e-8, atol=1e-9)
-    if scheme != "fsdp":
-        assert_identical(found[0][0], found[1][0])
-
-
-def fails_on_one() -> str:
-    model = network()
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fishr(model, model[-1], **world()))
-    factor = float("nan") if dist.get_rank() else 1.0
-    return error_of(optimizer.meta_step, lambda b: loss_of(model, b) * factor, domains())
-
-
-def test_what_one_rank_raises_all_raise():
-    assert all("is nan" in error for error in on_ranks(2, fails_on_one))

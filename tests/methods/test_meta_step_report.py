@@ -190,16 +190,6 @@ def test_a_manual_loop_measures_pairs_but_not_over_a_checkpoint_in_its_middle():
     torch.testing.assert_close(resumed.last_meta_step.cosines, pairwise_cosines(list(gradients)))
 
 
-@pytest.mark.parametrize(
-    ("method", "setting"),
-    [(Fish, "pair"), (Fish, 1), (Fish, None), (partial(SmoothFish, 1.0, 0.1), "pair"), (partial(IDGM, net()), "pair")],
-    ids=["text", "number", "None", "SmoothFish", "IDGM"],
-)
-def test_track_alignment_is_checked(method: Any, setting: Any):
-    with pytest.raises(ValueError, match="track_alignment should be True, False or 'pairs'"):
-        method(track_alignment=setting)
-
-
 def test_turning_pairs_on_and_off_takes_effect_at_the_next_meta_iteration():
     w, optimizer = linear(track_alignment=True)
     for tracking, measured in ((True, False), ("pairs", True), (True, False), ("pairs", True)):

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from _models import FeatureNet, assert_identical, assert_same_model, loss_of, make_batches
+from _feature_training import batches, feature_net
+from _models import assert_identical, assert_same_model, loss_of
+from _second_order import MORE_METHODS
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam
@@ -14,14 +16,6 @@ from torch.optim import SGD, Adam
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish, agreement
 
 SCALE = 2.0**10
-
-
-def feature_net() -> FeatureNet:
-    return FeatureNet(torch.Generator().manual_seed(0))
-
-
-def batches(count: int, seed: int = 1) -> list[Any]:
-    return make_batches(torch.Generator().manual_seed(seed), count)
 
 
 def make_scaler(**settings: Any) -> GradScaler:
@@ -139,6 +133,7 @@ METHODS: dict[str, Any] = {
     "IDGM, one's own": lambda m: IDGM(m, 0.2, layerwise),
     "IDGM, forward": lambda m: IDGM(m, 0.2, "inner_product", hvp="forward"),
     "IDGM, finite_difference": lambda m: IDGM(m, 0.2, "inner_product", hvp="finite_difference"),
+    **MORE_METHODS,
 }
 
 
@@ -158,7 +153,7 @@ def test_with_a_scaler_is_as_without(name: str, fused: bool):
         assert_same_model(models[0], models[1], rtol=rtol)
         for key, value in vars(reports[1]).items():
             torch.testing.assert_close(getattr(reports[0], key), value, rtol=rtol, atol=rtol)
-    growth = 2 ** (6 if name.startswith("Fish") else 2)  # 12 and 4 updates, growing every second
+    growth = 2 ** (6 if name in ("Fish", "Fish, reset") else 2)  # 12 and 4 updates, growing every second
     assert scaler.get_scale() == SCALE * growth
 
 

@@ -9,41 +9,59 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _models import FeatureNet, assert_identical, loss_of, make_batches
+from _feature_training import batches, feature_net, train
+from _models import assert_identical, loss_of
 from torch import nn
 from torch.optim import SGD, Adam
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import ERM, IDGM, Fish, Fishr, GradMatch, GroupDRO, SmoothFish, VREx
 
 METHODS: dict[str, Any] = {
     "Fish": lambda m: Fish(model=m),
     "SmoothFish": lambda m: SmoothFish(1.0, 0.1, m),
     "IDGM": lambda m: IDGM(m, 0.1),
+    "Fishr": lambda m: Fishr(m, m, 0.1),
+    "VREx": lambda m: VREx(model=m),
+    "GroupDRO": lambda m: GroupDRO(model=m),
+    "ERM": lambda m: ERM(model=m),
 }
-BAD: list[tuple[str, str, Any]] = [
-    ("Fish", "meta_lr", 0.0),
-    ("Fish", "meta_lr", 1.5),
-    ("Fish", "meta_lr", float("nan")),
-    ("Fish", "meta_lr", 10**400),
-    ("Fish", "meta_lr", "0.1"),
-    ("Fish", "meta_lr", True),
-    ("Fish", "inner_steps", 0),
-    ("Fish", "inner_steps", 2.5),
-    ("Fish", "inner_steps", True),
-    ("Fish", "inner_state", "restart"),
-    ("Fish", "inner_state", None),
-    ("Fish", "buffers", "mean"),
-    ("Fish", "meta_dtype", torch.int64),
-    ("Fish", "meta_dtype", "float32"),
-    ("Fish", "track_alignment", 1),
-    ("Fish", "nonfinite", "rasie"),
-    ("SmoothFish", "symmetric", 2),
-    ("SmoothFish", "track_alignment", "yes"),
-    ("IDGM", "strength", 0.0),
-]
+NAN, INF = float("nan"), float("inf")
+BAD: dict[str, list[tuple[str, Any]]] = {
+    "Fish": [
+        *(("meta_lr", value) for value in (0.0, 1.5, NAN, 10**400, "0.1", True)),
+        *(("inner_steps", value) for value in (0, 2.5, True)),
+        *(("inner_state", value) for value in ("restart", None)),
+        *(("meta_dtype", value) for value in (torch.int64, "float32")),
+        *(("track_alignment", value) for value in (1, "pair", None)),
+        ("buffers", "mean"),
+        ("nonfinite", "rasie"),
+    ],
+    "SmoothFish": [
+        *(("gamma", value) for value in (-1.0, 10**400)),
+        *(("inner_lr", value) for value in (0.0, NAN, 10**400)),
+        *(("symmetric", value) for value in (1, 2)),
+        ("track_alignment", "yes"),
+        ("nonfinite", "warn"),
+    ],
+    "IDGM": [
+        *(("gamma", value) for value in (-1.0, INF, 10**400)),
+        *(("strength", value) for value in (0.0, 10**400)),
+        *((flag, 1) for flag in ("one_pass", "keep_graphs")),
+        ("agreement", "mean"),
+        ("hvp", "double"),
+        ("track_alignment", "pair"),
+        ("nonfinite", "warn"),
+    ],
+    "Fishr": [("ema", 1.0), ("ema", -0.1), ("start", -1), ("strength", 0), ("gamma", -1)],
+    "VREx": [("beta", -1)],
+    "GroupDRO": [("eta", NAN)],
+    "ERM": [("nonfinite", "maybe")],
+}
 
 
-@pytest.mark.parametrize(("method", "name", "value"), BAD, ids=lambda value: f"{value!r:.20}")
+@pytest.mark.parametrize(
+    ("method", "name", "value"), [(m, *bad) for m in BAD for bad in BAD[m]], ids=lambda value: f"{value!r:.20}"
+)
 def test_a_bad_value_is_named_and_shown_also_later_and_changes_nothing(method: str, name: str, value: Any):
     settings = METHODS[method](nn.Linear(1, 1))
     before = vars(settings).copy()
@@ -63,36 +81,23 @@ def test_a_wrong_model_and_a_misspelt_setting_are_refused(method: str):
         settings.meta_Ir = 1.0
 
 
-def test_a_number_of_any_kind_is_kept_as_a_float():
-    method = Fish(Fraction(1, 4), inner_steps=1)
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = GradMatch(SGD([parameter], lr=1.0), method)
-    parameter.grad = torch.ones(1)
-    optimizer.step()
-    assert parameter.item() == -0.25
-    method.meta_lr = np.float32(0.5)
-    assert type(method.meta_lr) is float
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("Fish", "meta_lr"), ("SmoothFish", "gamma"), ("SmoothFish", "inner_lr"), ("IDGM", "gamma"), ("IDGM", "strength")],
+)
+def test_a_number_of_any_kind_is_kept_as_a_float(method: str, name: str):
+    settings = METHODS[method](nn.Linear(1, 1))
+    for value in (Fraction(1, 4), np.float32(0.25)):
+        setattr(settings, name, value)
+        assert getattr(settings, name).hex() == (0.25).hex()
+        assert vars(type(settings)(**{**vars(settings), name: value}))[name].hex() == (0.25).hex()
 
 
 def test_repr_shows_settings_and_only_the_class_of_the_model():
-    text = repr(Fish(meta_lr=0.1, model=nn.Linear(1, 1)))
-    assert "meta_lr=0.1" in text
-    assert "model=Linear" in text
-
-
-def feature_net() -> FeatureNet:
-    return FeatureNet(torch.Generator().manual_seed(0))
-
-
-def batches(count: int) -> list[Any]:
-    return make_batches(torch.Generator().manual_seed(1), count)
-
-
-def train(model: nn.Module, optimizer: GradMatch[Fish], some: list[Any]) -> None:
-    for batch in some:
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        optimizer.step()
+    assert repr(SmoothFish(1.0, 0.1, nn.Linear(1, 1))) == (
+        "SmoothFish(gamma=1.0, inner_lr=0.1, model=Linear, nonfinite='raise', track_alignment=False, symmetric=False)"
+    )
+    assert "gamma=0.5, agreement='variance', strength=0.1, hvp='reverse'" in repr(IDGM(nn.Linear(1, 1), 0.5))
 
 
 CHANGES: dict[str, Any] = {

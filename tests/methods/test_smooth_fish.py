@@ -268,26 +268,3 @@ def test_does_not_warn_of_a_walk_that_is_short_because_all_is_learnt():
             optimizer.param_groups[0]["lr"] = 30.0
         optimizer.meta_step(lambda scale: nn.functional.softplus(-scale * w), [1.0, 2.0])
     assert 0 < float(w.grad.abs()) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((-1.0, 0.1), ValueError, r"gamma should be a finite number of at least 0 \(got -1.0\)"),
-        ((1.0, 0.0), ValueError, r"inner_lr should be a finite number greater than 0 \(got 0.0\)"),
-        ((1.0, float("nan")), ValueError, "inner_lr .*got nan"),
-        ((1.0, 0.1, "model"), TypeError, r"model should be a torch\.nn\.Module.* \(got str\)"),
-        ((1.0, 0.1, None, "warn"), ValueError, "nonfinite should be one of .*got 'warn'"),
-        ((1.0, 0.1, None, "raise", False, 1), ValueError, "symmetric should be True or False"),
-    ],
-    ids=["gamma", "zero step", "nan step", "model", "nonfinite", "symmetric"],
-)
-def test_bad_settings(arguments: tuple[Any, ...], error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
-        SmoothFish(*arguments)
-
-
-def test_representation():
-    assert repr(SmoothFish(1.0, 0.1)) == (
-        "SmoothFish(gamma=1.0, inner_lr=0.1, model=None, nonfinite='raise', track_alignment=False, symmetric=False)"
-    )

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from _models import FeatureNet, assert_identical, loss_of, make_batches
+from _feature_training import batches, feature_net
+from _models import assert_identical, loss_of
 from _second_order import METHODS as ALL_METHODS
+from _second_order import MORE_METHODS
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -35,18 +37,11 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "SmoothFish, symmetric": lambda m: SmoothFish(0.1, 0.1, m, symmetric=True),
     "SmoothFish, symmetric, without model": lambda _: SmoothFish(0.1, 0.1, symmetric=True),
     "IDGM": lambda m: IDGM(m, 0.1, "variance"),
+    **MORE_METHODS,
 }
 
 
 ERRORS: dict[str, type[BaseException]] = {"raises": KeyError, "interrupts": KeyboardInterrupt}
-
-
-def feature_net() -> FeatureNet:
-    return FeatureNet(torch.Generator().manual_seed(0))
-
-
-def batches(count: int, seed: int = 1) -> list[Any]:
-    return make_batches(torch.Generator().manual_seed(seed), count)
 
 
 def spoiled(model: nn.Module, index: int, how: str) -> Callable[[Any], Tensor]:

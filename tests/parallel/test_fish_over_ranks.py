@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 from functools import partial
 from typing import Any
 
@@ -374,55 +373,6 @@ def test_walks_across_nodes_with_shards_within():
     everywhere = on_ranks(4, walk_over_shards)
     assert all(same(everywhere[0], other) for other in everywhere)
     assert distance(everywhere[0], mean_of_walks_by_hand("transformer", "adam", 2)) < 1e-9
-
-
-def go_wrong() -> tuple[dict[str, str], bool]:
-    """One walk goes wrong on the last rank, in one way after the other; training goes on after each."""
-    last = dist.get_rank() == 1
-    model = build("smooth")
-    optimizer = adam(model, walking(model))
-    batches = own_batches(0, 0)
-
-    def missing(batch: Batch) -> Tensor:
-        if last:
-            raise KeyError("no such column")
-        return loss_of(model, batch)
-
-    bad = [(x * torch.nan, y) if last and number == 1 else (x, y) for number, (x, y) in enumerate(batches)]
-    attempts: dict[str, Any] = {
-        "nan": lambda: iterate(model, optimizer, bad),
-        "batches": lambda: iterate(model, optimizer, batches[: 3 - last]),
-        "empty": lambda: iterate(model, optimizer, [] if last else batches),
-        "user": lambda: optimizer.meta_step(missing, batches),
-        "lr": lambda: iterate(model, optimizer, batches),
-        "meta_lr": lambda: iterate(model, optimizer, batches),
-    }
-    found, unchanged = {}, True
-    for name, attempt in attempts.items():
-        optimizer.param_groups[0]["lr"] = 0.5 if last and name == "lr" else 0.01
-        optimizer.method.meta_lr = 0.4 if last and name == "meta_lr" else 0.3
-        before = state_of(model, optimizer)
-        found[name] = error_of(attempt)
-        unchanged = unchanged and same(state_of(model, optimizer), before)
-        optimizer.param_groups[0]["lr"], optimizer.method.meta_lr = 0.01, 0.3
-        iterate(model, optimizer, own_batches(1, dist.get_rank()))
-    return found, unchanged
-
-
-def test_what_goes_wrong_on_one_walk_is_raised_on_all_and_training_goes_on():
-    (first, unchanged), (last, unchanged_there) = on_ranks(2, go_wrong)
-    assert unchanged
-    assert unchanged_there
-    assert first["nan"].startswith("ValueError: on rank 1: the loss of batch 1 is nan")
-    assert first["empty"].startswith("ValueError: on rank 1: batches is empty")
-    for name in ("nan", "empty"):
-        assert first[name].replace("on rank 1: ", "").startswith(last[name][:40])
-    assert first["user"].startswith("RuntimeError: on rank 1: KeyError: 'no such column'")
-    assert last["user"].startswith("KeyError: 'no such column'")
-    for found in (first, last):
-        assert re.search("the same number of (batches|inner steps), but it is 3 on rank 0 and 2", found["batches"])
-        assert "the same learning rates, but it is [0.01] on rank 0 and [0.5]" in found["lr"]
-        assert "same method" in found["meta_lr"]
 
 
 def refusals_and_copies() -> dict[str, str]:

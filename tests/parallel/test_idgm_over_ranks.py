@@ -26,7 +26,6 @@ from _spread import (
     loss_over,
     mean_of_buffers,
     mine,
-    not_a_number_on_last,
     part,
     same,
     state_of,
@@ -273,87 +272,6 @@ def test_the_parameters_are_compared_once():
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
-class BoomError(Exception):
-    """The user's."""
-
-
-def go_wrong(parallel: str) -> Any:
-    """A good meta-iteration, several in which rank 1 alone goes wrong, and a good one."""
-    last = dist.get_rank() == dist.get_world_size() - 1
-    model = build("batch_norm")
-    optimizer = by(model, torch.optim.Adam(model.parameters(), lr=1e-2), parallel=parallel)
-    loss_fn = partial(loss_of, model)
-
-    def batches(seed: int) -> list[Batch]:
-        if parallel == "data":
-            return mine(domain_batches(3, seed))
-        return domain_batches(3, seed + 100 * dist.get_rank())
-
-    calls, calls_again = itertools.count(1), itertools.count(1)
-
-    def boom(batch: Batch) -> Tensor:
-        if last and next(calls) == 4:  # in the second pass
-            raise BoomError("out of order")
-        return loss_fn(batch)
-
-    def unrelated(batch: Batch) -> Tensor:
-        return torch.ones((), requires_grad=True) if last else loss_fn(batch)
-
-    def with_a_memory(batch: Batch) -> Tensor:
-        return loss_fn(batch) * (1 + 0.1 * last * next(calls_again))
-
-    found = [error_of(optimizer.meta_step, loss_fn, batches(0))]
-    before = state_of(model, optimizer)
-    named = {f"{name} of {dist.get_rank()}": batch for name, batch in zip("abc", batches(1), strict=True)}
-    found.append(error_of(optimizer.meta_step, not_a_number_on_last(loss_fn), named))
-    found += [error_of(optimizer.meta_step, wrong, batches(1)) for wrong in (boom, unrelated, with_a_memory)]
-    optimizer.method.gamma = GAMMA if last else 0.7
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)))
-    optimizer.method.gamma = 0.7
-    optimizer.param_groups[0]["lr"] = 1e-2 * (1 + last)
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)))
-    optimizer.param_groups[0]["lr"] = 1e-2
-    found.append(error_of(optimizer.meta_step, loss_fn, [] if last else batches(1)))
-    unchanged = same(before, state_of(model, optimizer))
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(1)[last:]))
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(2)))
-    after = state_of(model, optimizer)
-    with torch.no_grad():
-        next(model.parameters()).add_(float(last))
-    optimizer.load_state_dict(optimizer.state_dict())
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(2)))
-    return found, unchanged, after
-
-
-@pytest.mark.parametrize("parallel", ["domains", "data"])
-def test_what_goes_wrong_on_one_rank_is_raised_on_all_and_changes_nothing(parallel: str):
-    everywhere = on_ranks(2, go_wrong, parallel)
-    unequal = "ValueError: the ranks should have the same number of batches, but it is 3 on rank 0 and 2 on rank 1"
-    expected = [
-        "",
-        "the loss of batch",
-        "out of order",
-        "depends on none of the parameters",
-        "is not the same twice",
-        "the same method",
-        "the same learning rates, but it is [0.01] on rank 0 and [0.02] on rank 1",
-        "batches is empty",
-        "" if parallel == "domains" else unequal,
-        "",
-        "same parameter number 0 of the optimizer, but it is torch.float64 of shape (5, 7)",
-    ]
-    for rank, (found, unchanged, _) in enumerate(everywhere):
-        assert unchanged
-        for message, wanted in zip(found, expected, strict=True):
-            assert wanted in message
-            assert bool(wanted) == bool(message)
-        assert "nan" in found[1]
-        assert found[2].startswith("BoomError: " if rank else "RuntimeError: on rank 1: BoomError: ")
-        if parallel == "domains":
-            assert "batch 3 (domain 'a of 1')" in found[1]
-    assert same(everywhere[0][2], everywhere[1][2])
 
 
 def refusals() -> dict[str, str]:

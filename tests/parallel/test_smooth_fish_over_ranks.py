@@ -153,9 +153,6 @@ def test_over_ddp_it_is_one_process_on_the_whole_batch():
         assert distance(found, weights(model)) < 1e-9, (name, kind)
 
 
-# ----------------------------------------------------------------------------------------------------------- the theory
-
-
 # ------------------------------------------------------------------------------------- many iterations, and collectives
 
 
@@ -215,52 +212,6 @@ def test_gradients_that_overflow_on_one_rank_are_skipped_on_all():
     everywhere = on_ranks(2, with_scaler)
     assert same(*everywhere)
     assert everywhere[0][:2] == ([False, True, False], 512.0)
-
-
-# --------------------------------------------------------------------------------------------------------------- errors
-
-
-def go_wrong(parallel: str) -> Any:
-    last = dist.get_rank() == dist.get_world_size() - 1
-    model = build("batch_norm")
-    used = DistributedDataParallel(model) if parallel == "data" else model
-    optimizer = by(used, 1.0, torch.optim.Adam(model.parameters(), lr=1e-2), parallel=parallel)
-    loss_fn = partial(loss_of, used)
-
-    def batches(seed: int) -> list[Batch]:
-        return mine(domain_batches(3, seed)) if parallel == "data" else own(seed, dist.get_rank())
-
-    def infinite_along_the_walk(batch: Batch) -> Tensor:
-        at_start = torch.equal(next(model.parameters()), start)
-        return loss_fn(batch) * (float("inf") if last and not at_start else 1.0)
-
-    calls = itertools.count()
-
-    def boom(batch: Batch) -> Tensor:
-        if next(calls) == 1 and last:
-            raise OSError("no such file")
-        return loss_fn(batch)
-
-    found = [error_of(optimizer.meta_step, loss_fn, batches(0))]
-    start = next(model.parameters()).detach().clone()
-    before = state_of(model, optimizer)
-    found += [error_of(optimizer.meta_step, wrong, batches(1)) for wrong in (infinite_along_the_walk, boom)]
-    unchanged = same(before, state_of(model, optimizer))
-    found.append(error_of(optimizer.meta_step, loss_fn, batches(2)))
-    return found, unchanged, state_of(model, optimizer)
-
-
-@pytest.mark.parametrize("parallel", ["walks", "data"])
-def test_what_goes_wrong_on_one_rank_is_raised_on_all_and_changes_nothing(parallel: str):
-    everywhere = on_ranks(2, go_wrong, parallel)
-    for found, unchanged, _ in everywhere:
-        assert unchanged
-        fine, diverged, failed, again = found
-        assert fine == again == ""
-        along = "inner walk of SmoothFish diverged: the loss of batch 1"
-        assert (along if parallel == "walks" else "the loss of batch 1 is inf") in diverged
-        assert "no such file" in failed
-    assert same(everywhere[0][2], everywhere[1][2])
 
 
 def drift_apart() -> tuple[str, str, bool]:

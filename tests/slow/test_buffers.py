@@ -47,38 +47,6 @@ def test_a_closure_that_makes_the_first_gradients_is_the_first_forward():
     torch.testing.assert_close(model[1].running_mean, interpolated(torch.full((3,), 5.0), moved[MEAN]))
 
 
-def test_latest_keeps_what_the_inner_loop_left():
-    model = network()
-    after = step(model, wrap(model, inner_steps=1, buffers="latest"), 0)
-    torch.testing.assert_close(statistics(model), after, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("buffers", ["interpolate", "latest"])
-def test_rollback_restores_every_buffer(buffers: str):
-    model = network()
-    optimizer = wrap(model, buffers=buffers)
-    before = statistics(model)
-    for steps in (1, 3):
-        for seed in range(steps):
-            step(model, optimizer, seed)
-        backward(model, 9)
-        assert not torch.equal(model[1].running_mean, before[MEAN])
-        optimizer.rollback()
-        torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
-
-
-def test_a_forward_pass_alone_opens_no_inner_loop():
-    model = network()
-    optimizer = wrap(model)
-    optimizer.zero_grad()
-    backward(model, 0)
-    moved = statistics(model)
-    with optimizer.slow_weights():
-        torch.testing.assert_close(statistics(model), moved, rtol=0, atol=0)
-    optimizer.rollback()
-    torch.testing.assert_close(statistics(model), moved, rtol=0, atol=0)
-
-
 # -------------------------------------------------------------------------- between two inner loops they are the user's
 
 
@@ -104,15 +72,6 @@ def test_surgery_between_inner_loops_is_honoured(surgery: str, run: str):
         moved = {}
         optimizer.meta_step(lambda x: (model(x).square().mean(), moved.update(statistics(model)))[0], [batch(1)])
     torch.testing.assert_close(statistics(model)[MEAN], interpolated(before[MEAN], moved[MEAN]))
-
-
-def test_rollback_between_inner_loops_undoes_no_surgery():
-    model = network()
-    optimizer = wrap(model, inner_steps=1)
-    step(model, optimizer, 0)
-    model[1].running_mean.fill_(5.0)
-    optimizer.rollback()
-    assert model[1].running_mean.tolist() == [5.0, 5.0, 5.0]
 
 
 @pytest.mark.parametrize("order", ["teacher first", "student first"])
