@@ -47,20 +47,23 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
     return low, median(values), high
 
 
-def panels(
-    networks: Sequence[str], title: str, x_label: str, y_label: str, rows: int = 1
-) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(3.5 * len(networks) + 0.4, 3.3 * rows + 1.3), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, len(networks), squeeze=False, sharex="col")
+def panels(networks: Sequence[str], title: str, x_label: str, *quantities: str) -> tuple[Figure, list[list[Axes]]]:
+    """Axes for each quantity, one of each network, at the width of a column of text."""
+    columns = min(2, len(networks) * len(quantities))
+    rows = -(-len(networks) * len(quantities) // columns)
+    figure = Figure(figsize=(3.9 * columns, 2.7 * rows + 1.3), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12)
-    for ax, network in zip(axes[0], networks, strict=True):
-        ax.set_title(network, fontsize=11)
-    for ax in axes[-1]:
-        ax.set_xlabel(x_label)
-    axes[0][0].set_ylabel(y_label)
-    for ax in axes.flat:
-        ax.grid(alpha=0.25, which="major")
-    return figure, [list(row) for row in axes]
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    placed = [[next(axes) for _ in quantities] for _ in networks]
+    for ax in axes:  # what is left of an odd number
+        ax.remove()
+    for network, of_network in zip(networks, placed, strict=True):
+        for quantity, ax in zip(quantities, of_network, strict=True):
+            ax.set_title(network, fontsize=11)
+            ax.set_xlabel(x_label)
+            ax.set_ylabel(quantity)
+            ax.grid(alpha=0.25, which="major")
+    return figure, [list(of_quantity) for of_quantity in zip(*placed, strict=True)]
 
 
 def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
@@ -71,7 +74,7 @@ def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
     order = [name for name in STYLES if name in handles]
     names = order + [name for name in handles if name not in STYLES]
     figure.legend(
-        [handles[n] for n in names], names, loc="outside lower center", ncols=min(len(names), 6), frameon=False
+        [handles[n] for n in names], names, loc="outside lower center", ncols=min(len(names), 3), frameon=False
     )
 
 
@@ -102,7 +105,7 @@ def grow(
     y_label: str,
 ) -> None:
     """One panel for each network, one line for each way, against the number of domains; bands are quartiles."""
-    figure, ((*axes,),) = panels(networks, title, "number of domains S", y_label)
+    figure, (axes,) = panels(networks, title, "number of domains S", y_label)
     for ax, network in zip(axes, networks, strict=True):
         shown: list[float] = []
         for way in dict.fromkeys(row["way"] for row in rows):
@@ -123,13 +126,13 @@ def grow(
 
 def cost(path: Path, times: Rows, networks: Sequence[str]) -> None:
     rows = [row for row in times if row["seconds"]]
-    title = "Time of a meta-iteration over that of the ERM gradient and a step, by number of domains"
+    title = "Time of a meta-iteration over that of the ERM gradient and a step"
     grow(path, rows, networks, lambda row: row["of_erm"], title, "time / ERM")
 
 
 def memory(path: Path, peaks: Rows, networks: Sequence[str]) -> None:
     rows = [row for row in peaks if row["bytes"]]
-    title = "Peak memory of a meta-iteration above model and batches, by number of domains"
+    title = "Peak memory of a meta-iteration above model and batches"
     grow(path, rows, networks, lambda row: [row["bytes"] / 1e6], title, "MB")
 
 
@@ -145,9 +148,8 @@ def over_repeats(rows: Rows, quantity: str) -> tuple[list[float], list[float], l
 
 def fidelity_by_rate(path: Path, measured: Rows, networks: Sequence[str]) -> None:
     rows = [row for row in measured if row["against"] == "learning rate"]
-    title = "Direction beyond ERM against the exact one, by inner learning rate (bands: all repeats)"
-    figure, (top, bottom) = panels(networks, title, "inner learning rate", "cosine with exact", rows=2)
-    bottom[0].set_ylabel("relative error")
+    title = "Direction beyond ERM against the exact one (bands: all repeats)"
+    figure, (top, bottom) = panels(networks, title, "inner learning rate", "cosine with exact", "relative error")
     looks = {"ReLU": {"color": BLUE, "marker": "s"}, "GELU": {"color": ORANGE, "marker": "^", "linestyle": "--"}}
     for upper, lower, network in zip(top, bottom, networks, strict=True):
         of_network = [row for row in rows if row["network"] == network]
@@ -164,6 +166,7 @@ def fidelity_by_rate(path: Path, measured: Rows, networks: Sequence[str]) -> Non
                         ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         upper.set_xscale("log")
         upper.set_ylim(-0.6, 1.05)
+        lower.set_xscale("log")
         lower.set_yscale("log")
         lower.set_ylim(1e-3, 1e2)
         rates = np.array([1e-4, 1e-1])
@@ -174,10 +177,8 @@ def fidelity_by_rate(path: Path, measured: Rows, networks: Sequence[str]) -> Non
 
 def fidelity_by_batch(path: Path, measured: Rows, networks: Sequence[str], rate: float) -> None:
     rows = [row for row in measured if row["against"] == "batch size"]
-    title = (
-        f"Direction beyond ERM against the exact one, by batch size (inner learning rate {rate:g}; bands: all repeats)"
-    )
-    figure, ((*axes,),) = panels(networks, title, "batch size of a domain", "relative error")
+    title = f"Direction beyond ERM against the exact one (inner learning rate {rate:g}; bands: all repeats)"
+    figure, (axes,) = panels(networks, title, "batch size of a domain", "relative error")
     for ax, network in zip(axes, networks, strict=True):
         for method in ("Fish", "IDGM, one_pass", "IDGM, finite_difference"):
             x, low, middle, high = over_repeats(
@@ -198,9 +199,9 @@ def fidelity_by_batch(path: Path, measured: Rows, networks: Sequence[str], rate:
 
 
 def outcome(path: Path, outcomes: Rows) -> None:
-    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7.8, 4.4), dpi=150, layout="constrained")
     by_time, by_gradients = figure.subplots(1, 2, sharey=True)
-    figure.suptitle("CdSprites-15: accuracy on unseen colours (mean and range over seeds)", fontsize=12)
+    figure.suptitle("CdSprites-15 (mean and range over seeds)", fontsize=12)
     for title in dict.fromkeys(row["title"] for row in outcomes):
         runs = [row for row in outcomes if row["title"] == title]
         accuracy = np.array([run["accuracy"] for run in runs])
@@ -215,7 +216,8 @@ def outcome(path: Path, outcomes: Rows) -> None:
                 x, accuracy.min(axis=0), accuracy.max(axis=0), color=looks["color"], alpha=0.15, linewidth=0
             )
     by_time.set_xlabel("seconds of training, one thread")
-    by_gradients.set_xlabel("gradients of a batch, and Hessian-vector products of a batch")
+    by_gradients.locator_params(axis="x", nbins=5)
+    by_gradients.set_xlabel("gradients and Hessian-vector products")
     by_time.set_ylabel("accuracy on unseen colours")
     for ax in (by_time, by_gradients):
         ax.axhline(0.5, color="0.6", linewidth=1, linestyle=":")

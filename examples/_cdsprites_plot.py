@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import SubFigure
 
-SPRITES_PER_SHAPE = 4
-SHOWN_DOMAINS = 5
+SPRITES_PER_SHAPE = 6
+SHOWN_DOMAINS = 3
 SMOOTHED = 2
 NAMED = 3  # of many domains, how many at either end the legend names
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -161,33 +161,33 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def save_figure(path: Path, data: CdSprites, runs: Sequence[Run]) -> None:
-    """Draw sample sprites of the splits beside the curves of the runs."""
-    figure = Figure(figsize=(13.5, 7.6), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05), wspace=0.04)
-    _sprites(left, data)
-    accuracy, inner_product, cosine = right.subplots(3, 1, sharex=True, height_ratios=(1.6, 1, 1))
+    """Draw sample sprites of the splits above the curves of the runs, to be read at the width of a column."""
+    figure = Figure(figsize=(8, 8.2), dpi=180, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.55))
+    _sprites(above, data)
+    panels = below.subplot_mosaic([["accuracy"] * 2, ["product", "cosine"]], height_ratios=(1.25, 1))
     for run, colour in zip(runs, OKABE_ITO, strict=False):
         x = run.iteration
-        accuracy.plot(x, run.unseen_accuracy, color=colour, linewidth=2.2, label=f"{run.title}, unseen colours")
-        accuracy.plot(x, run.train_accuracy, "--", color=colour, linewidth=1.3, label=f"{run.title}, training images")
-    accuracy.set_title("Accuracy in telling squares from ellipses", fontsize=12)
-    accuracy.set_ylabel("accuracy")
-    accuracy.set_ylim(0.42, 1.02)
-    accuracy.axhline(0.5, color="0.6", linewidth=1, linestyle=":")
-    place = {"xy": (1, 0.5), "xytext": (-4, -3), "xycoords": accuracy.get_yaxis_transform()}
-    accuracy.annotate("guessing", **place, textcoords="offset points", ha="right", va="top", color="0.4")
+        panels["accuracy"].plot(x, run.unseen_accuracy, color=colour, linewidth=2.2, label=run.title)
+        panels["accuracy"].plot(x, run.train_accuracy, "--", color=colour, linewidth=1.3)
+    panels["accuracy"].plot([], [], "--", color="0.4", linewidth=1.3, label="on training images")
+    panels["accuracy"].set_title("Accuracy in telling squares from ellipses of unseen colours")
+    panels["accuracy"].set_ylim(0.42, 1.02)
+    panels["accuracy"].axhline(0.5, color="0.6", linewidth=1, linestyle=":")
+    place = {"xy": (0, 0.5), "xytext": (4, -3), "xycoords": panels["accuracy"].get_yaxis_transform()}
+    panels["accuracy"].annotate("guessing", **place, textcoords="offset points", ha="left", va="top", color="0.4")
+    panels["accuracy"].legend(loc="center right")
     products = {run.title: (run.iteration, run.inner_product) for run in runs}
     cosines = {run.title: (run.iteration, run.cosine) for run in runs}
-    _alignment(products, inner_product, "inner product")
-    _alignment(cosines, cosine, "cosine")
-    inner_product.set_title("Gradients of two training domains, mean over all pairs", fontsize=12)
-    cosine.set_xlabel(
+    _alignment(products, panels["product"], "Inner product of two domains' gradients")
+    _alignment(cosines, panels["cosine"], "Their cosine, mean over pairs")
+    for axes in panels.values():
+        axes.grid(alpha=0.25)
+    below.supxlabel(
         f"meta-iteration ({_evaluations(runs)})\n"
-        f"thin: every measurement; thick: its mean with up to {SMOOTHED} before and after"
+        f"thin: every measurement; thick: its mean with up to {SMOOTHED} before and after",
+        fontsize=10,
     )
-    for ax in (accuracy, inner_product, cosine):
-        ax.legend(loc="center right" if ax is accuracy else "upper right", fontsize=9)
-        ax.grid(alpha=0.25)
     figure.savefig(path)
 
 
@@ -197,7 +197,7 @@ def _alignment(curves: dict[str, tuple[Sequence[float], Sequence[float]]], axes:
         axes.plot(positions, values, color=colour, linewidth=1.0, alpha=0.4)
         axes.plot(positions, _smoothed(values), color=colour, linewidth=2.2, label=title)
     axes.axhline(0.0, color="0.6", linewidth=1.0, linestyle=":")
-    axes.set_ylabel(quantity)
+    axes.set_title(quantity, fontsize=11)
 
 
 def save_agreement(path: Path, runs: Sequence[Run]) -> None:
@@ -259,17 +259,15 @@ def _sprites(figure: SubFigure, data: CdSprites) -> None:
     rows: list[tuple[str, Split, np.ndarray]] = [
         (f"training\ndomain {domain + 1}", data.train, data.train.domains == domain) for domain in range(shown)
     ]
-    rows.append(
-        ("validation:\nsame colours,\neither shape", data.validation, np.full(len(data.validation.labels), True))
-    )
-    rows.append(("test: unseen\ncolours,\neither shape", data.test, np.full(len(data.test.labels), True)))
+    rows.append(("validation:\nsame colours", data.validation, np.full(len(data.validation.labels), True)))
+    rows.append(("test: unseen\ncolours", data.test, np.full(len(data.test.labels), True)))
     axes = figure.subplots(len(rows), 1)
     for ax, (title, split, of_row) in zip(axes, rows, strict=True):
         picked = [_pick(split, np.flatnonzero(of_row & (split.labels == label))) for label in range(len(SHAPES))]
         strips = [_strip(split, indices) for indices in picked]
         gap = np.ones((strips[0].shape[0], strips[0].shape[0] // 3, 3))
         ax.imshow(np.concatenate([strips[0], gap, strips[1]], axis=1), interpolation="nearest")
-        ax.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=8, fontsize=10)
+        ax.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=8, fontsize=11)
         ax.set_xticks([])
         ax.set_yticks([])
         ax.spines[:].set_visible(False)
