@@ -14,7 +14,11 @@ from sphinx.errors import ExtensionError
 from sphinx.util.typing import get_type_hints, stringify_annotation
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]  # the last for the gallery
+sys.path[:0] = [
+    str(HERE),
+    str(HERE.parent),
+    str(HERE.parent / "examples"),
+]  # the last for the gallery
 
 from offline import loads_of_site  # noqa: E402
 
@@ -42,13 +46,23 @@ html_title = "torch_gradmatch"
 # MathJax is served with the site: the one file of that wheel that draws formulas without fonts.
 mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
 if mathjax is None or mathjax.origin is None:
-    raise ImportError("the site needs sphinx-mathjax-offline: pip install -r requirements-dev.txt")
-html_static_path = ["_static", str(Path(mathjax.origin).parent / "static" / "mathjax" / "tex-svg.js")]
+    raise ImportError(
+        "the site needs sphinx-mathjax-offline: pip install -r requirements-dev.txt"
+    )
+html_static_path = [
+    "_static",
+    str(Path(mathjax.origin).parent / "static" / "mathjax" / "tex-svg.js"),
+]
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}  # its entries load more files
 html_css_files = ["look.css"]
 templates_path: list[str] = []
-exclude_patterns = ["_build", "gallery/*.py", "gallery/GALLERY_HEADER.rst", "releasing.md"]
+exclude_patterns = [
+    "_build",
+    "gallery/*.py",
+    "gallery/GALLERY_HEADER.rst",
+    "releasing.md",
+]
 nitpicky = True
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
@@ -145,11 +159,27 @@ def address_of(target: str, *, is_module: bool) -> str | None:
             return f"{TORCH}/{TORCH_PAGES.get(target, target.removeprefix('torch.') + '.html')}"
         if target == "torch.Tensor":
             return f"{TORCH}/tensors.html#torch.Tensor"
-        of = max((name for name in TORCH_PAGES if target == name or target.startswith(f"{name}.")), key=len, default="")
-        return f"{TORCH}/{TORCH_PAGES[of]}#{target}" if of else f"{TORCH}/generated/{target}.html"
+        of = max(
+            (
+                name
+                for name in TORCH_PAGES
+                if target == name or target.startswith(f"{name}.")
+            ),
+            key=len,
+            default="",
+        )
+        return (
+            f"{TORCH}/{TORCH_PAGES[of]}#{target}"
+            if of
+            else f"{TORCH}/generated/{target}.html"
+        )
     if package == "matplotlib":
         module, _, name = target.rpartition(".")
-        place = f"axes/{target}" if name == "Axes" else module.replace("matplotlib.", "") + "_api"
+        place = (
+            f"axes/{target}"
+            if name == "Axes"
+            else module.replace("matplotlib.", "") + "_api"
+        )
         return f"https://matplotlib.org/stable/api/{place}.html#{target}"
     if package == "numpy":
         return f"https://numpy.org/doc/stable/reference/generated/{target}.html"
@@ -160,7 +190,9 @@ def address_of(target: str, *, is_module: bool) -> str | None:
     return None
 
 
-def link_elsewhere(app: Any, env: Any, node: Any, contnode: nodes.Element) -> nodes.Element | None:
+def link_elsewhere(
+    app: Any, env: Any, node: Any, contnode: nodes.Element
+) -> nodes.Element | None:
     """Link what others document to their pages, and what the package has moved to where it is documented."""
     target = node.get("reftarget", "")
     module, _, name = target.rpartition(".")
@@ -171,30 +203,42 @@ def link_elsewhere(app: Any, env: Any, node: Any, contnode: nodes.Element) -> no
         target = f"{MODULES[module]}.{name}"
     if target.startswith("torch_gradmatch.") and target != node["reftarget"]:
         domain = env.get_domain("py")
-        found = domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, contnode)
+        found = domain.resolve_xref(
+            env, node["refdoc"], app.builder, node["reftype"], target, node, contnode
+        )
         return found if isinstance(found, nodes.Element) else None
     address = address_of(target, is_module=node.get("reftype") == "mod")
     if address is None:
         return None
-    return nodes.reference("", "", contnode, internal=False, refuri=address, reftitle=target)
+    return nodes.reference(
+        "", "", contnode, internal=False, refuri=address, reftitle=target
+    )
 
 
-def skip_fields(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:  # noqa: ARG001
+def skip_fields(
+    app: Any, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
     """Leave out the fields of named tuples: their class's docstring documents them."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
-SIGNATURES = {"torch_gradmatch.GradMatch.step": "(closure=None)"}  # the default tells no closure from None
+SIGNATURES = {
+    "torch_gradmatch.GradMatch.step": "(closure=None)"
+}  # the default tells no closure from None
 
 
-def sign(app: Any, what: str, name: str, obj: Any, options: Any, *given: Any) -> tuple[str, None] | None:  # noqa: ARG001
+def sign(
+    app: Any, what: str, name: str, obj: Any, options: Any, *given: Any
+) -> tuple[str, None] | None:
     """Leave the types out of named tuples' signatures, too, and private names."""
     if isinstance(obj, type) and issubclass(obj, tuple) and hasattr(obj, "_fields"):
         return f"({', '.join(obj._fields)})", None
     return (SIGNATURES[name], None) if name in SIGNATURES else None
 
 
-def add_types(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:  # noqa: ARG001
+def add_types(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
     """Write the type of each attribute that a docstring lists beside its name."""
     if what != "class":
         return
@@ -205,20 +249,27 @@ def add_types(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
             lines.insert(at + 1, f"   :type: {stringify_annotation(kind, 'smart')}")
 
 
-def measure_cells(app: Any, doctree: nodes.document) -> None:  # noqa: ARG001
-    """Tell the style sheet which cells of tables stay in one line, and which need room for more."""
+def mark_sizes(app: Any, doctree: nodes.document) -> None:
+    """Tell the style sheet which cells of tables stay in one line; let a click show a picture whole."""
     for entry in doctree.findall(nodes.entry):
         entry["classes"].append("short" if len(entry.astext()) <= 24 else "long")
+    for image in doctree.findall(nodes.image):
+        image.setdefault("width", "100%")  # with it, Sphinx links the file
+        image["classes"].append("front" if app.env.docname == "index" else "wide")
 
 
 def check_offline(app: Any, error: Exception | None) -> None:
     """Refuse a site of which a page loads something from another one."""
-    found = loads_of_site(Path(app.outdir)) if error is None and app.builder.name == "html" else {}
+    found = (
+        loads_of_site(Path(app.outdir))
+        if error is None and app.builder.name == "html"
+        else {}
+    )
     if found:
         raise ExtensionError(f"pages load from elsewhere: {found}")
 
 
-def add_gallery(app: Any, docname: str, source: list[str]) -> None:  # noqa: ARG001
+def add_gallery(app: Any, docname: str, source: list[str]) -> None:
     """Lead from the gallery's page to what was built of it."""
     if docname == "gallery/index" and gallery_is_built:
         source[0] += "\n```{toctree}\n../auto_gallery/index\n```\n"
@@ -227,9 +278,11 @@ def add_gallery(app: Any, docname: str, source: list[str]) -> None:  # noqa: ARG
 def setup(app: Any) -> None:
     """Tell Sphinx of the above."""
     app.connect("autodoc-process-docstring", add_types)
-    app.connect("autodoc-process-signature", sign, priority=400)  # before sphinx_autodoc_typehints
+    app.connect(
+        "autodoc-process-signature", sign, priority=400
+    )  # before sphinx_autodoc_typehints
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("build-finished", check_offline)
-    app.connect("doctree-read", measure_cells)
+    app.connect("doctree-read", mark_sizes)
     app.connect("missing-reference", link_elsewhere)
     app.connect("source-read", add_gallery)

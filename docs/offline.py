@@ -6,12 +6,26 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-LOADED_BY = {"audio": "src", "embed": "src", "iframe": "src", "img": "src", "object": "data", "script": "src"} | {
+LOADED_BY = {
+    "audio": "src",
+    "embed": "src",
+    "iframe": "src",
+    "img": "src",
+    "object": "data",
+    "script": "src",
+} | {
     "link": "href",
     "source": "src",
     "video": "src",
 }
-ONLY_NAMED = {"author", "canonical", "help", "license", "next", "prev"}  # relations of a link that load nothing
+ONLY_NAMED = {
+    "author",
+    "canonical",
+    "help",
+    "license",
+    "next",
+    "prev",
+}  # relations of a link that load nothing
 STYLE = re.compile(r"""(?:url\(|@import\s)\s*["']?((?:https?:)?//[^"')\s]+)""")
 
 
@@ -23,7 +37,10 @@ class _Loaded(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         of = dict(attrs)
         address = of.get(LOADED_BY.get(tag, "")) or ""
-        if address.startswith(("http:", "https:", "//")) and of.get("rel") not in ONLY_NAMED:
+        if (
+            address.startswith(("http:", "https:", "//"))
+            and of.get("rel") not in ONLY_NAMED
+        ):
             self.found.append(address)
 
 
@@ -37,5 +54,8 @@ def loads(text: str) -> list[str]:
 def loads_of_site(folder: Path) -> dict[str, list[str]]:
     """Return the same for every file of a built site that loads any."""
     files = sorted([*folder.rglob("*.html"), *folder.rglob("*.css")])
-    found = {path.relative_to(folder).as_posix(): loads(path.read_text(encoding="utf-8")) for path in files}
+    found = {
+        path.relative_to(folder).as_posix(): loads(path.read_text(encoding="utf-8"))
+        for path in files
+    }
     return {name: addresses for name, addresses in found.items() if addresses}

@@ -77,12 +77,16 @@ def run_page(path: Path) -> int:
     number = 0
     for block in blocks_of(path.read_text(encoding="utf-8")):
         printed = io.StringIO()
-        code = compile("\n" * (block.line - 1) + block.code, str(path), "exec", dont_inherit=True)
+        code = compile(
+            "\n" * (block.line - 1) + block.code, str(path), "exec", dont_inherit=True
+        )
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
         number += 1
         if block.output is not None and not doctest.OutputChecker().check_output(
-            block.output, printed.getvalue(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            block.output,
+            printed.getvalue(),
+            doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
         ):
             raise AssertionError(
                 f"line {block.line} of {path} prints\n{printed.getvalue()}and the page says\n{block.output}"
@@ -120,7 +124,9 @@ def main(arguments: Sequence[str]) -> int:
             os.chdir(folder)
             try:
                 number = run_page(path)
-                sys.stdout.write(f"{path.relative_to(HERE)}: {number} blocks, {time.perf_counter() - start:.1f} s\n")
+                sys.stdout.write(
+                    f"{path.relative_to(HERE)}: {number} blocks, {time.perf_counter() - start:.1f} s\n"
+                )
             except Exception:  # noqa: BLE001  of whatever kind a page's code raises
                 failed += 1
                 sys.stderr.write(f"{path} fails:\n{traceback.format_exc()}\n")
