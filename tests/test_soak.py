@@ -22,7 +22,7 @@ def test_each_part_carries_out_its_cases(tmp_path: Path, capsys: pytest.CaptureF
     assert page in capsys.readouterr().out
     assert f"torch {torch.__version__}" in page
     assert "10 x fish: a sequence of 25 steps" in page
-    assert all(f"1 x {name}, 40 meta-iterations: " in page for name in soak.LONG)
+    assert page.count(", 40 meta-iterations: ") == len(soak.cases("flat", 0.0002)) >= 10
 
 
 def test_a_case_that_fails_is_named_with_its_command_and_the_others_go_on(
