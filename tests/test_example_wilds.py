@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples" / "wilds"
-PAGE = Path(__file__).parents[1] / "docs" / "guides" / "wilds_domainbed.md"
 
 # Inner optimizer, lr, batch size, meta_lr, domains per step, pretraining iterations, epochs, metric, domain.
 AUTHORS = {
@@ -47,29 +45,6 @@ def test_the_settings_are_the_authors(settings):
         for name, s in settings.items()
     } == AUTHORS
     assert all(s.divided and s.epsilon == s.meta_lr / s.domains_per_step for s in settings.values())
-
-
-def test_the_page_shows_the_same_settings(settings):
-    lines = re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text(), flags=re.MULTILINE)
-    assert [name for name, _ in lines] == list(settings)
-    for name, line in lines:
-        s = settings[name]
-        _, optimizer, lr, size, meta_lr, domains, kept, before, epochs, metric, model, domain = line.split(" | ")
-        assert optimizer.lower().startswith(s.optimizer)
-        assert (float(lr), int(size), float(meta_lr), int(domains)) == (
-            s.lr,
-            s.batch_size,
-            s.meta_lr,
-            s.domains_per_step,
-        )
-        assert float(kept) == pytest.approx(s.epsilon, rel=2e-3)
-        assert (int(before), int(epochs), metric, model, domain) == (
-            s.warm_start,
-            s.epochs,
-            f"`{s.metric}`",
-            s.keep,
-            s.domain,
-        )
 
 
 def test_packages_that_are_missing_are_named(tmp_path):
