@@ -88,7 +88,7 @@ def fish(**settings: Any) -> Callable[[nn.Module], Any]:
 
 def fish_walks(model: nn.Module) -> Any:
     group = dist.group.WORLD
-    return Fish(0.3, "reset", model=model, inner_steps=DOMAINS, track_alignment=True, process_group=group)
+    return Fish(0.3, inner_state="reset", model=model, track_alignment=True, process_group=group)
 
 
 def smooth(gamma: float = 0.5, **settings: Any) -> Callable[[nn.Module], Any]:
@@ -176,7 +176,7 @@ class Training:
             loader = place = StatefulDataLoader(self.data, num_workers=2, multiprocessing_context="fork", **settings)
         else:
             loader = DataLoader(self.data, **settings)
-        return (loader if self.variant.loop else meta_batches(loader, DOMAINS)), place
+        return (loader if self.variant.loop else meta_batches(loader)), place
 
     def forever(self) -> Iterator[Any]:
         while True:
@@ -258,7 +258,7 @@ def train(name: str, seed: int, steps: int, folder: Path, rank: int, store: Path
     """Train to the end, from where the checkpoint is; a clock's signal kills it, wherever it is."""
     strict()
     if VARIANTS[name].split is not None:
-        dist.init_process_group("gloo", dist.FileStore(str(store), 2), rank=rank, world_size=2)
+        dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
     training = Training(name, seed, rank)
     checkpoint, unfinished = folder / "checkpoint.pt", folder / "unfinished.pt"
     if checkpoint.exists():
