@@ -28,6 +28,7 @@ from torch_gradmatch import Choice, Evidence, LogUniform, leave_one_domain_out
 
 __all__ = ["SIZES", "SOURCES", "Protocol", "held_out", "main", "measure"]
 
+KEPT, FIRST = Path("benchmarks/results/domains"), Path("benchmarks/report/domains")
 OWN = [module.SOURCE for module in (watch, vowels, heart, names, sentiment)]
 SOURCES: dict[str, Source] = {source.name: source for source in (*OWN, emoji.FEATURES, emoji.MAPS, *emoji.TINTS)}
 MANY = ("ERM", "ERM, balanced", "Fish", "SmoothFish", "IDGM, head", "IDGM", "Fishr", "VREx", "GroupDRO")
@@ -76,7 +77,10 @@ SIZES = {
         "tints-20": replace(TINTED, every=3),
     }
 }
-SIZES["quick"] = {name: replace(p, budget=p.budget // 4, draws=2, seeds=3) for name, p in SIZES["default"].items()}
+SIZES["quick"] = {
+    name: replace(p, budget=p.budget // 10, every=4 * p.every, draws=2, seeds=2, evaluations=1)
+    for name, p in SIZES["default"].items()
+}
 
 
 def held_out(protocol: Protocol, loaded: Loaded) -> list[str]:
@@ -122,7 +126,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("names", nargs="*", metavar="data set", help=f"which: {', '.join(SOURCES)}; all if none is named")
     add("--root", type=Path, default=Path("data"), help="folder with the files; default %(default)s")
-    add("--out", type=Path, default=Path("benchmarks/report/domains"), help="default %(default)s")
+    add(
+        "--out", type=Path, help=f"default {KEPT}, whose runs are in the repository; with --quick or --permuted {FIRST}"
+    )
     add("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="runs at a time; default %(default)s")
     add("--permuted", type=int, default=0, help="the control: domains permuted with this seed")
     add("--quick", action="store_const", const="quick", default="default", dest="size", help="shows that it works")
@@ -132,6 +138,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"argument data set: should be some of {', '.join(SOURCES)} (got {name!r})")
     if options.processes < 1:
         parser.error(f"argument --processes: should be at least 1 (got {options.processes})")
+    if options.out is None:
+        options.out = KEPT if options.size == "default" and not options.permuted else FIRST
     options.names = [name for name in SOURCES if name in options.names or not options.names]
     return options
 
