@@ -206,7 +206,7 @@ release: dist
 bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks
 
-# It goes on where it was broken off; whole runs, about seven hours on two cores, are kept in benchmarks/results/domains.
+# It goes on where it was broken off: the runs are kept in benchmarks/results/domains.
 bench-domains: $(INSTALLED)
 	$(BIN)/python -m benchmarks domains $(SIZE)
 

@@ -88,7 +88,7 @@ def fish(**settings: Any) -> Callable[[nn.Module], Any]:
 
 def fish_walks(model: nn.Module) -> Any:
     group = dist.group.WORLD
-    return Fish(0.3, "reset", model=model, inner_steps=DOMAINS, track_alignment=True, process_group=group)
+    return Fish(0.3, inner_state="reset", model=model, track_alignment=True, process_group=group)
 
 
 def smooth(gamma: float = 0.5, **settings: Any) -> Callable[[nn.Module], Any]:
@@ -176,7 +176,7 @@ class Training:
             loader = place = StatefulDataLoader(self.data, num_workers=2, multiprocessing_context="fork", **settings)
         else:
             loader = DataLoader(self.data, **settings)
-        return (loader if self.variant.loop else meta_batches(loader, DOMAINS)), place
+        return (loader if self.variant.loop else meta_batches(loader)), place
 
     def forever(self) -> Iterator[Any]:
         while True:
@@ -258,7 +258,7 @@ def train(name: str, seed: int, steps: int, folder: Path, rank: int, store: Path
     """Train to the end, from where the checkpoint is; a clock's signal kills it, wherever it is."""
     strict()
     if VARIANTS[name].split is not None:
-        dist.init_process_group("gloo", dist.FileStore(str(store), 2), rank=rank, world_size=2)
+        dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
     training = Training(name, seed, rank)
     checkpoint, unfinished = folder / "checkpoint.pt", folder / "unfinished.pt"
     if checkpoint.exists():
@@ -562,19 +562,6 @@ def sequences(case: str, seed: int) -> list[str]:
     return [f"{name}: a sequence of 25 steps"] * int(number)
 
 
-LONG: dict[str, Callable[[nn.Module], GradMatch[Any]]] = {
-    "fish-carry": lambda m: GradMatch(sgd([*m.parameters()]), Fish(0.5, model=m, track_alignment=True)),
-    "fish-reset": lambda m: GradMatch(adamw([*m.parameters()]), Fish(0.5, inner_state="reset")),
-    "fish-wide": lambda m: GradMatch(sgd([*m.parameters()]), Fish(meta_dtype=torch.float64, track_alignment="pairs")),
-    "smooth-fish": lambda m: GradMatch(sgd([*m.parameters()]), SmoothFish(0.5, 0.01, m)),
-    "symmetric": lambda m: GradMatch(sgd([*m.parameters()]), SmoothFish(0.01, 0.01, m, symmetric=True)),
-    "reverse": lambda m: GradMatch(sgd([*m.parameters()]), IDGM(m, 1e-3, "inner_product"), Average()),
-    "forward": lambda m: GradMatch(sgd([*m.parameters()]), IDGM(m, 0.1, hvp="forward")),
-    "finite_difference": lambda m: GradMatch(sgd([*m.parameters()]), IDGM(m, 0.1, "cosine", hvp="finite_difference")),
-    "keep_graphs": lambda m: GradMatch(adamw([*m.parameters()]), IDGM(m, 0.1, keep_graphs=True)),
-}
-
-
 def look() -> tuple[int, int]:
     """How many tensors there are, of those made since the collector was frozen, and bytes of this process's own."""
     gc.collect()
@@ -603,8 +590,10 @@ def stays_flat(advance: Callable[[], object], iterations: int) -> str:
 def flat(case: str, seed: int) -> list[str]:
     name, iterations = case.split("/")
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
-    optimizer, batches = LONG[name](model), [torch.randn(4, 2) for _ in range(2)]
+    variant = VARIANTS[name]
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)).to(variant.dtype)
+    optimizer = GradMatch(variant.optimizer(list(model.parameters())), variant.method(model), variant.average)
+    batches = [torch.randn(4, 2, dtype=variant.dtype) for _ in range(DOMAINS)]
 
     def loss_fn(x: Tensor) -> Tensor:
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
@@ -627,7 +616,9 @@ def cases(part: str, share: float) -> list[str]:
     if part == "kills":  # 102, of which 27 on two ranks
         return [f"{name}/{max(1, round(share * (9 if name in OF_RANKS else 5)))}" for name in VARIANTS]
     if part == "flat":
-        return [f"{name}/{max(2 * LOOKS, round(100_000 * share))}" for name in LONG]
+        return [
+            f"{name}/{max(2 * LOOKS, round(100_000 * share))}" for name in ALONE if VARIANTS[name].loader == "plain"
+        ]
     if part == "sequences":
         return [f"{name}/{i}/{max(1, round(20 * share))}" for i in range(10) for name in MACHINES]
     number = max(4, round(1000 * share))

@@ -128,16 +128,14 @@ def check_kills(directory: Path, arguments: list[str], steps: int, kills: list[K
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard, when it is imported
 @pytest.mark.large
-@pytest.mark.parametrize("times", [2, 10])
-def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(tmp_path: Path, times: int):
+def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(tmp_path: Path):
     """Three epochs of 20 groups, in which the middle domain goes round after 16 and the small one each time."""
     arguments = ["--epochs", "3", "--batches-per-epoch", "60", "--save-every", "4"]
-    found = check_kills(tmp_path, arguments, steps=180, kills=draw_kills(0, times, steps=180, save_every=4))
+    found = check_kills(tmp_path, arguments, steps=180, kills=draw_kills(0, 10, steps=180, save_every=4))
     resumed = [saved for saved in found if saved["step"]]
     assert len({saved["sampler"]["epoch"] for saved in resumed}) >= 2
-    if times == 10:
-        assert {saved["optimizer"]["gradmatch"]["inner_step"] for saved in resumed} == {0, 1, 2}
-        assert max(saved["sampler"]["position"] for saved in resumed) > 48  # the middle domain in its second round
+    assert {saved["optimizer"]["gradmatch"]["inner_step"] for saved in resumed} == {0, 1, 2}
+    assert max(saved["sampler"]["position"] for saved in resumed) > 48  # the middle domain in its second round
     loss = dict(logged(tmp_path / "broken"))["train/loss"]
     assert [step for step, _ in loss] == list(range(3, 181, 3))
 

@@ -313,13 +313,6 @@ def test_a_parameter_that_joins_a_second_optimizer_later_is_refused_before_anyth
     assert len(first.param_groups) == 1
 
 
-def test_messages_call_them_by_their_names():
-    model = make_model()
-    optimizer = GradMatch(muon_and_adamw(model), fish())
-    with pytest.raises(ValueError, match="the wrapped Muon with AdamW cannot load the state dict"):
-        optimizer.load_state_dict({**optimizer.state_dict(), "optimizers": []})
-
-
 def test_compare_takes_a_list():
     model, batches = make_model(), make_batches(DOMAINS)
     methods = {"Fish": Fish(), "SmoothFish": SmoothFish(1.0, 0.1)}

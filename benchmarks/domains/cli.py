@@ -77,7 +77,10 @@ SIZES = {
         "tints-20": replace(TINTED, every=3),
     }
 }
-SIZES["quick"] = {name: replace(p, budget=p.budget // 4, draws=2, seeds=3) for name, p in SIZES["default"].items()}
+SIZES["quick"] = {
+    name: replace(p, budget=p.budget // 10, every=4 * p.every, draws=2, seeds=2, evaluations=1)
+    for name, p in SIZES["default"].items()
+}
 
 
 def held_out(protocol: Protocol, loaded: Loaded) -> list[str]:

@@ -83,7 +83,8 @@ def test_smooth_fish_that_diverges_says_so_as_idgm_does_and_nothing_changes(gamm
             before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()))
             optimizer.meta_step(lambda x: model(x).square().mean(), data)
 
-    message = rf"training diverges: the matching term is .*go back to a checkpoint.*Lower gamma \(it is {gamma:g}\) or"
+    message = r"training diverges: the matching term is .*go back to a checkpoint.*Lower gamma "
+    message += rf"\(it is {gamma:g}\) or inner_lr \(it is 0.3\)"
     with pytest.raises(RuntimeError, match=message):
         train()
     assert_identical((dict(model.state_dict()), optimizer.state_dict()), before)

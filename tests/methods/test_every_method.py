@@ -16,7 +16,7 @@ from _networks import Case, make
 from _second_order import METHODS, MORE_METHODS, nothing_changes, train
 from torch.optim import LBFGS, SGD, AdamW
 
-from torch_gradmatch import GradMatch
+from torch_gradmatch import Average, GradMatch
 
 EVERY = METHODS | MORE_METHODS
 every_method = pytest.mark.parametrize("method", EVERY)
@@ -30,12 +30,13 @@ def named(case: Case) -> Case:
 def wrap(case: Case, method: str, lr: float = 0.05, *, several: bool = False) -> GradMatch[Any]:
     parameters = list(case.model.parameters())
     both = [SGD(parameters[:3], lr=lr, momentum=0.9), AdamW(parameters[3:], lr=lr)]
-    return GradMatch(both if several else AdamW(parameters, lr=lr), EVERY[method](case.model))
+    return GradMatch(both if several else AdamW(parameters, lr=lr), EVERY[method](case.model), Average(2, 0.7))
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one optimizer", "two"])
 @pytest.mark.parametrize(("method", "meta_steps"), [*((m, 1) for m in EVERY), *((m, 4) for m in MORE_METHODS)])
 def test_resumes_bit_for_bit_from_a_file(method: str, meta_steps: int, several: bool):
+    """The average too, before its start and after it."""
     case, resumed = named(make(networks.batch_norm_1d)), make(networks.batch_norm_1d, seed=1)
     optimizer = wrap(case, method, several=several)
     train(case, optimizer, meta_steps)

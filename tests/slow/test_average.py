@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import pickle
 import re
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
-from _feature_training import batches, feature_net, snapshot, through_file, train
+from _feature_training import batches, feature_net, snapshot, train
 from _models import assert_identical, loss_of
 from _ranks import on_ranks
 from _spread import build, domain_batches, error_of, mine, spread, weights, world
@@ -137,38 +136,6 @@ def test_statistics_estimated_inside_are_kept_with_the_average_and_lost_from_the
         raise ZeroDivisionError
     assert_identical(averaged(optimizer, model), expected.state_dict())  # not what was half done
     assert_identical(model.state_dict(), own)
-
-
-@pytest.mark.parametrize("start", [0, 4])
-@pytest.mark.parametrize("method", METHODS)
-def test_resumes_bit_for_bit_also_before_the_start(method: str, start: int):
-    def run(resumes_at: int | None) -> Any:
-        model = feature_net()
-        optimizer = GradMatch(Adam(model.parameters(), lr=0.05), METHODS[method](model), Average(start, 0.7))
-        for number in range(6):
-            if number == resumes_at:
-                state = through_file((model.state_dict(), optimizer.state_dict()))
-                model = feature_net(1)
-                optimizer = GradMatch(Adam(model.parameters(), lr=0.05), METHODS[method](model), Average(start, 0.7))
-                model.load_state_dict(state[0])
-                optimizer.load_state_dict(state[1])
-            optimizer.meta_step(lambda batch: loss_of(model, batch), batches(3, number))  # noqa: B023
-        return snapshot(model, optimizer), averaged(optimizer, model)
-
-    for resumes_at in (1, 5):
-        assert_identical(run(resumes_at), run(None))
-
-
-def test_copies_and_pickles_carry_the_average():
-    model = feature_net()
-    optimizer = GradMatch(Adam(model.parameters(), lr=0.05), Fish(0.3, model=model), average=Average())
-    optimizer.meta_step(lambda batch: loss_of(model, batch), batches(3))
-    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
-    optimizer.meta_step(lambda batch: loss_of(model, batch), batches(3, 5))
-    for other_model, other in copies:
-        assert other.average == optimizer.average
-        other.meta_step(lambda batch, m=other_model: loss_of(m, batch), batches(3, 5))
-        assert_identical(averaged(other, other_model), averaged(optimizer, model))
 
 
 def test_several_optimizers_closures_and_half_precision():
