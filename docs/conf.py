@@ -252,7 +252,7 @@ def add_types(
 def mark_sizes(app: Any, doctree: nodes.document) -> None:
     """Tell the style sheet which cells of tables stay in one line; let a click show a picture whole."""
     for entry in doctree.findall(nodes.entry):
-        entry["classes"].append("short" if len(entry.astext()) <= 24 else "long")
+        entry["classes"].append("short" if len(entry.astext()) <= 28 else "long")
     for image in doctree.findall(nodes.image):
         image.setdefault("width", "100%")  # with it, Sphinx links the file
         image["classes"].append("front" if app.env.docname == "index" else "wide")

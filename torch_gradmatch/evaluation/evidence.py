@@ -266,8 +266,8 @@ class Evidence:
             path: Where to save the picture; None not to.
 
         Returns:
-            The figure: a dot for the mean, a thick bar for another domain, a thin one for another seed, a tick for each
-            held-out domain. Intervals are before the correction; green is what is better after it.
+            The figure, with a dot for the mean, a thick bar for another domain, a thin one for another seed and a tick
+            for each held-out domain. Intervals are before the correction; green is what is better after it.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.

@@ -171,7 +171,7 @@ def native_status() -> NativeStatus:
     """Say which path the interpolation takes and why.
 
     Returns:
-        The status. It is settled when the package is imported, but for GPUs: whether the kernel runs on one is known
+        The status. It is settled when the package is imported, except whether the kernel runs on a GPU. That is known
         once torch uses CUDA, which asking does not begin. ``str()`` of it is a sentence.
 
     Example:
