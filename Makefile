@@ -32,7 +32,7 @@ help:
 	@echo "make demo              train ERM, Fish, SmoothFish and Exact on CdSprites-15; writes out/cdsprites*.png and .json (SEED=0)"
 	@echo "make test              the whole test suite; PYTHON=python3.13 in an environment of its own"
 	@echo "make test-large        what takes minutes: examples killed ten times, also on several processes; the benchmarks' reports"
-	@echo "make soak              an hour of random sequences, kills, damaged checkpoints and memory; writes out/soak/soak.md"
+	@echo "make soak              random sequences, kills, damaged checkpoints and memory; writes out/soak/soak.md"
 	@echo "make test-fallback     the tests of what interpolates with the native extension switched off"
 	@echo "make test-sanitize     the operator's tests, and the CUDA kernel's on a CPU, under ASan and UBSan"
 	@echo "make test-cuda         the CUDA tests, plain and under compute-sanitizer (needs an NVIDIA GPU)"
@@ -83,7 +83,7 @@ test: $(INSTALLED)
 test-large: $(INSTALLED)
 	$(BIN)/python -m pytest -m "large and not cuda"
 
-# An hour on 2 cores. Each case that fails says how to run it alone.
+# Each case that fails says how to run it alone.
 soak: $(INSTALLED)
 	MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=.:tests $(BIN)/python -m soak
 
