@@ -308,6 +308,18 @@ def test_numbers_in_labels_count_as_numbers():
     assert cli.held_out(cli.Protocol(1, every=2), loaded) == ["person 1", "person 9"]
 
 
+def test_the_curve_is_of_the_runs_that_came_to_their_end(tmp_path: Path):
+    def line(method: str, scores: list[float], stopped: str | None) -> str:
+        curve = [[100.0 * k, score] for k, score in enumerate(scores)]
+        return json.dumps({"method": method, "stopped": stopped, "plain": {"curve": curve}}) + "\n"
+
+    ended, early = line("ERM", [0.0, 0.5], None) + line("ERM", [0.2, 0.7], None), line("ERM", [0.9], "NaN")
+    (tmp_path / "runs.jsonl").write_text(ended + early + line("Fish", [1.0, 1.0], None))
+    assert "mean over 2 runs: 0.100 after 0, 0.600 after 100 samples" in cli.curve(tmp_path, "ERM")
+    (tmp_path / "runs.jsonl").write_text(early)
+    assert cli.curve(tmp_path, "ERM") == "All runs of ERM ended early."
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     few = cli.Protocol(200, 2, draws=2, seeds=2)

@@ -148,6 +148,8 @@ def curve(folder: Path, method: str) -> str:
     """Say how a method's runs came along: whether they had converged at the end of their budget."""
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     curves = [run["plain"]["curve"] for run in runs if run["method"] == method and run["stopped"] is None]
+    if not curves:
+        return f"All runs of {method} ended early."
     longest = max(map(len, curves))
     whole = [c for c in curves if len(c) == longest]  # large batches pass two moments at once
     points = ", ".join(

@@ -424,6 +424,7 @@ def test_a_cuda_library_that_fails_is_warned_of_and_one_that_is_not_there_is_not
         found, about = _native._load_cuda()
         assert not found
         assert about.startswith(f"there is no CUDA kernel: {because}; with nvcc at hand, this builds it: ")
+        assert "&& TORCH_GRADMATCH_CUDA=1 pip install" in about
         (alone / "_build.json").write_text(json.dumps({"cpu": "", "cuda": "nvcc was on holiday"}))
     cuda_library(alone, 13000, 13000)
     with pytest.warns(RuntimeWarning, match=r"_C_cuda\.abi3\.so was built from another version"):

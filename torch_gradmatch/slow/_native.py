@@ -25,6 +25,7 @@ import torch
 __all__ = ["NativeStatus", "native_status"]
 
 SWITCH = "TORCH_GRADMATCH_NATIVE"
+CUDA = "TORCH_GRADMATCH_CUDA=1 "  # or it is built beside a torch that has CUDA only
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -62,9 +63,10 @@ def _kept_from_the_build() -> dict[str, str]:
         return {}
 
 
-def _command() -> str:
+def _command(setting: str = "") -> str:
     """What builds the extension: a line to be pasted, with the folder or archive that this was installed from."""
-    clone, install = _PACKAGE.parent, "pip install setuptools wheel && pip install --no-build-isolation --no-deps"
+    clone = _PACKAGE.parent
+    install = f"pip install setuptools wheel && {setting}pip install --no-build-isolation --no-deps"
     if (clone / "setup.py").exists():
         return f"{install} --editable {shlex.quote(str(clone))}"
     with suppress(PackageNotFoundError, KeyError):
@@ -121,7 +123,7 @@ def _load_cuda() -> tuple[bool, str]:
     library = _library("_C_cuda")
     if library is None:
         because = _kept_from_the_build().get("cuda") or "its library was not built"
-        return False, f"there is no CUDA kernel: {because}; with nvcc at hand, this builds it: {_command()}"
+        return False, f"there is no CUDA kernel: {because}; with nvcc at hand, this builds it: {_command(CUDA)}"
     try:
         torch.ops.load_library(str(library))
         asked = ctypes.CDLL(str(library))
