@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks.domains import cli, heart, names, sentiment, simulations, vowels, watch
+from benchmarks.domains import cli, heart, names, report, sentiment, simulations, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source, find
 from torch_gradmatch import Evidence
+from torch_gradmatch.evaluation.evidence import EvidenceRow
 
 # ------------------------------------------------------------------------------------ small files in the same formats
 
@@ -315,9 +316,42 @@ def test_the_curve_is_of_the_runs_that_came_to_their_end(tmp_path: Path):
 
     ended, early = line("ERM", [0.0, 0.5], None) + line("ERM", [0.2, 0.7], None), line("ERM", [0.9], "NaN")
     (tmp_path / "runs.jsonl").write_text(ended + early + line("Fish", [1.0, 1.0], None))
-    assert "mean over 2 runs: 0.100 after 0, 0.600 after 100 samples" in cli.curve(tmp_path, "ERM")
+    assert "mean over 2 runs: 0.100 after 0, 0.600 after 100 samples" in report.curve(tmp_path, "ERM")
     (tmp_path / "runs.jsonl").write_text(early)
-    assert cli.curve(tmp_path, "ERM") == "All runs of ERM ended early."
+    assert report.curve(tmp_path, "ERM") == "All runs of ERM ended early."
+
+
+def evidence_of(**rows: list[list[float]]) -> Evidence:
+    """With three domains and two seeds."""
+    settings = {d: {"meta_lr": 0.1 * (1 + i)} for i, d in enumerate("abc")}
+    return Evidence(
+        "small",
+        [EvidenceRow(name, dict(zip("abc", of, strict=True)), settings, 0.0, 2.0, {}) for name, of in rows.items()],
+    )
+
+
+def test_differences_are_marked_where_they_are_more_than_chance(tmp_path: Path):
+    erm = [[0.5, 0.52], [0.6, 0.61], [0.7, 0.73]]
+    shift = lambda *by: [[value + by[i] + 0.001 * i for value in of] for i, of in enumerate(erm)]  # noqa: E731
+    evidence = evidence_of(
+        ERM=erm, better=shift(0.1, 0.1, 0.1), worse=shift(-0.1, -0.1, -0.1), same=shift(0.1, -0.1, 0)
+    )
+    loaded = Loaded(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), ["a", "b", "c"], ["x"])
+    found = [report.Found(heart.SOURCE, loaded, evidence, tmp_path, 1)]
+    lines = {name: cells for name, *cells in report.differences(found)}
+    assert lines[""] == ["heart", "seconds"]
+    assert lines["ERM"] == ["0.610", "1"]
+    assert lines["better"] == ["**+10.1 ± 0.2**", "1.00"]
+    assert lines["worse"] == ["*-9.9 ± 0.2*", "1.00"]
+    assert lines["same"][0] == "+0.1 ± 24.7"  # Student, 3 domains: 4.303 * 0.0995 / sqrt(3)
+    assert report.selected(found)[2] == ["better", "meta_lr", "0.2", "0.1 to 0.3", "3"]
+
+
+def test_what_a_study_can_see_is_where_its_power_is():
+    evidence = evidence_of(ERM=[[0.5, 0.52], [0.6, 0.61], [0.7, 0.73]], other=[[0.51, 0.53], [0.6, 0.63], [0.7, 0.72]])
+    seen = report.smallest_seen(evidence)
+    assert 0.0 < seen < 1.0
+    assert evidence.power(seen) >= 0.8 > evidence.power(seen - 2e-4)
 
 
 @pytest.fixture

@@ -10,18 +10,16 @@ them is said at the end and in the report.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from benchmarks.domains import emoji, heart, names, sentiment, vowels, watch
+from benchmarks.domains import emoji, heart, names, report, sentiment, vowels, watch
 from benchmarks.domains.source import Loaded, MissingDataError, Source
 from benchmarks.report import environment
 from torch_gradmatch import Choice, Evidence, LogUniform, leave_one_domain_out
@@ -144,43 +142,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def curve(folder: Path, method: str) -> str:
-    """Say how a method's runs came along: whether they had converged at the end of their budget."""
-    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
-    curves = [run["plain"]["curve"] for run in runs if run["method"] == method and run["stopped"] is None]
-    if not curves:
-        return f"All runs of {method} ended early."
-    longest = max(map(len, curves))
-    whole = [c for c in curves if len(c) == longest]  # large batches pass two moments at once
-    points = ", ".join(
-        f"{fmean(v for _, v in at):.3f} after {fmean(n for n, _ in at):,.0f}" for at in zip(*whole, strict=True)
-    )
-    return f"{method} on its validation parts, mean over {len(whole)} runs: {points} samples."
-
-
-def section(source: Source, protocol: Protocol, loaded: Loaded, evidence: Evidence, folder: Path) -> str:
-    """Return what the report says of one data set."""
-    sizes = ", ".join(f"{label} {number}" for label, number in loaded.sizes().items())
-    parts = [
-        f"## {source.title}",
-        f"Shift: {source.shift}. Get it: `{source.command}`. Licence: {source.licence}.",
-        "\n".join(f"- {note}" for note in source.notes),
-        f"{len(loaded.targets)} samples: {sizes}. {loaded.chance()} One of {protocol.every} domains is held out.",
-        curve(folder, evidence.rows[0].name),
-        f"```text\n{evidence}\n```",
-        f"![Differences to ERM]({source.name}.png)",
-    ]
-    return "\n\n".join(parts)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    on, parts, missing = environment(), [], []
+    found, missing = [], []
     for name in options.names:
         source, protocol = SOURCES[name], replace(SIZES[options.size][name], permuted=options.permuted)
+        folder = options.out / name
         try:
             loaded = source.load(options.root)
-            evidence = measure(source, protocol, loaded, options.out / name, processes=options.processes)
+            evidence = measure(source, protocol, loaded, folder, processes=options.processes)
         except MissingDataError as error:
             missing.append(f"- Left out: {name}, {error}")
         except ModuleNotFoundError as error:
@@ -191,16 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             evidence.to_json(options.out / f"{name}.json")
             evidence.plot(options.out / f"{name}.png")
-            parts.append(section(source, protocol, loaded, evidence, options.out / name))
+            found.append(report.Found(source, loaded, evidence, folder, protocol.every))
     print("\n".join(missing), file=sys.stderr)
-    if not parts:
+    if not found:
         return 1
-    title = (
-        f"# Does gradient matching help on real data?\n\n`python -m benchmarks domains {' '.join(options.names)}` "
-        f"({options.size} size, {on['date']}, torch {on['torch']}, Python {on['python']}, {on['cpu']}, {on['cpus']} "
-        "CPUs)"
-    )
+    called = " ".join(["python -m benchmarks domains", *options.names, *(["--quick"] * (options.size == "quick"))])
     path = options.out / "index.md"
-    path.write_text("\n\n".join([title, *parts, *missing]) + "\n", encoding="utf-8")
+    report.write(found, called, environment(), missing, path)
     print(f"wrote {path}")
     return 0
