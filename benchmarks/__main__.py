@@ -115,11 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return domains(arguments[1:])
     options = parse(arguments)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"python -m benchmarks: error: argument --out: {error}", file=sys.stderr)
-        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
     if set(options.parts) & set(PARTS):
         publish(options, "report.json", lambda: measure(options), report.write)
     if SCALE in options.parts:

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from benchmarks import ways
 from benchmarks.ways import Problem, Reference, Way
-from benchmarks.workers import in_processes
 from torch_gradmatch.evaluation.peak_memory import peak_memory
 
 SHORTEST_TIMING = 0.1  # seconds; faster ways run several times in a row
@@ -96,7 +96,8 @@ def measure_times(
 ) -> list[dict[str, Any]]:
     """Time everything, the largest first; each network and number of domains in one process."""
     tasks = [(network, s, rounds, chosen) for s in sorted(domains, reverse=True) for network in reversed(networks)]
-    return [row for part in reversed(in_processes(time_ways, tasks, processes, "time")) for row in part]
+    parts = Parallel(processes, batch_size=1, verbose=5)(delayed(time_ways)(*task) for task in tasks)
+    return [row for part in reversed(parts) for row in part]
 
 
 def probe(case: tuple[str, str, int]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from itertools import product
 from typing import Any
 
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 from benchmarks._models import NETWORKS, Batch
 from benchmarks.ways import SYMMETRIC
-from benchmarks.workers import in_processes
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
 from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, fidelity, random_orders
 from torch_gradmatch.evaluation.trial import Trial
@@ -98,4 +98,5 @@ def measure(networks: Sequence[str], repeats: int, processes: int) -> list[dict[
     for repeat, network in product(range(repeats), reversed(networks)):
         tasks += [(network, activation, BATCH_SIZE[network], "learning rate", repeat) for activation in ACTIVATIONS]
         tasks += [(network, "ReLU", size, "batch size", repeat) for size in BATCH_SIZES[network]]
-    return [row for part in reversed(in_processes(sweep, tasks, processes, "fidelity")) for row in part]
+    parts = Parallel(processes, batch_size=1, verbose=5)(delayed(sweep)(*task) for task in tasks)
+    return [row for part in reversed(parts) for row in part]

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from benchmarks.workers import in_processes
+from joblib import Parallel, delayed
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -48,5 +47,5 @@ def run(method: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
 def measure(seeds: Sequence[int], processes: int, settings: Mapping[str, Any] = SETTINGS) -> list[dict[str, Any]]:
     """Train every method with every seed, the longest first."""
     tasks = [(method, seed, settings) for method in reversed(METHODS) for seed in seeds]
-    found = in_processes(run, tasks, processes, "outcome")
+    found = Parallel(processes, batch_size=1, verbose=5)(delayed(run)(*task) for task in tasks)
     return sorted(found, key=lambda row: (METHODS.index(row["method"]), row["seed"]))

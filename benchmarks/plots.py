@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 ORANGE, BLUE, GREEN, PINK = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 AMBER, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
@@ -29,9 +28,19 @@ STYLES: dict[str, dict[str, Any]] = {
     "IDGM, finite_difference": {"color": GREEN, "marker": ">"},
     "create_graph": {"color": PINK, "marker": "X"},
     "curvlinops": {"color": "0.5", "marker": "*", "linestyle": ":"},
+    # Of several processes.
+    "Fish over fully_shard": {"color": "0.5", "marker": "X"},
+    "Fish over DDP": {"color": BLACK, "marker": "o"},
+    "IDGM, data": {"color": AMBER, "marker": "v"},
+    "IDGM, domains": {"color": ORANGE, "marker": "^"},
+    "Fish, walks, reset": {"color": BLUE, "marker": "s"},
+    "Fish, walks": {"color": BLUE, "marker": "s"},
+    "Fish, alone": {"color": SKY, "marker": "", "linestyle": ":"},
+    "IDGM, alone": {"color": AMBER, "marker": "", "linestyle": ":"},
+    "random orders": {"color": ORANGE, "marker": "^"},
+    "opposite pairs": {"color": BLUE, "marker": "s"},
 }
 RING = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
-PLAIN_TICKS = [digit * 10**power for power in range(-1, 4) for digit in (1, 2, 3, 5)]
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
@@ -64,10 +73,7 @@ def over_repeats(rows: Rows, quantity: str) -> tuple[list[float], list[float], l
 
 def style(name: str) -> dict[str, Any]:
     of_head = {"color": BLACK, "marker": "$h$", "linestyle": "--" if "keep" in name else "-."}
-    return {"linestyle": "-", "markersize": 5, "linewidth": 1.6} | STYLES.get(name, of_head)
-
-
-# ---------------------------------------------------------------------------------------------------------- of any kind
+    return {"linestyle": "-", "markersize": 5, "linewidth": 1.6, "label": name} | STYLES.get(name, of_head)
 
 
 def grid(rows: int, columns: int, title: str, height: float = 2.7) -> tuple[Figure, np.ndarray]:
@@ -99,24 +105,24 @@ def save(figure: Figure, path: Path, axes: Iterable[Axes], columns: int = 3) -> 
     figure.savefig(path)
 
 
-def at_the_values(ax: Axes, values: Iterable[float]) -> None:
+def at_the_values(ax: Axes, values: Sequence[float]) -> None:
     """Label a logarithmic axis at the measured values."""
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(sorted(values)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.set_xticks([], minor=True)
 
 
-def plain_numbers(ax: Axes, values: Sequence[float]) -> None:
-    """Label the other axis at round numbers near the values."""
+def round_numbers(ax: Axes) -> None:
+    """Label the other axis, when all is drawn."""
     ax.set_yscale("log")
-    near = [tick for tick in PLAIN_TICKS if min(values) * 0.7 < tick < max(values) * 1.4]
-    ax.yaxis.set_major_locator(FixedLocator(near))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = ax.get_ylim()
+    ticks = [digit * 10**power for power in range(-1, 4) for digit in (1, 2, 3, 5)]
+    ticks = [tick for tick in ticks if low < tick < high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_yticks([], minor=True)
 
 
-def of_networks(rows: Rows, title: str, x_label: str, *quantities: str) -> tuple[Figure, list[str], list[list[Axes]]]:
+def panels(rows: Rows, title: str, x_label: str, *quantities: str) -> tuple[Figure, list[str], list[list[Axes]]]:
     """The networks, and axes for each quantity, one of each network."""
     networks = distinct(rows, "network")
     number = len(networks) * len(quantities)
@@ -133,30 +139,25 @@ def of_networks(rows: Rows, title: str, x_label: str, *quantities: str) -> tuple
     return figure, networks, placed.T.tolist()
 
 
-# -------------------------------------------------------------------------------------------------------- of the report
-
-
 def grow(path: Path, rows: Rows, quantity: str, unit: float, title: str, y_label: str) -> None:
     """One panel for each network, one line for each way, against the number of domains; bands are quartiles."""
     rows = [row for row in rows if row[quantity]]
-    figure, networks, (axes,) = of_networks(rows, title, "number of domains S", y_label)
+    figure, networks, (axes,) = panels(rows, title, "number of domains S", y_label)
     for ax, network in zip(axes, networks, strict=True):
-        shown: list[float] = []
         for way in distinct(rows, "way"):
             some = of(rows, network=network, way=way)
             if some:
                 low, middle, high = np.transpose([spread(np.ravel(r[quantity]) / unit) for r in some])
-                band(ax, [r["domains"] for r in some], low, middle, high, label=way, **style(way))
-                shown += middle.tolist()
+                band(ax, [r["domains"] for r in some], low, middle, high, **style(way))
         at_the_values(ax, distinct(rows, "domains"))
-        plain_numbers(ax, shown)
+        round_numbers(ax)
     save(figure, path, axes)
 
 
 def fidelity_by_rate(path: Path, measured: Rows) -> None:
     title = "Direction beyond ERM against the exact one (bands: all repeats)"
     quantities = ("cosine with exact", "relative error")
-    figure, networks, (top, bottom) = of_networks(measured, title, "inner learning rate", *quantities)
+    figure, networks, (top, bottom) = panels(measured, title, "inner learning rate", *quantities)
     looks = {"ReLU": {"color": BLUE, "marker": "s"}, "GELU": {"color": ORANGE, "marker": "^", "linestyle": "--"}}
     rings = {"SmoothFish": RING, "SmoothFish, symmetric": RING | {"marker": "H", "markersize": 13}}
     for upper, lower, network in zip(top, bottom, networks, strict=True):
@@ -176,11 +177,11 @@ def fidelity_by_rate(path: Path, measured: Rows) -> None:
 
 def fidelity_by_batch(path: Path, measured: Rows, rate: float) -> None:
     title = f"Direction beyond ERM against the exact one (inner learning rate {rate:g}; bands: all repeats)"
-    figure, networks, (axes,) = of_networks(measured, title, "batch size of a domain", "relative error")
+    figure, networks, (axes,) = panels(measured, title, "batch size of a domain", "relative error")
     for ax, network in zip(axes, networks, strict=True):
         rows = of(measured, against="batch size", network=network)
         for method in ("Fish", "IDGM, one_pass", "IDGM, finite_difference"):
-            band(ax, *over_repeats(of(rows, method=method), "error"), label=method, **style(method))
+            band(ax, *over_repeats(of(rows, method=method), "error"), **style(method))
         for method, marker in (("SmoothFish", "o"), ("SmoothFish, symmetric", "H")):
             x, _, middle, _ = over_repeats(of(rows, method=method), "error")
             ax.plot(x, middle, label=method, color=BLACK, **RING | {"marker": marker})
@@ -195,7 +196,7 @@ def outcome(path: Path, outcomes: Rows) -> None:
         runs = of(outcomes, title=title)
         accuracy = np.array([run["accuracy"] for run in runs])
         curves = accuracy.min(axis=0), accuracy.mean(axis=0), accuracy.max(axis=0)
-        looks = style(title) | {"markevery": 2, "markersize": 4, "label": title}
+        looks = style(title) | {"markevery": 2, "markersize": 4}
         band(by_time, np.mean([run["seconds"] for run in runs], axis=0), *curves, **looks)
         band(by_gradients, np.add(runs[0]["gradients"], runs[0]["hessian_products"]), *curves, **looks)
     by_time.set(xlabel="seconds of training, one thread", ylabel="accuracy on unseen colours")

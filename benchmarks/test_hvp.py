@@ -2,8 +2,8 @@
 
 Networks are in evaluation mode, so that all ways are of the same function: no dropout, and no statistics that
 ``torch.func`` could not write. Where a second derivative of attention is needed, its kernel is the one that has one
-(MATH), for every way; the gradient and finite differences use the default. ``torch.func`` is the ``jvp`` of ``grad`` as
-PyTorch's documentation has it. ``curvlinops`` is a peer, timed where it is installed.
+(MATH), for every way; the gradient and finite differences use the default. ``curvlinops`` is a peer, timed where it is
+installed.
 
 Each way is compared with double backward in float64 with GELUs in place of ReLUs, where even differences have to agree.
 What others compute wrongly is not timed: in torch 2.13 the ``jvp`` of ``jacrev``, which ``curvlinops`` 3.0 is made of,
@@ -21,12 +21,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp
+from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from benchmarks._models import NETWORKS
 from benchmarks.ways import CURVLINOPS, HessianLinearOperator, hessian_product
-from torch_gradmatch.gradients.hvp import HVPS, differentiable_attention, hessian_vector_product
+from torch_gradmatch.gradients.hvp import HVPS, hessian_vector_product
 
 ROUNDS = {"MLP": 50, "CdSprites CNN": 20, "ResNet-18/4": 7, "Transformer": 10}
 
@@ -55,12 +55,6 @@ def of_package(hvp: str, problem: Problem) -> Sequence[Tensor]:
     return list(hessian_vector_product(problem.loss, problem.parameters, problem.vector, hvp).values())
 
 
-def torch_func(problem: Problem) -> Sequence[Tensor]:
-    with differentiable_attention("forward"):
-        product: dict[str, Tensor] = jvp(grad(problem.loss), (problem.parameters,), (problem.vector,))[1]
-    return list(product.values())
-
-
 def curvlinops(problem: Problem) -> Sequence[Tensor]:
     vector = list(problem.vector.values())
     return hessian_product(problem.model, list(problem.model.parameters()), problem.batch, vector)
@@ -68,7 +62,6 @@ def curvlinops(problem: Problem) -> Sequence[Tensor]:
 
 PRODUCTS: dict[str, Callable[[Problem], Sequence[Tensor]]] = {
     **{hvp: partial(of_package, hvp) for hvp in HVPS},
-    "torch.func": torch_func,
     CURVLINOPS: curvlinops,
 }
 

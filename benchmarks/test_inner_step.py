@@ -1,22 +1,15 @@
 """What wrapping an optimizer costs: the inner steps and a whole meta-iteration of Fish, against the steps alone.
 
 ``test_overhead``: two networks of more than ten million parameters, so that the passes over all weights that Fish adds
-are as long as they get beside the forward and backward passes. An optimizer and its wrapper take turns step by step,
-changing who goes first, on one network, so that both find the same memory, and each ratio is of neighbours. It times by
-the clock of the process, which on one thread leaves out what other programs take. In its ``extra_info`` are
-
-``wrapped_over_plain``
-    One ratio for each pair of steps inside an open inner loop. The first step of a loop, which copies the weights,
-    counts only for
-``meta_over_inner``
-    one ratio for each round: S wrapped steps and the interpolation, over the S plain steps beside them.
-``interpolation_over_inner``
-    The part of the latter that is the interpolation, timed by itself: a small number with little noise.
+are as long as they get beside the forward and backward passes. An optimizer and its wrapper take turns step by step on
+one network, changing who goes first, by the clock of the process, which on one thread leaves out what other programs
+take. In its ``extra_info`` are ``wrapped_over_plain``, ratios of neighbouring steps inside an open inner loop;
+``meta_over_inner``, for each round S wrapped steps, the first of which copies the weights, and the interpolation over
+the S plain steps beside them; and of that ``interpolation_over_inner``, a small number with little noise.
 
 ``test_step_alone`` has no network to hide behind: 159 parameters of 64 elements with gradients, and a step of the
-wrapper inside an open inner loop less the time that the wrapped optimizer's own step takes within it. ``extra_us`` in
-its ``extra_info`` is the median of that in microseconds: all that an inner step costs besides the wrapped optimizer's
-own. ``forwarding`` is an optimizer that only passes the step on, the reference.
+wrapper inside an open inner loop less the time that the wrapped optimizer's own step takes within it: ``extra_us``, the
+median in microseconds. ``forwarding`` is an optimizer that only passes the step on, the reference.
 """
 
 from __future__ import annotations
@@ -63,8 +56,7 @@ def test_overhead(benchmark: BenchmarkFixture, network: str, optimizer: str) -> 
     model, batches = NETWORKS[network].make(), NETWORKS[network].batches(DOMAINS)
     plain = OPTIMIZERS[optimizer](model.parameters())
     wrapped = GradMatch(plain, Fish(model=model))
-    ratios: dict[str, list[float]] = {}
-    rounds = 0
+    ratios: dict[str, list[float]] = {"wrapped_over_plain": [], "meta_over_inner": [], "interpolation_over_inner": []}
 
     def inner_step(optimizer: Optimizer, batch: Batch) -> None:
         optimizer.zero_grad()
@@ -73,21 +65,20 @@ def test_overhead(benchmark: BenchmarkFixture, network: str, optimizer: str) -> 
 
     def take_turns() -> None:
         """Take S steps each; that the plain ones move the weights, too, is nothing to the inner loop."""
-        nonlocal rounds
         spent = {plain: 0.0, wrapped: 0.0}
         for index, batch in enumerate(batches):
-            order = [plain, wrapped] if (rounds + index) % 2 else [wrapped, plain]
+            order = [plain, wrapped] if (len(ratios["meta_over_inner"]) + index) % 2 else [wrapped, plain]
             step = {optimizer: seconds(partial(inner_step, optimizer, batch)) for optimizer in order}
             spent = {optimizer: spent[optimizer] + step[optimizer] for optimizer in spent}
             if index > 0:
-                ratios.setdefault("wrapped_over_plain", []).append(step[wrapped] / step[plain])
+                ratios["wrapped_over_plain"].append(step[wrapped] / step[plain])
         interpolation = seconds(wrapped.interpolate)
-        ratios.setdefault("meta_over_inner", []).append((spent[wrapped] + interpolation) / spent[plain])
-        ratios.setdefault("interpolation_over_inner", []).append(interpolation / spent[plain])
-        rounds += 1
+        ratios["meta_over_inner"].append((spent[wrapped] + interpolation) / spent[plain])
+        ratios["interpolation_over_inner"].append(interpolation / spent[plain])
 
     take_turns()  # warms up
-    ratios.clear()
+    for values in ratios.values():
+        values.clear()
     benchmark.pedantic(take_turns, rounds=ROUNDS[network])
     for name, values in ratios.items():
         low, middle, high = spread(values)

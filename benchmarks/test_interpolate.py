@@ -131,11 +131,7 @@ def lookahead_of_pytorch_optimizer(slow: list[Tensor], fast: list[Tensor]) -> Ca
 def flat_memory(slow: list[Tensor], fast: list[Tensor]) -> Callable[[], None]:
     flat = [torch.cat([t.reshape(-1) for t in tensors]) for tensors in (slow, fast)]
 
-    def run() -> None:
-        for buffer in flat:
-            buffer.neg_()
-
-    return run
+    return lambda: torch._foreach_neg_(flat)
 
 
 WAYS = {

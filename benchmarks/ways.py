@@ -67,15 +67,11 @@ def names() -> list[str]:
     return [ERM, *METHODS, NAIVE, *([] if HessianLinearOperator is None else [CURVLINOPS])]
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
-
-
 def inner_product(gradients: Sequence[Sequence[Tensor]], one_pass: bool) -> Tensor:
     """Of every gradient with those before it, which in one pass are numbers and count twice."""
     before, products = [torch.zeros_like(g) for g in gradients[0]], []
     for gradient in gradients:
-        products.append(dot(gradient, before))
+        products += [(g * b).sum() for g, b in zip(gradient, before, strict=True)]
         before = [b + (g.detach() if one_pass else g) for b, g in zip(before, gradient, strict=True)]
     return (4 if one_pass else 2) / (len(gradients) * (len(gradients) - 1)) * torch.stack(products).sum()
 
@@ -97,13 +93,8 @@ class Problem:
 
     def way(self, name: str, gamma: float) -> Way:
         """A way by its name; ``gamma`` is the strength of the exact methods' matching."""
-        if name == ERM:
-            return self.erm
-        if name == NAIVE:
-            return partial(self.naive, gamma)
-        if name == CURVLINOPS:
-            return partial(self.curvlinops, gamma)
-        return self.meta_step(METHODS[name](self.model, gamma))
+        by_hand = {ERM: self.erm, NAIVE: partial(self.naive, gamma), CURVLINOPS: partial(self.curvlinops, gamma)}
+        return by_hand[name] if name in by_hand else self.meta_step(METHODS[name](self.model, gamma))
 
     def meta_step(self, method: Method) -> Way:
         optimizer = GradMatch(self.optimizer, method)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
+from itertools import product
 from typing import Any
 
 import torch.distributed as dist
 
 from benchmarks.scale import count, direction, times
-from benchmarks.scale.ranks import on_ranks
-
-__all__ = ["QUICK", "SETTINGS", "measure"]
+from benchmarks.scale.ranks import bar, on_ranks
 
 SETTINGS: dict[str, Any] = {
     "ways": list(count.WAYS),  # that are counted
@@ -41,7 +40,8 @@ def _on_each(settings: dict[str, Any]) -> dict[str, Any]:
     found["all_reduces"] = times.time_all_reduce(*lengths) if dist.get_world_size() > 1 else []
     took("time")
     if dist.get_world_size() == 2:
-        found["counts"] = count.count_all(settings["ways"], settings["domains"])
+        cases = product(settings["ways"], settings["domains"])
+        found["counts"] = [count.count(*case) for case in bar(cases, "count")]
         took("count")
         found["directions"] = direction.measure(settings["draws"])
         found["two_ranks_error"] = direction.of_two_ranks()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks._models import Network, mlp
-from benchmarks.scale.ranks import bar
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 from torch_gradmatch.methods.base import Method
 
@@ -94,7 +92,7 @@ WAYS: dict[str, tuple[Callable[..., nn.Module] | None, Callable[..., Method], st
 
 
 def count(name: str, domains: int) -> dict[str, Any]:
-    """Count one way; a rank's batches are as many as there are domains, also where each has domains of its own."""
+    """What this rank sees of one way; its batches are as many as domains, also where each has its own."""
     spread, method, formula, (slope, fixed) = WAYS[name]
     torch.manual_seed(0)
     plain = NETWORK.make()
@@ -115,8 +113,3 @@ def count(name: str, domains: int) -> dict[str, Any]:
         "way": name, "domains": domains, "parameters": whole // 4, "ranks": dist.get_world_size(),
         **traffic(mode.seen, whole, COUNTED), "promised": slope * domains + fixed, "formula": formula,
     }  # fmt: skip
-
-
-def count_all(ways: Sequence[str], domains: Sequence[int]) -> list[dict[str, Any]]:
-    """Count some ways with every number of domains, on all ranks; returns what this one has seen."""
-    return [count(*case) for case in bar(product(ways, domains), "count")]

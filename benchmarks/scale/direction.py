@@ -12,7 +12,6 @@ Every draw has a network and data of its own, and ``WALKS`` walks of either kind
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks._models import mlp
 from benchmarks.plots import distinct, of
+from benchmarks.scale.plots import middle_of
 from benchmarks.scale.ranks import bar
 from torch_gradmatch import IDGM, Fish, GradMatch, fish_gamma
 
@@ -110,7 +110,7 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     def slope(kind: str, against: str) -> float:
         some = of(rows, orders=kind)
         values = sorted(distinct(some, against))
-        errors = [mean(r["error"] ** 2 for r in of(some, **{against: x})) ** 0.5 for x in values]
+        errors = [middle_of(of(some, **{against: x}), "error") for x in values]
         return float(np.polyfit(np.log(values), np.log(errors), 1)[0])
 
     return {"random orders, by R": slope("random", "walks"), "a pair, by alpha": slope("one pair", "rate")}

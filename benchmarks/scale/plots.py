@@ -9,35 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.plots import (
-    AMBER,
-    BLACK,
-    BLUE,
-    ORANGE,
-    SKY,
-    Rows,
-    at_the_values,
-    band,
-    distinct,
-    grid,
-    of,
-    of_networks,
-    plain_numbers,
-    save,
-    spread,
-)
-from benchmarks.scale.times import DDP, SPREAD, WALKS
+from benchmarks.plots import Rows, at_the_values, band, distinct, grid, of, panels, round_numbers, save, spread, style
+from benchmarks.scale.times import DDP, SPREAD
 
-LOOKS: dict[str, dict[str, Any]] = {
-    "Fish over fully_shard": {"color": "0.5", "marker": "X"},
-    DDP: {"color": BLACK, "marker": "o"},
-    "IDGM, data": {"color": AMBER, "marker": "v"},
-    SPREAD: {"color": ORANGE, "marker": "^"},
-    "Fish, walks, reset": {"color": BLUE, "marker": "s"},
-    WALKS: {"color": BLUE, "marker": "s"},
-    "Fish, alone": {"color": SKY, "linestyle": ":"},
-    "IDGM, alone": {"color": AMBER, "linestyle": ":"},
-}
+COUNTED = ("Fish over fully_shard", DDP, "IDGM, data", SPREAD, "Fish, walks, reset")
 DOTTED = {"color": "0.4", "linestyle": ":", "linewidth": 1.2}
 
 
@@ -45,35 +20,31 @@ def counts(path: Path, rows: Rows) -> None:
     title = "What a rank sends in a meta-iteration: promised (lines), counted (markers)"
     figure, ((ax,),) = grid(1, 1, title, 4.2)
     figure.set_figwidth(7.5)
-    for name, look in LOOKS.items():
+    for name in COUNTED:
         some = of(rows, way=name)
         if some:
-            x = [r["domains"] for r in some]
-            ax.plot(x, [r["promised"] for r in some], color=look["color"], linewidth=1.4)
-            label = f"{name}: {some[0]['formula']}"
-            ax.plot(x, [r["all_reduces"] for r in some], linestyle="none", markersize=7, label=label, **look)
-    ax.set(
-        xlabel="domains S, batches of a rank in a meta-iteration",
-        ylabel="bytes sent, in all-reduces of all parameters",
-    )
+            x, looks = [r["domains"] for r in some], style(name)
+            ax.plot(x, [r["promised"] for r in some], color=looks["color"], linewidth=1.4)
+            looks |= {"linestyle": "none", "markersize": 7, "label": f"{name}: {some[0]['formula']}"}
+            ax.plot(x, [r["all_reduces"] for r in some], **looks)
+    ax.set_xlabel("domains S, batches of a rank in a meta-iteration")
+    ax.set_ylabel("bytes sent, in all-reduces of all parameters")
     at_the_values(ax, distinct(rows, "domains"))
-    plain_numbers(ax, [r["all_reduces"] for r in rows])
+    round_numbers(ax)
     save(figure, path, [ax], columns=2)
 
 
 def wall(path: Path, times: Rows) -> None:
     title = "Time of a meta-iteration by number of processes (bands: quartiles)"
-    figure, networks, (axes,) = of_networks(times, title, "processes R", "ms for a meta-iteration")
+    figure, networks, (axes,) = panels(times, title, "processes R", "ms for a meta-iteration")
     for ax, network in zip(axes, networks, strict=True):
-        shown: list[float] = []
         for name in distinct(times, "way"):
             some = of(times, network=network, way=name)
             low, middle, high = 1e3 * np.transpose([spread(r["seconds"]) for r in some])
-            label = name.replace("alone", "nothing sent")
-            band(ax, [r["ranks"] for r in some], low, middle, high, label=label, markersize=5, **LOOKS[name])
-            shown += middle.tolist()
+            looks = style(name) | {"label": name.replace("alone", "nothing sent")}
+            band(ax, [r["ranks"] for r in some], low, middle, high, **looks)
         at_the_values(ax, distinct(times, "ranks"))
-        plain_numbers(ax, shown)
+        round_numbers(ax)
     save(figure, path, axes)
 
 
@@ -89,7 +60,7 @@ def over_draws(ax: Axes, rows: Rows, against: str, quantity: str, **looks: Any) 
     at = [of(rows, **{against: value}) for value in x]
     values = [[r[quantity] for r in some] for some in at]
     middle = [middle_of(some, quantity) for some in at]
-    band(ax, x, [min(v) for v in values], middle, [max(v) for v in values], markersize=5, **looks)
+    band(ax, x, [min(v) for v in values], middle, [max(v) for v in values], **looks)
     at_the_values(ax, x)
     ax.set_ylabel({"cosine": "cosine with exact", "error": "relative error"}[quantity])
     return np.array(x), middle
@@ -98,8 +69,7 @@ def over_draws(ax: Axes, rows: Rows, against: str, quantity: str, **looks: Any) 
 def directions(path: Path, rows: Rows) -> None:
     title = "The mean of R walks against the exact direction beyond ERM (bands: all draws)"
     figure, ((cosine, error, by_rate),) = grid(1, 3, title, 3.6)
-    random = {"label": "random orders", "color": ORANGE, "marker": "^"}
-    pairs = {"label": "opposite pairs", "color": BLUE, "marker": "s"}
+    random, pairs = style("random orders"), style("opposite pairs")
     for ax, quantity in ((cosine, "cosine"), (error, "error")):
         over_draws(ax, of(rows, orders="pairs"), "walks", quantity, **pairs)
         numbers, middle = over_draws(ax, of(rows, orders="random"), "walks", quantity, **random)

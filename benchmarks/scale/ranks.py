@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 TIMEOUT = timedelta(seconds=300)  # in which one of them has to be heard of
-Item = TypeVar("Item")
 
 
 def _work(rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -37,7 +36,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
         return json.loads((Path(folder) / "found.json").read_text())
 
 
-def bar(items: Iterable[Item], title: str) -> Iterable[Item]:
+def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
     """Show how far rank 0 is."""
     size = dist.get_world_size()
     return tqdm(list(items), f"{title}, {size} ranks", file=sys.stderr, disable=dist.get_rank() > 0)

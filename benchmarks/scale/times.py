@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks._models import Network, cdsprites, mlp
@@ -51,10 +51,7 @@ def way(network: str, name: str) -> Callable[[], object]:
     batches = NETWORKS[network].batches(DOMAINS)
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=1e-3), METHODS[name](model))
 
-    def loss_fn(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    return lambda: optimizer.meta_step(loss_fn, batches)
+    return lambda: optimizer.meta_step(lambda b: nn.functional.cross_entropy(model(b[0]), b[1]), batches)
 
 
 def per_call(call: Callable[[], object], times: int) -> float:
