@@ -120,6 +120,7 @@ WRAPPERS: dict[str, Callable[[Optimizer], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:100 inner steps")  # no interpolation is wanted here
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("optimizer", ["Nothing", *OPTIMIZERS])
 def test_step_alone(benchmark: BenchmarkFixture, optimizer: str, wrapper: str) -> None:
