@@ -1,12 +1,10 @@
 """``python -m benchmarks``: measure, and write the report.
 
-    python -m benchmarks                                all of it, into benchmarks/report (make bench)
-    python -m benchmarks cost --networks MLP --domains 2 15 --rounds 5
-    python -m benchmarks scale                          several processes: scale.md, scale.json and its pictures alone
-    python -m benchmarks domains --root data            one domain left out in turn, on real data; options of its own
-    python -m benchmarks --again benchmarks/report      tables and pictures from the figures measured before
-
-Ways that a peer package is needed for are left out where it is not installed.
+python -m benchmarks                                all of it, into benchmarks/report (make bench)
+python -m benchmarks cost --networks MLP --domains 2 15 --rounds 5
+python -m benchmarks scale                          several processes: scale.md, scale.json and its pictures alone
+python -m benchmarks domains --root data            one domain left out in turn, on real data; options of its own
+python -m benchmarks --again benchmarks/report      tables and pictures from the figures measured before
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """One model, S batches, and every way to spend a meta-iteration on them: ordinary, by this package, by hand, by peers.
 
-``ERM``
-    The reference cost: one backward pass for each domain, and a step.
-``create_graph``
-    The exact objective written down: each domain's gradient with ``create_graph=True``, every graph kept, the agreement
-    of the gradients, one ``backward`` through it all.
-``curvlinops``
-    The two passes with the Hessian-vector products of ``curvlinops-for-pytorch``; the others: ``meta_step``.
+``ERM`` is the reference cost: one backward pass for each domain, and a step. ``create_graph`` is the exact objective
+written down: each domain's gradient with ``create_graph=True``, every graph kept, the agreement of the gradients, one
+``backward`` through it all. ``curvlinops`` is the two passes with the Hessian-vector products of
+``curvlinops-for-pytorch``. The others are ``meta_step``.
 
 The wrapped optimizer is SGD with learning rate 0: every way is timed at the same parameters.
 """

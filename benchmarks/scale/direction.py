@@ -5,8 +5,7 @@ meta-iteration of Fish ends at the end of its walk; (theta - theta~) / (alpha S)
 walks in different orders, is compared with -gamma dGIP of the exact objective at gamma = ``fish_gamma(alpha, S)``, both
 found by ``meta_step``. All walks have the same batches, so the order is all that differs. Walks are made one after the
 other in one process and averaged, as ranks would do it; ``of_two_ranks`` shows with two real ones that it is the same.
-
-Every draw has a network and data of its own, and ``WALKS`` walks of either kind; each R takes them in groups of R.
+Every draw has a network and data of its own, and ``WALKS`` walks of either kind, taken in groups of R.
 """
 
 from __future__ import annotations
