@@ -226,7 +226,7 @@ bench-micro: $(INSTALLED) $(PEERS)
 bench-interpolate: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/python -m pytest benchmarks/test_interpolate.py --benchmark-only --benchmark-json=out/interpolate.json -q
-	$(BIN)/python benchmarks/report_interpolate.py out/interpolate.json
+	$(BIN)/python -m benchmarks.report_interpolate out/interpolate.json
 
 test-lowest: requirements-dev.txt
 	$(PYTHON) -m venv $(LOWEST)

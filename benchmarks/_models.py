@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-
-
 Activation = Callable[[], nn.Module]
 
 
-def mlp(activation: Activation = nn.ReLU) -> nn.Module:
-    """Three layers, 784 to 10."""
-    layers = [nn.Linear(784, 256), activation(), nn.Linear(256, 256), activation(), nn.Linear(256, 10)]
-    return nn.Sequential(*layers)
+def mlp(*widths: int, activation: Activation = nn.ReLU) -> nn.Module:
+    """Layers of these widths, the first the input's."""
+    layers: list[nn.Module] = []
+    for narrow, wide in pairwise(widths):
+        layers += [nn.Linear(narrow, wide), activation()]
+    return nn.Sequential(*layers[:-1])
 
 
 def cdsprites(activation: Activation = nn.ReLU) -> nn.Module:
@@ -49,7 +51,7 @@ class _Residual(nn.Module):
         return self.activation(self.convs(x) + self.around(x))
 
 
-def resnet18(activation: Activation = nn.ReLU, width: int = 16, classes: int = 10) -> nn.Module:
+def resnet18(activation: Activation = nn.ReLU, width: int = 16) -> nn.Module:
     """ResNet-18 with the stem for 32 pixels, a quarter as wide as the original: BatchNorm, 62 parameter tensors."""
     layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), activation()]
     channels = width
@@ -57,32 +59,27 @@ def resnet18(activation: Activation = nn.ReLU, width: int = 16, classes: int = 1
         wide = width * 2**stage
         layers += [_Residual(channels, wide, 1 if stage == 0 else 2, activation), _Residual(wide, wide, 1, activation)]
         channels = wide
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-class _Encoder(nn.Module):
-    def __init__(self, activation: Activation, width: int, layers: int, classes: int) -> None:
+class Transformer(nn.Module):
+    """Two encoder layers with dropout 0.1."""
+
+    def __init__(self, activation: Activation = nn.ReLU) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            width, nhead=4, dim_feedforward=4 * width, dropout=0.1, activation=activation(), batch_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, classes)
+        layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=256, activation=activation(), batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x).mean(1))
 
 
-def transformer(activation: Activation = nn.ReLU, width: int = 64, layers: int = 2, classes: int = 10) -> nn.Module:
-    """An encoder with dropout 0.1."""
-    return _Encoder(activation, width, layers, classes)
-
-
 @dataclass(frozen=True)
 class Network:
-    """A model, and the shape and classes of one domain's batch."""
+    """A model, and the shape and classes of one domain's batch; an activation other than ReLU goes to ``make``."""
 
-    make: Callable[..., nn.Module]  # takes an activation, ReLU if none
+    make: Callable[..., nn.Module]
     shape: tuple[int, ...]
     classes: int
 
@@ -96,8 +93,8 @@ class Network:
 
 
 NETWORKS = {
-    "MLP": Network(mlp, (64, 784), 10),
+    "MLP": Network(partial(mlp, 784, 256, 256, 10), (64, 784), 10),
     "CdSprites CNN": Network(cdsprites, (32, 3, 32, 32), 2),
     "ResNet-18/4": Network(resnet18, (8, 3, 32, 32), 10),
-    "Transformer": Network(transformer, (16, 32, 64), 10),
+    "Transformer": Network(Transformer, (16, 32, 64), 10),
 }

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from torch_gradmatch import native_status
+from benchmarks.report import environment
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:  # noqa: ARG001
     """Say what the times depend on, and leave out the machine's name."""
     machine_info.pop("node", None)
-    machine_info["torch"] = torch.__version__
-    machine_info["cpus"] = os.cpu_count()
-    machine_info["native"] = str(native_status())
+    machine_info["environment"] = environment()
 
 
 @pytest.fixture(autouse=True)

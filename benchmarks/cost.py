@@ -17,46 +17,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from benchmarks import ways
 from benchmarks.ways import Problem, Reference, Way
-from benchmarks.workers import in_processes
 from torch_gradmatch.evaluation.peak_memory import peak_memory
 
 SHORTEST_TIMING = 0.1  # seconds; faster ways run several times in a row
 MAP_LARGE_TENSORS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 MEMORY_GAMMA = 1e-3
 CHECKED = 5
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One way's times, or why there are none.
-
-    Attributes:
-        failure: Why a peer's way cannot be gone on this network, or None.
-        seconds: Of one meta-iteration, an entry for each round.
-        of_erm: The same over the ERM gradient's, in the same round.
-        of_naive: The same over that of ``create_graph``.
-        evaluations: How often the loss of a batch was evaluated in a meta-iteration.
-        error: Distance of the direction from the naive one, over the length of the second term; None if it is not an
-            exact way, or not ``CHECKED``.
-    """
-
-    network: str
-    domains: int
-    way: str
-    failure: str | None
-    seconds: list[float]
-    of_erm: list[float]
-    of_naive: list[float]
-    evaluations: int
-    error: float | None
 
 
 def seconds(way: Way) -> tuple[float, int]:
@@ -69,8 +43,12 @@ def seconds(way: Way) -> tuple[float, int]:
     return elapsed / times, times
 
 
-def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str]) -> list[Timing]:
-    """Time all ways for one network and number of domains, on one thread."""
+def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """Time all ways for one network and number of domains, on one thread.
+
+    In a row ``seconds`` has an entry for each round, ``of_erm`` and ``of_naive`` the same over those ways' in the same
+    round; ``failure`` says why a peer's way cannot be gone, and ``error`` is the distance of an exact way's direction.
+    """
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     problem = Problem(network, domains)
@@ -88,11 +66,11 @@ def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str]) ->
             failures[name] = str(error)
     for name in ways.SMOOTH:
         # In meta-iterations number 1, 2, 4 and so on these look once more at a loss: past the first, as in training.
-        for _ in range(4 if name in run else 0):
+        for _ in range(4):
             run[name]()
     problem.batches = batches
     evaluations: dict[str, int] = {}
-    measured: dict[str, list[float]] = {name: [] for name in run}
+    measured: dict[str, list[float]] = {name: [] for name in chosen}
     for number in range(rounds):
         for name in [*chosen[number % len(chosen) :], *chosen[: number % len(chosen)]]:
             if name not in failures:
@@ -102,36 +80,28 @@ def time_ways(network: str, domains: int, rounds: int, chosen: Sequence[str]) ->
                 found = round(problem.evaluations / times)
                 evaluations[name] = min(found, evaluations.get(name, found))
     return [
-        Timing(
-            network,
-            domains,
-            name,
-            failures.get(name),
-            times,
-            *([t / r for t, r in zip(times, measured[other], strict=False)] for other in (ways.ERM, ways.NAIVE)),
-            evaluations.get(name, 0),
-            errors.get(name) if domains == CHECKED else None,
-        )
+        {
+            "network": network, "domains": domains, "way": name, "failure": failures.get(name), "seconds": times,
+            "of_erm": [t / r for t, r in zip(times, measured[ways.ERM], strict=False)],
+            "of_naive": [t / r for t, r in zip(times, measured[ways.NAIVE], strict=False)],
+            "evaluations": evaluations.get(name, 0),
+            "error": errors.get(name) if domains == CHECKED else None,
+        }
         for name, times in measured.items()
-    ]
+    ]  # fmt: skip
 
 
 def measure_times(
     networks: Sequence[str], domains: Sequence[int], rounds: int, chosen: list[str], processes: int
-) -> list[Timing]:
+) -> list[dict[str, Any]]:
     """Time everything, the largest first; each network and number of domains in one process."""
     tasks = [(network, s, rounds, chosen) for s in sorted(domains, reverse=True) for network in reversed(networks)]
-    parts = in_processes(time_ways, tasks, processes, "time")
-    found = [timing for part in parts for timing in part]
-    order = {name: i for i, name in enumerate([*networks, *chosen])}
-    return sorted(found, key=lambda t: (order[t.network], t.domains, order[t.way]))
-
-
-# ------------------------------------------------------------------------------------------------------------ memory
+    parts = Parallel(processes, batch_size=1, verbose=5)(delayed(time_ways)(*task) for task in tasks)
+    return [row for part in reversed(parts) for row in part]
 
 
 def probe(case: tuple[str, str, int]) -> dict[str, Any]:
-    """Measure one network, way and number of domains in this process, which has done nothing else."""
+    """Measure memory for one network, way and number of domains in this process, which has done nothing else."""
     network, way, domains = case
     torch.set_num_threads(1)
     problem = Problem(network, domains)

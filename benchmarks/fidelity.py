@@ -14,16 +14,17 @@ exact one and gamma what theory says: ``fish_gamma(lr, S)`` for Fish and SmoothF
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 from benchmarks._models import NETWORKS, Batch
 from benchmarks.ways import SYMMETRIC
-from benchmarks.workers import in_processes
 from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
 from torch_gradmatch.evaluation.fidelity import ExactTerm, Fidelity, fidelity, random_orders
 from torch_gradmatch.evaluation.trial import Trial
@@ -31,7 +32,6 @@ from torch_gradmatch.methods.base import Method
 
 DOMAINS = 5
 ORDERS = 4
-REPEATS = 3
 LEARNING_RATES = [10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0)]
 SMOOTH_FISH_RATES = LEARNING_RATES[::4]  # its direction is that of Fish by SGD: a few are enough to show it
 BATCH_SIZES = {"MLP": [4, 16, 64, 256], "CdSprites CNN": [4, 16, 64], "ResNet-18/4": [2, 4, 8],
@@ -42,45 +42,17 @@ WARMUP_STEPS = 20
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "GELU": nn.GELU}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One method's fidelity at one setting.
-
-    Attributes:
-        against: What varies: ``"learning rate"`` or ``"batch size"``.
-        at: Its value.
-        repeat: Which draw of network and data.
-        cosine: Of the mean direction beyond ERM and the exact one.
-        cosines: Of single meta-iterations.
-        error: As above.
-        strength: Length of the direction beyond ERM over that of the mean gradient.
-        resolved: Whether it is longer than rounding errors.
-    """
-
-    network: str
-    activation: str
-    method: str
-    against: str
-    at: float
-    repeat: int
-    cosine: float
-    cosines: list[float]
-    error: float
-    strength: float
-    resolved: bool
-
-
 def error_at(found: Fidelity, gamma: float) -> float:
     """The relative error against the exact direction times ``gamma``, from that against the fitted one."""
     along = found.gamma / gamma
     return math.hypot(along - 1, along * found.relative_error)
 
 
-def sweep(network: str, activation: str, batch_size: int, against: str, repeat: int) -> list[Measured]:
-    """Measure the methods on one draw of network and data."""
+def sweep(network: str, activation: str, batch_size: int, against: str, repeat: int) -> list[dict[str, Any]]:
+    """Measure the methods on one draw of network and data; figures as in ``Fidelity``, and ``error``."""
     torch.set_num_threads(1)
     torch.manual_seed(repeat)
-    model = NETWORKS[network].make(ACTIVATIONS[activation]).train()
+    model = NETWORKS[network].make(activation=ACTIVATIONS[activation]).train()
     batches = NETWORKS[network].batches(DOMAINS, batch_size)
 
     def loss_fn(batch: Batch) -> Tensor:
@@ -108,27 +80,28 @@ def sweep(network: str, activation: str, batch_size: int, against: str, repeat: 
                 methods["IDGM, finite_difference"] = IDGM(model, gamma, "inner_product", hvp="finite_difference")
             trial.optimizer.param_groups[0]["lr"] = rate
             for name, method in methods.items():
-                found = fidelity(trial, method, exact, orders)
+                try:
+                    found = fidelity(trial, method, exact, orders)
+                except ValueError as error:  # differences across the kinks of ReLUs, which are no gradient's
+                    print(f"{network}, {name}, {against} {batch_size}, repeat {repeat}: {error}", file=sys.stderr)
+                    continue
                 assert found is not None  # SGD needs no closure
-                at = rate if against == "learning rate" else batch_size
                 finite = math.isfinite(found.cosine) and math.isfinite(found.relative_error)
-                error = error_at(found, gamma) if finite else math.inf
-                measured.append(
-                    Measured(
-                        network, activation, name, against, at, repeat, found.cosine if finite else math.nan,
-                        found.cosines, error, found.strength, found.resolved and finite,
-                    )
-                )  # fmt: skip
+                measured.append({
+                    "network": network, "activation": activation, "method": name, "against": against,
+                    "at": rate if against == "learning rate" else batch_size, "repeat": repeat,
+                    "cosine": found.cosine if finite else math.nan, "cosines": found.cosines,
+                    "error": error_at(found, gamma) if finite else math.inf,
+                    "resolved": found.resolved and finite,
+                })  # fmt: skip
     return measured
 
 
-def measure(networks: Sequence[str], repeats: int, processes: int) -> list[Measured]:
-    """Measure all networks against learning rate and batch size."""
+def measure(networks: Sequence[str], repeats: int, processes: int) -> list[dict[str, Any]]:
+    """Measure all networks against learning rate and batch size, the largest first."""
     tasks = []
     for repeat, network in product(range(repeats), reversed(networks)):
         tasks += [(network, activation, BATCH_SIZE[network], "learning rate", repeat) for activation in ACTIVATIONS]
         tasks += [(network, "ReLU", size, "batch size", repeat) for size in BATCH_SIZES[network]]
-    parts = in_processes(sweep, tasks, processes, "fidelity")
-    order = {name: i for i, name in enumerate([*networks, *ACTIVATIONS])}
-    found = [measured for part in parts for measured in part]
-    return sorted(found, key=lambda m: (order[m.network], order[m.activation], m.method, m.against, m.at, m.repeat))
+    parts = Parallel(processes, batch_size=1, verbose=5)(delayed(sweep)(*task) for task in tasks)
+    return [row for part in reversed(parts) for row in part]

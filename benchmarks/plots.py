@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 ORANGE, BLUE, GREEN, PINK = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 AMBER, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
@@ -28,200 +28,181 @@ STYLES: dict[str, dict[str, Any]] = {
     "IDGM, finite_difference": {"color": GREEN, "marker": ">"},
     "create_graph": {"color": PINK, "marker": "X"},
     "curvlinops": {"color": "0.5", "marker": "*", "linestyle": ":"},
+    # Of several processes.
+    "Fish over fully_shard": {"color": "0.5", "marker": "X"},
+    "Fish over DDP": {"color": BLACK, "marker": "o"},
+    "IDGM, data": {"color": AMBER, "marker": "v"},
+    "IDGM, domains": {"color": ORANGE, "marker": "^"},
+    "Fish, walks, reset": {"color": BLUE, "marker": "s"},
+    "Fish, walks": {"color": BLUE, "marker": "s"},
+    "Fish, alone": {"color": SKY, "marker": "", "linestyle": ":"},
+    "IDGM, alone": {"color": AMBER, "marker": "", "linestyle": ":"},
+    "random orders": {"color": ORANGE, "marker": "^"},
+    "opposite pairs": {"color": BLUE, "marker": "s"},
 }
 RING = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
-def style(name: str) -> dict[str, Any]:
-    of_head = {"color": BLACK, "marker": "$h$", "linestyle": "--" if "keep" in name else "-."}
-    return {"linestyle": "-", "markersize": 5, "linewidth": 1.6} | STYLES.get(name, of_head)
+def of(rows: Rows, **values: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def distinct(rows: Rows, *keys: str) -> list[Any]:
+    """The values of a column, or of several together, in the order in which they come."""
+    return list(dict.fromkeys(itemgetter(*keys)(row) for row in rows))
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     values = list(values)
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, _, high = quantiles(values, n=4, method="inclusive")
+    low, _, high = quantiles(values, method="inclusive") if len(values) > 1 else values * 3
     return low, median(values), high
-
-
-def panels(networks: Sequence[str], title: str, x_label: str, *quantities: str) -> tuple[Figure, list[list[Axes]]]:
-    """Axes for each quantity, one of each network, at the width of a column of text."""
-    columns = min(2, len(networks) * len(quantities))
-    rows = -(-len(networks) * len(quantities) // columns)
-    figure = Figure(figsize=(3.9 * columns, 2.7 * rows + 1.3), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    placed = [[next(axes) for _ in quantities] for _ in networks]
-    for ax in axes:  # what is left of an odd number
-        ax.remove()
-    for network, of_network in zip(networks, placed, strict=True):
-        for quantity, ax in zip(quantities, of_network, strict=True):
-            ax.set_title(network, fontsize=11)
-            ax.set_xlabel(x_label)
-            ax.set_ylabel(quantity)
-            ax.grid(alpha=0.25, which="major")
-    return figure, [list(of_quantity) for of_quantity in zip(*placed, strict=True)]
-
-
-def legend_below(figure: Figure, axes: Iterable[Axes]) -> None:
-    handles: dict[str, Any] = {}
-    for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    order = [name for name in STYLES if name in handles]
-    names = order + [name for name in handles if name not in STYLES]
-    figure.legend(
-        [handles[n] for n in names], names, loc="outside lower center", ncols=min(len(names), 3), frameon=False
-    )
-
-
-def at_the_values(ax: Axes, values: Sequence[float]) -> None:
-    """Label a logarithmic axis at the measured values."""
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(list(values)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-
-
-def plain_numbers(ax: Axes, values: Sequence[float]) -> None:
-    low, high = min(values), max(values)
-    ticks = [
-        t for t in (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000) if low * 0.7 < t < high * 1.4
-    ]
-    ax.yaxis.set_major_locator(FixedLocator(ticks))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-
-
-def grow(
-    path: Path,
-    rows: Rows,
-    networks: Sequence[str],
-    values_of: Callable[[Mapping[str, Any]], Sequence[float]],
-    title: str,
-    y_label: str,
-) -> None:
-    """One panel for each network, one line for each way, against the number of domains; bands are quartiles."""
-    figure, (axes,) = panels(networks, title, "number of domains S", y_label)
-    for ax, network in zip(axes, networks, strict=True):
-        shown: list[float] = []
-        for way in dict.fromkeys(row["way"] for row in rows):
-            points = [(r["domains"], spread(values_of(r))) for r in rows if (r["network"], r["way"]) == (network, way)]
-            points = [p for p in points if p[1][1] > 0]
-            if points:
-                x = [s for s, _ in points]
-                low, middle, high = zip(*(values for _, values in points), strict=True)
-                ax.plot(x, middle, label=way, **style(way))
-                ax.fill_between(x, low, high, color=style(way)["color"], alpha=0.2, linewidth=0)
-                shown += middle
-        ax.set_yscale("log")
-        at_the_values(ax, sorted({r["domains"] for r in rows}))
-        plain_numbers(ax, shown)
-    legend_below(figure, axes)
-    figure.savefig(path)
-
-
-def cost(path: Path, times: Rows, networks: Sequence[str]) -> None:
-    rows = [row for row in times if row["seconds"]]
-    title = "Time of a meta-iteration over that of the ERM gradient and a step"
-    grow(path, rows, networks, lambda row: row["of_erm"], title, "time / ERM")
-
-
-def memory(path: Path, peaks: Rows, networks: Sequence[str]) -> None:
-    rows = [row for row in peaks if row["bytes"]]
-    title = "Peak memory of a meta-iteration above model and batches"
-    grow(path, rows, networks, lambda row: [row["bytes"] / 1e6], title, "MB")
 
 
 def over_repeats(rows: Rows, quantity: str) -> tuple[list[float], list[float], list[float], list[float]]:
     """Values of ``at``, and for each the least, the median and the greatest over repeats."""
     found: dict[float, list[float]] = {}
-    for row in rows:
-        if row["resolved"]:
-            found.setdefault(row["at"], []).append(row[quantity])
+    for row in of(rows, resolved=True):
+        found.setdefault(row["at"], []).append(row[quantity])
     x = sorted(found)
     return x, [min(found[a]) for a in x], [median(found[a]) for a in x], [max(found[a]) for a in x]
 
 
-def fidelity_by_rate(path: Path, measured: Rows, networks: Sequence[str]) -> None:
-    rows = [row for row in measured if row["against"] == "learning rate"]
-    title = "Direction beyond ERM against the exact one (bands: all repeats)"
-    figure, (top, bottom) = panels(networks, title, "inner learning rate", "cosine with exact", "relative error")
-    looks = {"ReLU": {"color": BLUE, "marker": "s"}, "GELU": {"color": ORANGE, "marker": "^", "linestyle": "--"}}
-    for upper, lower, network in zip(top, bottom, networks, strict=True):
-        of_network = [row for row in rows if row["network"] == network]
-        for activation, look in looks.items():
-            for method in ("Fish", "SmoothFish", "SmoothFish, symmetric"):
-                some = [r for r in of_network if (r["activation"], r["method"]) == (activation, method)]
-                for ax, quantity in ((upper, "cosine"), (lower, "error")):
-                    x, low, middle, high = over_repeats(some, quantity)
-                    if method != "Fish":
-                        marker = RING if method == "SmoothFish" else RING | {"marker": "H", "markersize": 13}
-                        ax.plot(x, middle, color=look["color"], label=f"{method}, {activation}", **marker)
-                    else:
-                        ax.plot(x, middle, label=f"Fish by SGD, {activation}", **look, markersize=4)
-                        ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
-        upper.set_xscale("log")
-        upper.set_ylim(-0.6, 1.05)
-        lower.set_xscale("log")
-        lower.set_yscale("log")
-        lower.set_ylim(1e-3, 1e2)
-        rates = np.array([1e-4, 1e-1])
-        lower.plot(rates, 30 * rates, color="0.6", linewidth=1, linestyle=":", label="slope 1, as in the theorem")
-    legend_below(figure, [*top, *bottom])
+def style(name: str) -> dict[str, Any]:
+    of_head = {"color": BLACK, "marker": "$h$", "linestyle": "--" if "keep" in name else "-."}
+    return {"linestyle": "-", "markersize": 5, "linewidth": 1.6, "label": name} | STYLES.get(name, of_head)
+
+
+def grid(rows: int, columns: int, title: str, height: float = 2.7) -> tuple[Figure, np.ndarray]:
+    """Axes at the width of a column of text."""
+    figure = Figure(figsize=(3.9 * columns, height * rows + 1.3), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.grid(alpha=0.25, which="major")
+    return figure, axes
+
+
+def band(ax: Axes, x: Sequence[float], low: Any, middle: Any, high: Any, **looks: Any) -> None:
+    """A line in a band of its colour."""
+    ax.plot(x, middle, **looks)
+    ax.fill_between(x, low, high, color=looks["color"], alpha=0.2, linewidth=0)
+
+
+def save(figure: Figure, path: Path, axes: Iterable[Axes], columns: int = 3) -> None:
+    """Save, with one legend below for what is in several axes."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    names = sorted(handles, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
+    figure.legend(
+        [handles[n] for n in names], names, loc="outside lower center", ncols=min(len(names), columns), frameon=False
+    )
     figure.savefig(path)
 
 
-def fidelity_by_batch(path: Path, measured: Rows, networks: Sequence[str], rate: float) -> None:
-    rows = [row for row in measured if row["against"] == "batch size"]
-    title = f"Direction beyond ERM against the exact one (inner learning rate {rate:g}; bands: all repeats)"
-    figure, (axes,) = panels(networks, title, "batch size of a domain", "relative error")
+def at_the_values(ax: Axes, values: Sequence[float]) -> None:
+    """Label a logarithmic axis at the measured values."""
+    ax.set_xscale("log")
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.set_xticks([], minor=True)
+
+
+def round_numbers(ax: Axes) -> None:
+    """Label the other axis, when all is drawn."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ticks = [digit * 10**power for power in range(-1, 4) for digit in (1, 2, 3, 5)]
+    ticks = [tick for tick in ticks if low < tick < high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_yticks([], minor=True)
+
+
+def panels(rows: Rows, title: str, x_label: str, *quantities: str) -> tuple[Figure, list[str], list[list[Axes]]]:
+    """The networks, and axes for each quantity, one of each network."""
+    networks = distinct(rows, "network")
+    number = len(networks) * len(quantities)
+    columns = min(2, number)
+    figure, axes = grid(-(-number // columns), columns, title)
+    for ax in axes.flat[number:]:
+        ax.remove()
+    placed = axes.flat[:number].reshape(len(networks), len(quantities))
+    for network, of_network in zip(networks, placed, strict=True):
+        for quantity, ax in zip(quantities, of_network, strict=True):
+            ax.set_title(network, fontsize=11)
+            ax.set_xlabel(x_label)
+            ax.set_ylabel(quantity)
+    return figure, networks, placed.T.tolist()
+
+
+def grow(path: Path, rows: Rows, quantity: str, unit: float, title: str, y_label: str) -> None:
+    """One panel for each network, one line for each way, against the number of domains; bands are quartiles."""
+    rows = [row for row in rows if row[quantity]]
+    figure, networks, (axes,) = panels(rows, title, "number of domains S", y_label)
     for ax, network in zip(axes, networks, strict=True):
+        for way in distinct(rows, "way"):
+            some = of(rows, network=network, way=way)
+            if some:
+                low, middle, high = np.transpose([spread(np.ravel(r[quantity]) / unit) for r in some])
+                band(ax, [r["domains"] for r in some], low, middle, high, **style(way))
+        at_the_values(ax, distinct(rows, "domains"))
+        round_numbers(ax)
+    save(figure, path, axes)
+
+
+def fidelity_by_rate(path: Path, measured: Rows) -> None:
+    title = "Direction beyond ERM against the exact one (bands: all repeats)"
+    quantities = ("cosine with exact", "relative error")
+    figure, networks, (top, bottom) = panels(measured, title, "inner learning rate", *quantities)
+    looks = {"ReLU": {"color": BLUE, "marker": "s"}, "GELU": {"color": ORANGE, "marker": "^", "linestyle": "--"}}
+    rings = {"SmoothFish": RING, "SmoothFish, symmetric": RING | {"marker": "H", "markersize": 13}}
+    for upper, lower, network in zip(top, bottom, networks, strict=True):
+        rows = of(measured, against="learning rate", network=network)
+        for activation, look in looks.items():
+            for ax, quantity in ((upper, "cosine"), (lower, "error")):
+                some = of(rows, activation=activation, method="Fish")
+                band(ax, *over_repeats(some, quantity), label=f"Fish by SGD, {activation}", markersize=4, **look)
+                for method, ring in rings.items():
+                    x, _, middle, _ = over_repeats(of(rows, activation=activation, method=method), quantity)
+                    ax.plot(x, middle, label=f"{method}, {activation}", **ring | {"color": look["color"]})
+        upper.set(xscale="log", ylim=(-0.6, 1.05))
+        lower.set(xscale="log", yscale="log", ylim=(1e-3, 1e2))
+        lower.plot([1e-4, 1e-1], [3e-3, 3], color="0.6", linewidth=1, linestyle=":", label="slope 1, as in the theorem")
+    save(figure, path, [*top, *bottom])
+
+
+def fidelity_by_batch(path: Path, measured: Rows, rate: float) -> None:
+    title = f"Direction beyond ERM against the exact one (inner learning rate {rate:g}; bands: all repeats)"
+    figure, networks, (axes,) = panels(measured, title, "batch size of a domain", "relative error")
+    for ax, network in zip(axes, networks, strict=True):
+        rows = of(measured, against="batch size", network=network)
         for method in ("Fish", "IDGM, one_pass", "IDGM, finite_difference"):
-            x, low, middle, high = over_repeats(
-                [r for r in rows if (r["network"], r["method"]) == (network, method)], "error"
-            )
-            ax.plot(x, middle, label=method, **style(method))
-            ax.fill_between(x, low, high, color=style(method)["color"], alpha=0.2, linewidth=0)
+            band(ax, *over_repeats(of(rows, method=method), "error"), **style(method))
         for method, marker in (("SmoothFish", "o"), ("SmoothFish, symmetric", "H")):
-            x, _, middle, _ = over_repeats(
-                [r for r in rows if (r["network"], r["method"]) == (network, method)], "error"
-            )
+            x, _, middle, _ = over_repeats(of(rows, method=method), "error")
             ax.plot(x, middle, label=method, color=BLACK, **RING | {"marker": marker})
-        ax.set_yscale("log")
-        ax.set_ylim(5e-3, 2e1)
-        at_the_values(ax, sorted({r["at"] for r in rows if r["network"] == network}))
-    legend_below(figure, axes)
-    figure.savefig(path)
+        ax.set(yscale="log", ylim=(5e-3, 2e1))
+        at_the_values(ax, distinct(rows, "at"))
+    save(figure, path, axes)
 
 
 def outcome(path: Path, outcomes: Rows) -> None:
-    figure = Figure(figsize=(7.8, 4.4), dpi=150, layout="constrained")
-    by_time, by_gradients = figure.subplots(1, 2, sharey=True)
-    figure.suptitle("CdSprites-15 (mean and range over seeds)", fontsize=12)
-    for title in dict.fromkeys(row["title"] for row in outcomes):
-        runs = [row for row in outcomes if row["title"] == title]
+    figure, ((by_time, by_gradients),) = grid(1, 2, "CdSprites-15 (mean and range over seeds)", 3.1)
+    for title in distinct(outcomes, "title"):
+        runs = of(outcomes, title=title)
         accuracy = np.array([run["accuracy"] for run in runs])
-        products = np.array(runs[0]["hessian_products"])
+        curves = accuracy.min(axis=0), accuracy.mean(axis=0), accuracy.max(axis=0)
         looks = style(title) | {"markevery": 2, "markersize": 4}
-        for ax, x in (
-            (by_time, np.mean([run["seconds"] for run in runs], axis=0)),
-            (by_gradients, np.array(runs[0]["gradients"]) + products),
-        ):
-            ax.plot(x, accuracy.mean(axis=0), label=title, **looks)
-            ax.fill_between(
-                x, accuracy.min(axis=0), accuracy.max(axis=0), color=looks["color"], alpha=0.15, linewidth=0
-            )
-    by_time.set_xlabel("seconds of training, one thread")
-    by_gradients.locator_params(axis="x", nbins=5)
+        band(by_time, np.mean([run["seconds"] for run in runs], axis=0), *curves, **looks)
+        band(by_gradients, np.add(runs[0]["gradients"], runs[0]["hessian_products"]), *curves, **looks)
+    by_time.set(xlabel="seconds of training, one thread", ylabel="accuracy on unseen colours")
     by_gradients.set_xlabel("gradients and Hessian-vector products")
-    by_time.set_ylabel("accuracy on unseen colours")
+    by_gradients.locator_params(axis="x", nbins=5)
     for ax in (by_time, by_gradients):
         ax.axhline(0.5, color="0.6", linewidth=1, linestyle=":")
-        ax.grid(alpha=0.25)
         ax.set_ylim(0.45, 1.02)
-    legend_below(figure, [by_time])
-    figure.savefig(path)
+    save(figure, path, [by_time])

@@ -16,10 +16,10 @@ import torch
 
 from benchmarks import fidelity, plots
 from benchmarks._models import NETWORKS
+from benchmarks.plots import Rows, distinct, of
 from benchmarks.ways import SYMMETRIC
 from torch_gradmatch import native_status
 
-Rows = Sequence[Mapping[str, Any]]
 SHOWN_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 REACHED = 0.95
 
@@ -55,21 +55,21 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def with_quartiles(values: Sequence[float]) -> str:
+def with_quartiles(values: Iterable[float], digits: int = 2) -> str:
     low, middle, high = plots.spread(values)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def write(results: Mapping[str, Any], folder: Path) -> None:
+def write(results: Mapping[str, Any], folder: Path) -> Path:
     """Write ``index.md`` and the pictures of whatever parts the results have."""
-    where, settings = results["environment"], results["settings"]
+    where = results["environment"]
     took = " + ".join(f"{seconds:.0f} s ({part})" for part, seconds in results["seconds"].items())
     parts = [
         "# Fish against exact second order",
         (
             f"`python -m benchmarks`, {where['date']}: torch {where['torch']}, Python {where['python']}, "
-            f"{where['cpu']}, {where['cpus']} CPUs, {settings['processes']} processes at a time of one thread each; "
-            f"interpolation by {where['native']}. Took {took}."
+            f"{where['cpu']}, {where['cpus']} CPUs, {results['settings']['processes']} processes at a time of one "
+            f"thread each; interpolation by {where['native']}. Took {took}."
         ),
         (
             "`ERM` is the reference cost: the gradient of the mean loss over S domains, and a step. `create_graph` is "
@@ -79,25 +79,28 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         ),
     ]
     if "times" in results:
-        plots.cost(folder / "cost.png", results["times"], settings["networks"])
+        title = "Time of a meta-iteration over that of the ERM gradient and a step"
+        plots.grow(folder / "cost.png", results["times"], "of_erm", 1, title, "time / ERM")
         parts += _cost(results)
     if "memory" in results:
-        plots.memory(folder / "memory.png", results["memory"], settings["networks"])
+        title = "Peak memory of a meta-iteration above model and batches"
+        plots.grow(folder / "memory.png", results["memory"], "bytes", 1e6, title, "MB")
         parts += _memory(results)
     if "fidelity" in results:
-        rate = results["rate_of_batches"]
-        plots.fidelity_by_rate(folder / "fidelity.png", results["fidelity"], settings["networks"])
-        plots.fidelity_by_batch(folder / "fidelity_batch.png", results["fidelity"], settings["networks"], rate)
+        plots.fidelity_by_rate(folder / "fidelity.png", results["fidelity"])
+        plots.fidelity_by_batch(folder / "fidelity_batch.png", results["fidelity"], fidelity.RATE_OF_BATCHES)
         parts += _fidelity(results)
     if "outcome" in results:
         plots.outcome(folder / "outcome.png", results["outcome"])
         parts += _outcome(results["outcome"])
-    (folder / "index.md").write_text("\n\n".join(parts) + "\n")
+    path = folder / "index.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
 
 
 def _cost(results: Mapping[str, Any]) -> list[str]:
-    times: Rows = results["times"]
-    networks, domains = results["settings"]["networks"], results["settings"]["domains"]
+    domains = results["settings"]["domains"]
+    middle = 15 if 15 in domains else max(domains)
     parts = [
         "## Cost: time",
         "![Time against the number of domains](cost.png)",
@@ -109,32 +112,28 @@ def _cost(results: Mapping[str, Any]) -> list[str]:
             "(and of whose LayerNorm torch 2.13 takes the derivative wrongly that way: `benchmarks/test_hvp.py`)."
         ),
     ]
-    for network in networks:
+    for network in results["settings"]["networks"]:
         size = results["sizes"][network]
         shape = " x ".join(map(str, size["batch"]))
         parts.append(
             f"**{network}**: {size['parameters'] / 1e6:.2f} M parameters in {size['tensors']} tensors, batch {shape}"
         )
-        of_network = [row for row in times if row["network"] == network]
-        middle = 15 if 15 in domains else max(domains)
+        of_network = of(results["times"], network=network)
         heads = ["way", *(f"S={s}, / ERM" for s in domains), f"/ create_graph, S={middle}"]
         rows = [[*heads, f"ms, S={middle}", "evaluations", "per evaluation", "error"]]
-        for way in dict.fromkeys(row["way"] for row in of_network if row["seconds"]):
-            by_s = {row["domains"]: row for row in of_network if row["way"] == way}
+        for way in distinct([row for row in of_network if row["seconds"]], "way"):
+            by_s = {row["domains"]: row for row in of(of_network, way=way)}
             at = by_s[middle]
             error = next((row["error"] for row in by_s.values() if row["error"] is not None), None)
-            per = median(at["of_erm"]) * middle / at["evaluations"]
-            rows.append(
-                [
-                    way,
-                    *(with_quartiles(by_s[s]["of_erm"]) for s in domains),
-                    with_quartiles(at["of_naive"]),
-                    f"{median(at['seconds']) * 1e3:.1f}",
-                    str(at["evaluations"]),
-                    f"{per:.2f}",
-                    "-" if error is None else f"{error:.0e}",
-                ]
-            )
+            rows.append([
+                way,
+                *(with_quartiles(by_s[s]["of_erm"]) for s in domains),
+                with_quartiles(at["of_naive"]),
+                f"{median(at['seconds']) * 1e3:.1f}",
+                str(at["evaluations"]),
+                f"{median(at['of_erm']) * middle / at['evaluations']:.2f}",
+                "-" if error is None else f"{error:.0e}",
+            ])  # fmt: skip
         parts.append(table(rows))
         failures = {row["way"]: row["failure"] for row in of_network if row["failure"]}
         parts += [f"{way} cannot be timed here: {' '.join(why.split())[:160]} ..." for way, why in failures.items()]
@@ -144,38 +143,30 @@ def _cost(results: Mapping[str, Any]) -> list[str]:
 def _memory(results: Mapping[str, Any]) -> list[str]:
     domains = results["settings"]["domains"]
     rows = [["network", "way", *(f"S={s}, MB" for s in domains), f"S={max(domains)} / S={min(domains)}"]]
-    peaks: dict[tuple[str, str], dict[int, int | None]] = {}
-    for row in results["memory"]:
-        peaks.setdefault((row["network"], row["way"]), {})[row["domains"]] = row["bytes"]
-    for (network, way), of_s in peaks.items():
-        shown = [f"{of_s[s] / 1e6:.1f}" if of_s.get(s) else "-" for s in domains]
-        least, most = of_s.get(min(domains)), of_s.get(max(domains))
+    for network, way in distinct(results["memory"], "network", "way"):
+        peaks = {row["domains"]: row["bytes"] for row in of(results["memory"], network=network, way=way)}
+        least, most = peaks.get(min(domains)), peaks.get(max(domains))
+        shown = [f"{peaks[s] / 1e6:.1f}" if peaks.get(s) else "-" for s in domains]
         rows.append([network, way, *shown, f"{most / least:.2f}" if least and most else "-"])
     return ["## Cost: memory", "![Peak memory against the number of domains](memory.png)", table(rows)]
 
 
 def _fidelity(results: Mapping[str, Any]) -> list[str]:
+    lost = "lost in rounding"
+    rates = fidelity.SMOOTH_FISH_RATES
     rows = [["network", "activation", "", *(f"lr {rate:g}" for rate in SHOWN_RATES)]]
-    measured = [row for row in results["fidelity"] if row["against"] == "learning rate" and row["method"] == "Fish"]
-    for network in results["settings"]["networks"]:
-        for activation in dict.fromkeys(row["activation"] for row in measured):
-            some = [row for row in measured if (row["network"], row["activation"]) == (network, activation)]
-            for quantity, digits in (("cosine", ".3f"), ("error", ".1g")):
-                x, _, middle, _ = plots.over_repeats(some, quantity)
-                by_rate = dict(zip(x, middle, strict=True))
-                shown = [f"{by_rate[rate]:{digits}}" if rate in by_rate else "lost in rounding" for rate in SHOWN_RATES]
-                rows.append([network, activation, quantity, *shown])
-    orders = [["network", "activation", "method", *(f"lr {rate:g}" for rate in fidelity.SMOOTH_FISH_RATES)]]
-    for network in results["settings"]["networks"]:
-        of_network = [r for r in results["fidelity"] if r["network"] == network and r["against"] == "learning rate"]
-        for activation, method in product(dict.fromkeys(r["activation"] for r in of_network), ("Fish", SYMMETRIC)):
-            some = [r for r in of_network if (r["activation"], r["method"]) == (activation, method)]
-            cosines = {
-                rate: [c for r in some if r["at"] == rate and r["resolved"] for c in r["cosines"]]
-                for rate in fidelity.SMOOTH_FISH_RATES
-            }
-            shown = [f"{median(found):.3f}" if found else "lost in rounding" for found in cosines.values()]
-            orders.append([network, activation, method, *shown])
+    orders = [["network", "activation", "method", *(f"lr {rate:g}" for rate in rates)]]
+    measured = of(results["fidelity"], against="learning rate")
+    for network, activation in product(results["settings"]["networks"], fidelity.ACTIVATIONS):
+        some = of(measured, network=network, activation=activation)
+        for quantity, digits in (("cosine", ".3f"), ("error", ".1g")):
+            x, _, middle, _ = plots.over_repeats(of(some, method="Fish"), quantity)
+            by_rate = dict(zip(x, middle, strict=True))
+            shown = [f"{by_rate[rate]:{digits}}" if rate in by_rate else lost for rate in SHOWN_RATES]
+            rows.append([network, activation, quantity, *shown])
+        for method in ("Fish", SYMMETRIC):
+            cosines = [[c for r in of(some, method=method, at=at, resolved=True) for c in r["cosines"]] for at in rates]
+            orders.append([network, activation, method, *(f"{median(c):.3f}" if c else lost for c in cosines)])
     return [
         "## Fidelity",
         "![Cosine and relative error against the inner learning rate](fidelity.png)",
@@ -199,19 +190,10 @@ def _outcome(outcomes: Rows) -> list[str]:
     rows = [[*heads, f"{REACHED} after gradients and products", "seconds until then"]]
     for run in outcomes:
         first = next((i for i, accuracy in enumerate(run["accuracy"]) if accuracy >= REACHED), None)
-        work = [g + h for g, h in zip(run["gradients"], run["hessian_products"], strict=True)]
-        rows.append(
-            [
-                run["title"],
-                str(run["seed"]),
-                f"{run['accuracy'][-1]:.3f}",
-                str(run["gradients"][-1]),
-                str(run["hessian_products"][-1]),
-                f"{run['seconds'][-1]:.0f}",
-                "-" if first is None else str(work[first]),
-                "-" if first is None else f"{run['seconds'][first]:.0f}",
-            ]
-        )
+        gradients, products, seconds = run["gradients"], run["hessian_products"], run["seconds"]
+        row = [run["title"], run["seed"], f"{run['accuracy'][-1]:.3f}", gradients[-1], products[-1]]
+        reached = ["-", "-"] if first is None else [gradients[first] + products[first], f"{seconds[first]:.0f}"]
+        rows.append([str(cell) for cell in (*row, f"{seconds[-1]:.0f}", *reached)])
     return [
         "## Outcome",
         "![Accuracy on unseen colours against time and gradients](outcome.png)",

@@ -1,12 +1,9 @@
 """One model, S batches, and every way to spend a meta-iteration on them: ordinary, by this package, by hand, by peers.
 
-``ERM``
-    The reference cost: one backward pass for each domain, and a step.
-``create_graph``
-    The exact objective written down: each domain's gradient with ``create_graph=True``, every graph kept, the agreement
-    of the gradients, one ``backward`` through it all.
-``curvlinops``
-    The two passes with the Hessian-vector products of ``curvlinops-for-pytorch``; the others: ``meta_step``.
+``ERM`` is the reference cost: one backward pass for each domain, and a step. ``create_graph`` is the exact objective
+written down: each domain's gradient with ``create_graph=True``, every graph kept, the agreement of the gradients, one
+``backward`` through it all. ``curvlinops`` is the two passes with the Hessian-vector products of
+``curvlinops-for-pytorch``. The others are ``meta_step``.
 
 The wrapped optimizer is SGD with learning rate 0: every way is timed at the same parameters.
 """
@@ -32,7 +29,6 @@ try:
 except ImportError:
     HessianLinearOperator = None
 
-Gradients = Sequence[Sequence[Tensor]]
 Way = Callable[[], None]
 ERM, NAIVE, CURVLINOPS = "ERM", "create_graph", "curvlinops"
 SMOOTH_FISH_LR = 1e-3
@@ -49,14 +45,13 @@ METHODS: dict[str, Callable[[nn.Module, float], Method]] = {
     "IDGM, one_pass": lambda model, gamma: IDGM(model, gamma, "inner_product", one_pass=True),
     "IDGM, forward": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp="forward"),
     "IDGM, finite_difference": lambda model, gamma: IDGM(model, gamma, "inner_product", hvp="finite_difference"),
-}
-EXACT = [name for name in METHODS if name.startswith("IDGM") or name == SYMMETRIC]
-METHODS |= {  # these match the gradients of the head alone
+    # These match the gradients of the head alone.
     "head: IDGM": lambda model, gamma: IDGM(model, gamma, matched=head_of(model)),
     "head: IDGM, keep_graphs": lambda model, gamma: IDGM(model, gamma, matched=head_of(model), keep_graphs=True),
     "head: IDGM, one_pass": lambda model, gamma: IDGM(model, gamma, matched=head_of(model), one_pass=True),
     "head: Fishr": lambda model, gamma: Fishr(model, head_of(model), gamma),
 }
+EXACT = [CURVLINOPS, SYMMETRIC, *(name for name in METHODS if name.startswith("IDGM"))]
 SMOOTH = [name for name in METHODS if name.startswith("SmoothFish")]
 
 
@@ -69,37 +64,23 @@ def names() -> list[str]:
     return [ERM, *METHODS, NAIVE, *([] if HessianLinearOperator is None else [CURVLINOPS])]
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
-
-
-def inner_product(gradients: Gradients) -> Tensor:
-    total = [sum(parts) for parts in zip(*gradients, strict=True)]
-    domains = len(gradients)
-    return (dot(total, total) - sum(dot(g, g) for g in gradients)) / (domains * (domains - 1))
-
-
-def matched_with_those_before(gradients: Gradients) -> Tensor:
-    """The inner product whose derivative is that of one pass: the gradients before are numbers, and count twice."""
+def inner_product(gradients: Sequence[Sequence[Tensor]], one_pass: bool) -> Tensor:
+    """Of every gradient with those before it, which in one pass are numbers and count twice."""
     before, products = [torch.zeros_like(g) for g in gradients[0]], []
     for gradient in gradients:
-        products.append(dot(gradient, before))
-        before = [b + g.detach() for b, g in zip(before, gradient, strict=True)]
-    return 4 / (len(gradients) * (len(gradients) - 1)) * torch.stack(products).sum()
+        products += [(g * b).sum() for g, b in zip(gradient, before, strict=True)]
+        before = [b + (g.detach() if one_pass else g) for b, g in zip(before, gradient, strict=True)]
+    return (4 if one_pass else 2) / (len(gradients) * (len(gradients) - 1)) * torch.stack(products).sum()
 
 
 class Problem:
-    """A network with S batches.
+    """A network with S batches, and how often the loss of one was evaluated."""
 
-    Attributes:
-        evaluations: How often the loss of a batch was evaluated.
-    """
-
-    def __init__(self, network: str, domains: int, batch_size: int | None = None) -> None:
+    def __init__(self, network: str, domains: int) -> None:
         torch.manual_seed(0)
         self.model: nn.Module = NETWORKS[network].make().train()
         self.parameters = list(self.model.parameters())
-        self.batches: list[Batch] = NETWORKS[network].batches(domains, batch_size)
+        self.batches: list[Batch] = NETWORKS[network].batches(domains)
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.0)
         self.evaluations = 0
 
@@ -109,18 +90,17 @@ class Problem:
 
     def way(self, name: str, gamma: float) -> Way:
         """A way by its name; ``gamma`` is the strength of the exact methods' matching."""
-        if name == ERM:
-            return self.erm
-        if name == NAIVE:
-            return partial(self.naive, gamma)
-        if name == CURVLINOPS:
-            return partial(self.curvlinops, gamma)
-        optimizer = GradMatch(self.optimizer, METHODS[name](self.model, gamma))
-        return lambda: self._meta_step(optimizer)
+        by_hand = {ERM: self.erm, NAIVE: partial(self.naive, gamma), CURVLINOPS: partial(self.curvlinops, gamma)}
+        return by_hand[name] if name in by_hand else self.meta_step(METHODS[name](self.model, gamma))
 
-    def _meta_step(self, optimizer: GradMatch) -> None:
-        optimizer.zero_grad()
-        optimizer.meta_step(self.loss, dict(enumerate(self.batches)))
+    def meta_step(self, method: Method) -> Way:
+        optimizer = GradMatch(self.optimizer, method)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            optimizer.meta_step(self.loss, dict(enumerate(self.batches)))
+
+        return run
 
     def erm(self) -> None:
         self.optimizer.zero_grad()
@@ -136,9 +116,7 @@ class Problem:
             for batch in self.batches:
                 losses.append(self.loss(batch))
                 gradients.append(torch.autograd.grad(losses[-1], self.parameters, create_graph=True))
-            matching = matched_with_those_before(gradients) if one_pass else inner_product(gradients)
-            objective = torch.stack(losses).mean() - gamma * matching
-            objective.backward()
+            (torch.stack(losses).mean() - gamma * inner_product(gradients, one_pass)).backward()
         self.optimizer.step()
 
     def curvlinops(self, gamma: float) -> None:
@@ -148,22 +126,24 @@ class Problem:
         total = [sum(parts) for parts in zip(*gradients, strict=True)]
         result = [t / domains for t in total]
         scale = 2 / (domains * (domains - 1))
-        criterion = nn.CrossEntropyLoss()
-        with sdpa_kernel(SDPBackend.MATH):
-            for batch, gradient in zip(self.batches, gradients, strict=True):
-                self.evaluations += 1
-                cotangent = [scale * (t - g) for t, g in zip(total, gradient, strict=True)]
-                hessian = HessianLinearOperator(
-                    self.model, criterion, self.parameters, [batch], check_deterministic=False, num_data=len(batch[0])
-                )
-                products = hessian @ cotangent
-                result = [r - gamma * h for r, h in zip(result, products, strict=True)]
+        for batch, gradient in zip(self.batches, gradients, strict=True):
+            self.evaluations += 1
+            cotangent = [scale * (t - g) for t, g in zip(total, gradient, strict=True)]
+            products = hessian_product(self.model, self.parameters, batch, cotangent)
+            result = [r - gamma * h for r, h in zip(result, products, strict=True)]
         for p, r in zip(self.parameters, result, strict=True):
             p.grad = r
         self.optimizer.step()
 
 
-# ---------------------------------------------------------------------------------------------------------- directions
+def hessian_product(model: nn.Module, parameters: list[Tensor], batch: Batch, vector: list[Tensor]) -> Sequence[Tensor]:
+    """By curvlinops."""
+    with sdpa_kernel(SDPBackend.MATH):
+        hessian = HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), parameters, [batch], check_deterministic=False, num_data=len(batch[0])
+        )
+        product: Sequence[Tensor] = hessian @ vector
+    return product
 
 
 def direction(problem: Problem, way: Way) -> Tensor:
@@ -186,10 +166,9 @@ class Reference:
 
     def error(self, name: str, way: Way) -> float | None:
         """Return an exact way's distance from the naive direction, over the length of the second term."""
-        found = direction(self.problem, way)
-        if name not in EXACT and name != CURVLINOPS:
+        found, expected = direction(self.problem, way), self.expected
+        if name not in EXACT:
             return None
-        expected = self.expected
         if "one_pass" in name:
             expected = direction(self.problem, partial(self.problem.naive, self.gamma, one_pass=True))
         return float((found - expected).norm() / self.length)

@@ -3,78 +3,63 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
+import torch.distributed as dist
+
 from benchmarks.scale import count, direction, times
-from benchmarks.scale.ranks import Ranks
+from benchmarks.scale.ranks import bar, on_ranks
 
-__all__ = ["QUICK", "Settings", "measure"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is measured.
-
-    Attributes:
-        ways: That are counted.
-        domains: Numbers of domains with which they are.
-        ranks: Numbers of processes that are timed, 2 among them.
-        rounds: Times each way is timed.
-        seconds: Each of them takes at least.
-        draws: Of networks whose direction is compared.
-    """
-
-    ways: Sequence[str] = tuple(count.WAYS)
-    domains: Sequence[int] = (2, 5, 15)
-    ranks: Sequence[int] = (1, 2, 4)
-    rounds: int = 7
-    seconds: float = 0.25
-    draws: int = 50
+SETTINGS: dict[str, Any] = {
+    "ways": list(count.WAYS),  # that are counted
+    "domains": [2, 5, 15],  # with which they are
+    "ranks": [1, 2, 4],  # how many processes are timed, 2 among them
+    "rounds": 7,  # times each way is timed
+    "seconds": 0.25,  # each of them takes at least
+    "draws": 50,  # of networks whose direction is compared
+}
+QUICK = SETTINGS | {
+    "ways": ["Fish over DDP", "Fish over fully_shard", "Fish, walks, reset", "IDGM, domains"],
+    "domains": [2, 3], "ranks": [1, 2], "rounds": 1, "seconds": 0.01, "draws": 2,
+}  # fmt: skip
 
 
-QUICK = Settings(
-    ways=("Fish over DDP", "Fish over fully_shard", "Fish, walks, reset", "IDGM, domains"),
-    domains=(2, 3),
-    ranks=(1, 2),
-    rounds=1,
-    seconds=0.01,
-    draws=2,
-)  # fmt: skip
-
-
-def measure(settings: Settings) -> dict[str, Any]:
-    """Measure everything."""
-    found: dict[str, Any] = {"settings": asdict(settings), "seconds": {}}
+def _on_each(settings: dict[str, Any]) -> dict[str, Any]:
+    """Measure with as many ranks as there are; what is not timed, with two."""
+    found: dict[str, Any] = {"seconds": {}}
     start = time.perf_counter()
 
     def took(part: str) -> None:
         nonlocal start
-        found["seconds"][part] = time.perf_counter() - start
-        start = time.perf_counter()
+        start, before = time.perf_counter(), start
+        found["seconds"][part] = start - before
 
-    found["times"], found["all_reduces"], found["fits"] = [], [], []
-    with ExitStack() as stack:
-        pools = {size: stack.enter_context(Ranks(size)) for size in settings.ranks}  # those not at work wait
-        two = pools[2]
-        cases = len(settings.ways) * len(settings.domains)
-        found["counts"] = two.call("count", "case", cases, count.count_all, settings.ways, settings.domains)[0]
+    lengths = (settings["rounds"], settings["seconds"])
+    found["times"] = times.time_ways(*lengths)
+    found["all_reduces"] = times.time_all_reduce(*lengths) if dist.get_world_size() > 1 else []
+    took("time")
+    if dist.get_world_size() == 2:
+        cases = product(settings["ways"], settings["domains"])
+        found["counts"] = [count.count(*case) for case in bar(cases, "count")]
         took("count")
-        lengths = (settings.rounds, settings.seconds)
-        for size, ranks in pools.items():
-            total = settings.rounds * len(times.NETWORKS)
-            found["times"] += ranks.call(f"time, {size} ranks", "round", total, times.time_ways, *lengths)[0]
-            if size > 1:
-                title, sizes = f"all-reduce, {size} ranks", len(times.SIZES)
-                rows = ranks.call(title, "size", sizes, times.time_all_reduce, *lengths)[0]
-                found["all_reduces"] += rows
-                found["fits"].append(times.fit(rows))
-        took("time")
-        parts = two.call("direction", "draw", settings.draws, direction.measure, settings.draws)
-        found["directions"] = sorted((row for part in parts for row in part), key=lambda row: row["draw"])
-        found["exponents"] = direction.exponents(found["directions"])
-        found["two_ranks_error"] = max(two.call("direction, 2 ranks", "walk", 1, direction.of_one_rank))
+        found["directions"] = direction.measure(settings["draws"])
+        found["two_ranks_error"] = direction.of_two_ranks()
         took("direction")
     return found
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Measure everything."""
+    settings = QUICK if quick else SETTINGS
+    parts = {size: on_ranks(size, _on_each, settings) for size in settings["ranks"]}
+    seconds = {**parts[2]["seconds"], "time": sum(part["seconds"]["time"] for part in parts.values())}
+    return {
+        **parts[2],
+        "settings": settings,
+        "seconds": seconds,
+        "times": [row for part in parts.values() for row in part["times"]],
+        "all_reduces": [row for part in parts.values() for row in part["all_reduces"]],
+        "fits": [times.fit(part["all_reduces"]) for part in parts.values() if part["all_reduces"]],
+        "exponents": direction.exponents(parts[2]["directions"]),
+    }

@@ -12,8 +12,7 @@ all P parameters, so that the three can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks._models import Network, mlp
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 from torch_gradmatch.methods.base import Method
 
-Batch = tuple[Tensor, Tensor]
 LARGE = 0.01  # of the bytes of all parameters: what is smaller is a control message
 COUNTED = 4  # meta-iterations
-LAYERS = (64, 256, 256, 10)
+NETWORK = Network(partial(mlp, 64, 256, 256, 10), (8, 64), 10)
 
 
 class CountingMode(TorchDispatchMode):
@@ -47,130 +46,70 @@ class CountingMode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Of one rank in one meta-iteration, the mean over those counted.
+def traffic(seen: Sequence[tuple[str, int]], whole: int, meta_iterations: int) -> dict[str, float]:
+    """Of one rank in a meta-iteration: collectives of the parameters' size, their bytes, what is sent, and messages.
 
-    Attributes:
-        collectives: Those of the parameters' size.
-        payload: Their bytes: what is reduced, or gathered.
-        all_reduces: What is sent for them, in all-reduces of all parameters.
-        messages: Those of some bytes, by which ranks agree.
-        message_bytes: Their bytes.
+    ``whole`` are the bytes of all parameters; by ``messages``, those of some bytes, ranks agree.
     """
-
-    collectives: float
-    payload: float
-    all_reduces: float
-    messages: float
-    message_bytes: float
-
-    @staticmethod
-    def of(seen: Sequence[tuple[str, int]], whole: int, meta_iterations: int) -> Traffic:
-        """Sum up what was seen in some meta-iterations, with ``whole`` the bytes of all parameters."""
-        large = [(name, size) for name, size in seen if size >= LARGE * whole]
-        small = [size for _, size in seen if size < LARGE * whole]
-        sent = sum(size if "allreduce" in name else size / 2 for name, size in large)
-        numbers = (len(large), sum(size for _, size in large), sent / whole, len(small), sum(small))
-        return Traffic(*(number / meta_iterations for number in numbers))
-
-
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for narrow, wide in pairwise(LAYERS):
-        layers += [nn.Linear(narrow, wide), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    large = [(name, size) for name, size in seen if size >= LARGE * whole]
+    small = [size for _, size in seen if size < LARGE * whole]
+    sums = {
+        "collectives": len(large),
+        "payload": sum(size for _, size in large),
+        "all_reduces": sum(size if "allreduce" in name else size / 2 for name, size in large) / whole,
+        "messages": len(small),
+        "message_bytes": sum(small),
+    }
+    return {name: value / meta_iterations for name, value in sums.items()}
 
 
 def sharded(model: nn.Module) -> nn.Module:
     """Shard every layer, as one does."""
-    for layer in model:
+    for layer in model.children():
         if list(layer.parameters()):
             fully_shard(layer)
     return fully_shard(model)
 
 
-def world() -> Any:
-    return dist.group.WORLD
-
-
-Spread = Callable[[nn.Module], nn.Module]
-Ways = dict[str, tuple[Spread, Callable[[nn.Module], Method], Callable[[int], float], str]]
-PLAIN: Spread = lambda model: model  # noqa: E731
-WAYS: Ways = {
-    "Fish over DDP": (DistributedDataParallel, lambda model: Fish(model=model), lambda s: s, "S"),
-    "Fish over fully_shard": (sharded, lambda model: Fish(model=model), lambda s: 1.5 * s, "3/2 S"),
-    "Fish, walks, reset": (
-        PLAIN, lambda model: Fish(inner_state="reset", model=model, process_group=world()), lambda _: 1, "1"
-    ),
-    "SmoothFish, walks": (
-        PLAIN, lambda model: SmoothFish(1.0, 0.1, model, process_group=world()), lambda _: 1, "1"
-    ),
-    "SmoothFish, gamma=2, walks": (
-        PLAIN, lambda model: SmoothFish(2.0, 0.1, model, process_group=world()), lambda _: 2, "2"
-    ),
-    "SmoothFish over DDP": (DistributedDataParallel, lambda model: SmoothFish(1.0, 0.1, model), lambda s: s, "S"),
-    "SmoothFish over fully_shard": (sharded, lambda model: SmoothFish(1.0, 0.1, model), lambda s: 1.5 * s, "3/2 S"),
-    "SmoothFish, data": (
-        PLAIN, lambda model: SmoothFish(1.0, 0.1, model, process_group=world(), parallel="data"), lambda s: s, "S"
-    ),
-    "SmoothFish, gamma=2, data": (
-        PLAIN,
-        lambda model: SmoothFish(2.0, 0.1, model, process_group=world(), parallel="data"),
-        lambda s: 2 * s - 1,
-        "2 S - 1",
-    ),
-    "IDGM, domains": (PLAIN, lambda model: IDGM(model, 0.01, "inner_product", process_group=world()), lambda _: 2, "2"),
-    "IDGM, cosine, domains": (
-        PLAIN, lambda model: IDGM(model, 0.01, "cosine", process_group=world()), lambda _: 3, "2 + 1"
-    ),
-    "IDGM, data": (
-        PLAIN,
-        lambda model: IDGM(model, 0.01, "inner_product", process_group=world(), parallel="data"),
-        lambda s: s + 1,
-        "S + 1",
-    ),
-}  # fmt: skip
+smooth_fish, smooth_fish_2 = (partial(SmoothFish, gamma, 0.1) for gamma in (1.0, 2.0))
+idgm = partial(IDGM, gamma=0.01, agreement="inner_product")
+# What the model is in, or None where the method has the process group; the method; all-reduces as a formula in S and as
+# its two coefficients.
+WAYS: dict[str, tuple[Callable[..., nn.Module] | None, Callable[..., Method], str, tuple[float, float]]] = {
+    "Fish over DDP": (DistributedDataParallel, Fish, "S", (1, 0)),
+    "Fish over fully_shard": (sharded, Fish, "3/2 S", (1.5, 0)),
+    "Fish, walks, reset": (None, partial(Fish, inner_state="reset"), "1", (0, 1)),
+    "SmoothFish, walks": (None, smooth_fish, "1", (0, 1)),
+    "SmoothFish, gamma=2, walks": (None, smooth_fish_2, "2", (0, 2)),
+    "SmoothFish over DDP": (DistributedDataParallel, smooth_fish, "S", (1, 0)),
+    "SmoothFish over fully_shard": (sharded, smooth_fish, "3/2 S", (1.5, 0)),
+    "SmoothFish, data": (None, partial(smooth_fish, parallel="data"), "S", (1, 0)),
+    "SmoothFish, gamma=2, data": (None, partial(smooth_fish_2, parallel="data"), "2 S - 1", (2, -1)),
+    "IDGM, domains": (None, idgm, "2", (0, 2)),
+    "IDGM, cosine, domains": (None, partial(idgm, agreement="cosine"), "2 + 1", (0, 3)),
+    "IDGM, data": (None, partial(idgm, parallel="data"), "S + 1", (1, 1)),
+}
 
 
 def count(name: str, domains: int) -> dict[str, Any]:
-    """Count one way; a rank's batches are as many as there are domains, also where each has domains of its own."""
-    spread, method, promised, formula = WAYS[name]
-    model = spread(mlp())
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-3), method(model))
-    generator = torch.Generator().manual_seed(dist.get_rank())
-
-    def loss_fn(batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+    """What this rank sees of one way; its batches are as many as domains, also where each has its own."""
+    spread, method, formula, (slope, fixed) = WAYS[name]
+    torch.manual_seed(0)
+    plain = NETWORK.make()
+    whole = sum(p.nbytes for p in plain.parameters())
+    model = plain if spread is None else spread(plain)
+    group = {"process_group": dist.group.WORLD} if spread is None else {}
+    optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-3), method(model=model, **group))
+    torch.manual_seed(dist.get_rank())
 
     def meta_step() -> None:
-        x = torch.randn(domains, 8, LAYERS[0], generator=generator)
-        y = torch.randint(LAYERS[-1], (domains, 8), generator=generator)
-        optimizer.meta_step(loss_fn, list(zip(x, y, strict=True)))
+        optimizer.meta_step(lambda b: nn.functional.cross_entropy(model(b[0]), b[1]), NETWORK.batches(domains))
 
     meta_step()
     with CountingMode() as mode:
         for _ in range(COUNTED):
             meta_step()
     return {
-        "way": name,
-        "domains": domains,
-        "parameters": whole // 4,
-        "ranks": dist.get_world_size(),
-        **vars(Traffic.of(mode.seen, whole, COUNTED)),
-        "promised": float(promised(domains)),
-        "formula": formula,
-    }
-
-
-def count_all(ways: Sequence[str], domains: Sequence[int], told: Callable[..., object]) -> list[dict[str, Any]]:
-    """Count some ways with every number of domains, on all ranks; returns what this one has seen."""
-    found = []
-    for name in ways:
-        for s in domains:
-            found.append(count(name, s))
-            if dist.get_rank() == 0:
-                told()
-    return found
+        "way": name, "domains": domains, "parameters": whole // 4, "ranks": dist.get_world_size(),
+        **traffic(mode.seen, whole, COUNTED), "promised": slope * domains + fixed, "formula": formula,
+    }  # fmt: skip

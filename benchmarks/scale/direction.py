@@ -4,15 +4,13 @@ A smooth network (GELU) in float64 with one batch for each of S domains. With SG
 meta-iteration of Fish ends at the end of its walk; (theta - theta~) / (alpha S) less the mean gradient, averaged over R
 walks in different orders, is compared with -gamma dGIP of the exact objective at gamma = ``fish_gamma(alpha, S)``, both
 found by ``meta_step``. All walks have the same batches, so the order is all that differs. Walks are made one after the
-other in one process and averaged, as ranks would do it; ``on_ranks`` shows with two real ones that it is the same.
-
-Every draw has a network and data of its own, and ``WALKS`` walks of either kind; each R takes them in groups of R.
+other in one process and averaged, as ranks would do it; ``of_two_ranks`` shows with two real ones that it is the same.
+Every draw has a network and data of its own, and ``WALKS`` walks of either kind, taken in groups of R.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from statistics import mean
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from benchmarks._models import mlp
+from benchmarks.plots import distinct, of
+from benchmarks.scale.plots import middle_of
+from benchmarks.scale.ranks import bar
 from torch_gradmatch import IDGM, Fish, GradMatch, fish_gamma
 
 DOMAINS = 8
@@ -36,10 +38,9 @@ class Problem:
     """A network, S batches, and the two terms of the exact direction."""
 
     def __init__(self, draw: int) -> None:
-        generator = torch.Generator().manual_seed(draw)
         torch.manual_seed(draw)
-        layers = [nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3)]
-        self.model = nn.Sequential(*layers).double()
+        self.model = mlp(WIDTH, 16, 16, 3, activation=nn.GELU).double()
+        generator = torch.Generator().manual_seed(draw)
         self.batches = []
         for _ in range(DOMAINS):
             x = torch.randn(SAMPLES, WIDTH, generator=generator, dtype=torch.float64)
@@ -66,11 +67,17 @@ class Problem:
         end = parameters_to_vector(self.model.parameters()).detach()
         return (self.start - end) / (rate * DOMAINS) - self.mean
 
-    def compare(self, found: Tensor, rate: float) -> tuple[float, float]:
-        """Cosine with the exact direction beyond ERM, and relative error."""
+    def compare(self, kind: str, orders: Sequence[Sequence[int]], rate: float, *numbers: int) -> list[dict[str, Any]]:
+        """Mean cosine of means of so many walks with the exact direction; root mean square of the relative error."""
         exact = fish_gamma(rate, DOMAINS) * self.beyond
-        cosine = nn.functional.cosine_similarity(found, exact, dim=0)
-        return float(cosine), float((found - exact).norm() / exact.norm())
+        walks = torch.stack([self.walk(order, rate) for order in orders])
+        rows = []
+        for number in numbers:
+            found = walks.unflatten(0, (-1, number)).mean(1)
+            cosine = nn.functional.cosine_similarity(found, exact, dim=1).mean().item()
+            error = ((found - exact).norm(dim=1) / exact.norm()).square().mean().sqrt().item()
+            rows.append({"orders": kind, "walks": number, "rate": rate, "cosine": cosine, "error": error})
+        return rows
 
 
 def orders_of(draw: int) -> dict[str, list[list[int]]]:
@@ -81,50 +88,37 @@ def orders_of(draw: int) -> dict[str, list[list[int]]]:
     return {"random": random, "pairs": [order for half in halves for order in (half, half[::-1])]}
 
 
-def measure(draws: int, told: Callable[..., object]) -> list[dict[str, Any]]:
+def measure(draws: int) -> list[dict[str, Any]]:
     """Measure every number of walks at one alpha, one pair at several; the draws are dealt to the ranks."""
-    rows: list[dict[str, Any]] = []
-    for draw in range(dist.get_rank(), draws, dist.get_world_size()):
+    own: list[dict[str, Any]] = []
+    for draw in bar(range(dist.get_rank(), draws, dist.get_world_size()), "direction"):
         problem, orders = Problem(draw), orders_of(draw)
-        for kind, some in orders.items():
-            walks = torch.stack([problem.walk(order, RATE) for order in some])
-            for number in NUMBERS:
-                if number == 1 and kind == "pairs":
-                    continue
-                found = [problem.compare(group.mean(0), RATE) for group in walks.split(number)]
-                rows.append(row(draw, kind, number, RATE, found))
+        rows = problem.compare("random", orders["random"], RATE, *NUMBERS)
+        rows += problem.compare("pairs", orders["pairs"], RATE, *NUMBERS[1:])
         for rate in RATES:
-            walks = torch.stack([problem.walk(order, rate) for order in orders["pairs"][:4]])
-            found = [problem.compare(group.mean(0), rate) for group in walks.split(2)]
-            rows.append(row(draw, "one pair", 2, rate, found))
-        told()
-    return rows
-
-
-def row(draw: int, kind: str, walks: int, rate: float, found: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Cosine: mean over the groups of walks; error: root of the mean square, of which theory speaks."""
-    cosines, errors = zip(*found, strict=True)
-    error = mean(e * e for e in errors) ** 0.5
-    return {"draw": draw, "orders": kind, "walks": walks, "rate": rate, "cosine": mean(cosines), "error": error}
+            rows += problem.compare("one pair", orders["pairs"][:4], rate, 2)
+        own += [{"draw": draw, **row} for row in rows]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return sorted((row for part in parts for row in part), key=lambda row: row["draw"])
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Slopes in log-log scale of the error over draws: against R in random orders, and against alpha of a pair."""
 
     def slope(kind: str, against: str) -> float:
-        values = sorted({r[against] for r in rows if r["orders"] == kind})
-        errors = [mean(r["error"] ** 2 for r in rows if (r["orders"], r[against]) == (kind, x)) ** 0.5 for x in values]
+        some = of(rows, orders=kind)
+        values = sorted(distinct(some, against))
+        errors = [middle_of(of(some, **{against: x}), "error") for x in values]
         return float(np.polyfit(np.log(values), np.log(errors), 1)[0])
 
     return {"random orders, by R": slope("random", "walks"), "a pair, by alpha": slope("one pair", "rate")}
 
 
-def of_one_rank(told: Callable[..., object]) -> float:
+def of_two_ranks() -> float:
     """Walk on two ranks in opposite orders; return how far their mean is from that of walks made one by one."""
     problem, (one, other) = Problem(0), orders_of(0)["pairs"][:2]
     expected = (problem.walk(one, RATE) + problem.walk(other, RATE)) / 2
     settings = {"inner_state": "reset", "model": problem.model, "process_group": dist.group.WORLD}
     found = problem.walk((one, other)[dist.get_rank()], RATE, **settings)
-    if dist.get_rank() == 0:
-        told()
     return float((found - expected).norm() / expected.norm())

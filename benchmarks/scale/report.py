@@ -7,13 +7,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import table
+from benchmarks.plots import distinct, of
+from benchmarks.report import table, with_quartiles
 from benchmarks.scale import plots
 
-MICRO = 1e6
 
-
-def write(results: Mapping[str, Any], folder: Path) -> None:
+def write(results: Mapping[str, Any], folder: Path) -> Path:
     """Write ``scale.md`` and its pictures."""
     where = results["environment"]
     took = " + ".join(f"{seconds:.0f} s ({part})" for part, seconds in results["seconds"].items())
@@ -28,36 +27,35 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         *_wall(results),
         *_directions(results),
     ]
-    (folder / "scale.md").write_text("\n\n".join(parts) + "\n")
     plots.counts(folder / "scale_counts.png", results["counts"])
     plots.wall(folder / "scale_wall.png", results["times"])
     plots.directions(folder / "scale_direction.png", results["directions"])
+    path = folder / "scale.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
 
 
 def _counts(results: Mapping[str, Any]) -> list[str]:
-    counts = results["counts"]
-    domains = results["settings"]["domains"]
+    counts, domains = results["counts"], results["settings"]["domains"]
+    most = max(domains)
     heads = ["way", "promised", *(f"sent, S={s}" for s in domains), *(f"collectives, S={s}" for s in domains)]
-    heads += [f"MB, S={max(domains)}", f"messages, S={max(domains)}", "bytes"]
-    rows = [heads]
-    for way in dict.fromkeys(r["way"] for r in counts):
-        of = {r["domains"]: r for r in counts if r["way"] == way}
-        last = of[max(domains)]
-        rows.append(
-            [
-                way,
-                last["formula"],
-                *(f"{of[s]['all_reduces']:.4g}" for s in domains),
-                *(f"{of[s]['collectives']:g}" for s in domains),
-                f"{last['payload'] / 1e6:.2f}",
-                f"{last['messages']:g}",
-                f"{last['message_bytes']:.0f}",
-            ]
-        )
+    rows = [[*heads, f"MB, S={most}", f"messages, S={most}", "bytes"]]
+    for way in distinct(counts, "way"):
+        by_s = {r["domains"]: r for r in of(counts, way=way)}
+        last = by_s[most]
+        rows.append([
+            way,
+            last["formula"],
+            *(f"{by_s[s]['all_reduces']:.4g}" for s in domains),
+            *(f"{by_s[s]['collectives']:g}" for s in domains),
+            f"{last['payload'] / 1e6:.2f}",
+            f"{last['messages']:g}",
+            f"{last['message_bytes']:.0f}",
+        ])  # fmt: skip
     first = counts[0]
     less = sorted({r["way"] for r in counts if r["all_reduces"] < 0.99 * r["promised"]})
     more = sorted({r["way"] for r in counts if r["all_reduces"] > 1.01 * r["promised"]})
-    said = [f"Less than promised: {', '.join(less)}." if less else "", f"More: {', '.join(more)}." if more else ""]
+    said = [f" {word}: {', '.join(found)}." for word, found in (("Less than promised", less), ("More", more)) if found]
     return [
         "## Bytes and collectives",
         "![Bytes sent by number of domains](scale_counts.png)",
@@ -67,87 +65,63 @@ def _counts(results: Mapping[str, Any]) -> list[str]:
             f"first. `sent` is in all-reduces of 4 P bytes: each byte all-reduced is sent 2 (R-1)/R times by a ring, "
             f"each byte gathered or scattered half as often. MB are those of the vectors reduced or gathered. Messages "
             f"are the small ones by which ranks agree, of {first['ranks']} ranks' bytes together. With "
-            f"`domains` S is each rank's own. {' '.join(s for s in said if s)}"
-        ).strip(),
+            f"`domains` S is each rank's own.{''.join(said)}"
+        ),
         table(rows),
     ]
 
 
 def _wall(results: Mapping[str, Any]) -> list[str]:
-    times = results["times"]
-    sizes = sorted({r["ranks"] for r in times})
+    times, cpus = results["times"], results["environment"]["cpus"]
+    sizes = sorted(distinct(times, "ranks"))
     rows = [["network", "way", *(f"R={r}, ms" for r in sizes)]]
-    for network, way in dict.fromkeys((r["network"], r["way"]) for r in times):
-        of = {r["ranks"]: r for r in times if (r["network"], r["way"]) == (network, way)}
-        shown = []
-        for r in sizes:
-            low, middle, high = (1e3 * v for v in plots.spread(of[r]["seconds"]))
-            shown.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
-        rows.append([network, way, *shown])
+    for network, way in distinct(times, "network", "way"):
+        by_r = {r["ranks"]: r["seconds"] for r in of(times, network=network, way=way)}
+        rows.append([network, way, *(with_quartiles((1e3 * t for t in by_r[r]), digits=1) for r in sizes)])
     fits = [["R", "latency for each doubling, us", "bandwidth, GB/s", "fit / measured, least", "greatest"]]
-    fits += [
-        [
-            str(f["ranks"]),
-            f"{f['latency'] * MICRO:.0f}",
-            f"{f['bandwidth'] / 1e9:.2f}",
-            f"{f['least_ratio']:.2f}",
-            f"{f['greatest_ratio']:.2f}",
-        ]
-        for f in results["fits"]
-    ]
-    cpus, domains = results["environment"]["cpus"], times[0]["domains"]
+    for f in results["fits"]:
+        numbers = (f["bandwidth"] / 1e9, f["least_ratio"], f["greatest_ratio"])
+        fits.append([str(f["ranks"]), f"{f['latency'] * 1e6:.0f}", *(f"{number:.2f}" for number in numbers)])
     crowded = [str(r) for r in sizes if r > (cpus or 1)]
-    networks = ", ".join(
-        f"{n} {size / 1e6:.2f} M" for n, size in dict.fromkeys((r["network"], r["parameters"]) for r in times)
+    warning = (
+        f"**This machine has {cpus} CPUs: with R = {', '.join(crowded)} processes share them, and what is measured "
+        "there is no scaling.** "
     )
+    networks = [f"{name} {number / 1e6:.2f} M" for name, number in distinct(times, "network", "parameters")]
+    reduced = [r["bytes"] for r in results["all_reduces"]]
     return [
         "## Wall time here",
         "![Time of a meta-iteration by number of processes](scale_wall.png)",
         (
             f"Medians with quartiles of {results['settings']['rounds']} rounds, the slowest rank's time; parameters: "
-            f"{networks}. Each rank has {domains} batches in a meta-iteration, whatever R. `alone` sends nothing: all "
-            f"processes compute at the same time. "
-            + (
-                f"**This machine has {cpus} CPUs: with R = {', '.join(crowded)} processes share them, and what is "
-                "measured there is no scaling.** "
-                if crowded
-                else ""
-            )
+            f"{', '.join(networks)}. Each rank has {times[0]['domains']} batches in a meta-iteration, whatever R. "
+            f"`alone` sends nothing: all processes compute at the same time. {warning if crowded else ''}"
         ),
         table(rows),
         (
-            "Gloo's all-reduce of "
-            f"{min(r['bytes'] for r in results['all_reduces']):,} to "
-            f"{max(r['bytes'] for r in results['all_reduces']):,} bytes: seconds = latency log2(R) + 2 (R-1)/R bytes / "
-            "bandwidth, by least relative squares for each R."
+            f"Gloo's all-reduce of {min(reduced):,} to {max(reduced):,} bytes: seconds = latency log2(R) + 2 (R-1)/R "
+            "bytes / bandwidth, by least relative squares for each R."
         ),
         table(fits),
     ]
 
 
 def _directions(results: Mapping[str, Any]) -> list[str]:
-    found = results["directions"]
-    walks = sorted({r["walks"] for r in found})
-    rate = next(r["rate"] for r in found if r["orders"] == "random")
+    found, slopes = results["directions"], results["exponents"]
+    walks = sorted(distinct(found, "walks"))
     rows = [["orders", "", *(f"R={r}" for r in walks)]]
     for kind, quantity in product(("random", "pairs"), ("cosine", "error")):
-        shown = []
-        for r in walks:
-            some = [row for row in found if (row["orders"], row["walks"]) == (kind, r)]
-            shown.append(f"{plots.middle_of(some, quantity):.4f}" if some else "-")
-        rows.append([kind, quantity, *shown])
-    pair = [row for row in found if row["orders"] == "one pair"]
-    rates = sorted({row["rate"] for row in pair})
-    by_rate = [["a pair", *(f"alpha {r:g}" for r in rates)]]
-    by_rate.append(
-        ["error", *(f"{plots.middle_of([row for row in pair if row['rate'] == r], 'error'):.4f}" for r in rates)]
-    )
-    slopes = results["exponents"]
+        some = [of(found, orders=kind, walks=r) for r in walks]
+        rows.append([kind, quantity, *(f"{plots.middle_of(s, quantity):.4f}" if s else "-" for s in some)])
+    pair = of(found, orders="one pair")
+    rates = sorted(distinct(pair, "rate"))
+    errors = [f"{plots.middle_of(of(pair, rate=r), 'error'):.4f}" for r in rates]
     return [
         "## Direction",
         "![Cosine and error of the mean of R walks](scale_direction.png)",
         (
-            f"Fish by SGD, GELU, float64, alpha = {rate:g}, {results['settings']['draws']} draws of network and data; "
+            f"Fish by SGD, GELU, float64, alpha = {of(found, orders='random')[0]['rate']:g}, "
+            f"{results['settings']['draws']} draws of network and data; "
             "part beyond ERM against the exact one times `fish_gamma`, cosines by median and errors by root mean "
             "square over draws. The walks are made one after the other and averaged; two ranks in opposite orders were "
             f"found {results['two_ranks_error']:.0e} from it. Fitted exponents: "
@@ -156,5 +130,5 @@ def _directions(results: Mapping[str, Any]) -> list[str]:
             "could average away but terms of this order)."
         ),
         table(rows),
-        table(by_rate),
+        table([["a pair", *(f"alpha {r:g}" for r in rates)], ["error", *errors]]),
     ]
