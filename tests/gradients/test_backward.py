@@ -352,6 +352,20 @@ def test_a_field_that_is_no_gradient_is_refused(settings: dict[str, Any]):
     idgm(model, batches, adversarial(model, 0.0), hvp="finite_difference", compare=True, **settings)
 
 
+@pytest.mark.parametrize("seed", [10, 12, 14, 18])
+def test_kinks_along_the_product_are_not_taken_for_such_a_field(seed: int):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+    batches = [(torch.randn(2, 20) + 0.3 * i, torch.randint(5, (2,))) for i in range(3)]
+    loss_fn = lambda b: nn.functional.cross_entropy(model(b[0]), b[1])  # noqa: E731
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(40):  # almost by heart: products are short
+        optimizer.zero_grad()
+        torch.stack([loss_fn(b) for b in batches]).sum().backward()
+        optimizer.step()
+    idgm(model, batches, loss_fn, hvp="finite_difference", compare=True)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.LeakyReLU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(4))
