@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from _models import assert_identical
 from _ranks import on_ranks
-from _spread import full, sharded
-from torch import Tensor, nn
+from _spread import Batch, build, domain_batches, full, loss_of, sharded
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -31,32 +32,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is .* assuming the intent:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
-Batch = tuple[Tensor, Tensor]
 DOMAINS = 3
 
 
-def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def network(dtype: torch.dtype = torch.float64) -> Any:
     """Frozen weights and buffers."""
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
-    model[2].requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    model: Any = build("batch_norm", dtype)
+    model[0].bias.requires_grad_(False)
     return model
 
 
-def make_batches(count: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(6, 3, generator=generator).double(), torch.randn(6, 2, generator=generator).double())
-        for _ in range(count)
-    ]
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    x, y = (part.to(next(model.parameters()).dtype) for part in batch)
-    return (model(x) - y).square().mean()
+def make_batches(count: int, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    return domain_batches(count, 1, dtype=dtype)
 
 
 def fish(model: nn.Module, **settings: Any) -> Fish:
@@ -119,7 +106,7 @@ def load(model: nn.Module, optimizer: GradMatch[Any], folder: Path, **options: A
     )
 
 
-def pair(case: str) -> tuple[nn.Sequential, GradMatch[Any]]:
+def pair(case: str) -> tuple[nn.Module, GradMatch[Any]]:
     model = network()
     return model, CASES[case](model)
 
@@ -174,7 +161,7 @@ def test_digits_that_are_not_in_the_parameters_are_lost_with_a_warning(tmp_path:
     optimizer, resumed = (
         GradMatch(SGD(m.parameters(), lr=0.05, momentum=0.9), fish(m, meta_dtype=torch.float32)) for m in models
     )
-    train(models[0], optimizer, make_batches(DOMAINS))
+    train(models[0], optimizer, make_batches(DOMAINS, torch.bfloat16))
     save(models[0], optimizer, tmp_path)
     with pytest.warns(UserWarning, match=r"digits of the slow weights.*torch\.save does"):
         load(models[1], resumed, tmp_path)
@@ -191,18 +178,25 @@ def spread_over(kind: str, case: str) -> tuple[nn.Module, GradMatch[Any]]:
     return model, CASES[case](model)
 
 
-def save_all(folder: Path) -> dict[Any, Any]:
+def run_all(folder: Path, *, saves: bool) -> dict[Any, Any]:
+    """Train, save and go on; or load and go on."""
     found = {}
     for kind, case in SPREAD:
         model, optimizer = spread_over(kind, case)
-        train(model, optimizer, make_batches(DOMAINS))
-        save(model, optimizer, folder / f"{kind} {case}", **OPTIONS["flat" if case == "several" else "nested"])
+        if saves:
+            train(model, optimizer, make_batches(DOMAINS))
+        move = save if saves else load
+        move(model, optimizer, folder / f"{kind} {case}", **OPTIONS["flat" if case == "several" else "nested"])
         found[kind, case] = whole(model, optimizer)
         train(model, optimizer, make_batches(2 * DOMAINS)[DOMAINS:])
         found[kind, case, "trained"] = whole(model, optimizer)
         train(model, optimizer, make_batches(1))
         with pytest.raises(KeyError, match="save between two inner loops"):
             get_optimizer_state_dict(model, optimizer)
+    return found
+
+
+def tell_from_rank_0() -> tuple[Any, Any]:
     model, optimizer = spread_over("ddp", "Adam")
     train(model, optimizer, make_batches(DOMAINS))
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
@@ -210,27 +204,19 @@ def save_all(folder: Path) -> dict[Any, Any]:
     other.load_state_dict(model.state_dict())
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(other, resumed, state if dist.get_rank() == 0 else {}, options=options)
-    found["told by rank 0"] = whole(other, resumed)
-    return found
+    return whole(model, optimizer), whole(other, resumed)
 
 
-def load_all(folder: Path) -> dict[Any, Any]:
-    found = {}
-    for kind, case in SPREAD:
-        model, optimizer = spread_over(kind, case)
-        load(model, optimizer, folder / f"{kind} {case}", **OPTIONS["flat" if case == "several" else "nested"])
-        found[kind, case] = whole(model, optimizer)
-        train(model, optimizer, make_batches(2 * DOMAINS)[DOMAINS:])
-        found[kind, case, "trained"] = whole(model, optimizer)
-    return found
+def test_rank_0_tells_the_others_its_state():
+    for its, told in on_ranks(2, tell_from_rank_0):
+        assert_identical(told, its)
 
 
 def test_it_loads_on_another_number_of_ranks(tmp_path: Path):
     """All ranks see the same batches, so they train as one does: what 2 save goes to 4, and to one not sharded."""
-    saved = on_ranks(2, save_all, tmp_path)
+    saved = on_ranks(2, partial(run_all, saves=True), tmp_path)
     assert_identical(saved[1], saved[0])
-    assert_identical(saved[0]["told by rank 0"], saved[0]["ddp", "Adam"])
-    for loaded in on_ranks(4, load_all, tmp_path):
+    for loaded in on_ranks(4, partial(run_all, saves=False), tmp_path):
         for key, found in loaded.items():
             if len(key) == 2:
                 assert_identical(found, saved[0][key])
@@ -262,16 +248,13 @@ def test_asking_a_new_optimizer_takes_no_inner_step(case: str):
         assert_identical(whole(model, optimizer), whole(fresh_model, fresh))
 
 
-def test_a_warm_up_from_zero_counts():
+def test_a_warm_up_from_zero_counts_and_an_optimizer_that_needs_a_closure_says_so():
     model = network()
     optimizer = GradMatch(Adam(model.parameters(), lr=0.0), fish(model))
     optimizer.zero_grad()
     (0 * loss_of(model, make_batches(1)[0])).backward()
     optimizer.step()
     assert optimizer.inner_step == 1
-
-
-def test_an_optimizer_that_needs_a_closure_says_so():
     model = network()
     optimizer = GradMatch(torch.optim.LBFGS(model.parameters()), fish(model))
     with pytest.raises(RuntimeError, match="LBFGS needs a closure, so torch"):
@@ -284,7 +267,7 @@ def test_a_meta_iteration_that_failed_first_does_not_hide_that_there_is_no_state
     (model, optimizer), (resumed_model, resumed) = pair("Adam"), pair("Adam")
     train(model, optimizer, make_batches(DOMAINS))
     save(model, optimizer, tmp_path)
-    bad = [*make_batches(DOMAINS - 1), (torch.full((6, 3), torch.nan).double(), torch.zeros(6, 2).double())]
+    bad = [(x * (torch.nan if i == DOMAINS - 1 else 1), y) for i, (x, y) in enumerate(make_batches(DOMAINS))]
     with pytest.raises(ValueError, match=f"loss of batch {DOMAINS - 1} is nan"):
         resumed.meta_step(lambda batch: loss_of(resumed_model, batch), bad)
     resumed.zero_grad()

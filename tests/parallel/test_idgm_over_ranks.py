@@ -9,28 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import _spread as ranks
 import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm
-from _spread import (
-    Batch,
-    Collectives,
-    buffers_of,
-    build,
-    domain_batches,
-    error_of,
-    gradients_of,
-    loss_of,
-    loss_over,
-    mean_of_buffers,
-    mine,
-    part,
-    same,
-    state_of,
-    world,
-)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -52,7 +36,7 @@ CASES = [
 
 
 def by(model: nn.Module, optimizer: Any, **settings: Any) -> GradMatch[IDGM]:
-    return GradMatch(optimizer, IDGM(model, GAMMA, **world(**settings)))
+    return GradMatch(optimizer, IDGM(model, GAMMA, **ranks.world(**settings)))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -62,15 +46,15 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
-def one_step(name: str, batches: list[Batch], **settings: Any) -> Any:
-    model = build(name)
-    report = by(model, sgd(model), **settings).meta_step(partial(loss_of, model), batches)
+def one_step(name: str, batches: list[ranks.Batch], **settings: Any) -> Any:
+    model = ranks.build(name)
+    report = by(model, sgd(model), **settings).meta_step(partial(ranks.loss_of, model), batches)
     found = vars(report)
-    found |= {"gradients": gradients_of(model), "buffers": buffers_of(model)}
+    found |= {"gradients": ranks.gradients_of(model), "buffers": ranks.buffers_of(model)}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def share(domains: list[Batch], rank: int) -> list[Batch]:
+def share(domains: list[ranks.Batch], rank: int) -> list[ranks.Batch]:
     """One rank's of the domains."""
     first = sum(COUNTS[:rank])
     return domains[first : first + COUNTS[rank]]
@@ -78,7 +62,9 @@ def share(domains: list[Batch], rank: int) -> list[Batch]:
 
 def steps(parallel: str) -> dict[Any, Any]:
     rank = dist.get_rank()
-    batches = share(domain_batches(5, 1), rank) if parallel == "domains" else mine(domain_batches(3, 1))
+    batches = (
+        share(ranks.domain_batches(5, 1), rank) if parallel == "domains" else ranks.mine(ranks.domain_batches(3, 1))
+    )
     found = {}
     for name, agreement, hvp in CASES:
         chosen = {"keep_graphs": True} if hvp == "kept" else {"hvp": hvp}
@@ -90,31 +76,31 @@ def steps(parallel: str) -> dict[Any, Any]:
 @pytest.mark.parametrize("parallel", ["domains", "data"])
 def test_several_ranks_find_what_one_process_finds(parallel: str):
     everywhere = on_ranks(3, steps, parallel)
-    assert all(same(everywhere[0], other) for other in everywhere)
+    assert all(ranks.same(everywhere[0], other) for other in everywhere)
     if parallel == "domains":
-        domains = domain_batches(5, 1)
-        losses = [partial(loss_of, batch=batch) for batch in domains]
+        domains = ranks.domain_batches(5, 1)
+        losses = [partial(ranks.loss_of, batch=batch) for batch in domains]
         shares = [share(domains, rank) for rank in range(3)]
     else:
-        domains = domain_batches(3, 1)
-        losses = [partial(loss_over, batch=batch, size=3) for batch in domains]
-        shares = [[part(batch, rank, 3) for batch in domains] for rank in range(3)]
+        domains = ranks.domain_batches(3, 1)
+        losses = [partial(ranks.loss_over, batch=batch, size=3) for batch in domains]
+        shares = [[ranks.part(batch, rank, 3) for batch in domains] for rank in range(3)]
     for (name, agreement, hvp), found in everywhere[0].items():
         check(found, name, agreement, losses, HVPS.get(hvp, 1e-12))
         left = []
         for batches in shares:
-            model = build(name)
+            model = ranks.build(name)
             for batch in batches:
-                loss_of(model, batch)
-            left.append(buffers_of(model))
-        torch.testing.assert_close(found["buffers"], mean_of_buffers(left))
+                ranks.loss_of(model, batch)
+            left.append(ranks.buffers_of(model))
+        torch.testing.assert_close(found["buffers"], ranks.mean_of_buffers(left))
 
 
 def check(
     found: dict[str, Any], name: str, agreement: str, losses: list[Callable[..., Tensor]], rounding: float
 ) -> None:
     """Against plain autograd in this process."""
-    model = build(name)
+    model = ranks.build(name)
     parameters = list(model.parameters())
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = naive_idgm(parameters, [partial(f, model) for f in losses], GAMMA, agreement)[1]
@@ -137,39 +123,39 @@ def any_agreement(gradients: list[dict[str, Tensor]]) -> Tensor:
 
 
 def by_samples_only() -> dict[str, Any]:
-    batches = mine(domain_batches(3, 1))
+    batches = ranks.mine(ranks.domain_batches(3, 1))
     torch.manual_seed(dist.get_rank())  # every rank would draw other domains
     found = {
         "function": one_step("tied", batches, agreement=any_agreement, parallel="data"),
         "pairs": one_step("tied", batches, track_alignment="pairs", parallel="data"),
         "one pass": one_step("tied", batches, one_pass=True, parallel="data"),
     }
-    model = build("batch_norm")
+    model = ranks.build("batch_norm")
     ddp = DistributedDataParallel(model)
     optimizer = by(ddp, torch.optim.Adam(model.parameters(), lr=1e-2), agreement="inner_product", parallel="data")
     for seed in range(3):
-        optimizer.meta_step(partial(loss_of, ddp), mine(domain_batches(3, seed)))
-    found["ddp"] = state_of(model, optimizer)
+        optimizer.meta_step(partial(ranks.loss_of, ddp), ranks.mine(ranks.domain_batches(3, seed)))
+    found["ddp"] = ranks.state_of(model, optimizer)
     ddp.zero_grad()
-    loss_of(ddp, mine(domain_batches(3, 1))[0]).backward()
-    found["reduces as ever"] = gradients_of(model)
+    ranks.loss_of(ddp, ranks.mine(ranks.domain_batches(3, 1))[0]).backward()
+    found["reduces as ever"] = ranks.gradients_of(model)
     return found
 
 
 def test_what_needs_all_gradients_works_by_samples_and_ddp_is_the_plain_module():
     everywhere = on_ranks(2, by_samples_only)
     found = everywhere[0]
-    assert same(found, everywhere[1])
-    model = build("tied")
+    assert ranks.same(found, everywhere[1])
+    model = ranks.build("tied")
     parameters, names = list(model.parameters()), [n for n, _ in model.named_parameters()]
-    losses = [partial(loss_over, model, batch, 2) for batch in domain_batches(3, 1)]
+    losses = [partial(ranks.loss_over, model, batch, 2) for batch in ranks.domain_batches(3, 1)]
     gradients = [torch.autograd.grad(loss(), parameters) for loss in losses]
     vectors = [torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients]
     cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in vectors]) for b in vectors])
     torch.testing.assert_close(found["pairs"]["cosines"], cosines)
     once = idgm_grad(
-        lambda p, batch: loss_over(model, batch, 2), dict(model.named_parameters()),
-        domain_batches(3, 1), GAMMA, "variance", one_pass=True,
+        lambda p, batch: ranks.loss_over(model, batch, 2), dict(model.named_parameters()),
+        ranks.domain_batches(3, 1), GAMMA, "variance", one_pass=True,
     )  # fmt: skip
     torch.testing.assert_close(found["one pass"]["gradients"], tuple(once.gradient.values()), rtol=1e-9, atol=1e-12)
 
@@ -179,10 +165,10 @@ def test_what_needs_all_gradients_works_by_samples_and_ddp_is_the_plain_module()
 
     expected = naive_idgm(parameters, losses, GAMMA, flat_agreement)[1]
     torch.testing.assert_close(found["function"]["gradients"], expected)
-    oracle = build("batch_norm")  # one process with every batch in two parts
+    oracle = ranks.build("batch_norm")  # one process with every batch in two parts
     optimizer = torch.optim.Adam(oracle.parameters(), lr=1e-2)
     for seed in range(3):
-        calls = [partial(loss_over, oracle, b, 2) for b in domain_batches(3, seed)]
+        calls = [partial(ranks.loss_over, oracle, b, 2) for b in ranks.domain_batches(3, seed)]
         gradient = naive_idgm(list(oracle.parameters()), calls, GAMMA, "inner_product")[1]
         for p, g in zip(oracle.parameters(), gradient, strict=True):
             p.grad = g
@@ -198,16 +184,16 @@ def sent(each: int, parallel: str) -> Any:
     """Four meta-iterations by each agreement: the reductions of the last, agreements of first and last, the state."""
     found = {}
     for agreement in AGREEMENTS:
-        model = build("wide")
+        model = ranks.build("wide")
         optimizer = by(model, torch.optim.Adam(model.parameters(), lr=1e-2), agreement=agreement, parallel=parallel)
         agreements = []
         for seed in range(4):
-            own = domain_batches(each, 10 * seed + dist.get_rank())
-            batches = own if parallel == "domains" else mine(domain_batches(each, seed))
-            with Collectives() as collectives:
-                optimizer.meta_step(partial(loss_of, model), batches)
+            own = ranks.domain_batches(each, 10 * seed + dist.get_rank())
+            batches = own if parallel == "domains" else ranks.mine(ranks.domain_batches(each, seed))
+            with ranks.Collectives() as collectives:
+                optimizer.meta_step(partial(ranks.loss_of, model), batches)
             agreements.append(collectives.agreements())
-        found[agreement] = collectives.reductions(), agreements[0], agreements[-1], state_of(model, optimizer)
+        found[agreement] = collectives.reductions(), agreements[0], agreements[-1], ranks.state_of(model, optimizer)
     return found
 
 
@@ -216,8 +202,8 @@ def test_two_all_reduces_by_domains_whatever_their_number_and_one_more_than_doma
     parallel: str, each: int, large: int
 ):
     everywhere = on_ranks(3 if parallel == "domains" else 2, sent, each, parallel)
-    assert all(same(everywhere[0], other) for other in everywhere)
-    size = sum(p.nbytes for p in build("wide").parameters())
+    assert all(ranks.same(everywhere[0], other) for other in everywhere)
+    size = sum(p.nbytes for p in ranks.build("wide").parameters())
     for agreement, (reductions, _, _, _) in everywhere[0].items():
         more = parallel == "domains" and agreement == "cosine"
         assert [n for n in reductions if n > size / 4] == [size] * (large + more)
@@ -243,20 +229,20 @@ class Remembering(nn.Module):
 def buffers_that_move(method: str) -> Any:
     torch.manual_seed(0)
     model = Remembering()
-    chosen: Any = IDGM(model, GAMMA, **world())
+    chosen: Any = IDGM(model, GAMMA, **ranks.world())
     if method != "IDGM":
-        chosen = SmoothFish(1.0, 0.1, model, **world(parallel="walks"))
+        chosen = SmoothFish(1.0, 0.1, model, **ranks.world(parallel="walks"))
     optimizer = GradMatch(sgd(model), chosen)
     batches = [torch.randn(5, 4, dtype=torch.float64) + dist.get_rank() for _ in range(2)]
-    with Collectives() as collectives:
+    with ranks.Collectives() as collectives:
         optimizer.meta_step(model, batches)
-    return collectives.reductions(), buffers_of(model)
+    return collectives.reductions(), ranks.buffers_of(model)
 
 
 @pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
 def test_only_buffers_that_moved_are_reduced_and_in_their_own_dtype(method: str):
     everywhere = on_ranks(2, buffers_that_move, method)
-    assert same(*everywhere)
+    assert ranks.same(*everywhere)
     reductions, buffers = everywhere[0]
     assert reductions[-2:] == [4 * 2, 3 * 4]
     assert max(reductions) < 1000
@@ -275,8 +261,8 @@ def test_the_parameters_are_compared_once():
 
 
 def refusals() -> dict[str, str]:
-    plain = build("smooth")
-    batches = domain_batches(2, dist.get_rank())
+    plain = ranks.build("smooth")
+    batches = ranks.domain_batches(2, dist.get_rank())
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     chosen: dict[str, dict[str, Any]] = {
         "function": {"agreement": any_agreement},
@@ -285,25 +271,26 @@ def refusals() -> dict[str, str]:
         "one domain": {"parallel": "walks"},
     }
     found = {
-        name: error_of(lambda settings=settings: by(plain, sgd(plain), **settings)) for name, settings in chosen.items()
+        name: ranks.error_of(lambda settings=settings: by(plain, sgd(plain), **settings))
+        for name, settings in chosen.items()
     }
     optimizer = by(plain, sgd(plain))
     optimizer.method.one_pass = True
-    found["one pass later"] = error_of(optimizer.meta_step, partial(loss_of, plain), batches)
+    found["one pass later"] = ranks.error_of(optimizer.meta_step, partial(ranks.loss_of, plain), batches)
     before = copy.deepcopy(plain.state_dict())
     optimizer = by(plain, sgd(plain), parallel="data")
     ddp = DistributedDataParallel(plain)
-    found["ddp unseen"] = error_of(optimizer.meta_step, partial(loss_of, ddp), batches)
-    assert same(before, plain.state_dict())
+    found["ddp unseen"] = ranks.error_of(optimizer.meta_step, partial(ranks.loss_of, ddp), batches)
+    assert ranks.same(before, plain.state_dict())
     for name, method in {
         "ddp": IDGM(ddp, GAMMA),
-        "ddp by domains": IDGM(ddp, GAMMA, **world()),
-        "ddp by walks": SmoothFish(1.0, 0.1, model=ddp, **world()),
+        "ddp by domains": IDGM(ddp, GAMMA, **ranks.world()),
+        "ddp by walks": SmoothFish(1.0, 0.1, model=ddp, **ranks.world()),
         "ddp alone": IDGM(ddp, GAMMA, process_group=alone, parallel="data"),
     }.items():
-        found[name] = error_of(lambda method=method: GradMatch(sgd(plain), method))
-    inside = FullyShardedDataParallel(build("smooth"), device_id=torch.device("cpu"), use_orig_params=True)
-    found["fsdp1"] = error_of(lambda: GradMatch(sgd(inside), SmoothFish(1.0, 0.1, model=inside)))
+        found[name] = ranks.error_of(lambda method=method: GradMatch(sgd(plain), method))
+    inside = FullyShardedDataParallel(ranks.build("smooth"), device_id=torch.device("cpu"), use_orig_params=True)
+    found["fsdp1"] = ranks.error_of(lambda: GradMatch(sgd(inside), SmoothFish(1.0, 0.1, model=inside)))
     return found
 
 
@@ -325,21 +312,21 @@ def test_what_cannot_be_shared_is_refused():
 
 
 def copied_and_named() -> Any:
-    model = build("smooth")
+    model = ranks.build("smooth")
     optimizer = by(model, sgd(model))
     rank = dist.get_rank()
-    named = {f"{rank}{number}": batch for number, batch in enumerate(domain_batches(1 + rank, rank))}
-    domains = optimizer.meta_step(partial(loss_of, model), named).domains
+    named = {f"{rank}{number}": batch for number, batch in enumerate(ranks.domain_batches(1 + rank, rank))}
+    domains = optimizer.meta_step(partial(ranks.loss_of, model), named).domains
     _, duplicate = copy.deepcopy((model, optimizer))
     assert duplicate.method.process_group is optimizer.method.process_group
     assert "process_group='2 ranks', parallel='domains'" in repr(optimizer.method)
-    duplicate.meta_step(partial(loss_of, duplicate.method.model), domain_batches(1, rank))
-    return domains, error_of(pickle.dumps, optimizer), gradients_of(duplicate.method.model)
+    duplicate.meta_step(partial(ranks.loss_of, duplicate.method.model), ranks.domain_batches(1, rank))
+    return domains, ranks.error_of(pickle.dumps, optimizer), ranks.gradients_of(duplicate.method.model)
 
 
 def test_a_report_names_the_domains_of_all_ranks_and_a_copy_trains_among_the_same():
     everywhere = on_ranks(2, copied_and_named)
-    assert same(*everywhere)
+    assert ranks.same(*everywhere)
     domains, pickling, _ = everywhere[0]
     assert domains == ("00", "10", "11")
     assert "with a process_group cannot be pickled" in pickling

@@ -209,17 +209,6 @@ def test_parameters_may_join_and_masks_have_no_mean():
     assert torch.equal(found["mask"], model.mask)
 
 
-def test_a_compiled_model_shows_its_average():
-    model, optimizer, _ = averaging()
-    called: Any = torch.compile(model, backend="aot_eager")
-    (batch,) = batches(1, 9)
-    for number in range(2):
-        optimizer.meta_step(lambda b: (called(b[0], b[2]) - b[1]).square().mean(), batches(3, number))
-    with optimizer.averaged_weights():
-        shown, expected = called(batch[0], batch[2]), copy.deepcopy(model)(batch[0], batch[2])
-    torch.testing.assert_close(shown, expected)
-
-
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_gradmatch.slow import copies as module
 from torch_gradmatch.slow.copies import SlowCopies, slow_dtype
+from torch_gradmatch.slow.ops import _interpolate_foreach
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.int64, torch.bool]
 SHAPES = [(), (0, 3), (1,), (5,), (3, 4), (2, 3, 4, 5)]
@@ -104,3 +105,19 @@ def test_few_operations_however_many_tensors(meta_dtype: torch.dtype | None):
         found.append(count(copies.refresh))
     assert found[0] == found[1]
     assert found[0].total() <= 8
+
+
+@pytest.mark.parametrize(
+    ("slow_dtype", "fast_dtype", "operations"),
+    [
+        *((dtype, dtype, {"_foreach_lerp_": 1}) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+        (torch.float32, torch.bfloat16, {"_to_copy": 50, "lerp_": 50}),
+    ],
+    ids=str,
+)
+def test_without_a_kernel_an_interpolation_passes_over_memory_no_more_often_than_this(
+    slow_dtype: torch.dtype, fast_dtype: torch.dtype, operations: dict[str, int]
+):
+    slow, fast = ([torch.zeros(9, dtype=dtype) for _ in range(50)] for dtype in (slow_dtype, fast_dtype))
+    found = count(lambda: _interpolate_foreach(slow, fast, 0.3))
+    assert {name.split(".")[1]: number for name, number in found.items()} == operations | {"_foreach_copy_": 1}
