@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import IDGM, Average, Fish, GradMatch, SmoothFish
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is .* assuming the intent:UserWarning"),
@@ -248,7 +248,7 @@ def test_asking_a_new_optimizer_takes_no_inner_step(case: str):
         assert_identical(whole(model, optimizer), whole(fresh_model, fresh))
 
 
-def test_a_warm_up_from_zero_counts_and_an_optimizer_that_needs_a_closure_says_so():
+def test_a_warm_up_from_zero_counts_and_an_average_or_an_optimizer_that_needs_a_closure_says_so():
     model = network()
     optimizer = GradMatch(Adam(model.parameters(), lr=0.0), fish(model))
     optimizer.zero_grad()
@@ -260,6 +260,10 @@ def test_a_warm_up_from_zero_counts_and_an_optimizer_that_needs_a_closure_says_s
     with pytest.raises(RuntimeError, match="LBFGS needs a closure, so torch"):
         get_optimizer_state_dict(model, optimizer)
     assert optimizer.inner_step == 0
+    optimizer = GradMatch(Adam(model.parameters()), fish(model), average=Average())
+    train(model, optimizer, make_batches(DOMAINS))
+    with pytest.raises(ValueError, match=r"torch\.distributed\.checkpoint does not keep"):
+        get_optimizer_state_dict(model, optimizer)
 
 
 def test_a_meta_iteration_that_failed_first_does_not_hide_that_there_is_no_state(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
+from _reference import mean_pairwise_inner_product
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_gradmatch import ERM, IDGM, Aggregate, Fish, Fishr, GradMatch, GroupDRO, SmoothFish, VREx
+from torch_gradmatch import ERM, IDGM, Aggregate, Average, Fish, Fishr, GradMatch, GroupDRO, SmoothFish, VREx
 
 FIRST_ORDER: dict[str, Callable[..., Any]] = {  # of a model and its head; or of second order in the head
     "ERM": lambda m, _, **s: ERM(model=m, **s),
@@ -190,17 +192,37 @@ WALKS: dict[str, Callable[..., Any]] = {
     "strong": lambda m, _, **s: SmoothFish(2.5, 0.05, m, track_alignment="pairs", **s),
     "symmetric": lambda m, _, **s: SmoothFish(0.3, 0.05, m, symmetric=True, track_alignment="pairs", **s),
 }
-DIFFERENCES: dict[str, Callable[..., Any]] = {
-    name: partial(lambda name, m, _: IDGM(m, 0.3, name, hvp="finite_difference", track_alignment=True), name)
+
+
+def any_agreement(gradients: list[dict[str, Tensor]]) -> Tensor:
+    """A function of the user's own: the mean inner product, where biases count twice."""
+    vectors = [torch.cat([g.reshape(-1) * (1 + n.endswith("bias")) for n, g in sorted(gs.items())]) for gs in gradients]
+    return mean_pairwise_inner_product(vectors)
+
+
+def idgm(**settings: Any) -> Callable[..., IDGM]:
+    return lambda m, _, **shared: IDGM(m, 0.3, **settings, **shared)
+
+
+DIFFERENCES = {
+    name: idgm(agreement=name, hvp="finite_difference", track_alignment=True)
     for name in ("inner_product", "variance", "cosine")
-} | {"one pass": lambda m, _: IDGM(m, 0.3, hvp="finite_difference", one_pass=True)}
-EVERY = FIRST_ORDER | FISH | WALKS | DIFFERENCES
+} | {"differences, one pass": idgm(hvp="finite_difference", one_pass=True)}
+EXACT = {
+    "exact": idgm(agreement="inner_product", track_alignment=True),
+    "kept": idgm(keep_graphs=True),
+    "forward": idgm(agreement="cosine", hvp="forward"),
+    "function": idgm(agreement=any_agreement),
+    "pairs": idgm(track_alignment="pairs"),
+    "one pass": idgm(one_pass=True),
+}
+EVERY = FIRST_ORDER | FISH | WALKS | DIFFERENCES | EXACT
 SCHEMES = {
-    "ddp": [*FIRST_ORDER, *FISH, *WALKS],
+    "ddp": [*FIRST_ORDER, *FISH, *WALKS, "exact"],
     "fsdp": [*FIRST_ORDER, *FISH, *WALKS, *DIFFERENCES],
     "kept": [*FISH, *WALKS, *DIFFERENCES],
     "hsdp": ["Fish", "symmetric", "cosine"],
-    "data": [*FIRST_ORDER, *WALKS],
+    "data": [*FIRST_ORDER, *WALKS, *EXACT, "variance"],
 }
 
 
@@ -208,10 +230,19 @@ def wrap(scheme: str, name: str, network: str) -> tuple[nn.Module, GradMatch[Any
     whole: Any = ranks.build(network)
     head = whole[-1] if network == "batch_norm" or network == "smooth" else None
     model = whole if scheme in ("one", "data") else ranks.spread(scheme, whole)
-    shared = ranks.world(parallel="data") if name in WALKS else ranks.world()
-    method = EVERY[name](model, head, **(shared if scheme == "data" else {}))
+    shared = ranks.world() if name in FIRST_ORDER else ranks.world(parallel="data")
+    method = EVERY[name](model, head, **(shared if scheme == "data" or (scheme, name) == ("ddp", "exact") else {}))
     optimizer = torch.optim.Adam if name in FIRST_ORDER or name in FISH else torch.optim.SGD
-    return model, GradMatch(optimizer(model.parameters(), lr=0.01), method)
+    average = None if name == "Fish without model" else Average()
+    return model, GradMatch(optimizer(model.parameters(), lr=0.01), method, average)
+
+
+def averaged(model: nn.Module, optimizer: GradMatch[Any]) -> list[Any]:
+    """The average, and what the model makes of a batch with it."""
+    if optimizer.average is None:
+        return []
+    with optimizer.averaged_weights():
+        return [ranks.weights(model), model(ranks.domain_batches(1, 9)[0][0]).detach()]
 
 
 def networks_of(name: str) -> tuple[str, ...]:
@@ -221,6 +252,7 @@ def networks_of(name: str) -> tuple[str, ...]:
 
 def one_rank(scheme: str, name: str) -> Any:
     found = {}
+    torch.manual_seed(dist.get_rank())  # which makes no difference
     for network in networks_of(name):
         model, optimizer = wrap(scheme, name, network)
         for number in range(3):
@@ -229,7 +261,14 @@ def one_rank(scheme: str, name: str) -> Any:
             gradients = ranks.gradients_of(model)
             with torch.no_grad():
                 model(batches[0][0])  # leaves whole parameters where a model is sharded
-        found[network] = ranks.weights(model), gradients, vars(report)
+        model.zero_grad()
+        ranks.loss_of(model, batches[0]).backward()  # which is averaged by the model as ever
+        later = None if scheme == "data" else ranks.gradients_of(model)
+        weights, average = ranks.weights(model), averaged(model, optimizer)
+        assert ranks.same(weights, ranks.weights(model))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert ranks.same(average[:1], averaged(model, optimizer)[:1])
+        found[network] = (weights, gradients, average, later), vars(report)
     return found
 
 
@@ -241,10 +280,9 @@ def test_it_finds_what_one_process_finds(scheme: str, name: str):
         assert all("needs whole gradients in one matrix" in error for error in refused)
         return
     everywhere = on_ranks(size, one_rank, scheme, name)
-    assert all(
-        ranks.same([one[n][:2] for n in one], [found[:2] for found in everywhere[0].values()]) for one in everywhere
-    )
-    for network, (weights, gradients, report) in everywhere[0].items():
+    for network, (found, report) in everywhere[0].items():
+        assert all(ranks.same(found, one[network][0]) for one in everywhere)
+        losses = torch.stack([one[network][1]["losses"] for one in everywhere]).mean(0)
         model, optimizer = wrap("one", name, network)
         loss_fn = partial(ranks.loss_of if "Fishr" in name else partial(ranks.loss_over, size=size), model)
         for number in range(3):
@@ -252,10 +290,22 @@ def test_it_finds_what_one_process_finds(scheme: str, name: str):
             with torch.no_grad():
                 loss_fn(ranks.domain_batches(3, number)[0])
         close = {"rtol": 1e-7, "atol": 1e-9} if name in DIFFERENCES else {"rtol": 1e-8, "atol": 1e-9}
-        torch.testing.assert_close(weights, ranks.weights(model), **close)
-        close = {"rtol": 1e-9, "atol": 1e-12} if name in WALKS else close
-        torch.testing.assert_close(gradients, ranks.gradients_of(model), **close)
+        torch.testing.assert_close(found[0], ranks.weights(model), **close)
+        torch.testing.assert_close(found[2], averaged(model, optimizer), **close)
+        if name in WALKS or name in EXACT:
+            close = {"rtol": 1e-9, "atol": 1e-12} if name in WALKS else {"rtol": 1e-11, "atol": 1e-13}
+        torch.testing.assert_close(found[1], ranks.gradients_of(model), **close)
         for measured in ("inner_product", "cosine", "cosines", "grad_norms", "gamma"):
             torch.testing.assert_close(report[measured], expected[measured])
-        if name in FIRST_ORDER:
-            torch.testing.assert_close(report["losses"], expected["losses"], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(losses, expected["losses"], rtol=1e-9, atol=1e-9)
+
+
+def average_of_an_unknown_model() -> str:
+    model = ranks.spread("fsdp", ranks.build("smooth"))
+    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(0.5), average=Average())
+    optimizer.meta_step(partial(ranks.loss_of, model), ranks.mine(ranks.domain_batches(2, 0)))
+    return ranks.error_of(optimizer.averaged_weights().__enter__)
+
+
+def test_a_sharded_model_has_to_be_known_to_show_its_average():
+    assert all("pass the method model=model" in error for error in on_ranks(2, average_of_an_unknown_model))

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
-from _reference import ReferenceFish
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -41,47 +40,7 @@ def iterate(model: nn.Module, optimizer: GradMatch[Fish], batches: list[ranks.Ba
     return optimizer.last_meta_step
 
 
-# ------------------------------------------------------------------------------------------------------- as one process
-
-
-def lockstep(scheme: str) -> dict[Any, Any]:
-    found = {}
-    for number, (name, mode) in enumerate(itertools.product(NETWORKS, ["carry", "reset", "tracked", "no model"])):
-        manual = number % 2 == 0
-        model = ranks.spread(scheme, ranks.build(name))
-        settings: dict[str, Any] = {"inner_steps": 3} if manual else {}
-        settings |= {"inner_state": "reset"} if mode == "reset" else {"track_alignment": mode == "tracked"}
-        optimizer = adam(model, Fish(0.3, model=None if mode == "no model" else model, **settings))
-        for iteration in range(3):
-            report = iterate(model, optimizer, ranks.mine(ranks.domain_batches(3, iteration)), manual=manual)
-        found[name, mode] = ranks.weights(model), report.grad_norms, report.cosine
-    return found
-
-
-@pytest.mark.parametrize(("size", "scheme"), [(2, "ddp"), (2, "fsdp"), (2, "fsdp_kept"), (4, "hsdp")])
-def test_what_averages_gradients_is_as_one_process(size: int, scheme: str):
-    everywhere = on_ranks(size, lockstep, scheme)
-    for name, mode in everywhere[0]:
-        fish = ReferenceFish(
-            ranks.build(name),
-            lambda model: OPTIMIZERS["adam"](model.parameters()),
-            0.3,
-            "reset" if mode == "reset" else "carry",
-        )
-        one = adam(model := ranks.build(name), Fish(0.3, track_alignment=True))
-        for iteration in range(3):
-            for batch in ranks.domain_batches(3, iteration):
-                fish.step(lambda model, batch=batch: ranks.loss_over(model, batch, size))
-            fish.interpolate()
-            if mode == "tracked":
-                report = one.meta_step(
-                    lambda batch: ranks.loss_over(model, batch, size), ranks.domain_batches(3, iteration)
-                )
-        for found in everywhere:
-            its_weights, norms, cosine = found[name, mode]
-            assert ranks.distance(its_weights, ranks.weights(fish.model)) < 1e-9, (name, mode)
-            if mode == "tracked":
-                torch.testing.assert_close([norms, cosine], [report.grad_norms, report.cosine])
+# ------------------------------------------------------------------------------------------------------- in lockstep
 
 
 def sent_in_lockstep(scheme: str, domains: int) -> tuple[list[Any], int, int]:

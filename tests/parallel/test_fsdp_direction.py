@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
 import _spread as ranks
-import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
@@ -19,9 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
 
 GAMMA, LR = 0.3, 0.05
-NETWORKS = ("batch_norm", "transformer", "tied")
-SETTINGS = {"walk": (1.0, False), "strong": (2.5, False), "symmetric": (0.3, True)}
-AGREEMENTS = ("inner_product", "variance", "cosine")
 
 
 def direction(model: nn.Module, method: Any, batches: list[ranks.Batch], loss: Any = ranks.loss_of) -> Any:
@@ -32,52 +27,6 @@ def direction(model: nn.Module, method: Any, batches: list[ranks.Batch], loss: A
 
 def idgm(model: nn.Module, agreement: str, **settings: Any) -> IDGM:
     return IDGM(model, GAMMA, agreement, hvp="finite_difference", track_alignment=True, **settings)
-
-
-def in_lockstep(scheme: str) -> dict[Any, Any]:
-    found = {}
-    batches = ranks.mine(ranks.domain_batches(3, 1))
-    for name in NETWORKS if scheme == "fsdp" else NETWORKS[:1]:
-        for kind, (gamma, symmetric) in SETTINGS.items():
-            method = SmoothFish(gamma, LR, symmetric=symmetric, track_alignment="pairs")
-            found[name, kind] = direction(ranks.spread(scheme, ranks.build(name)), method, batches)
-        for agreement in AGREEMENTS:
-            model = ranks.spread(scheme, ranks.build(name))
-            found[name, agreement] = direction(model, idgm(model, agreement), batches)
-    model = ranks.spread(scheme, ranks.build("batch_norm"))
-    found["batch_norm", "one pass"] = direction(model, idgm(model, "variance", one_pass=True), batches)
-    return found
-
-
-@pytest.mark.parametrize(("scheme", "size"), [("fsdp", 2), ("kept", 2), ("hsdp", 4)])
-def test_the_direction_is_that_of_one_process(scheme: str, size: int):
-    everywhere = on_ranks(size, in_lockstep, scheme)
-    domains, loss = ranks.domain_batches(3, 1), partial(ranks.loss_over, size=size)
-    for (name, kind), (found, report) in everywhere[0].items():
-        model = ranks.build(name)
-        if kind not in SETTINGS:
-            method = idgm(model, "variance", one_pass=True) if kind == "one pass" else idgm(model, kind)
-            expected, one = direction(model, method, domains, loss)
-            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
-            for measured in ("inner_product", "cosine", "grad_norms"):
-                torch.testing.assert_close(report[measured], one[measured])
-            continue
-        gamma, symmetric = SETTINGS[kind]
-        expected = smooth_fish_gradient(model, loss, domains, gamma, LR, symmetric=symmetric)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-        if kind == "walk":  # along which it is measured
-            continue
-        here = [torch.autograd.grad(loss(model, b), list(model.parameters())) for b in domains]
-        vectors = [torch.cat([g.reshape(-1) for g in gs]) for gs in here]
-        torch.testing.assert_close(report["grad_norms"], torch.stack([v.norm() for v in vectors]))
-        cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in vectors]) for b in vectors])
-        torch.testing.assert_close(report["cosines"], cosines)
-        torch.testing.assert_close(report["cosine"], (cosines.sum() - 3) / 6)
-        with torch.no_grad():
-            own = [
-                torch.stack([ranks.loss_of(model, ranks.part(b, rank, size)) for b in domains]) for rank in range(size)
-            ]
-        torch.testing.assert_close([there[name, kind][1]["losses"] for there in everywhere], own)
 
 
 # ---------------------------------------------------------------------------------- walks, domains, samples over shards
@@ -145,38 +94,6 @@ def test_walks_domains_and_samples_over_shards():
 
 
 # ----------------------------------------------------------------------------------------------- training, and refusals
-
-
-def method_of(kind: str, model: nn.Module) -> Any:
-    return idgm(model, "variance") if kind == "IDGM" else SmoothFish(0.3, LR, symmetric=True)
-
-
-def train() -> dict[Any, dict[str, Tensor]]:
-    found = {}
-    for kind, reshard in itertools.product(["IDGM", "SmoothFish"], [True, False]):
-        model = ranks.sharded(ranks.build("smooth"), reshard=reshard)
-        optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
-        loss_fn = partial(ranks.loss_of, model)
-        for seed in range(3):
-            batches = ranks.mine(ranks.domain_batches(3, seed))
-            with torch.no_grad():
-                loss_fn(batches[0])  # leaves all of the root's parameters where its shards were
-            optimizer.meta_step(loss_fn, batches)
-        loss_fn(batches[0]).backward()
-        found[kind, reshard] = ranks.weights(model)
-    return found
-
-
-def test_training_goes_on_as_in_one_process():
-    """Also after an evaluation."""
-    everywhere = on_ranks(2, train)
-    assert ranks.same(*everywhere)
-    for (kind, _), found in everywhere[0].items():
-        model = ranks.build("smooth")
-        optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
-        for seed in range(3):
-            optimizer.meta_step(partial(ranks.loss_over, model, size=2), ranks.domain_batches(3, seed))
-        torch.testing.assert_close(found, {n: p.detach() for n, p in model.named_parameters()}, rtol=1e-6, atol=1e-8)
 
 
 def refusals() -> dict[str, str]:

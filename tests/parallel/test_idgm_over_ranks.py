@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
-from torch_gradmatch.gradients.functional import idgm_grad
 
 AGREEMENTS = ("inner_product", "variance", "cosine")
 HVPS = {"reverse": 1e-12, "forward": 1e-12, "finite_difference": 1e-5}
@@ -60,37 +59,24 @@ def share(domains: list[ranks.Batch], rank: int) -> list[ranks.Batch]:
     return domains[first : first + COUNTS[rank]]
 
 
-def steps(parallel: str) -> dict[Any, Any]:
-    rank = dist.get_rank()
-    batches = (
-        share(ranks.domain_batches(5, 1), rank) if parallel == "domains" else ranks.mine(ranks.domain_batches(3, 1))
-    )
-    found = {}
+def steps() -> dict[Any, Any]:
+    found, batches = {}, share(ranks.domain_batches(5, 1), dist.get_rank())
     for name, agreement, hvp in CASES:
         chosen = {"keep_graphs": True} if hvp == "kept" else {"hvp": hvp}
-        settings = {"agreement": agreement, "track_alignment": True, "parallel": parallel}
-        found[name, agreement, hvp] = one_step(name, batches, **settings, **chosen)
+        found[name, agreement, hvp] = one_step(name, batches, agreement=agreement, track_alignment=True, **chosen)
     return found
 
 
-@pytest.mark.parametrize("parallel", ["domains", "data"])
-def test_several_ranks_find_what_one_process_finds(parallel: str):
-    everywhere = on_ranks(3, steps, parallel)
+def test_ranks_with_some_domains_each_find_what_one_process_finds():
+    everywhere = on_ranks(3, steps)
     assert all(ranks.same(everywhere[0], other) for other in everywhere)
-    if parallel == "domains":
-        domains = ranks.domain_batches(5, 1)
-        losses = [partial(ranks.loss_of, batch=batch) for batch in domains]
-        shares = [share(domains, rank) for rank in range(3)]
-    else:
-        domains = ranks.domain_batches(3, 1)
-        losses = [partial(ranks.loss_over, batch=batch, size=3) for batch in domains]
-        shares = [[ranks.part(batch, rank, 3) for batch in domains] for rank in range(3)]
+    domains = ranks.domain_batches(5, 1)
     for (name, agreement, hvp), found in everywhere[0].items():
-        check(found, name, agreement, losses, HVPS.get(hvp, 1e-12))
+        check(found, name, agreement, [partial(ranks.loss_of, batch=batch) for batch in domains], HVPS.get(hvp, 1e-12))
         left = []
-        for batches in shares:
+        for rank in range(3):
             model = ranks.build(name)
-            for batch in batches:
+            for batch in share(domains, rank):
                 ranks.loss_of(model, batch)
             left.append(ranks.buffers_of(model))
         torch.testing.assert_close(found["buffers"], ranks.mean_of_buffers(left))
@@ -114,67 +100,6 @@ def check(
     torch.testing.assert_close(found["inner_product"], mean_pairwise_inner_product(vectors), **close)
     torch.testing.assert_close(found["cosine"], mean_pairwise_cosine(vectors), **close)
     torch.testing.assert_close(found["grad_norms"], torch.stack([v.norm() for v in vectors]), **close)
-
-
-def any_agreement(gradients: list[dict[str, Tensor]]) -> Tensor:
-    """A function of the user's own: the mean inner product, where the last parameter counts twice."""
-    vectors = [torch.cat([g.reshape(-1) * (1 + n.endswith("bias")) for n, g in sorted(gs.items())]) for gs in gradients]
-    return mean_pairwise_inner_product(vectors)
-
-
-def by_samples_only() -> dict[str, Any]:
-    batches = ranks.mine(ranks.domain_batches(3, 1))
-    torch.manual_seed(dist.get_rank())  # every rank would draw other domains
-    found = {
-        "function": one_step("tied", batches, agreement=any_agreement, parallel="data"),
-        "pairs": one_step("tied", batches, track_alignment="pairs", parallel="data"),
-        "one pass": one_step("tied", batches, one_pass=True, parallel="data"),
-    }
-    model = ranks.build("batch_norm")
-    ddp = DistributedDataParallel(model)
-    optimizer = by(ddp, torch.optim.Adam(model.parameters(), lr=1e-2), agreement="inner_product", parallel="data")
-    for seed in range(3):
-        optimizer.meta_step(partial(ranks.loss_of, ddp), ranks.mine(ranks.domain_batches(3, seed)))
-    found["ddp"] = ranks.state_of(model, optimizer)
-    ddp.zero_grad()
-    ranks.loss_of(ddp, ranks.mine(ranks.domain_batches(3, 1))[0]).backward()
-    found["reduces as ever"] = ranks.gradients_of(model)
-    return found
-
-
-def test_what_needs_all_gradients_works_by_samples_and_ddp_is_the_plain_module():
-    everywhere = on_ranks(2, by_samples_only)
-    found = everywhere[0]
-    assert ranks.same(found, everywhere[1])
-    model = ranks.build("tied")
-    parameters, names = list(model.parameters()), [n for n, _ in model.named_parameters()]
-    losses = [partial(ranks.loss_over, model, batch, 2) for batch in ranks.domain_batches(3, 1)]
-    gradients = [torch.autograd.grad(loss(), parameters) for loss in losses]
-    vectors = [torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients]
-    cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in vectors]) for b in vectors])
-    torch.testing.assert_close(found["pairs"]["cosines"], cosines)
-    once = idgm_grad(
-        lambda p, batch: ranks.loss_over(model, batch, 2), dict(model.named_parameters()),
-        ranks.domain_batches(3, 1), GAMMA, "variance", one_pass=True,
-    )  # fmt: skip
-    torch.testing.assert_close(found["one pass"]["gradients"], tuple(once.gradient.values()), rtol=1e-9, atol=1e-12)
-
-    def flat_agreement(flat: list[Tensor]) -> Tensor:
-        sizes = [p.numel() for p in parameters]
-        return any_agreement([dict(zip(names, one.split(sizes), strict=True)) for one in flat])
-
-    expected = naive_idgm(parameters, losses, GAMMA, flat_agreement)[1]
-    torch.testing.assert_close(found["function"]["gradients"], expected)
-    oracle = ranks.build("batch_norm")  # one process with every batch in two parts
-    optimizer = torch.optim.Adam(oracle.parameters(), lr=1e-2)
-    for seed in range(3):
-        calls = [partial(ranks.loss_over, oracle, b, 2) for b in ranks.domain_batches(3, seed)]
-        gradient = naive_idgm(list(oracle.parameters()), calls, GAMMA, "inner_product")[1]
-        for p, g in zip(oracle.parameters(), gradient, strict=True):
-            p.grad = g
-        optimizer.step()
-    for name, p in oracle.named_parameters():
-        torch.testing.assert_close(found["ddp"][0][name], p.detach(), rtol=1e-9, atol=1e-11)
 
 
 # ---------------------------------------------------------------------------------------------------------- collectives
@@ -231,7 +156,7 @@ def buffers_that_move(method: str) -> Any:
     model = Remembering()
     chosen: Any = IDGM(model, GAMMA, **ranks.world())
     if method != "IDGM":
-        chosen = SmoothFish(1.0, 0.1, model, **ranks.world(parallel="walks"))
+        chosen = SmoothFish(1.0, 0.1, model, **ranks.world(parallel=method))
     optimizer = GradMatch(sgd(model), chosen)
     batches = [torch.randn(5, 4, dtype=torch.float64) + dist.get_rank() for _ in range(2)]
     with ranks.Collectives() as collectives:
@@ -239,7 +164,7 @@ def buffers_that_move(method: str) -> Any:
     return collectives.reductions(), ranks.buffers_of(model)
 
 
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
+@pytest.mark.parametrize("method", ["IDGM", "walks", "data"])
 def test_only_buffers_that_moved_are_reduced_and_in_their_own_dtype(method: str):
     everywhere = on_ranks(2, buffers_that_move, method)
     assert ranks.same(*everywhere)
@@ -265,7 +190,7 @@ def refusals() -> dict[str, str]:
     batches = ranks.domain_batches(2, dist.get_rank())
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     chosen: dict[str, dict[str, Any]] = {
-        "function": {"agreement": any_agreement},
+        "function": {"agreement": lambda gradients: gradients[0]["0.bias"].square().sum()},
         "pairs": {"track_alignment": "pairs"},
         "one pass": {"one_pass": True},
         "one domain": {"parallel": "walks"},

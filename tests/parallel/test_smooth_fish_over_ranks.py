@@ -32,19 +32,17 @@ def by(model: nn.Module, gamma: float, optimizer: Any = None, **settings: Any) -
     return GradMatch(optimizer, SmoothFish(gamma, LR, model=model, **ranks.world(**settings)))
 
 
-def steps(parallel: str) -> dict[Any, Any]:
+def steps() -> dict[Any, Any]:
     found = {}
     for name, (kind, (gamma, symmetric)) in itertools.product(NETWORKS, SETTINGS.items()):
-        batches = own(1, dist.get_rank()) if parallel == "walks" else ranks.mine(ranks.domain_batches(3, 1))
         model = ranks.build(name)
-        optimizer = by(model, gamma, symmetric=symmetric, parallel=parallel)
-        report = optimizer.meta_step(partial(ranks.loss_of, model), batches)
+        report = by(model, gamma, symmetric=symmetric).meta_step(partial(ranks.loss_of, model), own(1, dist.get_rank()))
         found[name, kind] = [ranks.gradients_of(model), ranks.buffers_of(model)], report.losses
     return found
 
 
 def test_walks_go_to_their_mean():
-    everywhere = on_ranks(2, steps, "walks")
+    everywhere = on_ranks(2, steps)
     for (name, kind), (found, _) in everywhere[0].items():
         assert ranks.same(found, everywhere[1][name, kind][0]), (name, kind)
         gamma, symmetric = SETTINGS[kind]
@@ -61,68 +59,27 @@ def test_walks_go_to_their_mean():
         torch.testing.assert_close(found[1], ranks.mean_of_buffers(buffers))
 
 
-def test_parts_of_batches_make_one_walk():
-    everywhere = on_ranks(2, steps, "data")
-    assert ranks.same(*everywhere)
-    domains = ranks.domain_batches(3, 1)
-    for (name, kind), (found, losses) in everywhere[0].items():
-        gamma, symmetric = SETTINGS[kind]
-        model = ranks.build(name)
-        expected = smooth_fish_gradient(
-            model, partial(ranks.loss_over, size=2), domains, gamma, LR, symmetric=symmetric
-        )
-        torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
-        if kind == "walk":
-            continue
-        here = torch.stack([ranks.loss_over(ranks.build(name), batch, 2) for batch in domains]).detach()
-        torch.testing.assert_close(losses, here)
-        left = []
-        for rank in range(2):
-            model = ranks.build(name)
-            for batch in domains:
-                ranks.loss_of(model, ranks.part(batch, rank, 2))
-            left.append(ranks.buffers_of(model))
-        torch.testing.assert_close(found[1], ranks.mean_of_buffers(left))
-
-
 # ------------------------------------------------------------------------------------------- DistributedDataParallel
 
 
-def over_ddp() -> dict[Any, Any]:
-    """Its own reducer averages; nobody was told of a group."""
-    found = {}
-    size = sum(p.nbytes for p in ranks.build("wide").parameters())
-    for name, (kind, (gamma, symmetric)) in itertools.product([*NETWORKS, "smooth", "wide"], SETTINGS.items()):
-        model = ranks.build(name)
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=kind == "strong")
-        adam = torch.optim.Adam(model.parameters(), lr=1e-2)
-        optimizer = GradMatch(adam, SmoothFish(gamma, LR, model=ddp, symmetric=symmetric))
-        for seed in range(3):
+def sent_over_ddp() -> dict[str, list[int]]:
+    """Bytes of each large reduction in a meta-iteration."""
+    found, size = {}, sum(p.nbytes for p in ranks.build("wide").parameters())
+    for kind, (gamma, symmetric) in SETTINGS.items():
+        model = DistributedDataParallel(ranks.build("wide"), gradient_as_bucket_view=kind == "strong")
+        method = SmoothFish(gamma, LR, model=model, symmetric=symmetric)
+        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
+        for seed in range(2):
             with ranks.Collectives() as sent:
-                optimizer.meta_step(partial(ranks.loss_of, ddp), ranks.mine(ranks.domain_batches(3, seed)))
-        found[name, kind] = ranks.weights(model), [n for n in sent.reductions() if n > size / 4]
+                optimizer.meta_step(partial(ranks.loss_of, model), ranks.mine(ranks.domain_batches(3, seed)))
+        found[kind] = [n for n in sent.reductions() if n > size / 4]
     return found
 
 
-def test_over_ddp_it_is_one_process_on_the_whole_batch():
-    """Also with BatchNorm, which sees one part at a time."""
-    first, last = on_ranks(2, over_ddp)
-    assert ranks.same(first, last)
+def test_over_ddp_each_gradient_is_reduced_once():
     size = sum(p.nbytes for p in ranks.build("wide").parameters())
-    for (name, kind), (found, large) in first.items():
-        gamma, symmetric = SETTINGS[kind]
-        if name == "wide":
-            assert large == [size] * {"walk": 3, "mean": 3, "strong": 5, "symmetric": 7}[kind]
-        model = ranks.build(name)
-        loss = ranks.loss_of if name in ("smooth", "transformer", "tied") else partial(ranks.loss_over, size=2)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        for seed in range(3):
-            batches = ranks.domain_batches(3, seed)
-            gradient = smooth_fish_gradient(model, loss, batches, gamma, LR, symmetric=symmetric)
-            for p, g in zip(model.parameters(), gradient, strict=True):
-                p.grad = g
-            optimizer.step()
-        assert ranks.distance(found, ranks.weights(model)) < 1e-9, (name, kind)
+    for large in on_ranks(2, sent_over_ddp):
+        assert large == {kind: [size] * n for kind, n in zip(SETTINGS, (3, 3, 5, 7), strict=True)}
 
 
 # ------------------------------------------------------------------------------------- many iterations, and collectives

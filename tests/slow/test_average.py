@@ -1,4 +1,7 @@
-"""The mean of the slow weights: torch's own averaged model, step by step, whatever the method and the loop."""
+"""The mean of the slow weights: torch's own averaged model, step by step, whatever the method and the loop.
+
+On several ranks: ``tests/parallel/test_every_method_on_ranks.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,7 @@ import pytest
 import torch
 from _feature_training import batches, feature_net, snapshot, train
 from _models import FeatureNet, assert_identical, loss_of
-from _ranks import on_ranks
-from _spread import build, domain_batches, error_of, mine, spread, weights, world
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import LBFGS, SGD, Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -275,62 +275,3 @@ def test_checkpoints_without_an_average_or_of_another_model():
     ):
         with pytest.raises(ValueError, match=message):
             kept.load_state_dict(state | {"gradmatch": state["gradmatch"] | {"average": damaged}})
-
-
-# ------------------------------------------------------------------------------------------------- several processes
-
-
-def on_one_rank(scheme: str, method_name: str) -> Any:
-    """The average over a model that is spread, its training, and what a distributed checkpoint says."""
-    plain = scheme in {"walks", "domains"}
-    model = build("batch_norm") if plain else spread(scheme, build("batch_norm"))
-    method = {
-        "Fish": lambda: Fish(0.5, model=model, **(world(inner_state="reset") if plain else {})),
-        "SmoothFish": lambda: METHODS["SmoothFish"](model),
-        "IDGM": lambda: IDGM(model, **world()),
-    }[method_name]
-    optimizer = GradMatch(Adam(model.parameters(), lr=0.01), method(), average=Average())
-    for number in range(3):
-        whole = domain_batches(3, number)
-        optimizer.meta_step(lambda batch: (model(batch[0]) - batch[1]).square().mean(), mine(whole))
-        with torch.no_grad():
-            model(whole[0][0])  # leaves whole parameters where a model is sharded
-    with optimizer.averaged_weights():
-        inside = weights(model)
-        output = model(domain_batches(1, 9)[0][0]).detach()
-    after = model(domain_batches(1, 9)[0][0]).detach()
-    state = copy.deepcopy(optimizer.state_dict())
-    model.eval()
-    optimizer.load_state_dict(state)
-    with optimizer.averaged_weights():
-        assert_identical(weights(model), inside)
-    return inside, output, after, error_of(get_optimizer_state_dict, model, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("scheme", "method"),
-    [
-        *(("ddp", "Fish"), ("fsdp", "Fish"), ("fsdp", "SmoothFish"), ("kept", "Fish")),
-        *(("walks", "Fish"), ("domains", "IDGM")),
-    ],
-)
-def test_over_ranks_every_one_has_the_same_average_and_shows_it(scheme: str, method: str):
-    (inside, shown, after, error), second = on_ranks(2, on_one_rank, scheme, method)
-    assert_identical(inside, second[0])
-    by_hand = build("batch_norm")
-    by_hand.load_state_dict(inside, strict=False)
-    expected = by_hand(domain_batches(1, 9)[0][0]).detach()
-    torch.testing.assert_close(shown, expected, rtol=1e-9, atol=1e-9)
-    assert (shown - after).abs().max() > 1e-6  # and its own weights again afterwards
-    assert "torch.distributed.checkpoint does not keep" in error
-
-
-def without_model() -> str:
-    model = spread("fsdp", build("smooth"))
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.5), average=Average())
-    optimizer.meta_step(lambda b: (model(b[0]) - b[1]).square().mean(), mine(domain_batches(2, 0)))
-    return error_of(optimizer.averaged_weights().__enter__)
-
-
-def test_a_sharded_model_has_to_be_known():
-    assert all("pass the method model=model" in error for error in on_ranks(2, without_model))

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -373,34 +373,51 @@ def test_conversions_from_and_to_half_precision_are_those_of_torch(kernel: Kerne
 
 
 class Fault(NamedTuple):
-    """An expression of kernel.h that becomes another, and what the sanitized program says of it, if it can."""
+    """An expression of kernel.h that becomes another; what the sanitized program says of it; a check that fails."""
 
     expression: str
     planted: str
     report: str | None = None
+    check: Callable[[Kernel], None] | None = None
 
 
+OUTSIDE, MISALIGNED, WRONG = "heap-buffer-overflow", "misaligned address", "wrong result"
 SLOW_ALIGNED = "table.slow[low] % sizeof(SlowVector) == 0"
 FAST_ALIGNED = "table.fast[low] % sizeof(FastVector) == 0"
 FIRST_BLOCK = "table.first_block[middle] <= blockIdx.x"
 BEGIN = "static_cast<int64_t>(blockIdx.x - table.first_block[low]) * kChunk"
 NUMEL = "static_cast<int64_t>(table.numel_high[low]) << 32 | table.numel_low[low]"
+
+
+def moving(*sizes: int, offset: int = 0) -> Callable[[Kernel], None]:
+    """At weight 0.5, where compiled without optimization the rounding is the same, fused or not."""
+    return lambda kernel: check(kernel, 0, sizes, [(0, 0), (offset, offset)], 0.5)
+
+
+def moving_large(kernel: Kernel) -> None:
+    check_large(kernel, 2, 0)
+
+
 FAULTS = {
-    "one element too many": Fault("i < n", "i <= n", "heap-buffer-overflow"),
-    "one element too few": Fault("i < n", "i < n - 1", "wrong result"),
-    "one vector too many": Fault("v < vectors", "v <= vectors", "heap-buffer-overflow"),
-    "an element left out behind the vectors": Fault("vectors * kWidth", "vectors * kWidth + 1", "wrong result"),
-    "half a chunk taken for a whole one": Fault("n == kChunk", "n >= kChunk / 2", "heap-buffer-overflow"),
-    "a chunk begins one late": Fault(BEGIN, f"{BEGIN} + 1", "misaligned address"),
-    "no alignment asked for": Fault(f"{SLOW_ALIGNED} && {FAST_ALIGNED}", "true", "misaligned address"),
-    "no alignment of slow asked for": Fault(SLOW_ALIGNED, "true", "misaligned address"),
-    "no alignment of fast asked for": Fault(FAST_ALIGNED, "true", "misaligned address"),
-    "the tensor before": Fault(FIRST_BLOCK, FIRST_BLOCK.replace("<=", "<"), "wrong result"),
-    "no block for a tail": Fault("(numel + kChunk - 1) / kChunk", "numel / kChunk", "wrong result"),
-    "half of numel read": Fault(NUMEL, "static_cast<int64_t>(table.numel_low[low])"),
-    "half of numel written": Fault("static_cast<uint16_t>(span.numel >> 32)", "uint16_t{0}"),
-    "half of where a chunk begins": Fault(BEGIN, f"static_cast<uint32_t>({BEGIN})"),
-    "more blocks than a launch takes": Fault("blocks + needed > kMaxBlocks", "false"),
+    "one element too many": Fault("i < n", "i <= n", OUTSIDE, moving(5, 4095, offset=1)),
+    "one element too few": Fault("i < n", "i < n - 1", WRONG, moving(5, 5)),
+    "one vector too many": Fault("v < vectors", "v <= vectors", OUTSIDE, moving(8, 4092)),
+    "an element left out behind the vectors": Fault("vectors * kWidth", "vectors * kWidth + 1", WRONG, moving(5, 5)),
+    "half a chunk taken for a whole one": Fault("n == kChunk", "n >= kChunk / 2", OUTSIDE),
+    "a chunk begins one late": Fault(BEGIN, f"{BEGIN} + 1", MISALIGNED, moving(5, 4095, offset=1)),
+    "no alignment asked for": Fault(f"{SLOW_ALIGNED} && {FAST_ALIGNED}", "true", MISALIGNED),
+    "no alignment of slow asked for": Fault(SLOW_ALIGNED, "true", MISALIGNED),
+    "no alignment of fast asked for": Fault(FAST_ALIGNED, "true", MISALIGNED),
+    "the tensor before": Fault(FIRST_BLOCK, FIRST_BLOCK.replace("<=", "<"), WRONG, moving(5, 5)),
+    "no block for a tail": Fault("(numel + kChunk - 1) / kChunk", "numel / kChunk", WRONG),
+    "half of numel read": Fault(NUMEL, "static_cast<int64_t>(table.numel_low[low])", None, moving_large),
+    "half of numel written": Fault(
+        "static_cast<uint16_t>(span.numel >> 32)", "uint16_t{0}", None, lambda kernel: check_plan(kernel, 0, [2**32])
+    ),
+    "half of where a chunk begins": Fault(BEGIN, f"static_cast<uint32_t>({BEGIN})", None, moving_large),
+    "more blocks than a launch takes": Fault(
+        "blocks + needed > kMaxBlocks", "false", None, lambda kernel: check_plan(kernel, 0, [1, LARGEST, LARGEST])
+    ),
 }
 
 
@@ -456,26 +473,15 @@ def test_sanitizers_and_results_tell_planted_faults_and_nothing_else(sanitized_p
     assert (FAULTS[name].report or "") in done.stderr if name else not done.stderr
 
 
-CHECKS = {  # at weight 0.5, where compiled without optimization the rounding is the same, fused or not
-    "one element too many": lambda kernel: check(kernel, 0, [5, 4095], [(0, 0), (1, 1)], 0.5),
-    "one vector too many": lambda kernel: check(kernel, 0, [8, 4092], [(0, 0), (0, 0)], 0.5),
-    "a chunk begins one late": lambda kernel: check(kernel, 0, [5, 4095], [(1, 1), (1, 1)], 0.5),
-    "the tensor before": lambda kernel: check(kernel, 0, [5, 5], [(0, 0), (0, 0)], 0.5),
-    "half of numel read": lambda kernel: check_large(kernel, 2, 0),
-    "half of numel written": lambda kernel: check_plan(kernel, 0, [2**32]),
-    "half of where a chunk begins": lambda kernel: check_large(kernel, 2, 0),
-    "more blocks than a launch takes": lambda kernel: check_plan(kernel, 0, [1, LARGEST, LARGEST]),
-}
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for address space without memory")
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.check])
 def test_the_checks_here_tell_planted_faults(faulty_kernel: Kernel, name: str):
-    fault = ctypes.c_int.in_dll(faulty_kernel.library, "fault")
-    CHECKS[name](faulty_kernel)
-    fault.value = 1 + list(FAULTS).index(name)
+    number, tells = ctypes.c_int.in_dll(faulty_kernel.library, "fault"), FAULTS[name].check
+    assert tells is not None
+    tells(faulty_kernel)
+    number.value = 1 + list(FAULTS).index(name)
     try:
         with pytest.raises(AssertionError):
-            CHECKS[name](faulty_kernel)
+            tells(faulty_kernel)
     finally:
-        fault.value = 0
+        number.value = 0
