@@ -223,26 +223,6 @@ def test_walks_are_the_mean_of_each_and_the_same_bits_everywhere(size: int, kind
             assert ranks.distance({n: found[n] for n in expected}, expected) < 1e-9, name
 
 
-def sent_by_walks(domains: int) -> list[tuple[list[int], int]]:
-    """Bytes of each reduction, and how many agreements, in the first three meta-iterations."""
-    model = ranks.build("smooth")
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), walking(model))
-    found = []
-    for iteration in range(3):
-        with ranks.Collectives() as sent:
-            iterate(model, optimizer, ranks.domain_batches(domains, iteration))
-        found.append((sent.reductions(), sent.agreements()))
-    return found
-
-
-def test_walks_reduce_the_parameters_once_whatever_the_number_of_domains_and_compare_them_once():
-    size = sum(p.numel() * 8 for p in ranks.build("smooth").parameters())
-    for domains in (2, 5):
-        (first, of_first), *others = on_ranks(2, sent_by_walks, domains)[0]
-        assert first == [size]
-        assert others == [([size], of_first - 2)] * 2
-
-
 def walk_over_shards() -> dict[str, Tensor]:
     """Four ranks: shards within two nodes of two, walks across them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("walks", "shards"))

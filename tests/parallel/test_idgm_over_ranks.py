@@ -105,36 +105,6 @@ def check(
 # ---------------------------------------------------------------------------------------------------------- collectives
 
 
-def sent(each: int, parallel: str) -> Any:
-    """Four meta-iterations by each agreement: the reductions of the last, agreements of first and last, the state."""
-    found = {}
-    for agreement in AGREEMENTS:
-        model = ranks.build("wide")
-        optimizer = by(model, torch.optim.Adam(model.parameters(), lr=1e-2), agreement=agreement, parallel=parallel)
-        agreements = []
-        for seed in range(4):
-            own = ranks.domain_batches(each, 10 * seed + dist.get_rank())
-            batches = own if parallel == "domains" else ranks.mine(ranks.domain_batches(each, seed))
-            with ranks.Collectives() as collectives:
-                optimizer.meta_step(partial(ranks.loss_of, model), batches)
-            agreements.append(collectives.agreements())
-        found[agreement] = collectives.reductions(), agreements[0], agreements[-1], ranks.state_of(model, optimizer)
-    return found
-
-
-@pytest.mark.parametrize(("parallel", "each", "large"), [("domains", 1, 2), ("domains", 4, 2), ("data", 4, 5)])
-def test_two_all_reduces_by_domains_whatever_their_number_and_one_more_than_domains_by_samples(
-    parallel: str, each: int, large: int
-):
-    everywhere = on_ranks(3 if parallel == "domains" else 2, sent, each, parallel)
-    assert all(ranks.same(everywhere[0], other) for other in everywhere)
-    size = sum(p.nbytes for p in ranks.build("wide").parameters())
-    for agreement, (reductions, _, _, _) in everywhere[0].items():
-        more = parallel == "domains" and agreement == "cosine"
-        assert [n for n in reductions if n > size / 4] == [size] * (large + more)
-        assert len(reductions) == large + more + 4  # numbers of the domains, which buffers moved, buffers of two kinds
-
-
 class Remembering(nn.Module):
     """A large buffer that never moves, one in half precision that does, and one that moves on one rank only."""
 
@@ -174,12 +144,6 @@ def test_only_buffers_that_moved_are_reduced_and_in_their_own_dtype(method: str)
     assert buffers["here"].tolist() == [1.0] * 3  # the mean of 0 and 2
     assert buffers["seen"].dtype == torch.bfloat16
     assert bool(buffers["seen"].any())
-
-
-def test_the_parameters_are_compared_once():
-    """By two agreements; later ones are about other things."""
-    for _, first, last, _ in on_ranks(2, sent, 2, "domains")[0].values():
-        assert last == first - 2
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -7,13 +7,11 @@ from functools import partial
 from typing import Any
 
 import _spread as ranks
-import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _reference import smooth_fish_gradient
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import GradMatch, SmoothFish
 
@@ -59,61 +57,18 @@ def test_walks_go_to_their_mean():
         torch.testing.assert_close(found[1], ranks.mean_of_buffers(buffers))
 
 
-# ------------------------------------------------------------------------------------------- DistributedDataParallel
-
-
-def sent_over_ddp() -> dict[str, list[int]]:
-    """Bytes of each large reduction in a meta-iteration."""
-    found, size = {}, sum(p.nbytes for p in ranks.build("wide").parameters())
-    for kind, (gamma, symmetric) in SETTINGS.items():
-        model = DistributedDataParallel(ranks.build("wide"), gradient_as_bucket_view=kind == "strong")
-        method = SmoothFish(gamma, LR, model=model, symmetric=symmetric)
-        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-        for seed in range(2):
-            with ranks.Collectives() as sent:
-                optimizer.meta_step(partial(ranks.loss_of, model), ranks.mine(ranks.domain_batches(3, seed)))
-        found[kind] = [n for n in sent.reductions() if n > size / 4]
-    return found
-
-
-def test_over_ddp_each_gradient_is_reduced_once():
-    size = sum(p.nbytes for p in ranks.build("wide").parameters())
-    for large in on_ranks(2, sent_over_ddp):
-        assert large == {kind: [size] * n for kind, n in zip(SETTINGS, (3, 3, 5, 7), strict=True)}
-
-
-# ------------------------------------------------------------------------------------- many iterations, and collectives
-
-
-def train(parallel: str, gamma: float, optimizer_class: Any) -> Any:
-    """Four meta-iterations: the reductions of the last, and the state."""
+def by_a_line_search() -> Any:
     model = ranks.build("wide")
-    settings = (
-        {"max_iter": 5, "line_search_fn": "strong_wolfe"} if optimizer_class is torch.optim.LBFGS else {"lr": 1e-2}
-    )
-    optimizer = by(model, gamma, optimizer_class(model.parameters(), **settings), parallel=parallel)
+    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")
+    optimizer = by(model, 1.0, lbfgs)
     for seed in range(4):
-        batches = own(seed, dist.get_rank()) if parallel == "walks" else ranks.mine(ranks.domain_batches(3, seed))
-        with ranks.Collectives() as sent:
-            optimizer.meta_step(partial(ranks.loss_of, model), batches)
-    return sent.reductions(), [dict(model.state_dict()), ranks.gradients_of(model)]
-
-
-@pytest.mark.parametrize(
-    ("parallel", "gamma", "large", "number"),
-    [("walks", 1.0, 1, 5), ("walks", 2.0, 1, 5), ("data", 1.0, 3, 7), ("data", 2.0, 5, 9)],
-)
-def test_all_reduces_are_few_and_ranks_stay_the_same(parallel: str, gamma: float, large: int, number: int):
-    everywhere = on_ranks(3, train, parallel, gamma, torch.optim.Adam)
-    assert all(ranks.same(everywhere[0], other) for other in everywhere)
-    reductions, size = everywhere[0][0], sum(p.nbytes for p in ranks.build("wide").parameters())
-    assert [n for n in reductions if n > size / 4] == [size] * large
-    assert len(reductions) == number  # flags or losses, which buffers moved, and buffers of two kinds
+        optimizer.meta_step(partial(ranks.loss_of, model), own(seed, dist.get_rank()))
+    return [dict(model.state_dict()), ranks.gradients_of(model)]
 
 
 def test_a_line_search_goes_the_same_way_everywhere():
-    everywhere = on_ranks(3, train, "walks", 1.0, torch.optim.LBFGS)
-    assert all(ranks.same(everywhere[0][1], other[1]) for other in everywhere)
+    everywhere = on_ranks(3, by_a_line_search)
+    assert all(ranks.same(everywhere[0], other) for other in everywhere)
 
 
 def with_scaler() -> Any:
