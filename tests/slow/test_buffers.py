@@ -309,26 +309,18 @@ def test_weights_and_buffers_are_interpolated_by_one_call_and_stay_if_it_fails()
         torch.testing.assert_close(model.state_dict()[name], interpolated(before[name], fast[name]))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("method", ["Fish", "SmoothFish"])
-def test_a_failing_meta_step_restores_the_buffers_of_when_it_was_called(method: str, error: type[BaseException]):
+def test_a_failing_meta_step_restores_the_buffers_of_when_it_was_called(method: str):
+    """Also one that every forward pass replaces; what else is restored: ``tests/methods/test_undo.py``."""
     model = nn.Sequential(Holds(torch.zeros(()), lambda seen, _: seen + 1), *network())
     built = Fish(0.25, model=model) if method == "Fish" else SmoothFish(1.0, 0.1, model)
     optimizer = GradMatch(SGD(model.parameters(), lr=0.01), built)
     model(batch(0)).sum().backward()  # a forward pass with gradients that leads to no step
     before = copy.deepcopy(model.state_dict())
-
-    def loss_fn(x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        if x.max() > 5 and error is KeyboardInterrupt:
-            raise KeyboardInterrupt
-        return loss * (float("nan") if x.max() > 5 else 1.0)
-
-    with pytest.raises(error) as found:
-        optimizer.meta_step(loss_fn, [batch(1), batch(2) + 10])
+    with pytest.raises(ValueError, match="batch 1 is nan"):
+        optimizer.meta_step(lambda x: model(x).square().mean() * x.max().clamp(max=1), [batch(1), batch(2) * torch.nan])
     assert_identical(model.state_dict(), before)
     assert optimizer.inner_step == 0
-    assert any("buffers" in note for note in getattr(found.value, "__notes__", ["buffers"]))  # Python 3.11
 
 
 def test_a_buffer_that_becomes_nan_is_named():
