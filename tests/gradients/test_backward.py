@@ -10,7 +10,6 @@ import torch
 from _ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -47,8 +46,7 @@ def idgm(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], **
 
 def assert_same(found: IDGMGradient, expected: IDGMGradient, **tolerance: float) -> None:
     for name, gradient in expected.gradient.items():
-        full = found.gradient[name].full_tensor() if isinstance(found.gradient[name], DTensor) else found.gradient[name]
-        torch.testing.assert_close(full, gradient, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+        torch.testing.assert_close(found.gradient[name], gradient, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
 def scaling(factor: float | Tensor) -> Callable[[Tensor], None]:
@@ -151,17 +149,13 @@ def through_distributed_data_parallel() -> None:
 
 
 def through_fully_shard() -> None:
-    """What is measured, and the gamma that is found, are of whole gradients and not of this rank's shards."""
+    """What is measured is of whole gradients and not of this rank's shards."""
     model, batches = model_and_batches()
     expected = gradient_alignment(model.parameters(), squared(model), batches, pairs=True)
-    objective = idgm(model, batches, squared(model), gamma=None)
     fully_shard(model)
     found = gradient_alignment(model.parameters(), squared(model), batches, pairs=True)
     for name in ("inner_product", "cosine", "grad_norms", "cosines"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-    sharded = idgm(model, batches, squared(model), gamma=None, hvp="finite_difference", compare=True)
-    assert sharded.gamma == pytest.approx(objective.gamma, rel=1e-6)
-    assert_same(sharded, objective, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("through", [through_distributed_data_parallel, through_fully_shard])

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from _ranks import on_ranks
 from _regression import AGREEMENTS, drawn, phi_of, regression
-from torch import Tensor, nn
 
-from torch_gradmatch import IDGM, GradMatch
 from torch_gradmatch.gradients.functional import idgm_grad
 
 WAYS: dict[str, dict[str, Any]] = {hvp: {"hvp": hvp} for hvp in ("reverse", "forward", "finite_difference")}
@@ -55,33 +52,3 @@ def test_what_is_not_finite_is_not_finite_in_the_gradient(factor: float):
     found = idgm_grad(lambda w, x: factor * (w * x).square().sum(), torch.ones(2), batches, None, check=False)
     assert found.gamma is None
     assert not found.gradient.isfinite().any()
-
-
-class Regression(nn.Module):
-    def __init__(self, theta: Tensor) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(theta)
-
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return regression(self.theta, batch)
-
-
-def found_over_ranks(kind: str) -> tuple[Tensor, float | None]:
-    theta, batches = drawn(0, 3)
-    rank, model = torch.distributed.get_rank(), Regression(theta)
-    if kind == "domains":
-        own = batches[:1] if rank == 0 else batches[1:]
-    else:
-        own = [(x[3 * rank : 3 * rank + 3], y[3 * rank : 3 * rank + 3]) for x, y in batches]
-    method = IDGM(model, process_group=torch.distributed.group.WORLD, parallel=kind)
-    report = GradMatch(torch.optim.SGD(model.parameters(), lr=0.0), method).meta_step(model.loss, own)
-    return model.theta.grad, report.gamma
-
-
-@pytest.mark.parametrize("kind", ["domains", "data"])
-def test_all_ranks_find_the_same(kind: str):
-    expected = idgm_grad(regression, *drawn(0, 3), None, "variance")
-    (first, gamma), (second, other) = on_ranks(2, found_over_ranks, kind)
-    assert gamma == other == pytest.approx(expected.gamma, rel=1e-9)
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, expected.gradient)

@@ -34,8 +34,8 @@ CASES = [
 ]
 
 
-def by(model: nn.Module, optimizer: Any, **settings: Any) -> GradMatch[IDGM]:
-    return GradMatch(optimizer, IDGM(model, GAMMA, **ranks.world(**settings)))
+def by(model: nn.Module, optimizer: Any, gamma: float | None = GAMMA, **settings: Any) -> GradMatch[IDGM]:
+    return GradMatch(optimizer, IDGM(model, gamma, **ranks.world(**settings)))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -64,6 +64,7 @@ def steps() -> dict[Any, Any]:
     for name, agreement, hvp in CASES:
         chosen = {"keep_graphs": True} if hvp == "kept" else {"hvp": hvp}
         found[name, agreement, hvp] = one_step(name, batches, agreement=agreement, track_alignment=True, **chosen)
+    found["by strength"] = one_step("batch_norm", batches, gamma=None)
     return found
 
 
@@ -71,6 +72,10 @@ def test_ranks_with_some_domains_each_find_what_one_process_finds():
     everywhere = on_ranks(3, steps)
     assert all(ranks.same(everywhere[0], other) for other in everywhere)
     domains = ranks.domain_batches(5, 1)
+    by_strength, model = everywhere[0].pop("by strength"), ranks.build("batch_norm")
+    gamma = GradMatch(sgd(model), IDGM(model)).meta_step(partial(ranks.loss_of, model), domains).gamma
+    assert by_strength["gamma"] == pytest.approx(gamma, rel=1e-9)
+    torch.testing.assert_close(by_strength["gradients"], ranks.gradients_of(model))
     for (name, agreement, hvp), found in everywhere[0].items():
         check(found, name, agreement, [partial(ranks.loss_of, batch=batch) for batch in domains], HVPS.get(hvp, 1e-12))
         left = []

@@ -209,27 +209,25 @@ def test_the_number_of_threads_changes_nothing():
     assert all(map(torch.equal, *results))
 
 
-BAD_PAIRS = {
-    r"\[1\] has shape \(2,\) and fast\[1\] \(1,\)": (torch.zeros(2), torch.ones(1)),  # foreach would broadcast
-    r"\[1\] has shape \(2,\) and fast\[1\] \(3,\)": (torch.zeros(2, device="meta"), torch.ones(3, device="meta")),
-    r"slow\[1\] is torch.int64": (torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)),
-    r"slow\[1\] is torch.float32 and fast\[1\] torch.complex64": (torch.zeros(2), torch.zeros(2) + 0j),
-    r"slow\[1\] is on cpu and fast\[1\] on meta": (torch.zeros(2), torch.zeros(2, device="meta")),
+META = torch.zeros(2, device="meta")
+REFUSED: dict[str, tuple[list[Tensor], list[Tensor], float]] = {
+    "same length": ([torch.zeros(2)], [], 0.5),
+    **{f"weight should lie in .*got {w}": ([torch.zeros(2)], [torch.ones(2)], w) for w in (-0.1, 1.1, float("nan"))},
+    r"\[1\] has shape \(2,\) and fast\[1\] \(1,\)": ([torch.zeros(2)], [torch.ones(1)], 0.5),  # would be broadcast
+    r"\[1\] has shape \(2,\) and fast\[1\] \(3,\)": ([META], [torch.ones(3, device="meta")], 0.5),
+    r"slow\[1\] is torch.int64": ([torch.zeros(2, dtype=torch.int64)], [torch.zeros(2, dtype=torch.int64)], 0.5),
+    r"slow\[1\] is torch.float32 and fast\[1\] torch.complex64": ([torch.zeros(2)], [torch.zeros(2) + 0j], 0.5),
+    r"slow\[1\] is on cpu and fast\[1\] on meta": ([torch.zeros(2)], [META], 0.5),
 }
 
 
-def test_bad_arguments_are_refused_before_anything_changes():
-    slow, fast = torch.zeros(2), torch.ones(2)
-    with pytest.raises(ValueError, match="same length"):
-        interpolate_([slow], [], 0.5)
-    for weight in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="weight should lie in"):
-            interpolate_([slow], [fast], weight)
-    for message, (s, f) in BAD_PAIRS.items():
-        with pytest.raises(ValueError, match=message):
-            interpolate_([slow, s], [fast, f], 0.5)
-    assert slow.tolist() == [0.0, 0.0]
-    assert fast.tolist() == [1.0, 1.0]
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_arguments_are_refused_before_anything_changes(message: str):
+    slow, fast, weight = REFUSED[message]
+    good = torch.zeros(2), torch.ones(2)
+    with pytest.raises(ValueError, match=message):
+        interpolate_([good[0], *slow], [good[1], *fast], weight)
+    assert [t.tolist() for t in good] == [[0.0] * 2, [1.0] * 2]
 
 
 # ------------------------------------------------------------------------------------------------- who takes which
