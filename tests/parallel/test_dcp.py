@@ -1,4 +1,4 @@
-"""``torch.distributed.checkpoint`` and ZeRO: resumes bit for bit, and in an inner loop is right or an error in words."""
+"""``torch.distributed.checkpoint`` and ZeRO: resumes bit for bit; in an inner loop it is right or an error in words."""
 
 from __future__ import annotations
 
