@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from _operations import count
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from test_ops import draw
 from torch import Tensor
 
@@ -33,6 +33,7 @@ def expected(slow: Tensor, fast: Tensor) -> Tensor:
     bucket=st.sampled_from([7, 1 << 25]),
     seed=st.integers(0, 2**32),
 )
+@example(kinds=[((3, 4), torch.bfloat16, layout) for layout in LAYOUTS], meta_dtype=torch.float32, bucket=7, seed=0)
 def test_refresh_keeps_the_digits_of_what_nobody_changed(
     kinds: list[tuple[tuple[int, ...], torch.dtype, str]], meta_dtype: torch.dtype | None, bucket: int, seed: int
 ):
