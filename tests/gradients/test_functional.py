@@ -125,6 +125,16 @@ def test_domain_gradients():
 # ------------------------------------------------------------------------------------------------------- the gradient
 
 
+def test_of_five_identical_domains_the_product_is_a_square_and_nothing_else_is_left_to_match():
+    theta, batches = drawn(4, 1)
+    gradient, hessian = (f(lambda t: regression(t, batches[0]))(theta) for f in (torch.func.grad, torch.func.hessian))
+    found = idgm_grad(regression, theta, batches * 5, GAMMA)
+    torch.testing.assert_close(found.agreement, gradient.square().sum())
+    torch.testing.assert_close(found.gradient, gradient - GAMMA * 2 * hessian @ gradient)
+    for chosen in ("variance", "cosine"):
+        torch.testing.assert_close(idgm_grad(regression, theta, batches * 5, 1.0, chosen).gradient, gradient)
+
+
 @pytest.mark.parametrize("chosen", AGREEMENTS)
 def test_gamma_zero_is_ordinary_training(chosen: str):
     theta, batches = drawn(5, 4)

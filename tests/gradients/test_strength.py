@@ -19,7 +19,7 @@ WAYS |= {way: {way: True} for way in ("keep_graphs", "one_pass")}
     ("chosen", "way"), [pair for pair in itertools.product(AGREEMENTS, WAYS) if pair != ("own", "one_pass")]
 )
 def test_the_matching_part_is_as_long_as_asked_for(chosen: str, way: str):
-    theta, batches = drawn(1, 3)
+    theta, batches = drawn(1, 4)
     mean = idgm_grad(regression, theta, batches, 0.0).gradient
     for strength in (0.1, 2.0):
         found = idgm_grad(regression, theta, batches, None, phi_of(chosen), strength=strength, **WAYS[way])
