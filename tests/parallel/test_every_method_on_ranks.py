@@ -186,6 +186,7 @@ FISH: dict[str, Callable[..., Any]] = {
     "Fish": lambda m, _: Fish(0.3, model=m, track_alignment=True),
     "Fish, reset": lambda m, _: Fish(0.3, model=m, inner_state="reset"),
     "Fish without model": lambda *_: Fish(0.3),
+    "SmoothFish without model": lambda *_: SmoothFish(0.3, 0.05, symmetric=True),
 }
 WALKS: dict[str, Callable[..., Any]] = {
     "walk": lambda m, _, **s: SmoothFish(1.0, 0.05, m, **s),
@@ -238,7 +239,7 @@ def wrap(scheme: str, name: str, network: str) -> tuple[nn.Module, GradMatch[Any
     shared = ranks.world() if name in FIRST_ORDER else ranks.world(parallel="data")
     method = EVERY[name](model, head, **(shared if scheme == "data" or (scheme, name) == ("ddp", "exact") else {}))
     optimizer = torch.optim.Adam if name in FIRST_ORDER or name in FISH else torch.optim.SGD
-    average = None if name == "Fish without model" else Average()
+    average = None if name.endswith("without model") else Average()
     return model, GradMatch(optimizer(model.parameters(), lr=0.01), method, average)
 
 
