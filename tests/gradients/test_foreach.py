@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_gradmatch.parallel.foreach import by_kind, clone_all, copy_all_
+from torch_gradmatch.parallel.foreach import clone_all, copy_all_
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
@@ -39,22 +39,18 @@ def test_clones_of_every_dtype_have_every_bit(new: bool, monkeypatch: pytest.Mon
     assert copies[-4].stride() == (1, 4)
 
 
-def test_clones_of_a_subclass_and_of_sparse_tensors():
+def test_clones_of_a_subclass_of_sparse_tensors_and_inside_a_transform():
     class Marked(Tensor):
         pass
 
-    marked = torch.ones(2).as_subclass(Marked)
-    sparse = torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (4,), check_invariants=True)
-    copies = clone_all([marked, sparse, torch.ones(1)])
-    assert type(copies[0]) is Marked
-    assert copies[1].to_dense().tolist() == [1.0, 0.0, 2.0, 0.0]
-    assert clone_all([]) == []
-
-
-def test_clones_inside_a_transform():
     def f(x: Tensor) -> Tensor:
         return clone_all([x, torch.ones(())])[0] + x
 
+    sparse = torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (4,), check_invariants=True)
+    copies = clone_all([torch.ones(2).as_subclass(Marked), sparse, torch.ones(1)])
+    assert type(copies[0]) is Marked
+    assert copies[1].to_dense().tolist() == [1.0, 0.0, 2.0, 0.0]
+    assert clone_all([]) == []
     assert torch.func.vmap(f)(torch.arange(3.0)).tolist() == [0.0, 2.0, 4.0]
     assert torch.func.grad(f)(torch.tensor(2.0)) == 1.0  # of the second summand: the clone is detached
 
@@ -65,13 +61,3 @@ def test_copies_into_other_dtypes():
     copy_all_(targets, sources)
     assert [t.tolist() for t in targets] == [[1.0, 1.0], [1.0] * 3, [2.0]]
     assert targets[2].requires_grad
-
-
-def test_groups_are_of_one_kind_in_every_list():
-    a: list[Tensor | None] = [torch.ones(1), torch.ones(1), None, torch.ones(1).double()]
-    b: list[Tensor | None] = [torch.ones(1), torch.ones(1).double(), torch.ones(1), None]
-    found = by_kind(a, b)
-    assert [positions for positions, _ in found] == [[0], [1]]
-    assert found[1][1][0][0] is a[1]
-    assert found[1][1][1][0] is b[1]
-    assert by_kind([None]) == by_kind([]) == []

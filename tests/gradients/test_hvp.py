@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis.strategies as st
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.utils._pytree import tree_map
 
 from torch_gradmatch.gradients.hvp import hessian_vector_product
 
@@ -38,22 +40,6 @@ def test_against_the_hessian(hvp: str, size: int, seed: int):
 
 
 @pytest.mark.parametrize("hvp", ALL)
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 2**32), a=st.floats(-3, 3), b=st.floats(-3, 3))
-def test_symmetric_and_linear_in_the_vector(hvp: str, seed: int, a: float, b: float):
-    generator = torch.Generator().manual_seed(seed)
-    theta, u, v = torch.randn(3, 5, generator=generator, dtype=torch.float64)
-
-    def loss(x: Tensor) -> Tensor:
-        return torch.tanh(x).square().sum() * x.sin().sum()
-
-    hu, hv = (hessian_vector_product(loss, theta, w, hvp) for w in (u, v))
-    torch.testing.assert_close(u @ hv, v @ hu, **tolerance(hvp))
-    combined = hessian_vector_product(loss, theta, a * u + b * v, hvp)
-    torch.testing.assert_close(combined, a * hu + b * hv, **tolerance(hvp))
-
-
-@pytest.mark.parametrize("hvp", ALL)
 def test_structures_parameters_without_effect_and_a_zero_vector(hvp: str):
     params = {"a": torch.tensor([1.0, 2.0]), "b": [torch.tensor(3.0), torch.tensor(4.0)], "empty": torch.zeros(0)}
 
@@ -65,24 +51,17 @@ def test_structures_parameters_without_effect_and_a_zero_vector(hvp: str):
     torch.testing.assert_close(product["a"], torch.tensor([8.0, 4.0]), rtol=1e-3, atol=1e-4)  # 2 b v_a + 2 a v_b
     torch.testing.assert_close(product["b"][0], torch.tensor(2.0), rtol=1e-3, atol=1e-4)
     assert product["b"][1] == 0
-    zero = hessian_vector_product(
-        loss, params, {"a": torch.zeros(2), "b": [torch.zeros(())] * 2, "empty": torch.zeros(0)}, hvp
-    )
-    assert all(bool((z == 0).all()) for z in (zero["a"], *zero["b"]))
+    zero = hessian_vector_product(loss, params, tree_map(torch.zeros_like, vector), hvp)
+    assert not any(z.any() for z in (zero["a"], *zero["b"]))
 
 
-def test_complex_parameters_are_pairs_of_reals():
-    theta = torch.tensor([1 + 2j, 0.5 - 1j], dtype=torch.complex128)
-    v = torch.tensor([0.3 + 1j, -1 + 0.2j], dtype=torch.complex128)
-
-    def loss_of_pairs(x: Tensor) -> Tensor:
-        return (torch.view_as_complex(x) ** 3).abs().sum()
-
-    pairs = torch.view_as_real(theta)
-    expected = hessian_vector_product(loss_of_pairs, pairs, torch.view_as_real(v))
-    for hvp in ("reverse", "finite_difference"):
-        found = hessian_vector_product(lambda x: (x**3).abs().sum(), theta, v, hvp)
-        torch.testing.assert_close(torch.view_as_real(found), expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("hvp", ["reverse", "finite_difference"])
+def test_complex_parameters_are_pairs_of_reals(hvp: str):
+    theta, v = torch.tensor([[1 + 2j, 0.5 - 1j], [0.3 + 1j, -1 + 0.2j]], dtype=torch.complex128)
+    pairs, pairs_v = torch.view_as_real(theta), torch.view_as_real(v)
+    expected = hessian_vector_product(lambda x: (torch.view_as_complex(x) ** 3).abs().sum(), pairs, pairs_v)
+    found = hessian_vector_product(lambda x: (x**3).abs().sum(), theta, v, hvp)
+    torch.testing.assert_close(torch.view_as_real(found), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("hvp", ["reverse", "finite_difference"])
@@ -112,13 +91,11 @@ def test_a_vector_of_another_structure_or_shape_is_refused(params: Any, vector: 
         hessian_vector_product(lambda p: (p**3).sum(), params, vector)
 
 
-def test_zero_and_not_a_number():
-    theta = torch.tensor([1.0, 2.0])
-    loss = lambda p: (p**3).sum()  # noqa: E731
-    assert hessian_vector_product(loss, theta, torch.zeros(2), "finite_difference").tolist() == [0.0, 0.0]
-    for bad in (float("nan"), float("inf")):
-        found = hessian_vector_product(loss, theta, torch.tensor([1.0, bad]), "finite_difference")
-        assert not found.isfinite().any()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_stays_not_a_number(bad: float):
+    vector = torch.tensor([1.0, bad])
+    found = hessian_vector_product(lambda p: (p**3).sum(), torch.tensor([1.0, 2.0]), vector, "finite_difference")
+    assert not found.isfinite().any()
 
 
 # ------------------------------------------------------------------------------------------- missing derivatives
@@ -162,13 +139,10 @@ def test_without_second_derivative_the_remedy_is_named_and_works():
     torch.testing.assert_close(found, 12 * theta**2 * v)
 
 
-def test_other_errors_are_not_explained_away():
-    def loss(x: Tensor) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    for hvp in ALL:
-        with pytest.raises(RuntimeError, match=r"^out of memory$"):
-            hessian_vector_product(loss, torch.ones(2), torch.ones(2), hvp)
+@pytest.mark.parametrize("hvp", ALL)
+def test_other_errors_are_not_explained_away(hvp: str):
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        hessian_vector_product(Mock(side_effect=RuntimeError("out of memory")), torch.ones(2), torch.ones(2), hvp)
 
 
 @pytest.mark.parametrize("hvp", EXACT)
@@ -178,8 +152,7 @@ def test_attention_is_differentiated_twice(hvp: str):
     q, v = torch.randn(2, 1, 2, 3, 4, generator=generator, dtype=torch.float64)
 
     def by_hand(x: Tensor) -> Tensor:
-        weights = torch.softmax(x @ x.transpose(-1, -2) / 2, dim=-1)
-        return (weights @ x).square().sum()
+        return (torch.softmax(x @ x.transpose(-1, -2) / 2, dim=-1) @ x).square().sum()
 
     def by_kernel(x: Tensor) -> Tensor:
         return scaled_dot_product_attention(x, x, x).square().sum()
@@ -190,33 +163,35 @@ def test_attention_is_differentiated_twice(hvp: str):
 # --------------------------------------------------------------------------------- the error that hvp.py states
 
 
-def smooth_networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    torch.manual_seed(0)
+def cnn() -> nn.Module:
     convolutions: list[nn.Module] = []
     for i, o in ((3, 8), (8, 16)):
         convolutions += [nn.Conv2d(i, o, 4, 2, 1), nn.BatchNorm2d(o), nn.GELU()]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 10))
+
+
+def transformer() -> nn.Module:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, activation="gelu")
-    return {
-        "mlp": (nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)), (16, 64)),
-        "cnn": (nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 10)), (8, 3, 16, 16)),
-        "transformer": (nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 10)), (8, 4, 16)),
-    }
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 10))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-3), (torch.float64, 4e-9)], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
-def test_error_of_finite_differences(name: str, dtype: torch.dtype, bound: float):
-    model, shape = smooth_networks()[name]
-    model.to(dtype)
+@pytest.mark.parametrize(("build", "shape"), [(mlp, (16, 64)), (cnn, (8, 3, 16, 16)), (transformer, (8, 4, 16))])
+def test_error_of_finite_differences(build: Any, shape: tuple[int, ...], dtype: torch.dtype, bound: float):
+    torch.manual_seed(0)
+    model = build().to(dtype)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.arange(shape[0]) % 10
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    closure = nn.CrossEntropyLoss()
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         fresh = {k: b.clone() for k, b in buffers.items()}
-        return closure(functional_call(model, {**p, **fresh}, (x,)), y)
+        return nn.functional.cross_entropy(functional_call(model, {**p, **fresh}, (x,)), y)
 
     v = {k: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) for k, p in params.items()}
     exact, found = (

@@ -1,9 +1,12 @@
-"""``torch.distributed.checkpoint``: resumes bit for bit between two inner loops, and is an error in words in one."""
+"""``torch.distributed.checkpoint`` and ZeRO: resumes bit for bit; in an inner loop it is right or an error in words."""
 
 from __future__ import annotations
 
 import copy
+import io
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from _models import assert_identical
 from _ranks import on_ranks
-from _spread import full, sharded
+from _spread import (
+    Batch,
+    build,
+    distance,
+    domain_batches,
+    error_of,
+    full,
+    loss_of,
+    loss_over,
+    mine,
+    same,
+    sharded,
+    weights,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,38 +41,28 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
+from torch_gradmatch import IDGM, Average, Fish, GradMatch, SmoothFish
+
+with warnings.catch_warnings():  # of torch about torch.jit.script, which it uses there
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is .* assuming the intent:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
-Batch = tuple[Tensor, Tensor]
 DOMAINS = 3
 
 
-def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def network(dtype: torch.dtype = torch.float64) -> Any:
     """Frozen weights and buffers."""
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
-    model[2].requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    model: Any = build("batch_norm", dtype)
+    model[0].bias.requires_grad_(False)
     return model
 
 
-def make_batches(count: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(6, 3, generator=generator).double(), torch.randn(6, 2, generator=generator).double())
-        for _ in range(count)
-    ]
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    x, y = (part.to(next(model.parameters()).dtype) for part in batch)
-    return (model(x) - y).square().mean()
+def make_batches(count: int, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    return domain_batches(count, 1, dtype=dtype)
 
 
 def fish(model: nn.Module, **settings: Any) -> Fish:
@@ -119,7 +125,7 @@ def load(model: nn.Module, optimizer: GradMatch[Any], folder: Path, **options: A
     )
 
 
-def pair(case: str) -> tuple[nn.Sequential, GradMatch[Any]]:
+def pair(case: str) -> tuple[nn.Module, GradMatch[Any]]:
     model = network()
     return model, CASES[case](model)
 
@@ -174,7 +180,7 @@ def test_digits_that_are_not_in_the_parameters_are_lost_with_a_warning(tmp_path:
     optimizer, resumed = (
         GradMatch(SGD(m.parameters(), lr=0.05, momentum=0.9), fish(m, meta_dtype=torch.float32)) for m in models
     )
-    train(models[0], optimizer, make_batches(DOMAINS))
+    train(models[0], optimizer, make_batches(DOMAINS, torch.bfloat16))
     save(models[0], optimizer, tmp_path)
     with pytest.warns(UserWarning, match=r"digits of the slow weights.*torch\.save does"):
         load(models[1], resumed, tmp_path)
@@ -191,18 +197,25 @@ def spread_over(kind: str, case: str) -> tuple[nn.Module, GradMatch[Any]]:
     return model, CASES[case](model)
 
 
-def save_all(folder: Path) -> dict[Any, Any]:
+def run_all(folder: Path, *, saves: bool) -> dict[Any, Any]:
+    """Train, save and go on; or load and go on."""
     found = {}
     for kind, case in SPREAD:
         model, optimizer = spread_over(kind, case)
-        train(model, optimizer, make_batches(DOMAINS))
-        save(model, optimizer, folder / f"{kind} {case}", **OPTIONS["flat" if case == "several" else "nested"])
+        if saves:
+            train(model, optimizer, make_batches(DOMAINS))
+        move = save if saves else load
+        move(model, optimizer, folder / f"{kind} {case}", **OPTIONS["flat" if case == "several" else "nested"])
         found[kind, case] = whole(model, optimizer)
         train(model, optimizer, make_batches(2 * DOMAINS)[DOMAINS:])
         found[kind, case, "trained"] = whole(model, optimizer)
         train(model, optimizer, make_batches(1))
         with pytest.raises(KeyError, match="save between two inner loops"):
             get_optimizer_state_dict(model, optimizer)
+    return found
+
+
+def tell_from_rank_0() -> tuple[Any, Any]:
     model, optimizer = spread_over("ddp", "Adam")
     train(model, optimizer, make_batches(DOMAINS))
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
@@ -210,27 +223,19 @@ def save_all(folder: Path) -> dict[Any, Any]:
     other.load_state_dict(model.state_dict())
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(other, resumed, state if dist.get_rank() == 0 else {}, options=options)
-    found["told by rank 0"] = whole(other, resumed)
-    return found
+    return whole(model, optimizer), whole(other, resumed)
 
 
-def load_all(folder: Path) -> dict[Any, Any]:
-    found = {}
-    for kind, case in SPREAD:
-        model, optimizer = spread_over(kind, case)
-        load(model, optimizer, folder / f"{kind} {case}", **OPTIONS["flat" if case == "several" else "nested"])
-        found[kind, case] = whole(model, optimizer)
-        train(model, optimizer, make_batches(2 * DOMAINS)[DOMAINS:])
-        found[kind, case, "trained"] = whole(model, optimizer)
-    return found
+def test_rank_0_tells_the_others_its_state():
+    for its, told in on_ranks(2, tell_from_rank_0):
+        assert_identical(told, its)
 
 
 def test_it_loads_on_another_number_of_ranks(tmp_path: Path):
     """All ranks see the same batches, so they train as one does: what 2 save goes to 4, and to one not sharded."""
-    saved = on_ranks(2, save_all, tmp_path)
+    saved = on_ranks(2, partial(run_all, saves=True), tmp_path)
     assert_identical(saved[1], saved[0])
-    assert_identical(saved[0]["told by rank 0"], saved[0]["ddp", "Adam"])
-    for loaded in on_ranks(4, load_all, tmp_path):
+    for loaded in on_ranks(4, partial(run_all, saves=False), tmp_path):
         for key, found in loaded.items():
             if len(key) == 2:
                 assert_identical(found, saved[0][key])
@@ -262,21 +267,22 @@ def test_asking_a_new_optimizer_takes_no_inner_step(case: str):
         assert_identical(whole(model, optimizer), whole(fresh_model, fresh))
 
 
-def test_a_warm_up_from_zero_counts():
+def test_a_warm_up_from_zero_counts_and_an_average_or_an_optimizer_that_needs_a_closure_says_so():
     model = network()
     optimizer = GradMatch(Adam(model.parameters(), lr=0.0), fish(model))
     optimizer.zero_grad()
     (0 * loss_of(model, make_batches(1)[0])).backward()
     optimizer.step()
     assert optimizer.inner_step == 1
-
-
-def test_an_optimizer_that_needs_a_closure_says_so():
     model = network()
     optimizer = GradMatch(torch.optim.LBFGS(model.parameters()), fish(model))
     with pytest.raises(RuntimeError, match="LBFGS needs a closure, so torch"):
         get_optimizer_state_dict(model, optimizer)
     assert optimizer.inner_step == 0
+    optimizer = GradMatch(Adam(model.parameters()), fish(model), average=Average())
+    train(model, optimizer, make_batches(DOMAINS))
+    with pytest.raises(KeyError, match=r"torch\.distributed\.checkpoint does not keep"):
+        get_optimizer_state_dict(model, optimizer)
 
 
 def test_a_meta_iteration_that_failed_first_does_not_hide_that_there_is_no_state(tmp_path: Path):
@@ -284,9 +290,60 @@ def test_a_meta_iteration_that_failed_first_does_not_hide_that_there_is_no_state
     (model, optimizer), (resumed_model, resumed) = pair("Adam"), pair("Adam")
     train(model, optimizer, make_batches(DOMAINS))
     save(model, optimizer, tmp_path)
-    bad = [*make_batches(DOMAINS - 1), (torch.full((6, 3), torch.nan).double(), torch.zeros(6, 2).double())]
+    bad = [(x * (torch.nan if i == DOMAINS - 1 else 1), y) for i, (x, y) in enumerate(make_batches(DOMAINS))]
     with pytest.raises(ValueError, match=f"loss of batch {DOMAINS - 1} is nan"):
         resumed.meta_step(lambda batch: loss_of(resumed_model, batch), bad)
     resumed.zero_grad()
     load(resumed_model, resumed, tmp_path)
     assert_identical(whole(resumed_model, resumed), whole(model, optimizer))
+
+
+# ------------------------------------------------------------------------------------------------ ZeRO, by torch.save
+
+
+def from_rank_0(state: Any) -> Any:
+    """What rank 0 would write to a file, read on every rank."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    sent = [file.getvalue()]
+    dist.broadcast_object_list(sent, 0)
+    return torch.load(io.BytesIO(sent[0]), weights_only=True)
+
+
+def over_zero(steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Save after some steps, load on both ranks, go on with both."""
+
+    def make() -> tuple[nn.Module, GradMatch[Fish]]:
+        model = DistributedDataParallel(build("smooth"))
+        zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)
+        return model, GradMatch(zero, Fish(0.3, inner_steps=3, model=model))
+
+    model, optimizer = make()
+    batches = mine([batch for seed in range(3) for batch in domain_batches(3, seed)])
+    train(model, optimizer, batches[:steps])
+    optimizer.consolidate_state_dict(0)
+    refused = error_of(optimizer.state_dict)
+    state = from_rank_0((model.state_dict(), optimizer.state_dict()) if dist.get_rank() == 0 else None)
+    resumed_model, resumed = make()
+    resumed_model.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    assert resumed.inner_step == optimizer.inner_step == steps % 3
+    for one, its in ((model, optimizer), (resumed_model, resumed)):
+        train(one, its, batches[steps:])
+    return weights(model), weights(resumed_model), refused
+
+
+def test_the_state_that_zero_consolidates_loads_on_all_ranks():
+    """Also in the middle of an inner loop; and the parameters are those of plain Adam on one process."""
+    model = build("smooth")
+    optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=0.01), Fish(0.3, model=model))
+    for seed in range(3):
+        optimizer.meta_step(partial(loss_over, model, size=2), domain_batches(3, seed))
+    for steps in (3, 4):
+        (first, resumed, refused), (last, resumed_there, refused_there) = on_ranks(2, over_zero, steps)
+        assert same(first, last)
+        assert same(resumed, first)
+        assert same(resumed_there, first)
+        assert distance(first, weights(model)) < 1e-9
+        assert not refused
+        assert "consolidate_state_dict" in refused_there

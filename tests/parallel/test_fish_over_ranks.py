@@ -7,30 +7,11 @@ import itertools
 from functools import partial
 from typing import Any
 
+import _spread as ranks
 import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
-from _reference import ReferenceFish
-from _spread import (
-    Batch,
-    Collectives,
-    build,
-    distance,
-    domain_batches,
-    error_of,
-    full,
-    loss_of,
-    loss_over,
-    mine,
-    part,
-    same,
-    sharded,
-    spread,
-    state_of,
-    weights,
-    world,
-)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -48,70 +29,32 @@ def adam(model: nn.Module, method: Fish) -> GradMatch[Fish]:
     return GradMatch(OPTIMIZERS["adam"](model.parameters()), method)
 
 
-def iterate(model: nn.Module, optimizer: GradMatch[Fish], batches: list[Batch], *, manual: bool = False) -> Any:
+def iterate(model: nn.Module, optimizer: GradMatch[Fish], batches: list[ranks.Batch], *, manual: bool = False) -> Any:
     """One meta-iteration, by ``meta_step`` or by a loop of the user's."""
     if not manual:
-        return optimizer.meta_step(partial(loss_of, model), batches)
+        return optimizer.meta_step(partial(ranks.loss_of, model), batches)
     for batch in batches:
         optimizer.zero_grad()
-        loss_of(model, batch).backward()
+        ranks.loss_of(model, batch).backward()
         optimizer.step()
     return optimizer.last_meta_step
 
 
-# ------------------------------------------------------------------------------------------------------- as one process
-
-
-def lockstep(scheme: str) -> dict[Any, Any]:
-    found = {}
-    for number, (name, mode) in enumerate(itertools.product(NETWORKS, ["carry", "reset", "tracked", "no model"])):
-        manual = number % 2 == 0
-        model = spread(scheme, build(name))
-        settings: dict[str, Any] = {"inner_steps": 3} if manual else {}
-        settings |= {"inner_state": "reset"} if mode == "reset" else {"track_alignment": mode == "tracked"}
-        optimizer = adam(model, Fish(0.3, model=None if mode == "no model" else model, **settings))
-        for iteration in range(3):
-            report = iterate(model, optimizer, mine(domain_batches(3, iteration)), manual=manual)
-        found[name, mode] = weights(model), report.grad_norms, report.cosine
-    return found
-
-
-@pytest.mark.parametrize(("size", "scheme"), [(2, "ddp"), (2, "fsdp"), (2, "fsdp_kept"), (4, "hsdp")])
-def test_what_averages_gradients_is_as_one_process(size: int, scheme: str):
-    everywhere = on_ranks(size, lockstep, scheme)
-    for name, mode in everywhere[0]:
-        fish = ReferenceFish(
-            build(name),
-            lambda model: OPTIMIZERS["adam"](model.parameters()),
-            0.3,
-            "reset" if mode == "reset" else "carry",
-        )
-        one = adam(model := build(name), Fish(0.3, track_alignment=True))
-        for iteration in range(3):
-            for batch in domain_batches(3, iteration):
-                fish.step(lambda model, batch=batch: loss_over(model, batch, size))
-            fish.interpolate()
-            if mode == "tracked":
-                report = one.meta_step(lambda batch: loss_over(model, batch, size), domain_batches(3, iteration))
-        for found in everywhere:
-            its_weights, norms, cosine = found[name, mode]
-            assert distance(its_weights, weights(fish.model)) < 1e-9, (name, mode)
-            if mode == "tracked":
-                torch.testing.assert_close([norms, cosine], [report.grad_norms, report.cosine])
+# ------------------------------------------------------------------------------------------------------- in lockstep
 
 
 def sent_in_lockstep(scheme: str, domains: int) -> tuple[list[Any], int, int]:
     """What a meta-iteration sends that its inner steps by themselves do not, and how much those send."""
-    model = spread(scheme, build("smooth"))
+    model = ranks.spread(scheme, ranks.build("smooth"))
     optimizer = adam(model, Fish(0.3, model=model))
-    batches = mine(domain_batches(domains, 0))
+    batches = ranks.mine(ranks.domain_batches(domains, 0))
     iterate(model, optimizer, batches)
-    with Collectives() as of_fish:
+    with ranks.Collectives() as of_fish:
         iterate(model, optimizer, batches)
-    with Collectives() as of_steps:
+    with ranks.Collectives() as of_steps:
         for batch in batches:
             optimizer.optimizer.zero_grad()
-            loss_of(model, batch).backward()
+            ranks.loss_of(model, batch).backward()
             optimizer.optimizer.step()
     more = list(of_fish.sent)
     for one in of_steps.sent:
@@ -121,7 +64,7 @@ def sent_in_lockstep(scheme: str, domains: int) -> tuple[list[Any], int, int]:
 
 @pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
 def test_it_sends_what_its_steps_send_and_a_few_numbers(scheme: str):
-    size = sum(p.numel() * 8 for p in build("smooth").parameters())
+    size = sum(p.numel() * 8 for p in ranks.build("smooth").parameters())
     for domains in (2, 5):
         more, number, reduced = on_ranks(2, sent_in_lockstep, scheme, domains)[0]
         assert len(more) <= 3
@@ -130,36 +73,27 @@ def test_it_sends_what_its_steps_send_and_a_few_numbers(scheme: str):
         assert reduced == (domains * size if scheme == "ddp" else 0)
 
 
-def wide_slow_weights_and_mixed_precision() -> Any:
-    half, plain = sharded(build("smooth", torch.bfloat16)), build("smooth", torch.bfloat16)
+def wide_slow_weights() -> Any:
+    models = ranks.sharded(ranks.build("smooth", torch.bfloat16)), ranks.build("smooth", torch.bfloat16)
     optimizers = [
-        GradMatch(torch.optim.SGD(m.parameters(), lr=0.1), Fish(0.01, meta_dtype=torch.float32)) for m in (half, plain)
+        GradMatch(torch.optim.SGD(m.parameters(), lr=0.1), Fish(0.01, meta_dtype=torch.float32)) for m in models
     ]
-    policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    mixed = sharded(build("smooth", torch.float32), **policy)
-    rounded = build("smooth", torch.float32)
-    others = [GradMatch(torch.optim.SGD(m.parameters(), lr=0.1), Fish(0.5)) for m in (mixed, rounded)]
     for iteration in range(4):
-        batches = domain_batches(3, iteration, dtype=torch.bfloat16)  # the same on every rank: their mean is it
-        iterate(half, optimizers[0], batches)
-        iterate(plain, optimizers[1], batches)
-        batches = domain_batches(3, iteration, dtype=torch.float32)
-        iterate(mixed, others[0], mine(batches))
-        others[1].meta_step(lambda batch: loss_over(rounded, batch, 2), batches)
+        batches = ranks.domain_batches(3, iteration, dtype=torch.bfloat16)  # the same on every rank: their mean is it
+        for model, optimizer in zip(models, optimizers, strict=True):
+            iterate(model, optimizer, batches)
     slow = [optimizer.state_dict()["gradmatch"]["slow_weights"] for optimizer in optimizers]
     placements = [str(s.placements) for s in slow[0].values()]
-    wide = [{str(key): full(s) for key, s in one.items()} for one in slow]
-    return placements, wide, distance(weights(half), weights(plain)), distance(weights(mixed), weights(rounded))
+    wide = [{str(key): ranks.full(s) for key, s in one.items()} for one in slow]
+    return placements, wide, ranks.distance(*map(ranks.weights, models))
 
 
-def test_precision_over_shards():
-    """Slow weights in single precision are sharded like the parameters; a policy of mixed precision rounds only."""
-    for placements, (sharded_slow, slow), of_fast, of_policy in on_ranks(2, wide_slow_weights_and_mixed_precision):
+def test_slow_weights_in_single_precision_are_sharded_like_the_parameters():
+    for placements, (sharded_slow, slow), of_fast in on_ranks(2, wide_slow_weights):
         assert placements == ["(Shard(dim=0),)"] * 4
         assert all(s.dtype is torch.float32 for s in sharded_slow.values())
-        assert distance(sharded_slow, slow) < 2e-3  # of a step's size .1, in bf16
+        assert ranks.distance(sharded_slow, slow) < 2e-3  # of a step's size .1, in bf16
         assert of_fast < 1e-2
-        assert of_policy < 2e-2
 
 
 # ------------------------------------------------------------------------------------------ what goes wrong in lockstep
@@ -167,84 +101,60 @@ def test_precision_over_shards():
 
 def look_and_go_back() -> list[bool]:
     """With an evaluation everywhere, which leaves whole parameters that do not see what is written to the shards."""
-    model = sharded(build("batch_norm"))
+    model = ranks.sharded(ranks.build("batch_norm"))
     optimizer = adam(model, Fish(0.5, inner_steps=3, model=model))
 
     def look() -> Any:
         model.eval()
         with torch.no_grad():
-            output = model(domain_batches(1, 9)[0][0])
+            output = model(ranks.domain_batches(1, 9)[0][0])
         model.train()
         return output, copy.deepcopy(dict(model.state_dict()))
 
     before = look()
-    iterate(model, optimizer, mine(domain_batches(2, 0)), manual=True)
+    iterate(model, optimizer, ranks.mine(ranks.domain_batches(2, 0)), manual=True)
     fast = look()
-    found = [not same(fast, before)]
+    found = [not ranks.same(fast, before)]
     with optimizer.slow_weights():
-        found.append(same(look(), before))
-    found.append(same(look(), fast))
+        found.append(ranks.same(look(), before))
+    found.append(ranks.same(look(), fast))
     optimizer.rollback()
-    return [*found, same(look(), before)]
+    return [*found, ranks.same(look(), before)]
 
 
 def test_slow_weights_and_rollback_are_exact_over_shards():
     assert on_ranks(2, look_and_go_back) == [[True] * 4] * 2
 
 
-def spoil(scheme: str) -> tuple[str, bool]:
-    """A loss that is NaN on one rank only, in the second of three inner steps; then go on."""
-    last = dist.get_rank() == 1
-    model = spread(scheme, build("smooth"))
-    optimizer = adam(model, Fish(0.3, model=model))
-    batches = mine(domain_batches(3, 0))
-    iterate(model, optimizer, batches)
-    before = state_of(model, optimizer)
-    bad = [(x * torch.nan, y) if last and number == 1 else (x, y) for number, (x, y) in enumerate(batches)]
-    message = error_of(iterate, model, optimizer, bad)
-    unchanged = same(state_of(model, optimizer), before)
-    for iteration in (0, 1):  # again from there: as if nothing had been
-        iterate(model, optimizer, mine(domain_batches(3, iteration)))
-    return message, unchanged
-
-
-@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
-def test_what_goes_wrong_on_one_rank_in_lockstep_is_raised_on_all_and_changes_nothing(scheme: str):
-    found = on_ranks(2, spoil, scheme)
-    assert found[0][0].startswith("ValueError: on rank 1: the loss of batch 1 is nan")
-    assert found[1][0].startswith("ValueError: the loss of batch 1 is nan")
-    assert all(unchanged for _, unchanged in found)
-
-
 def diverge_and_overflow() -> Any:
     """Infinity in the rows that one rank holds, and nowhere else: at the end, or under a ``GradScaler`` half way."""
     last = dist.get_rank() == 1
-    model = sharded(build("smooth"))
+    model = ranks.sharded(ranks.build("smooth"))
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(0.3, inner_steps=2))
     message = ""
-    for number, batch in enumerate(mine(domain_batches(2, 0))):
+    for number, batch in enumerate(ranks.mine(ranks.domain_batches(2, 0))):
         optimizer.zero_grad()
-        loss_of(model, batch).backward()
+        ranks.loss_of(model, batch).backward()
         if number == 1 and last:
             next(model.parameters()).grad.to_local().fill_(torch.inf)
-        message = error_of(optimizer.step)
+        message = ranks.error_of(optimizer.step)
     optimizer.rollback()
-    assert all(torch.isfinite(p).all() for p in weights(model).values())
+    assert all(torch.isfinite(p).all() for p in ranks.weights(model).values())
     scales = []
     for tracked in (False, True):
-        model = sharded(build("smooth", torch.float32))
+        model = ranks.sharded(ranks.build("smooth", torch.float32))
         scaler = torch.amp.GradScaler("cpu")
         method = Fish(0.5, inner_steps=4, track_alignment=tracked)
         optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-        for number, batch in enumerate(mine(domain_batches(3, 0, dtype=torch.float32))):
+        for number, batch in enumerate(ranks.mine(ranks.domain_batches(3, 0, dtype=torch.float32))):
             optimizer.zero_grad()
-            scaler.scale(loss_of(model, batch)).backward()
+            scaler.scale(ranks.loss_of(model, batch)).backward()
             if number == 1 and last:
                 next(model.parameters()).grad.to_local().fill_(torch.inf)
-            before = weights(model)
+            before = ranks.weights(model)
             scaler.step(optimizer)
             scaler.update()
-            scales.append((distance(weights(model), before) > 0, scaler.get_scale()))
+            scales.append((ranks.distance(ranks.weights(model), before) > 0, scaler.get_scale()))
         assert optimizer.inner_step == 3
     return message, scales
 
@@ -260,18 +170,18 @@ def test_infinity_in_one_shard_is_seen_by_all_ranks():
 
 
 def walking(model: nn.Module, **settings: Any) -> Fish:
-    return Fish(0.3, inner_state="reset", model=model, **world(**settings))
+    return Fish(0.3, inner_state="reset", model=model, **ranks.world(**settings))
 
 
-def own_batches(iteration: int, rank: int) -> list[Batch]:
+def own_batches(iteration: int, rank: int) -> list[ranks.Batch]:
     """Every rank its own samples of the same domains, in opposite orders."""
-    batches = domain_batches(3, 1000 * rank + iteration)
+    batches = ranks.domain_batches(3, 1000 * rank + iteration)
     return batches if rank % 2 == 0 else batches[::-1]
 
 
 def mean_of_walks_by_hand(name: str, kind: str, size: int) -> dict[str, Tensor]:
     """One process walks for all ranks one after the other, each time from the same point by a new optimizer."""
-    model = build(name)
+    model = ranks.build(name)
     names = [*dict(model.named_parameters()), *(n for n, b in model.named_buffers() if b.is_floating_point())]
     for iteration in range(3):
         ends: list[dict[str, Tensor]] = []
@@ -280,7 +190,7 @@ def mean_of_walks_by_hand(name: str, kind: str, size: int) -> dict[str, Tensor]:
             optimizer = OPTIMIZERS[kind](walker.parameters())
             for batch in own_batches(iteration, rank):
                 optimizer.zero_grad()
-                loss_of(walker, batch).backward()
+                ranks.loss_of(walker, batch).backward()
                 optimizer.step()
             ends.append({n: walker.state_dict()[n].clone() for n in names})
         state = model.state_dict()
@@ -292,7 +202,7 @@ def mean_of_walks_by_hand(name: str, kind: str, size: int) -> dict[str, Tensor]:
 def walk(kind: str) -> dict[Any, Any]:
     found = {}
     for name, manual in itertools.product(NETWORKS, [False, True]):
-        model = build(name)
+        model = ranks.build(name)
         method = walking(model, inner_steps=3 if manual else None, track_alignment=manual)
         optimizer = GradMatch(OPTIMIZERS[kind](model.parameters()), method)
         for iteration in range(3):
@@ -305,103 +215,58 @@ def walk(kind: str) -> dict[Any, Any]:
 @pytest.mark.parametrize(("size", "kind"), [(2, "adam"), (3, "sgd")])
 def test_walks_are_the_mean_of_each_and_the_same_bits_everywhere(size: int, kind: str):
     everywhere = on_ranks(size, walk, kind)
-    assert all(same(everywhere[0], other) for other in everywhere)
+    assert all(ranks.same(everywhere[0], other) for other in everywhere)
     for name in NETWORKS:
         expected = mean_of_walks_by_hand(name, kind, size)
         for manual in (False, True):
             found = everywhere[0][name, manual]
-            assert distance({n: found[n] for n in expected}, expected) < 1e-9, name
-
-
-def sent_by_walks(domains: int) -> list[tuple[list[int], int]]:
-    """Bytes of each reduction, and how many agreements, in the first three meta-iterations."""
-    model = build("smooth")
-    optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), walking(model))
-    found = []
-    for iteration in range(3):
-        with Collectives() as sent:
-            iterate(model, optimizer, domain_batches(domains, iteration))
-        found.append((sent.reductions(), sent.agreements()))
-    return found
-
-
-def test_walks_reduce_the_parameters_once_whatever_the_number_of_domains_and_compare_them_once():
-    size = sum(p.numel() * 8 for p in build("smooth").parameters())
-    for domains in (2, 5):
-        (first, of_first), *others = on_ranks(2, sent_by_walks, domains)[0]
-        assert first == [size]
-        assert others == [([size], of_first - 2)] * 2
-
-
-def opposite_walks() -> list[float]:
-    """Errors of the mean of a walk and its reverse against the exact direction, while the step is halved."""
-    batches, errors = domain_batches(4, 3), []
-    for lr in (4e-3, 2e-3, 1e-3):
-        model, exact = build("smooth"), build("smooth")
-        method = Fish(1.0, inner_state="reset", model=model, **world())
-        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=lr), method)
-        parameters = list(exact.parameters())
-        gradients = [torch.autograd.grad(loss_of(exact, b), parameters, create_graph=True) for b in batches]
-        flat = torch.stack([torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients])
-        gip = (flat.sum(0).square().sum() - flat.square().sum()) / 12
-        of_gip = nn.utils.parameters_to_vector(torch.autograd.grad(gip, parameters))
-        start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        iterate(model, optimizer, batches[:: 1 if dist.get_rank() == 0 else -1])
-        found = (start - nn.utils.parameters_to_vector(model.parameters()).detach()) / (lr * 4)
-        errors.append(float((found - (flat.mean(0).detach() - lr * 3 / 4 * of_gip)).norm()))
-    return errors
-
-
-def test_two_opposite_walks_have_the_exact_direction_to_second_order():
-    errors = on_ranks(2, opposite_walks)[0]
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
-    assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
+            assert ranks.distance({n: found[n] for n in expected}, expected) < 1e-9, name
 
 
 def walk_over_shards() -> dict[str, Tensor]:
     """Four ranks: shards within two nodes of two, walks across them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("walks", "shards"))
-    model = sharded(build("transformer"), mesh["shards"])
+    model = ranks.sharded(ranks.build("transformer"), mesh["shards"])
     node, shard = mesh.get_local_rank("walks"), mesh.get_local_rank("shards")
     optimizer = adam(model, Fish(0.3, inner_state="reset", model=model, process_group=mesh.get_group("walks")))
     for iteration in range(3):
-        iterate(model, optimizer, [part(batch, shard, 2) for batch in own_batches(iteration, node)])
-    return weights(model)
+        iterate(model, optimizer, [ranks.part(batch, shard, 2) for batch in own_batches(iteration, node)])
+    return ranks.weights(model)
 
 
 def test_walks_across_nodes_with_shards_within():
     everywhere = on_ranks(4, walk_over_shards)
-    assert all(same(everywhere[0], other) for other in everywhere)
-    assert distance(everywhere[0], mean_of_walks_by_hand("transformer", "adam", 2)) < 1e-9
+    assert all(ranks.same(everywhere[0], other) for other in everywhere)
+    assert ranks.distance(everywhere[0], mean_of_walks_by_hand("transformer", "adam", 2)) < 1e-9
 
 
 def refusals_and_copies() -> dict[str, str]:
     last = dist.get_rank() == 1
-    model = build("smooth")
+    model = ranks.build("smooth")
     found = {
-        "carry": error_of(lambda: Fish(model=model, **world())),
-        "no model": error_of(lambda: Fish(inner_state="reset", **world())),
+        "carry": ranks.error_of(lambda: Fish(model=model, **ranks.world())),
+        "no model": ranks.error_of(lambda: Fish(inner_state="reset", **ranks.world())),
     }
-    ddp = DistributedDataParallel(build("smooth"))
-    found["ddp"] = error_of(lambda: adam(ddp, walking(ddp)))
-    other = build("smooth")
+    ddp = DistributedDataParallel(ranks.build("smooth"))
+    found["ddp"] = ranks.error_of(lambda: adam(ddp, walking(ddp)))
+    other = ranks.build("smooth")
     with torch.no_grad():
         next(other.parameters()).add_(1e-12 * last)
-    before, optimizer = weights(other), adam(other, walking(other))
-    found["other parameters"] = error_of(iterate, other, optimizer, domain_batches(2, 0))
-    assert same(weights(other), before)
+    before, optimizer = ranks.weights(other), adam(other, walking(other))
+    found["other parameters"] = ranks.error_of(iterate, other, optimizer, ranks.domain_batches(2, 0))
+    assert ranks.same(ranks.weights(other), before)
 
     optimizer = adam(model, walking(model, inner_steps=2))
     found["half way"] = ""
-    for batch in domain_batches(2, dist.get_rank()):
+    for batch in ranks.domain_batches(2, dist.get_rank()):
         iterate(model, optimizer, [batch], manual=True)
-        found["half way"] += error_of(optimizer.state_dict)
+        found["half way"] += ranks.error_of(optimizer.state_dict)
     assert optimizer.inner_step == 0
     copied, duplicate = copy.deepcopy((model, optimizer))
     assert duplicate.method.process_group is optimizer.method.process_group
     for walker, its in ((model, optimizer), (copied, duplicate)):
-        iterate(walker, its, domain_batches(2, 1))
-    assert same(weights(model), weights(copied))
+        iterate(walker, its, ranks.domain_batches(2, 1))
+    assert ranks.same(ranks.weights(model), ranks.weights(copied))
     return found
 
 

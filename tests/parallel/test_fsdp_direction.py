@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
-import pytest
+import _spread as ranks
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _reference import smooth_fish_gradient
-from _spread import (
-    Batch,
-    build,
-    domain_batches,
-    error_of,
-    gradients_of,
-    loss_of,
-    loss_over,
-    mine,
-    not_a_number_on_last,
-    part,
-    same,
-    sharded,
-    spread,
-    weights,
-)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,63 +17,16 @@ from torch.distributed.fsdp import fully_shard
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
 
 GAMMA, LR = 0.3, 0.05
-NETWORKS = ("batch_norm", "transformer", "tied")
-SETTINGS = {"walk": (1.0, False), "strong": (2.5, False), "symmetric": (0.3, True)}
-AGREEMENTS = ("inner_product", "variance", "cosine")
 
 
-def direction(model: nn.Module, method: Any, batches: list[Batch], loss: Any = loss_of) -> Any:
+def direction(model: nn.Module, method: Any, batches: list[ranks.Batch], loss: Any = ranks.loss_of) -> Any:
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
     report = optimizer.meta_step(partial(loss, model), batches)
-    return gradients_of(model), vars(report)
+    return ranks.gradients_of(model), vars(report)
 
 
 def idgm(model: nn.Module, agreement: str, **settings: Any) -> IDGM:
     return IDGM(model, GAMMA, agreement, hvp="finite_difference", track_alignment=True, **settings)
-
-
-def in_lockstep(scheme: str) -> dict[Any, Any]:
-    found = {}
-    batches = mine(domain_batches(3, 1))
-    for name in NETWORKS if scheme == "fsdp" else NETWORKS[:1]:
-        for kind, (gamma, symmetric) in SETTINGS.items():
-            method = SmoothFish(gamma, LR, symmetric=symmetric, track_alignment="pairs")
-            found[name, kind] = direction(spread(scheme, build(name)), method, batches)
-        for agreement in AGREEMENTS:
-            model = spread(scheme, build(name))
-            found[name, agreement] = direction(model, idgm(model, agreement), batches)
-    model = spread(scheme, build("batch_norm"))
-    found["batch_norm", "one pass"] = direction(model, idgm(model, "variance", one_pass=True), batches)
-    return found
-
-
-@pytest.mark.parametrize(("scheme", "size"), [("fsdp", 2), ("kept", 2), ("hsdp", 4)])
-def test_the_direction_is_that_of_one_process(scheme: str, size: int):
-    everywhere = on_ranks(size, in_lockstep, scheme)
-    domains, loss = domain_batches(3, 1), partial(loss_over, size=size)
-    for (name, kind), (found, report) in everywhere[0].items():
-        model = build(name)
-        if kind not in SETTINGS:
-            method = idgm(model, "variance", one_pass=True) if kind == "one pass" else idgm(model, kind)
-            expected, one = direction(model, method, domains, loss)
-            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
-            for measured in ("inner_product", "cosine", "grad_norms"):
-                torch.testing.assert_close(report[measured], one[measured])
-            continue
-        gamma, symmetric = SETTINGS[kind]
-        expected = smooth_fish_gradient(model, loss, domains, gamma, LR, symmetric=symmetric)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-        if kind == "walk":  # along which it is measured
-            continue
-        here = [torch.autograd.grad(loss(model, b), list(model.parameters())) for b in domains]
-        vectors = [torch.cat([g.reshape(-1) for g in gs]) for gs in here]
-        torch.testing.assert_close(report["grad_norms"], torch.stack([v.norm() for v in vectors]))
-        cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in vectors]) for b in vectors])
-        torch.testing.assert_close(report["cosines"], cosines)
-        torch.testing.assert_close(report["cosine"], (cosines.sum() - 3) / 6)
-        with torch.no_grad():
-            own = [torch.stack([loss_of(model, part(b, rank, size)) for b in domains]) for rank in range(size)]
-        torch.testing.assert_close([there[name, kind][1]["losses"] for there in everywhere], own)
 
 
 # ---------------------------------------------------------------------------------- walks, domains, samples over shards
@@ -102,8 +38,8 @@ def over_shards() -> dict[str, Any]:
     row, column = mesh.get_local_rank("outer"), mesh.get_local_rank("inner")
     outer = {"process_group": mesh.get_group("outer")}
     found = {}
-    own = [part(batch, column, 2) for batch in domain_batches(3, row)]
-    quarter = [part(part(batch, column, 2), row, 2) for batch in domain_batches(3, 0)]
+    own = [ranks.part(batch, column, 2) for batch in ranks.domain_batches(3, row)]
+    quarter = [ranks.part(ranks.part(batch, column, 2), row, 2) for batch in ranks.domain_batches(3, 0)]
     for name, batches, make in [
         ("walks", own, lambda model: SmoothFish(0.3, LR, model=model, symmetric=True, **outer)),
         ("domains", own[: 2 + row], lambda model: idgm(model, "cosine", **outer)),
@@ -111,33 +47,33 @@ def over_shards() -> dict[str, Any]:
         ("data", quarter, lambda model: idgm(model, "inner_product", parallel="data", **outer)),
         ("one walk", quarter, lambda model: SmoothFish(1.0, LR, model=model, parallel="data", **outer)),
     ]:
-        model = sharded(build("batch_norm"), mesh["inner"])
+        model = ranks.sharded(ranks.build("batch_norm"), mesh["inner"])
         found[name] = direction(model, make(model), batches)[0], [b.clone() for b in model.buffers()]
-    model = sharded(build("batch_norm"), mesh["inner"])
+    model = ranks.sharded(ranks.build("batch_norm"), mesh["inner"])
     optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), SmoothFish(1.0, LR, model=model, **outer))
-    found["nan"] = error_of(optimizer.meta_step, not_a_number_on_last(partial(loss_of, model)), own)
+    found["nan"] = ranks.error_of(optimizer.meta_step, ranks.not_a_number_on_last(partial(ranks.loss_of, model)), own)
     with torch.no_grad():
         next(model.parameters()).to_local().add_(float(dist.get_rank() == 3))
     optimizer.load_state_dict(optimizer.state_dict())
-    found["other weights"] = error_of(optimizer.meta_step, partial(loss_of, model), own)
+    found["other weights"] = ranks.error_of(optimizer.meta_step, partial(ranks.loss_of, model), own)
     return found
 
 
 def test_walks_domains_and_samples_over_shards():
     everywhere = on_ranks(4, over_shards)
-    domains = [domain_batches(3, row) for row in range(2)]
-    halves = partial(loss_over, size=2)
+    domains = [ranks.domain_batches(3, row) for row in range(2)]
+    halves = partial(ranks.loss_over, size=2)
 
-    def quarters(model: nn.Module, batch: Batch) -> Tensor:
-        parts = [part(part(batch, column, 2), row, 2) for column in range(2) for row in range(2)]
-        return torch.stack([loss_of(model, one) for one in parts]).mean()
+    def quarters(model: nn.Module, batch: ranks.Batch) -> Tensor:
+        parts = [ranks.part(ranks.part(batch, column, 2), row, 2) for column in range(2) for row in range(2)]
+        return torch.stack([ranks.loss_of(model, one) for one in parts]).mean()
 
-    def of_idgm(loss: Any, batches: list[Batch], agreement: str) -> list[Tensor]:
-        model = build("batch_norm")
+    def of_idgm(loss: Any, batches: list[ranks.Batch], agreement: str) -> list[Tensor]:
+        model = ranks.build("batch_norm")
         return direction(model, idgm(model, agreement), batches, loss)[0]
 
-    def of_walk(loss: Any, batches: list[Batch], gamma: float, *, symmetric: bool) -> Any:
-        return smooth_fish_gradient(build("batch_norm"), loss, batches, gamma, LR, symmetric=symmetric)
+    def of_walk(loss: Any, batches: list[ranks.Batch], gamma: float, *, symmetric: bool) -> Any:
+        return smooth_fish_gradient(ranks.build("batch_norm"), loss, batches, gamma, LR, symmetric=symmetric)
 
     walks = [of_walk(halves, own, 0.3, symmetric=True) for own in domains]
     for name, wanted in {
@@ -149,9 +85,9 @@ def test_walks_domains_and_samples_over_shards():
     }.items():
         found = everywhere[0][name][0]
         torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-        assert same(found, everywhere[3][name][0])
+        assert ranks.same(found, everywhere[3][name][0])
         for column in range(2):  # buffers are those of the ranks with the same part of the shards
-            assert same(everywhere[column][name][1], everywhere[2 + column][name][1])
+            assert ranks.same(everywhere[column][name][1], everywhere[2 + column][name][1])
     for one in everywhere:
         assert "is nan" in one["nan"]
         assert "number 0 of the optimizer" in one["other weights"]
@@ -160,55 +96,22 @@ def test_walks_domains_and_samples_over_shards():
 # ----------------------------------------------------------------------------------------------- training, and refusals
 
 
-def method_of(kind: str, model: nn.Module) -> Any:
-    return idgm(model, "variance") if kind == "IDGM" else SmoothFish(0.3, LR, symmetric=True)
-
-
-def train() -> dict[Any, dict[str, Tensor]]:
-    found = {}
-    for kind, reshard in itertools.product(["IDGM", "SmoothFish"], [True, False]):
-        model = sharded(build("smooth"), reshard=reshard)
-        optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
-        loss_fn = partial(loss_of, model)
-        for seed in range(3):
-            batches = mine(domain_batches(3, seed))
-            message = error_of(optimizer.meta_step, not_a_number_on_last(loss_fn), batches)
-            assert "the loss of batch 0 is nan" in message
-            with torch.no_grad():
-                loss_fn(batches[0])  # leaves all of the root's parameters where its shards were
-            optimizer.meta_step(loss_fn, batches)
-        loss_fn(batches[0]).backward()
-        found[kind, reshard] = weights(model)
-    return found
-
-
-def test_training_goes_on_as_in_one_process():
-    """Also after a loss that was NaN on one rank, and after an evaluation."""
-    everywhere = on_ranks(2, train)
-    assert same(*everywhere)
-    for (kind, _), found in everywhere[0].items():
-        model = build("smooth")
-        optimizer = GradMatch(torch.optim.Adam(model.parameters(), lr=1e-2), method_of(kind, model))
-        for seed in range(3):
-            optimizer.meta_step(partial(loss_over, model, size=2), domain_batches(3, seed))
-        torch.testing.assert_close(found, {n: p.detach() for n, p in model.named_parameters()}, rtol=1e-6, atol=1e-8)
-
-
 def refusals() -> dict[str, str]:
-    plain, model = build("smooth"), sharded(build("smooth"))
+    plain, model = ranks.build("smooth"), ranks.sharded(ranks.build("smooth"))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     found = {
-        hvp: error_of(lambda hvp=hvp: GradMatch(sgd, IDGM(model, GAMMA, hvp=hvp))) for hvp in ("reverse", "forward")
+        hvp: ranks.error_of(lambda hvp=hvp: GradMatch(sgd, IDGM(model, GAMMA, hvp=hvp)))
+        for hvp in ("reverse", "forward")
     }
     method = IDGM(plain, GAMMA)
     fully_shard(plain)
-    found["sharded later"] = error_of(lambda: GradMatch(torch.optim.SGD(plain.parameters(), lr=0.1), method))
-    optimizer, batches = GradMatch(sgd, idgm(model, "variance")), mine(domain_batches(2, 0))
+    found["sharded later"] = ranks.error_of(lambda: GradMatch(torch.optim.SGD(plain.parameters(), lr=0.1), method))
+    optimizer, batches = GradMatch(sgd, idgm(model, "variance")), ranks.mine(ranks.domain_batches(2, 0))
     optimizer.method.hvp = "reverse"
-    found["set later"] = error_of(optimizer.meta_step, partial(loss_of, model), batches)
+    found["set later"] = ranks.error_of(optimizer.meta_step, partial(ranks.loss_of, model), batches)
     optimizer.method.hvp = "finite_difference"
     optimizer.method.agreement = lambda gradients: sum(g.square().sum() for g in gradients[0].values())
-    found["function"] = error_of(optimizer.meta_step, partial(loss_of, model), batches)
+    found["function"] = ranks.error_of(optimizer.meta_step, partial(ranks.loss_of, model), batches)
     return found
 
 
@@ -222,13 +125,15 @@ def test_what_shards_cannot_do_is_refused():
 
 
 def in_half_precision() -> list[Tensor]:
-    model = sharded(build("smooth", torch.float32), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return direction(model, SmoothFish(1.0, LR), mine(domain_batches(3, 1, dtype=torch.float32)))[0]
+    model = ranks.sharded(ranks.build("smooth", torch.float32), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return direction(model, SmoothFish(1.0, LR), ranks.mine(ranks.domain_batches(3, 1, dtype=torch.float32)))[0]
 
 
 def test_a_policy_of_mixed_precision_is_followed():
     found = on_ranks(2, in_half_precision)[0]
-    expected = smooth_fish_gradient(build("smooth"), partial(loss_over, size=2), domain_batches(3, 1), 1.0, LR)
+    expected = smooth_fish_gradient(
+        ranks.build("smooth"), partial(ranks.loss_over, size=2), ranks.domain_batches(3, 1), 1.0, LR
+    )
     flat, wanted = (torch.cat([g.reshape(-1) for g in gs]) for gs in (found, expected))
     assert flat.dtype is torch.float32
     assert float((flat - wanted).norm() / wanted.norm()) < 0.03

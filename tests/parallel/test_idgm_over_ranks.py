@@ -9,34 +9,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import _spread as ranks
 import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _reference import mean_pairwise_cosine, mean_pairwise_inner_product, naive_idgm
-from _spread import (
-    Batch,
-    Collectives,
-    buffers_of,
-    build,
-    domain_batches,
-    error_of,
-    gradients_of,
-    loss_of,
-    loss_over,
-    mean_of_buffers,
-    mine,
-    part,
-    same,
-    state_of,
-    world,
-)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
-from torch_gradmatch.gradients.functional import idgm_grad
 
 AGREEMENTS = ("inner_product", "variance", "cosine")
 HVPS = {"reverse": 1e-12, "forward": 1e-12, "finite_difference": 1e-5}
@@ -51,8 +34,8 @@ CASES = [
 ]
 
 
-def by(model: nn.Module, optimizer: Any, **settings: Any) -> GradMatch[IDGM]:
-    return GradMatch(optimizer, IDGM(model, GAMMA, **world(**settings)))
+def by(model: nn.Module, optimizer: Any, gamma: float | None = GAMMA, **settings: Any) -> GradMatch[IDGM]:
+    return GradMatch(optimizer, IDGM(model, gamma, **ranks.world(**settings)))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -62,59 +45,53 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
-def one_step(name: str, batches: list[Batch], **settings: Any) -> Any:
-    model = build(name)
-    report = by(model, sgd(model), **settings).meta_step(partial(loss_of, model), batches)
+def one_step(name: str, batches: list[ranks.Batch], **settings: Any) -> Any:
+    model = ranks.build(name)
+    report = by(model, sgd(model), **settings).meta_step(partial(ranks.loss_of, model), batches)
     found = vars(report)
-    found |= {"gradients": gradients_of(model), "buffers": buffers_of(model)}
+    found |= {"gradients": ranks.gradients_of(model), "buffers": ranks.buffers_of(model)}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def share(domains: list[Batch], rank: int) -> list[Batch]:
+def share(domains: list[ranks.Batch], rank: int) -> list[ranks.Batch]:
     """One rank's of the domains."""
     first = sum(COUNTS[:rank])
     return domains[first : first + COUNTS[rank]]
 
 
-def steps(parallel: str) -> dict[Any, Any]:
-    rank = dist.get_rank()
-    batches = share(domain_batches(5, 1), rank) if parallel == "domains" else mine(domain_batches(3, 1))
-    found = {}
+def steps() -> dict[Any, Any]:
+    found, batches = {}, share(ranks.domain_batches(5, 1), dist.get_rank())
     for name, agreement, hvp in CASES:
         chosen = {"keep_graphs": True} if hvp == "kept" else {"hvp": hvp}
-        settings = {"agreement": agreement, "track_alignment": True, "parallel": parallel}
-        found[name, agreement, hvp] = one_step(name, batches, **settings, **chosen)
+        found[name, agreement, hvp] = one_step(name, batches, agreement=agreement, track_alignment=True, **chosen)
+    found["by strength"] = one_step("batch_norm", batches, gamma=None)
     return found
 
 
-@pytest.mark.parametrize("parallel", ["domains", "data"])
-def test_several_ranks_find_what_one_process_finds(parallel: str):
-    everywhere = on_ranks(3, steps, parallel)
-    assert all(same(everywhere[0], other) for other in everywhere)
-    if parallel == "domains":
-        domains = domain_batches(5, 1)
-        losses = [partial(loss_of, batch=batch) for batch in domains]
-        shares = [share(domains, rank) for rank in range(3)]
-    else:
-        domains = domain_batches(3, 1)
-        losses = [partial(loss_over, batch=batch, size=3) for batch in domains]
-        shares = [[part(batch, rank, 3) for batch in domains] for rank in range(3)]
+def test_ranks_with_some_domains_each_find_what_one_process_finds():
+    everywhere = on_ranks(3, steps)
+    assert all(ranks.same(everywhere[0], other) for other in everywhere)
+    domains = ranks.domain_batches(5, 1)
+    by_strength, model = everywhere[0].pop("by strength"), ranks.build("batch_norm")
+    gamma = GradMatch(sgd(model), IDGM(model)).meta_step(partial(ranks.loss_of, model), domains).gamma
+    assert by_strength["gamma"] == pytest.approx(gamma, rel=1e-9)
+    torch.testing.assert_close(by_strength["gradients"], ranks.gradients_of(model))
     for (name, agreement, hvp), found in everywhere[0].items():
-        check(found, name, agreement, losses, HVPS.get(hvp, 1e-12))
+        check(found, name, agreement, [partial(ranks.loss_of, batch=batch) for batch in domains], HVPS.get(hvp, 1e-12))
         left = []
-        for batches in shares:
-            model = build(name)
-            for batch in batches:
-                loss_of(model, batch)
-            left.append(buffers_of(model))
-        torch.testing.assert_close(found["buffers"], mean_of_buffers(left))
+        for rank in range(3):
+            model = ranks.build(name)
+            for batch in share(domains, rank):
+                ranks.loss_of(model, batch)
+            left.append(ranks.buffers_of(model))
+        torch.testing.assert_close(found["buffers"], ranks.mean_of_buffers(left))
 
 
 def check(
     found: dict[str, Any], name: str, agreement: str, losses: list[Callable[..., Tensor]], rounding: float
 ) -> None:
     """Against plain autograd in this process."""
-    model = build(name)
+    model = ranks.build(name)
     parameters = list(model.parameters())
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = naive_idgm(parameters, [partial(f, model) for f in losses], GAMMA, agreement)[1]
@@ -130,98 +107,7 @@ def check(
     torch.testing.assert_close(found["grad_norms"], torch.stack([v.norm() for v in vectors]), **close)
 
 
-def any_agreement(gradients: list[dict[str, Tensor]]) -> Tensor:
-    """A function of the user's own: the mean inner product, where the last parameter counts twice."""
-    vectors = [torch.cat([g.reshape(-1) * (1 + n.endswith("bias")) for n, g in sorted(gs.items())]) for gs in gradients]
-    return mean_pairwise_inner_product(vectors)
-
-
-def by_samples_only() -> dict[str, Any]:
-    batches = mine(domain_batches(3, 1))
-    torch.manual_seed(dist.get_rank())  # every rank would draw other domains
-    found = {
-        "function": one_step("tied", batches, agreement=any_agreement, parallel="data"),
-        "pairs": one_step("tied", batches, track_alignment="pairs", parallel="data"),
-        "one pass": one_step("tied", batches, one_pass=True, parallel="data"),
-    }
-    model = build("batch_norm")
-    ddp = DistributedDataParallel(model)
-    optimizer = by(ddp, torch.optim.Adam(model.parameters(), lr=1e-2), agreement="inner_product", parallel="data")
-    for seed in range(3):
-        optimizer.meta_step(partial(loss_of, ddp), mine(domain_batches(3, seed)))
-    found["ddp"] = state_of(model, optimizer)
-    ddp.zero_grad()
-    loss_of(ddp, mine(domain_batches(3, 1))[0]).backward()
-    found["reduces as ever"] = gradients_of(model)
-    return found
-
-
-def test_what_needs_all_gradients_works_by_samples_and_ddp_is_the_plain_module():
-    everywhere = on_ranks(2, by_samples_only)
-    found = everywhere[0]
-    assert same(found, everywhere[1])
-    model = build("tied")
-    parameters, names = list(model.parameters()), [n for n, _ in model.named_parameters()]
-    losses = [partial(loss_over, model, batch, 2) for batch in domain_batches(3, 1)]
-    gradients = [torch.autograd.grad(loss(), parameters) for loss in losses]
-    vectors = [torch.cat([g.reshape(-1) for g in gradient]) for gradient in gradients]
-    cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for a in vectors]) for b in vectors])
-    torch.testing.assert_close(found["pairs"]["cosines"], cosines)
-    once = idgm_grad(
-        lambda p, batch: loss_over(model, batch, 2), dict(model.named_parameters()),
-        domain_batches(3, 1), GAMMA, "variance", one_pass=True,
-    )  # fmt: skip
-    torch.testing.assert_close(found["one pass"]["gradients"], tuple(once.gradient.values()), rtol=1e-9, atol=1e-12)
-
-    def flat_agreement(flat: list[Tensor]) -> Tensor:
-        sizes = [p.numel() for p in parameters]
-        return any_agreement([dict(zip(names, one.split(sizes), strict=True)) for one in flat])
-
-    expected = naive_idgm(parameters, losses, GAMMA, flat_agreement)[1]
-    torch.testing.assert_close(found["function"]["gradients"], expected)
-    oracle = build("batch_norm")  # one process with every batch in two parts
-    optimizer = torch.optim.Adam(oracle.parameters(), lr=1e-2)
-    for seed in range(3):
-        calls = [partial(loss_over, oracle, b, 2) for b in domain_batches(3, seed)]
-        gradient = naive_idgm(list(oracle.parameters()), calls, GAMMA, "inner_product")[1]
-        for p, g in zip(oracle.parameters(), gradient, strict=True):
-            p.grad = g
-        optimizer.step()
-    for name, p in oracle.named_parameters():
-        torch.testing.assert_close(found["ddp"][0][name], p.detach(), rtol=1e-9, atol=1e-11)
-
-
 # ---------------------------------------------------------------------------------------------------------- collectives
-
-
-def sent(each: int, parallel: str) -> Any:
-    """Four meta-iterations by each agreement: the reductions of the last, agreements of first and last, the state."""
-    found = {}
-    for agreement in AGREEMENTS:
-        model = build("wide")
-        optimizer = by(model, torch.optim.Adam(model.parameters(), lr=1e-2), agreement=agreement, parallel=parallel)
-        agreements = []
-        for seed in range(4):
-            own = domain_batches(each, 10 * seed + dist.get_rank())
-            batches = own if parallel == "domains" else mine(domain_batches(each, seed))
-            with Collectives() as collectives:
-                optimizer.meta_step(partial(loss_of, model), batches)
-            agreements.append(collectives.agreements())
-        found[agreement] = collectives.reductions(), agreements[0], agreements[-1], state_of(model, optimizer)
-    return found
-
-
-@pytest.mark.parametrize(("parallel", "each", "large"), [("domains", 1, 2), ("domains", 4, 2), ("data", 4, 5)])
-def test_two_all_reduces_by_domains_whatever_their_number_and_one_more_than_domains_by_samples(
-    parallel: str, each: int, large: int
-):
-    everywhere = on_ranks(3 if parallel == "domains" else 2, sent, each, parallel)
-    assert all(same(everywhere[0], other) for other in everywhere)
-    size = sum(p.nbytes for p in build("wide").parameters())
-    for agreement, (reductions, _, _, _) in everywhere[0].items():
-        more = parallel == "domains" and agreement == "cosine"
-        assert [n for n in reductions if n > size / 4] == [size] * (large + more)
-        assert len(reductions) == large + more + 4  # numbers of the domains, which buffers moved, buffers of two kinds
 
 
 class Remembering(nn.Module):
@@ -243,20 +129,20 @@ class Remembering(nn.Module):
 def buffers_that_move(method: str) -> Any:
     torch.manual_seed(0)
     model = Remembering()
-    chosen: Any = IDGM(model, GAMMA, **world())
+    chosen: Any = IDGM(model, GAMMA, **ranks.world())
     if method != "IDGM":
-        chosen = SmoothFish(1.0, 0.1, model, **world(parallel="walks"))
+        chosen = SmoothFish(1.0, 0.1, model, **ranks.world(parallel=method))
     optimizer = GradMatch(sgd(model), chosen)
     batches = [torch.randn(5, 4, dtype=torch.float64) + dist.get_rank() for _ in range(2)]
-    with Collectives() as collectives:
+    with ranks.Collectives() as collectives:
         optimizer.meta_step(model, batches)
-    return collectives.reductions(), buffers_of(model)
+    return collectives.reductions(), ranks.buffers_of(model)
 
 
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish"])
+@pytest.mark.parametrize("method", ["IDGM", "walks", "data"])
 def test_only_buffers_that_moved_are_reduced_and_in_their_own_dtype(method: str):
     everywhere = on_ranks(2, buffers_that_move, method)
-    assert same(*everywhere)
+    assert ranks.same(*everywhere)
     reductions, buffers = everywhere[0]
     assert reductions[-2:] == [4 * 2, 3 * 4]
     assert max(reductions) < 1000
@@ -265,45 +151,40 @@ def test_only_buffers_that_moved_are_reduced_and_in_their_own_dtype(method: str)
     assert bool(buffers["seen"].any())
 
 
-def test_the_parameters_are_compared_once():
-    """By two agreements; later ones are about other things."""
-    for _, first, last, _ in on_ranks(2, sent, 2, "domains")[0].values():
-        assert last == first - 2
-
-
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
 def refusals() -> dict[str, str]:
-    plain = build("smooth")
-    batches = domain_batches(2, dist.get_rank())
+    plain = ranks.build("smooth")
+    batches = ranks.domain_batches(2, dist.get_rank())
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     chosen: dict[str, dict[str, Any]] = {
-        "function": {"agreement": any_agreement},
+        "function": {"agreement": lambda gradients: gradients[0]["0.bias"].square().sum()},
         "pairs": {"track_alignment": "pairs"},
         "one pass": {"one_pass": True},
         "one domain": {"parallel": "walks"},
     }
     found = {
-        name: error_of(lambda settings=settings: by(plain, sgd(plain), **settings)) for name, settings in chosen.items()
+        name: ranks.error_of(lambda settings=settings: by(plain, sgd(plain), **settings))
+        for name, settings in chosen.items()
     }
     optimizer = by(plain, sgd(plain))
     optimizer.method.one_pass = True
-    found["one pass later"] = error_of(optimizer.meta_step, partial(loss_of, plain), batches)
+    found["one pass later"] = ranks.error_of(optimizer.meta_step, partial(ranks.loss_of, plain), batches)
     before = copy.deepcopy(plain.state_dict())
     optimizer = by(plain, sgd(plain), parallel="data")
     ddp = DistributedDataParallel(plain)
-    found["ddp unseen"] = error_of(optimizer.meta_step, partial(loss_of, ddp), batches)
-    assert same(before, plain.state_dict())
+    found["ddp unseen"] = ranks.error_of(optimizer.meta_step, partial(ranks.loss_of, ddp), batches)
+    assert ranks.same(before, plain.state_dict())
     for name, method in {
         "ddp": IDGM(ddp, GAMMA),
-        "ddp by domains": IDGM(ddp, GAMMA, **world()),
-        "ddp by walks": SmoothFish(1.0, 0.1, model=ddp, **world()),
+        "ddp by domains": IDGM(ddp, GAMMA, **ranks.world()),
+        "ddp by walks": SmoothFish(1.0, 0.1, model=ddp, **ranks.world()),
         "ddp alone": IDGM(ddp, GAMMA, process_group=alone, parallel="data"),
     }.items():
-        found[name] = error_of(lambda method=method: GradMatch(sgd(plain), method))
-    inside = FullyShardedDataParallel(build("smooth"), device_id=torch.device("cpu"), use_orig_params=True)
-    found["fsdp1"] = error_of(lambda: GradMatch(sgd(inside), SmoothFish(1.0, 0.1, model=inside)))
+        found[name] = ranks.error_of(lambda method=method: GradMatch(sgd(plain), method))
+    inside = FullyShardedDataParallel(ranks.build("smooth"), device_id=torch.device("cpu"), use_orig_params=True)
+    found["fsdp1"] = ranks.error_of(lambda: GradMatch(sgd(inside), SmoothFish(1.0, 0.1, model=inside)))
     return found
 
 
@@ -325,21 +206,21 @@ def test_what_cannot_be_shared_is_refused():
 
 
 def copied_and_named() -> Any:
-    model = build("smooth")
+    model = ranks.build("smooth")
     optimizer = by(model, sgd(model))
     rank = dist.get_rank()
-    named = {f"{rank}{number}": batch for number, batch in enumerate(domain_batches(1 + rank, rank))}
-    domains = optimizer.meta_step(partial(loss_of, model), named).domains
+    named = {f"{rank}{number}": batch for number, batch in enumerate(ranks.domain_batches(1 + rank, rank))}
+    domains = optimizer.meta_step(partial(ranks.loss_of, model), named).domains
     _, duplicate = copy.deepcopy((model, optimizer))
     assert duplicate.method.process_group is optimizer.method.process_group
     assert "process_group='2 ranks', parallel='domains'" in repr(optimizer.method)
-    duplicate.meta_step(partial(loss_of, duplicate.method.model), domain_batches(1, rank))
-    return domains, error_of(pickle.dumps, optimizer), gradients_of(duplicate.method.model)
+    duplicate.meta_step(partial(ranks.loss_of, duplicate.method.model), ranks.domain_batches(1, rank))
+    return domains, ranks.error_of(pickle.dumps, optimizer), ranks.gradients_of(duplicate.method.model)
 
 
 def test_a_report_names_the_domains_of_all_ranks_and_a_copy_trains_among_the_same():
     everywhere = on_ranks(2, copied_and_named)
-    assert same(*everywhere)
+    assert ranks.same(*everywhere)
     domains, pickling, _ = everywhere[0]
     assert domains == ("00", "10", "11")
     assert "with a process_group cannot be pickled" in pickling

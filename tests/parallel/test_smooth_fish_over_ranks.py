@@ -6,33 +6,12 @@ import itertools
 from functools import partial
 from typing import Any
 
-import pytest
+import _spread as ranks
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from _reference import smooth_fish_gradient
-from _spread import (
-    Batch,
-    Collectives,
-    buffers_of,
-    build,
-    distance,
-    domain_batches,
-    error_of,
-    gradients_of,
-    loss_of,
-    loss_over,
-    mean_of_buffers,
-    mine,
-    not_a_number_on_last,
-    part,
-    same,
-    state_of,
-    weights,
-    world,
-)
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradmatch import GradMatch, SmoothFish
 
@@ -41,155 +20,60 @@ SETTINGS = {"walk": (1.0, False), "mean": (0.0, False), "strong": (2.5, False), 
 LR = 0.05
 
 
-def own(seed: int, rank: int, domains: int = 3) -> list[Batch]:
+def own(seed: int, rank: int, domains: int = 3) -> list[ranks.Batch]:
     """A rank's batches in an order of its own."""
-    return domain_batches(domains, 100 * seed + rank)[:: -1 if rank % 2 else 1]
+    return ranks.domain_batches(domains, 100 * seed + rank)[:: -1 if rank % 2 else 1]
 
 
 def by(model: nn.Module, gamma: float, optimizer: Any = None, **settings: Any) -> GradMatch[SmoothFish]:
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    return GradMatch(optimizer, SmoothFish(gamma, LR, model=model, **world(**settings)))
+    return GradMatch(optimizer, SmoothFish(gamma, LR, model=model, **ranks.world(**settings)))
 
 
-def steps(parallel: str) -> dict[Any, Any]:
+def steps() -> dict[Any, Any]:
     found = {}
     for name, (kind, (gamma, symmetric)) in itertools.product(NETWORKS, SETTINGS.items()):
-        batches = own(1, dist.get_rank()) if parallel == "walks" else mine(domain_batches(3, 1))
-        model = build(name)
-        optimizer = by(model, gamma, symmetric=symmetric, parallel=parallel)
-        report = optimizer.meta_step(partial(loss_of, model), batches)
-        found[name, kind] = [gradients_of(model), buffers_of(model)], report.losses
+        model = ranks.build(name)
+        report = by(model, gamma, symmetric=symmetric).meta_step(partial(ranks.loss_of, model), own(1, dist.get_rank()))
+        found[name, kind] = [ranks.gradients_of(model), ranks.buffers_of(model)], report.losses
     return found
 
 
 def test_walks_go_to_their_mean():
-    everywhere = on_ranks(2, steps, "walks")
+    everywhere = on_ranks(2, steps)
     for (name, kind), (found, _) in everywhere[0].items():
-        assert same(found, everywhere[1][name, kind][0]), (name, kind)
+        assert ranks.same(found, everywhere[1][name, kind][0]), (name, kind)
         gamma, symmetric = SETTINGS[kind]
         gradients, buffers = [], []
         for rank in range(2):
-            model = build(name)
-            gradients.append(smooth_fish_gradient(model, loss_of, own(1, rank), gamma, LR, symmetric=symmetric))
-            buffers.append(buffers_of(model))
+            model = ranks.build(name)
+            gradients.append(smooth_fish_gradient(model, ranks.loss_of, own(1, rank), gamma, LR, symmetric=symmetric))
+            buffers.append(ranks.buffers_of(model))
             if kind != "walk":
-                here = torch.stack([loss_of(build(name), batch) for batch in own(1, rank)]).detach()
+                here = torch.stack([ranks.loss_of(ranks.build(name), batch) for batch in own(1, rank)]).detach()
                 torch.testing.assert_close(everywhere[rank][name, kind][1], here)
         mean = [sum(parts) / 2 for parts in zip(*gradients, strict=True)]
         torch.testing.assert_close(found[0], mean, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(found[1], mean_of_buffers(buffers))
+        torch.testing.assert_close(found[1], ranks.mean_of_buffers(buffers))
 
 
-def test_parts_of_batches_make_one_walk():
-    everywhere = on_ranks(2, steps, "data")
-    assert same(*everywhere)
-    domains = domain_batches(3, 1)
-    for (name, kind), (found, losses) in everywhere[0].items():
-        gamma, symmetric = SETTINGS[kind]
-        model = build(name)
-        expected = smooth_fish_gradient(model, partial(loss_over, size=2), domains, gamma, LR, symmetric=symmetric)
-        torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
-        if kind == "walk":
-            continue
-        here = torch.stack([loss_over(build(name), batch, 2) for batch in domains]).detach()
-        torch.testing.assert_close(losses, here)
-        left = []
-        for rank in range(2):
-            model = build(name)
-            for batch in domains:
-                loss_of(model, part(batch, rank, 2))
-            left.append(buffers_of(model))
-        torch.testing.assert_close(found[1], mean_of_buffers(left))
-
-
-# ------------------------------------------------------------------------------------------- DistributedDataParallel
-
-
-def over_ddp() -> dict[Any, Any]:
-    """Its own reducer averages; nobody was told of a group. A loss that is NaN on one rank comes between."""
-    found = {}
-    size = sum(p.nbytes for p in build("wide").parameters())
-    for name, (kind, (gamma, symmetric)) in itertools.product([*NETWORKS, "smooth", "wide"], SETTINGS.items()):
-        model = build(name)
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=kind == "strong")
-        adam = torch.optim.Adam(model.parameters(), lr=1e-2)
-        optimizer = GradMatch(adam, SmoothFish(gamma, LR, model=ddp, symmetric=symmetric))
-        loss_fn, messages, unchanged = partial(loss_of, ddp), [], True
-        for seed in range(3):
-            batches, before = mine(domain_batches(3, seed)), state_of(model, optimizer)
-            messages.append(error_of(optimizer.meta_step, not_a_number_on_last(loss_fn), batches))
-            unchanged = unchanged and same(before, state_of(model, optimizer))
-            with Collectives() as sent:
-                optimizer.meta_step(loss_fn, batches)
-        large = [n for n in sent.reductions() if n > size / 4]
-        found[name, kind] = weights(model), messages, unchanged, large
-    return found
-
-
-def test_over_ddp_it_is_one_process_on_the_whole_batch():
-    """Also with BatchNorm, which sees one part at a time; and what is NaN on one rank is raised on both."""
-    first, last = on_ranks(2, over_ddp)
-    size = sum(p.nbytes for p in build("wide").parameters())
-    for (name, kind), (found, messages, unchanged, large) in first.items():
-        its_weights, its_messages, its_unchanged, _ = last[name, kind]
-        assert same(found, its_weights)
-        assert unchanged
-        assert its_unchanged
-        assert all(text.startswith("ValueError: on rank 1: the loss of batch 0 is nan") for text in messages)
-        assert all(text.startswith("ValueError: the loss of batch 0 is nan") for text in its_messages)
-        gamma, symmetric = SETTINGS[kind]
-        gradients = {"walk": 3, "mean": 3, "strong": 5, "symmetric": 7}[kind]
-        if name == "wide":
-            assert large == [size] * gradients
-        model = build(name)
-        loss = loss_of if name in ("smooth", "transformer", "tied") else partial(loss_over, size=2)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        for seed in range(3):
-            batches = domain_batches(3, seed)
-            gradient = smooth_fish_gradient(model, loss, batches, gamma, LR, symmetric=symmetric)
-            for p, g in zip(model.parameters(), gradient, strict=True):
-                p.grad = g
-            optimizer.step()
-        assert distance(found, weights(model)) < 1e-9, (name, kind)
-
-
-# ------------------------------------------------------------------------------------- many iterations, and collectives
-
-
-def train(parallel: str, gamma: float, optimizer_class: Any) -> Any:
-    """Four meta-iterations: the reductions of the last, and the state."""
-    model = build("wide")
-    settings = (
-        {"max_iter": 5, "line_search_fn": "strong_wolfe"} if optimizer_class is torch.optim.LBFGS else {"lr": 1e-2}
-    )
-    optimizer = by(model, gamma, optimizer_class(model.parameters(), **settings), parallel=parallel)
+def by_a_line_search() -> Any:
+    model = ranks.build("wide")
+    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")
+    optimizer = by(model, 1.0, lbfgs)
     for seed in range(4):
-        batches = own(seed, dist.get_rank()) if parallel == "walks" else mine(domain_batches(3, seed))
-        with Collectives() as sent:
-            optimizer.meta_step(partial(loss_of, model), batches)
-    return sent.reductions(), [dict(model.state_dict()), gradients_of(model)]
-
-
-@pytest.mark.parametrize(
-    ("parallel", "gamma", "large", "number"),
-    [("walks", 1.0, 1, 5), ("walks", 2.0, 1, 5), ("data", 1.0, 3, 7), ("data", 2.0, 5, 9)],
-)
-def test_all_reduces_are_few_and_ranks_stay_the_same(parallel: str, gamma: float, large: int, number: int):
-    everywhere = on_ranks(3, train, parallel, gamma, torch.optim.Adam)
-    assert all(same(everywhere[0], other) for other in everywhere)
-    reductions, size = everywhere[0][0], sum(p.nbytes for p in build("wide").parameters())
-    assert [n for n in reductions if n > size / 4] == [size] * large
-    assert len(reductions) == number  # flags or losses, which buffers moved, and buffers of two kinds
+        optimizer.meta_step(partial(ranks.loss_of, model), own(seed, dist.get_rank()))
+    return [dict(model.state_dict()), ranks.gradients_of(model)]
 
 
 def test_a_line_search_goes_the_same_way_everywhere():
-    everywhere = on_ranks(3, train, "walks", 1.0, torch.optim.LBFGS)
-    assert all(same(everywhere[0][1], other[1]) for other in everywhere)
+    everywhere = on_ranks(3, by_a_line_search)
+    assert all(ranks.same(everywhere[0], other) for other in everywhere)
 
 
 def with_scaler() -> Any:
     last = dist.get_rank() == dist.get_world_size() - 1
-    model = build("smooth", torch.float32)
+    model = ranks.build("smooth", torch.float32)
     weight = next(model.parameters())
     optimizer = by(model, 1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -198,9 +82,9 @@ def with_scaler() -> Any:
         batches = [(x.float(), y.float()) for x, y in own(seed, dist.get_rank())]
         steep = batches[-1] if last and seed == 1 else None
 
-        def loss_fn(batch: Batch, steep: Batch | None = steep) -> Tensor:
+        def loss_fn(batch: ranks.Batch, steep: ranks.Batch | None = steep) -> Tensor:
             kink = 0.0 if batch is not steep else (weight - weight.detach()).sum().sqrt()  # zero, of infinite slope
-            return loss_of(model, batch) + kink
+            return ranks.loss_of(model, batch) + kink
 
         before = weight.detach().clone()
         optimizer.meta_step(loss_fn, batches, scaler)
@@ -210,27 +94,27 @@ def with_scaler() -> Any:
 
 def test_gradients_that_overflow_on_one_rank_are_skipped_on_all():
     everywhere = on_ranks(2, with_scaler)
-    assert same(*everywhere)
+    assert ranks.same(*everywhere)
     assert everywhere[0][:2] == ([False, True, False], 512.0)
 
 
 def drift_apart() -> tuple[str, str, bool]:
     """Ordinary steps on gradients that nobody averages let the ranks drift apart. And a group of one is no group."""
-    model = build("smooth")
+    model = ranks.build("smooth")
     optimizer = by(model, 1.0)
     batches = own(0, dist.get_rank())
-    loss_fn = partial(loss_of, model)
+    loss_fn = partial(ranks.loss_of, model)
     optimizer.meta_step(loss_fn, batches)
     loss_fn(batches[0]).backward()
     optimizer.step()
-    told = error_of(optimizer.meta_step, loss_fn, batches)
+    told = ranks.error_of(optimizer.meta_step, loss_fn, batches)
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     directions = []
     for group in (alone, None):
-        model = build("tied")
-        by(model, 2.0, process_group=group).meta_step(partial(loss_of, model), batches)
-        directions.append(gradients_of(model))
-    return told, error_of(lambda: SmoothFish(1.0, LR, **world())), same(*directions)
+        model = ranks.build("tied")
+        by(model, 2.0, process_group=group).meta_step(partial(ranks.loss_of, model), batches)
+        directions.append(ranks.gradients_of(model))
+    return told, ranks.error_of(lambda: SmoothFish(1.0, LR, **ranks.world())), ranks.same(*directions)
 
 
 def test_ranks_that_drifted_apart_are_told_and_one_process_is_a_group_of_one():

@@ -1,38 +1,45 @@
-"""The mean of the slow weights: torch's own averaged model, step by step, whatever the method and the loop."""
+"""The mean of the slow weights: torch's own averaged model, step by step, whatever the method and the loop.
+
+On several ranks: ``tests/parallel/test_every_method_on_ranks.py``.
+"""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from _feature_training import batches, feature_net, snapshot, train
-from _models import assert_identical, loss_of
-from _ranks import on_ranks
-from _spread import build, domain_batches, error_of, mine, spread, weights, world
-from hypothesis import given
-from hypothesis import strategies as st
+from _models import FeatureNet, assert_identical, loss_of
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from torch_gradmatch import IDGM, Average, Fish, GradMatch, SmoothFish
 
-METHODS = {
+METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "Fish": lambda model: Fish(0.3, model=model),
     "Fish reset": lambda model: Fish(0.3, inner_state="reset", model=model),
+    "Fish loop": lambda model: Fish(0.3, inner_steps=3, model=model),
     "SmoothFish": lambda model: SmoothFish(1.0, 0.1, model=model),
     "IDGM": lambda model: IDGM(model, 0.1),
 }
 
 
-def torch_average(model: nn.Module, decay: float | None) -> AveragedModel:
+def torch_average(model: nn.Module, decay: float | None = None) -> AveragedModel:
     mean = {} if decay is None else {"multi_avg_fn": get_ema_multi_avg_fn(decay)}
     return AveragedModel(model, use_buffers=True, **mean)
+
+
+def averaging(method: str = "Fish") -> tuple[FeatureNet, GradMatch, AveragedModel]:
+    """A network, its optimizer that keeps an average, and torch's average of the same network."""
+    model = feature_net()
+    return model, GradMatch(adam(model.parameters()), METHODS[method](model), Average()), torch_average(model)
 
 
 def averaged(optimizer: GradMatch, model: nn.Module) -> dict[str, Any]:
@@ -47,15 +54,32 @@ def assert_is_average(found: dict[str, Any], expected: AveragedModel) -> None:
             torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("decay", [None, 0.8])
-@pytest.mark.parametrize("start", [0, 3])
-@pytest.mark.parametrize("method", METHODS)
-def test_is_the_averaged_model_of_torch(method: str, start: int, decay: float | None):
+def two_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    parameters = list(model.parameters())
+    return [SGD(parameters[:3], lr=0.1), adam(parameters[3:])]
+
+
+adam = partial(Adam, lr=0.05)
+WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
+    "Adam": lambda model: adam(model.parameters()),
+    "several": two_optimizers,
+    "LBFGS": lambda model: LBFGS(model.parameters(), lr=0.1, max_iter=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "wrapped", "start", "decay"),
+    [
+        *((method, "Adam", 0, None) for method in ("Fish", "Fish reset", "SmoothFish", "IDGM")),
+        *(("Fish", "several", 3, 0.8), ("SmoothFish", "Adam", 3, None), ("Fish", "LBFGS", 0, 0.8)),
+    ],
+)
+def test_is_the_averaged_model_of_torch(method: str, wrapped: str, start: int, decay: float | None):
     """After every meta-step from ``start`` on, parameters and BatchNorm's statistics; training itself is untouched."""
     model = feature_net()
     plain = copy.deepcopy(model)
-    optimizer = GradMatch(Adam(model.parameters(), lr=0.05), METHODS[method](model), Average(start, decay))
-    without = GradMatch(Adam(plain.parameters(), lr=0.05), METHODS[method](plain))
+    optimizer = GradMatch(WRAPPED[wrapped](model), METHODS[method](model), Average(start, decay))
+    without = GradMatch(WRAPPED[wrapped](plain), METHODS[method](plain))
     expected = torch_average(plain, decay)
     for number in range(6):
         domains = batches(3, number)
@@ -71,24 +95,19 @@ def test_is_the_averaged_model_of_torch(method: str, start: int, decay: float | 
         assert_identical(model.state_dict(), plain.state_dict())
 
 
-def test_a_loop_of_steps_counts_interpolations_and_plain_steps():
-    """Fish: every third step. Without an inner loop, every step."""
-    for method, every in ((lambda m: Fish(0.3, inner_steps=3, model=m), 3), (lambda m: IDGM(m, 0.1), 1)):
-        model = feature_net()
-        optimizer = GradMatch(SGD(model.parameters(), lr=0.1), method(model), average=Average())
-        expected = torch_average(model, None)
-        for number, batch in enumerate(batches(9), start=1):
-            train(model, optimizer, [batch])
-            if number % every == 0:
-                expected.update_parameters(model)
-        assert expected.n_averaged == 9 // every
-        assert_is_average(averaged(optimizer, model), expected)
+@pytest.mark.parametrize(("method", "every"), [("Fish loop", 3), ("IDGM", 1)])
+def test_a_loop_of_steps_counts_interpolations_and_without_an_inner_loop_every_step(method: str, every: int):
+    model, optimizer, expected = averaging(method)
+    for number, batch in enumerate(batches(9), start=1):
+        train(model, optimizer, [batch])
+        if number % every == 0:
+            expected.update_parameters(model)
+    assert expected.n_averaged == 9 // every
+    assert_is_average(averaged(optimizer, model), expected)
 
 
 def test_interpolate_by_hand_counts_and_a_failed_meta_step_does_not():
-    model = feature_net()
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.3, model=model), average=Average())
-    expected = torch_average(model, None)
+    model, optimizer, expected = averaging()
     for _ in range(2):
         train(model, optimizer, batches(3))
         optimizer.interpolate()
@@ -104,8 +123,7 @@ def test_the_block_in_an_inner_loop_leaves_no_trace():
     """Evaluating the average in the middle of a walk; what the block does to parameters is lost."""
     runs = []
     for looks in (False, True):
-        model = feature_net()
-        optimizer = GradMatch(Adam(model.parameters(), lr=0.05), Fish(0.3, inner_steps=3, model=model), Average())
+        model, optimizer, _ = averaging("Fish loop")
         for batch in batches(8):
             train(model, optimizer, [batch])
             if looks and optimizer.last_meta_step is not None:
@@ -138,19 +156,6 @@ def test_statistics_estimated_inside_are_kept_with_the_average_and_lost_from_the
     assert_identical(model.state_dict(), own)
 
 
-def test_several_optimizers_closures_and_half_precision():
-    model = feature_net()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    both = [SGD(parameters[:3], lr=0.1), Adam(parameters[3:], lr=0.05)]
-    for wrapped in (both, LBFGS(parameters, lr=0.1, max_iter=2)):
-        optimizer = GradMatch(wrapped, Fish(0.3, model=model), average=Average())
-        expected = torch_average(model, None)
-        for number in range(3):
-            optimizer.meta_step(lambda batch: loss_of(model, batch), batches(3, number))
-            expected.update_parameters(model)
-        assert_is_average(averaged(optimizer, model), expected)
-
-
 def test_half_precision_is_averaged_in_single_and_of_slow_weights_all_digits_count():
     """A walk of a thousandth of a bfloat16's digits: in the parameters nothing moves, in the slow weights it does."""
     w = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
@@ -171,9 +176,8 @@ def test_a_grad_scaler_steps_and_skips():
     model = nn.Linear(3, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), SmoothFish(1.0, 0.1), average=Average())
-    expected = torch_average(model, None)
-    overflows = [False, False, True, False]
-    for overflow in overflows:
+    expected = torch_average(model)
+    for overflow in (False, False, True, False):
         optimizer.zero_grad()
         scaler.scale(model(torch.ones(2, 3)).mean()).backward()
         if overflow:
@@ -187,80 +191,61 @@ def test_a_grad_scaler_steps_and_skips():
 
 
 def test_parameters_may_join_and_masks_have_no_mean():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).double()
     model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
     model[1].requires_grad_(False)
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(1.0, model=model), average=Average())
     seen = []
     for number in range(4):
-        if number == 2:
-            model[1].requires_grad_(True)
-        optimizer.meta_step(lambda x: model(x).square().mean(), [torch.ones(1, 2)])
+        model[1].requires_grad_(number >= 2)
+        optimizer.meta_step(lambda x: model(x).square().mean(), [torch.ones(1, 2).double()])
         seen.append(copy.deepcopy(model.state_dict()))
-        if number < 2:
-            assert len(optimizer.state_dict()["gradmatch"]["average"]["weights"]) == 2  # none of what is frozen
+        # There is no copy of what is frozen.
+        assert len(optimizer.state_dict()["gradmatch"]["average"]["weights"]) == (2 if number < 2 else 4)
     found = averaged(optimizer, model)
     mean = torch.stack([s["0.weight"] for s in seen]).mean(0)
-    torch.testing.assert_close(found["0.weight"], mean)
     late = seen[2]["1.weight"] + (seen[3]["1.weight"] - seen[2]["1.weight"]) / 4
-    torch.testing.assert_close(found["1.weight"], late)
+    torch.testing.assert_close([found["0.weight"], found["1.weight"]], [mean, late], rtol=1e-12, atol=1e-12)
     assert torch.equal(found["mask"], model.mask)
 
 
-def test_a_compiled_model_shows_its_average():
-    model = feature_net()
-    called: Any = torch.compile(model, backend="aot_eager")
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.3, model=model), average=Average())
-    (batch,) = batches(1, 9)
-    for number in range(2):
-        optimizer.meta_step(lambda b: (called(b[0], b[2]) - b[1]).square().mean(), batches(3, number))
-    with optimizer.averaged_weights():
-        shown, expected = called(batch[0], batch[2]), copy.deepcopy(model)(batch[0], batch[2])
-    torch.testing.assert_close(shown, expected)
+# ---------------------------------------------------------------------------------------------------------- refusals
 
 
-@given(decay=st.none() | st.floats(0.01, 0.99), steps=st.integers(1, 8), seed=st.integers(0, 2**31))
-def test_any_mean_lies_between_its_weights_and_equal_weights_are_the_mean(decay: float | None, steps: int, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    w = nn.Parameter(torch.randn(3, generator=generator, dtype=torch.float64))
-    optimizer = GradMatch(SGD([w], lr=1.0), SmoothFish(1.0, 0.1), average=Average(decay=decay))
-    seen = []
-    for _ in range(steps):
-        w.grad = torch.randn(3, generator=generator, dtype=torch.float64)
-        optimizer.step()
-        seen.append(w.detach().clone())
-    with optimizer.averaged_weights():
-        found = w.detach().clone()
-    every = torch.stack(seen)
-    assert bool((found >= every.amin(0) - 1e-12).all() and (found <= every.amax(0) + 1e-12).all())
-    if decay is None:
-        torch.testing.assert_close(found, every.mean(0), rtol=1e-12, atol=1e-12)
-
-
-def test_bad_settings_and_calls_in_the_wrong_place():
-    for settings, message in (
-        ({"start": -1}, "start should be an integer of at least 0"),
-        ({"decay": 1.0}, "decay should be a number in (0, 1)"),
-        ({"decay": 0}, "decay should be a number in (0, 1]"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            Average(**settings)
-    w = nn.Parameter(torch.ones(()))
-    with pytest.raises(TypeError, match="average should be an Average"):
-        GradMatch(SGD([w], lr=0.1), Fish(), average=0.9)  # type: ignore[call-overload]
-    with pytest.raises(RuntimeError, match="keeps no average"):
-        GradMatch(SGD([w], lr=0.1)).averaged_weights()
-    optimizer = GradMatch(SGD([w], lr=0.1), Fish(inner_steps=1), average=Average())
-    with pytest.raises(AttributeError, match="average cannot be replaced"):
-        optimizer.average = Average(3)
-    w.grad = torch.ones(())
+def one_weight(**settings: Any) -> tuple[nn.Parameter, GradMatch]:
+    """After one step."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = GradMatch(SGD([w], lr=0.1), Fish(inner_steps=1), **settings)
+    w.grad = torch.ones(2)
     optimizer.step()
+    return w, optimizer
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Average(start=-1), ValueError, "start should be an integer of at least 0"),
+        (lambda: Average(decay=1.0), ValueError, "decay should be a number in (0, 1)"),
+        (lambda: Average(decay=0), ValueError, "decay should be a number in (0, 1]"),
+        (lambda: one_weight(average=0.9), TypeError, "average should be an Average"),
+        (lambda: one_weight()[1].averaged_weights(), RuntimeError, "keeps no average"),
+        (lambda: setattr(one_weight()[1], "average", Average(3)), AttributeError, "average cannot be replaced"),
+    ],
+    ids=["start", "decay 1", "decay 0", "number", "none", "later"],
+)
+def test_what_makes_no_sense_is_refused(call: Callable[[], Any], error: type[Exception], message: str):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_calls_that_make_no_sense_inside_the_block():
+    w, optimizer = one_weight(average=Average())
     state = optimizer.state_dict()
     calls = {
         "step": optimizer.step,
         "interpolate": optimizer.interpolate,
         "rollback": optimizer.rollback,
-        "meta_step": lambda: optimizer.meta_step(lambda x: w * x, [torch.ones(())]),
+        "meta_step": lambda: optimizer.meta_step(lambda x: (w * x).sum(), [torch.ones(())]),
         "state_dict": optimizer.state_dict,
         "load_state_dict": lambda: optimizer.load_state_dict(state),
     }
@@ -272,12 +257,8 @@ def test_bad_settings_and_calls_in_the_wrong_place():
 
 
 def test_checkpoints_without_an_average_or_of_another_model():
-    w = nn.Parameter(torch.ones(2))
-    kept = GradMatch(SGD([w], lr=0.1), Fish(inner_steps=1), average=Average())
-    w.grad = torch.ones(2)
-    kept.step()
+    (_, kept), (_, plain) = one_weight(average=Average()), one_weight()
     state = kept.state_dict()
-    plain = GradMatch(SGD([w], lr=0.1), Fish(inner_steps=1))
     with pytest.raises(ValueError, match="this optimizer keeps none"):
         plain.load_state_dict(state)
     for without in (plain.state_dict(), plain.optimizer.state_dict()):
@@ -285,75 +266,12 @@ def test_checkpoints_without_an_average_or_of_another_model():
             kept.load_state_dict(without)
         with pytest.raises(RuntimeError, match="no average yet"), kept.averaged_weights():
             pass
-    for damage, message in (
-        ({"weights": {0: torch.ones(3)}}, "average of parameter 0 has shape"),
-        ({"weights": {1: torch.ones(2)}}, "which does not exist here"),
-        ({"number": "3"}, "'number' is missing or malformed"),
+    average = state["gradmatch"]["average"]
+    for damaged, message in (
+        (average | {"weights": {0: torch.ones(3)}}, "average of parameter 0 has shape"),
+        (average | {"weights": {1: torch.ones(2)}}, "which does not exist here"),
+        (average | {"number": "3"}, "'number' is missing or malformed"),
+        (None, "'average' is malformed"),
     ):
-        damaged = copy.deepcopy(state)
-        damaged["gradmatch"]["average"] |= damage
         with pytest.raises(ValueError, match=message):
-            kept.load_state_dict(damaged)
-    damaged["gradmatch"]["average"] = None
-    with pytest.raises(ValueError, match="'average' is malformed"):
-        kept.load_state_dict(damaged)
-
-
-# ------------------------------------------------------------------------------------------------- several processes
-
-
-def on_one_rank(scheme: str, method: str) -> Any:
-    """The average over a model that is spread, its training, and what a distributed checkpoint says."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    plain = scheme in {"walks", "domains"}
-    model = build("batch_norm") if plain else spread(scheme, build("batch_norm"))
-    methods = {
-        "Fish": lambda: Fish(0.5, model=model, **(world(inner_state="reset") if plain else {})),
-        "SmoothFish": lambda: SmoothFish(1.0, 0.05, model=model),
-        "IDGM": lambda: IDGM(model, **world()),
-    }
-    optimizer = GradMatch(Adam(model.parameters(), lr=0.01), methods[method](), average=Average())
-    for number in range(3):
-        whole = domain_batches(3, number)
-        optimizer.meta_step(lambda batch: (model(batch[0]) - batch[1]).square().mean(), mine(whole))
-        with torch.no_grad():
-            model(whole[0][0])  # leaves whole parameters where a model is sharded
-    with optimizer.averaged_weights():
-        inside = weights(model)
-        output = model(domain_batches(1, 9)[0][0]).detach()
-    after = model(domain_batches(1, 9)[0][0]).detach()
-    state = copy.deepcopy(optimizer.state_dict())
-    model.eval()
-    optimizer.load_state_dict(state)
-    with optimizer.averaged_weights():
-        assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), inside.values(), strict=True))
-    return inside, output, after, error_of(get_optimizer_state_dict, model, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("scheme", "method"),
-    [*itertools.product(["ddp", "fsdp", "kept"], ["Fish", "SmoothFish"]), ("walks", "Fish"), ("domains", "IDGM")],
-)
-def test_over_ranks_every_one_has_the_same_average_and_shows_it(scheme: str, method: str):
-    first, second = on_ranks(2, on_one_rank, scheme, method)
-    assert_identical(first[0], second[0])
-    by_hand = build("batch_norm")
-    with torch.no_grad():
-        for name, p in by_hand.named_parameters():
-            p.copy_(first[0][name])
-    expected = by_hand(domain_batches(1, 9)[0][0]).detach()
-    torch.testing.assert_close(first[1], expected, rtol=1e-9, atol=1e-9)
-    assert (first[1] - first[2]).abs().max() > 1e-6  # and its own weights again afterwards
-    assert "torch.distributed.checkpoint does not keep" in first[3]
-
-
-def test_a_sharded_model_has_to_be_known():
-    assert all("pass the method model=model" in error for error in on_ranks(2, without_model))
-
-
-def without_model() -> str:
-    model = spread("fsdp", build("smooth"))
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.5), average=Average())
-    optimizer.meta_step(lambda b: (model(b[0]) - b[1]).square().mean(), mine(domain_batches(2, 0)))
-    return error_of(optimizer.averaged_weights().__enter__)
+            kept.load_state_dict(state | {"gradmatch": state["gradmatch"] | {"average": damaged}})

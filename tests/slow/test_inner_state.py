@@ -31,6 +31,14 @@ def step(optimizer: Optimizer, parameter: nn.Parameter, seed: int = 0) -> None:
     optimizer.step(lambda: parameter.sum()) if "LBFGS" in repr(optimizer) else optimizer.step()
 
 
+def made(build: Any, *, steps: int = 0) -> tuple[nn.Parameter, Any]:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = build([parameter])
+    for seed in range(steps):
+        step(optimizer, parameter, seed)
+    return parameter, optimizer
+
+
 def visible(optimizer: Optimizer) -> Any:
     return copy.deepcopy(optimizer.state_dict())
 
@@ -39,15 +47,11 @@ def reset(wrapped: Optimizer, inner_steps: int = 1) -> GradMatch[Fish]:
     return GradMatch(wrapped, Fish(0.5, inner_steps=inner_steps, inner_state="reset"))
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+@pytest.mark.parametrize("steps", [0, 3], ids=["new", "trained"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_meta_iteration_starts_as_wrapped(name: str, trained: bool):
+def test_every_meta_iteration_starts_as_wrapped(name: str, steps: int):
     """After the first inner step of the third meta-iteration everything equals one step of what was wrapped."""
-    parameter, p_then = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    wrapped, then = CLASSES[name]([parameter]), CLASSES[name]([p_then])
-    for seed in range(3 if trained else 0):
-        step(wrapped, parameter, seed)
-        step(then, p_then, seed)
+    (parameter, wrapped), (p_then, then) = (made(CLASSES[name], steps=steps) for _ in range(2))
     optimizer = reset(wrapped, inner_steps=2)
     for seed in range(4):
         step(optimizer, parameter, seed)
@@ -61,36 +65,31 @@ def test_every_meta_iteration_starts_as_wrapped(name: str, trained: bool):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_carry_is_the_plain_optimizer(name: str):
-    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    plain, wrapped = (CLASSES[name]([p]) for p in parameters)
+    expected, plain = made(CLASSES[name], steps=5)
+    parameter, wrapped = made(CLASSES[name])
     optimizer = GradMatch(wrapped, Fish(1.0, inner_steps=2))
     for seed in range(5):
-        step(plain, parameters[0], seed)
-        step(optimizer, parameters[1], seed)
+        step(optimizer, parameter, seed)
     assert_identical(visible(wrapped), visible(plain))
-    torch.testing.assert_close(parameters[1], parameters[0])
+    torch.testing.assert_close(parameter, expected)
 
 
 def test_what_a_scheduler_or_a_user_sets_stays():
-    parameter = nn.Parameter(torch.ones(3))
-    wrapped = CountsInDefaults([parameter])
-    optimizer = reset(wrapped)
+    parameter, wrapped = made(CountsInDefaults)
+    wrapped.train()
+    optimizer, (group,) = reset(wrapped), wrapped.param_groups
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    wrapped.param_groups[0]["tag"] = "backbone"
-    for seed in range(3):
-        step(optimizer, parameter, seed)
+    group["tag"] = "backbone"
+    for number, mode in enumerate((True, False, True, False), start=1):
+        group["train_mode"] = mode
+        step(optimizer, parameter)
         scheduler.step()
-    step(optimizer, parameter)
-    group = wrapped.param_groups[0]
-    assert group["lr"] == 0.1 * 0.5**3
-    assert group["initial_lr"] == 0.1
-    assert group["tag"] == "backbone"
-    assert (group["k"], group["d"]) == (1, 0.5)
+        assert (group["k"], group["d"], group["train_mode"]) == (1, 0.5, mode)
+        assert (group["lr"], group["initial_lr"], group["tag"]) == (0.1 * 0.5**number, 0.1, "backbone")
 
 
-def test_a_learning_rate_that_a_hook_inside_the_step_changes_is_no_counter():
-    parameter = nn.Parameter(torch.ones(2))
-    wrapped = SGD([parameter], lr=1.0)
+def test_the_optimizer_stays_the_users_and_a_learning_rate_that_its_hook_changes_is_no_counter():
+    parameter, wrapped = made(lambda params: SGD(params, lr=1.0))
 
     def halve(optimizer: Optimizer, *_: Any) -> None:
         optimizer.param_groups[0]["lr"] *= 0.5
@@ -99,25 +98,13 @@ def test_a_learning_rate_that_a_hook_inside_the_step_changes_is_no_counter():
     optimizer = reset(wrapped)
     for _ in range(3):
         step(optimizer, parameter)
+    assert optimizer.optimizer is wrapped
     assert wrapped.param_groups[0]["lr"] == 0.125
 
 
-def test_a_mode_that_the_user_switches_stays():
-    parameter = nn.Parameter(torch.ones(3))
-    wrapped = CountsInDefaults([parameter])
-    wrapped.train()
-    optimizer = reset(wrapped)
-    for mode in (True, False):
-        wrapped.param_groups[0]["train_mode"] = mode
-        step(optimizer, parameter)
-        assert wrapped.param_groups[0]["train_mode"] is mode
-        assert wrapped.param_groups[0]["k"] == 1
-
-
 def test_a_group_added_later_starts_anew_with_the_rest():
-    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    wrapped = CountsInDefaults([first])
-    optimizer = reset(wrapped)
+    first, wrapped = made(CountsInDefaults)
+    second, optimizer = nn.Parameter(torch.ones(2)), reset(wrapped)
     step(optimizer, first)
     optimizer.add_param_group({"params": [second]})
     second.grad = torch.ones(2)
@@ -127,14 +114,10 @@ def test_a_group_added_later_starts_anew_with_the_rest():
 
 
 def test_a_checkpoint_between_meta_iterations_remembers_what_counts():
-    def build() -> tuple[nn.Parameter, GradMatch[Fish]]:
-        parameter = nn.Parameter(torch.ones(2))
-        return parameter, reset(CountsInDefaults([parameter]), inner_steps=2)
-
-    parameter, optimizer = build()
+    (parameter, wrapped), (new_parameter, new_wrapped) = made(CountsInDefaults), made(CountsInDefaults)
+    optimizer, new = reset(wrapped, inner_steps=2), reset(new_wrapped, inner_steps=2)
     step(optimizer, parameter)
     step(optimizer, parameter)
-    new_parameter, new = build()
     new.load_state_dict(optimizer.state_dict())
     assert new.param_groups[0]["k"] == 2
     step(new, new_parameter)
@@ -143,10 +126,7 @@ def test_a_checkpoint_between_meta_iterations_remembers_what_counts():
 
 def test_an_optimizer_that_cannot_be_built_again_nor_copied_returns_to_what_it_was():
     """It has a state from the beginning, and what nobody can copy among its attributes and in a group."""
-    parameter = nn.Parameter(torch.ones(2))
-    module = nn.Module()
-    module.weight = parameter
-    wrapped = NeedsAModel([parameter], module)
+    parameter, wrapped = made(lambda params: NeedsAModel(params, nn.Module()))
     wrapped.state[parameter]["start"] = torch.ones(2)
     wrapped.param_groups[0]["lock"] = wrapped.lock
     optimizer = reset(wrapped, inner_steps=2)
@@ -160,24 +140,11 @@ def test_an_optimizer_that_cannot_be_built_again_nor_copied_returns_to_what_it_w
     assert wrapped.param_groups[0]["lock"] is wrapped.lock
 
 
-def test_reset_keeps_the_users_optimizer_object_and_its_hooks():
-    parameter = nn.Parameter(torch.ones(2))
-    wrapped = SGD([parameter], lr=0.1, momentum=0.9)
-    calls: list[int] = []
-    wrapped.register_step_post_hook(lambda *_: calls.append(1))
-    optimizer = reset(wrapped)
-    step(optimizer, parameter)
-    step(optimizer, parameter)
-    assert optimizer.optimizer is wrapped
-    assert calls == [1, 1]
-
-
 def test_a_function_resets_what_it_will():
     def by_hand(optimizer: CountsOutOfSight) -> None:
         optimizer.counting.number = 0
 
-    w = nn.Parameter(torch.ones(2))
-    inner = CountsOutOfSight([w])
+    w, inner = made(CountsOutOfSight)
     optimizer = GradMatch(inner, Fish(0.5, inner_state=by_hand))
     for _ in range(3):
         optimizer.meta_step(lambda x: (w * x).square().sum(), [1.0, 2.0])
@@ -189,8 +156,7 @@ def test_a_function_resets_what_it_will():
 
 @pytest.mark.parametrize("inner_state", ["carry", "reset"])
 def test_a_meta_step_that_fails_restores_counters(inner_state: str):
-    w = nn.Parameter(torch.ones(2))
-    wrapped = Averaging([w])
+    w, wrapped = made(Averaging)
     optimizer = GradMatch(wrapped, Fish(0.5, inner_state=inner_state))
     optimizer.meta_step(lambda x: (w * x).square().sum(), [1.0, 2.0])
     before = visible(wrapped)
