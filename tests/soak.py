@@ -1,4 +1,4 @@
-"""Hours of what the tests do for seconds: ``python -m soak`` with ``.`` and ``tests`` on the path.
+"""Hours of what the tests do for seconds: ``python -m soak``, with ``.`` and ``tests`` on the path.
 
 - ``kills``: training killed at random moments and resumed from its last checkpoint is bit for bit the undisturbed one.
 - ``damage``: a checkpoint that is not what was saved is refused, with everything as before; or it is loaded, and then
@@ -6,16 +6,15 @@
 - ``sequences``: random sequences of what users do agree with the oracles of the stateful tests.
 - ``flat``: a long training takes no more memory than a short one.
 
-A part is a function of a case and a seed, which raises if something is wrong and else lists what it found.
+``SOAK_SHARE=0.01`` does a hundredth of it, ``SOAK_SEED`` another; pytest's options choose. What was found is written to
+``out/soak/soak.md``.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import hashlib
-import io
 import math
 import multiprocessing as mp
 import os
@@ -24,16 +23,15 @@ import resource
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import hypothesis
+import pytest
 import torch
 import torch.distributed as dist
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
@@ -43,11 +41,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import RandomSampler
-from tqdm import tqdm
 
 import torch_gradmatch
 from torch_gradmatch import IDGM, Average, DomainBatchSampler, DomainLoader, Fish, GradMatch, SmoothFish, meta_batches
 
+SHARE, SEED = float(os.environ.get("SOAK_SHARE", "1")), int(os.environ.get("SOAK_SEED", "0"))
 DOMAINS = 4
 STEPS = 200  # of a training that is killed
 SAVE_EVERY = 3
@@ -61,34 +59,17 @@ PROCESSES.set_forkserver_preload(["soak", "torch.distributed.tensor"])  # or eac
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-
-def sgd(p: list[Tensor]) -> Any:
-    return torch.optim.SGD(p, lr=1e-2, momentum=0.9)
-
-
-def adamw(p: list[Tensor]) -> Any:
-    return torch.optim.AdamW(p, lr=1e-2, amsgrad=True)
-
-
-def groups(p: list[Tensor]) -> Any:
-    return torch.optim.AdamW([{"params": p[:3]}, {"params": p[3:], "lr": 0.02}], lr=1e-2)
-
-
-def both(p: list[Tensor]) -> Any:
-    return [sgd(p[:2]), torch.optim.Adam(p[2:], lr=1e-2)]
-
-
-def lbfgs(p: list[Tensor]) -> Any:
-    return torch.optim.LBFGS(p, lr=1e-2, max_iter=2, history_size=3)
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "groups": lambda p: torch.optim.AdamW([{"params": p[:3]}, {"params": p[3:], "lr": 0.02}], lr=1e-2),
+    "both": lambda p: [torch.optim.SGD(p[:2], lr=1e-2, momentum=0.9), torch.optim.Adam(p[2:], lr=1e-2)],
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=2, history_size=3),
+}
 
 
 def fish(**settings: Any) -> Callable[[nn.Module], Any]:
     return lambda m: Fish(0.3, inner_steps=DOMAINS, model=m, **settings)
-
-
-def fish_walks(model: nn.Module) -> Any:
-    group = dist.group.WORLD
-    return Fish(0.3, inner_state="reset", model=model, track_alignment=True, process_group=group)
 
 
 def smooth(gamma: float = 0.5, **settings: Any) -> Callable[[nn.Module], Any]:
@@ -100,11 +81,15 @@ def exact(agreement: str, **settings: Any) -> Callable[[nn.Module], Any]:
     return lambda m: IDGM(m, gamma, agreement, **settings)
 
 
+def over_ranks(method: type[Any], *arguments: Any, **settings: Any) -> Callable[[nn.Module], Any]:
+    return lambda m: method(*arguments, model=m, process_group=dist.group.WORLD, **settings)
+
+
 class Variant(NamedTuple):
     """One way to train: in a plain ``loop``, which is saved in the middle of a walk, or by ``meta_step``."""
 
     method: Callable[[nn.Module], Any]
-    optimizer: Callable[[list[Tensor]], Any]
+    optimizer: str
     loop: bool = False
     loader: str = "plain"  # or "workers" or "streams"
     dtype: torch.dtype = torch.float32
@@ -113,29 +98,28 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "fish-carry": Variant(fish(track_alignment=True), adamw, loop=True, average=Average(2, 0.9)),
-    "fish-reset": Variant(fish(inner_state="reset", track_alignment="pairs", buffers="latest"), groups, loop=True),
-    "fish-meta-dtype": Variant(fish(meta_dtype=torch.float32), sgd, loop=True, dtype=torch.bfloat16),
-    "fish-several": Variant(fish(inner_state="reset"), both, loop=True),
-    "fish-lbfgs": Variant(fish(), lbfgs),
-    "fish-meta-step": Variant(fish(meta_dtype=torch.float64), adamw),
-    "fish-alone": Variant(lambda _: Fish(0.3), sgd),
-    "fish-workers": Variant(fish(track_alignment=True), adamw, loop=True, loader="workers"),
-    "fish-streams": Variant(fish(), sgd, loop=True, loader="streams"),
-    "smooth-fish": Variant(smooth(track_alignment=True), adamw),
-    "smooth-fish-symmetric": Variant(smooth(0.02, symmetric=True), both),  # with more it diverges here
-    "smooth-fish-workers": Variant(smooth(), sgd, loader="workers"),
-    "idgm-inner_product": Variant(exact("inner_product", one_pass=True), adamw, average=Average()),
-    "idgm-variance-forward": Variant(exact("variance", hvp="forward"), sgd),
-    "idgm-cosine-finite_difference": Variant(exact("cosine", hvp="finite_difference"), both),
-    "fish-walks": Variant(fish_walks, adamw, split="walks"),
-    "smooth-fish-walks": Variant(
-        lambda m: SmoothFish(1.0, 0.05, m, process_group=dist.group.WORLD), adamw, split="walks"
+    "fish-carry": Variant(fish(track_alignment=True), "adamw", loop=True, average=Average(2, 0.9)),
+    "fish-reset": Variant(fish(inner_state="reset", track_alignment="pairs", buffers="latest"), "groups", loop=True),
+    "fish-meta-dtype": Variant(fish(meta_dtype=torch.float32), "sgd", loop=True, dtype=torch.bfloat16),
+    "fish-several": Variant(fish(inner_state="reset"), "both", loop=True),
+    "fish-lbfgs": Variant(fish(), "lbfgs"),
+    "fish-meta-step": Variant(fish(meta_dtype=torch.float64), "adamw"),
+    "fish-alone": Variant(lambda _: Fish(0.3), "sgd"),
+    "fish-workers": Variant(fish(track_alignment=True), "adamw", loop=True, loader="workers"),
+    "fish-streams": Variant(fish(), "sgd", loop=True, loader="streams"),
+    "smooth-fish": Variant(smooth(track_alignment=True), "adamw"),
+    "smooth-fish-symmetric": Variant(smooth(0.02, symmetric=True), "both"),  # with more it diverges here
+    "smooth-fish-workers": Variant(smooth(), "sgd", loader="workers"),
+    "idgm-inner_product": Variant(exact("inner_product", one_pass=True), "adamw", average=Average()),
+    "idgm-variance-forward": Variant(exact("variance", hvp="forward"), "sgd"),
+    "idgm-cosine-finite_difference": Variant(exact("cosine", hvp="finite_difference"), "both"),
+    "fish-walks": Variant(
+        over_ranks(Fish, 0.3, inner_steps=DOMAINS, inner_state="reset", track_alignment=True), "adamw", split="walks"
     ),
-    "idgm-domains": Variant(lambda m: IDGM(m, 0.1, process_group=dist.group.WORLD), adamw, split="domains"),
+    "smooth-fish-walks": Variant(over_ranks(SmoothFish, 1.0, 0.05), "adamw", split="walks"),
+    "idgm-domains": Variant(over_ranks(IDGM, gamma=0.1), "adamw", split="domains"),
 }
-OF_RANKS = [name for name, variant in VARIANTS.items() if variant.split is not None]
-ALONE = [name for name in VARIANTS if name not in OF_RANKS]
+ALONE = [name for name, variant in VARIANTS.items() if variant.split is None]
 
 
 class Training:
@@ -149,7 +133,7 @@ class Training:
         torch.manual_seed(seed)
         layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1)]
         self.model = nn.Sequential(*layers).to(variant.dtype)
-        wrapped = variant.optimizer(list(self.model.parameters()))
+        wrapped = OPTIMIZERS[variant.optimizer](list(self.model.parameters()))
         self.optimizer: GradMatch[Any] = GradMatch(wrapped, variant.method(self.model), variant.average)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 2 * STEPS)
         self.source, self.place = self.make_streams() if variant.loader == "streams" else self.make_loader()
@@ -247,7 +231,7 @@ def difference(actual: Any, expected: Any, *, exact: bool = True) -> str | None:
 
 
 def strict() -> None:
-    """What every process here begins with: one thread, and warnings are errors."""
+    """What every process of a training begins with: one thread, and warnings are errors."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)  # workers are forked, and only fetch
@@ -312,26 +296,25 @@ def logged(folder: Path) -> list[tuple[int, str]]:
     return [(int(line[0]), line[1]) for line in lines if len(line) == 2 and len(line[1]) == 128]
 
 
-def kills(case: str, seed: int, train: Train = train, steps: int = STEPS) -> list[str]:
+def kills(name: str, number: int, train: Train = train, steps: int = STEPS) -> str:
     """Kill a training so often; whenever it ends before that, begin another."""
-    name, number = case.split("/")
-    draw = random.Random(f"kills {case} {seed}")
-    seed_of_all, landed, runs, in_writing, in_walk = draw.randrange(2**31), 0, 0, 0, 0
+    draw = random.Random(f"kills {name} {number} {SEED}")
+    seed, landed, runs, in_writing, in_walk = draw.randrange(2**31), 0, 0, 0, 0
     with TemporaryDirectory() as folder:
         whole = Path(folder, "whole")
         whole.mkdir()
-        started(train, name, seed_of_all, steps, whole)
+        started(train, name, seed, steps, whole)
         seconds, expected = float((whole / "seconds-0").read_text()), dict(logged(whole))
-        while landed < int(number):
+        while landed < number:
             runs += 1
             broken = Path(folder, f"broken-{runs}")
             broken.mkdir()
             ended = False
             while not ended:
-                after = draw.uniform(1e-4, 2 * seconds / (int(number) - landed + 1)) if landed < int(number) else 0
+                after = draw.uniform(1e-4, 2 * seconds / (number - landed + 1)) if landed < number else 0
                 dying = draw.randrange(2) if VARIANTS[name].split else 0
                 (broken / "unfinished.pt").unlink(missing_ok=True)
-                ended = started(train, name, seed_of_all, steps, broken, dying, after)
+                ended = started(train, name, seed, steps, broken, dying, after)
                 if not ended:
                     landed += 1
                     in_writing += (broken / "unfinished.pt").exists()
@@ -343,7 +326,7 @@ def kills(case: str, seed: int, train: Train = train, steps: int = STEPS) -> lis
             final, of_whole = (torch.load(one / "checkpoint.pt", weights_only=True) for one in (broken, whole))
             differ = difference(final, of_whole)
             assert differ is None, differ
-    return [f"{name}: {landed} kills, {in_writing} while a checkpoint was written, {in_walk} resumed in an inner loop"]
+    return f"{name}: {landed} kills, {in_writing} while a checkpoint was written, {in_walk} resumed in an inner loop"
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -361,9 +344,10 @@ def at(state: Any, path: tuple[Any, ...]) -> Any:
     return state
 
 
-def another(draw: random.Random, value: Any) -> Any:
-    """Something else than a value, most often not far from it."""
-    choices: list[Any] = [None, 7, "text", [value], {"value": value}, [], {}]
+def another(draw: random.Random, value: Any, state: Any, others: Any) -> Any:
+    """Something else than a value, most often not far from it, or from elsewhere."""
+    elsewhere = [copy.deepcopy(at(found, draw.choice(paths_in(found)))) for found in (state, others)]
+    choices: list[Any] = [None, 7, "text", [value], {"value": value}, [], {}, *elsewhere]
     if isinstance(value, Tensor):
         values, floating = value.detach().clone(), value.is_floating_point()
         line = values.reshape(-1)
@@ -384,49 +368,24 @@ def another(draw: random.Random, value: Any) -> Any:
     return draw.choice(choices)
 
 
-def damage_entry(draw: random.Random, state: Any, others: Any) -> str:
-    """Damage a nested state in one place, ours every other time; return what was done."""
+def damaged(draw: random.Random, whole: Any, others: Any) -> tuple[str, Any]:
+    """Return what was done to a nested state in one place, ours every other time, and what it is then."""
+    if draw.random() < 0.05:
+        return "replaced whole", draw.choice([[], None, others, {}])
+    state = copy.deepcopy(whole)
     found = paths_in(state)
     ours = [path for path in found if path[0] == "gradmatch"]
     path = draw.choice(ours if ours and draw.random() < 0.5 else found)
+    kind = draw.choice(["missing", "foreign", *["replaced"] * 4])
+    if kind == "foreign":
+        path = (*draw.choice([p for p in [(), *found] if isinstance(at(state, p), dict)]), draw.choice(["foreign", -1]))
     parent, key = at(state, path[:-1]), path[-1]
-    kind = draw.choice(["missing", "foreign", "swapped", "other", *["replaced"] * 3])
     if kind == "missing":
         del parent[key]
-        return f"missing: {path}"
-    if kind == "foreign":
-        where = draw.choice([p for p in [(), *found] if isinstance(at(state, p), dict)])
-        name = draw.choice(["foreign", 10**6, -1, "state", "gradmatch"])
-        at(state, where)[name] = another(draw, draw.choice([1, torch.ones(2, 3), {"step": 1}]))
-        return f"foreign: {name!r} at {where}"
-    if kind == "swapped":
-        other = draw.choice([p for p in found if p[-1] == key] or found)
-        if other[: len(path)] != path and path[: len(other)] != other:
-            at(state, other[:-1])[other[-1]], parent[key] = at(state, path), at(state, other)
-            return f"swapped: {path} and {other}"
-    if kind == "other" and path in paths_in(others):
-        parent[key] = at(others, path)
-        return f"of another's: {path}"
-    parent[key] = another(draw, parent[key])
-    return f"replaced: {path} by {str(parent[key])[:80]!r}"
-
-
-def damage_file(draw: random.Random, state: Any) -> tuple[str, Any]:
-    """Save a state, damage the file and load that; return what was done, and None if torch refused it."""
-    file = io.BytesIO()
-    torch.save(state, file, _use_new_zipfile_serialization=draw.random() < 0.3)  # only zip files have a check sum
-    content = bytearray(file.getvalue())
-    places = [draw.randrange(len(content)) for _ in range(draw.choice([1, 1, 1, 2, 8]))]
-    if draw.random() < 0.2:
-        content, told = content[: places[0]], f"cut to {places[0]} of {len(content)} bytes"
     else:
-        told = f"bits flipped in bytes {places} of {len(content)}"
-        for place in places:
-            content[place] ^= 1 << draw.randrange(8)
-    try:
-        return told, torch.load(io.BytesIO(bytes(content)), weights_only=True)
-    except Exception:  # noqa: BLE001  whatever torch makes of it
-        return told, None
+        old = draw.choice([1, torch.ones(2, 3), {"step": 1}]) if kind == "foreign" else parent[key]
+        parent[key] = another(draw, old, whole, others)
+    return f"{kind}: {path}", state
 
 
 def part_of_ours(name: str, part: str, state: Any) -> Any:
@@ -451,20 +410,25 @@ def outcome(training: Training) -> Any:
     return training.state()
 
 
-def refuses(load: Callable[[Any], None], damaged: Any) -> str | None:
+def refuses(load: Callable[[Any], None], state: Any) -> str | None:
     """The words in which a state is refused, if it is."""
     try:
-        load(damaged)
+        load(state)
     except ValueError as error:
         return str(error)
     except TypeError:
-        if isinstance(damaged, dict):
+        if isinstance(state, dict):
             raise
         return "state dict"
     return None
 
 
-def judge(name: str, part: str, damaged: Any, saved: dict[str, Any], steps: int) -> str:
+def same(actual: Any, expected: Any, what: str) -> None:
+    differ = difference(actual, expected)
+    assert differ is None, f"{what}: {differ}"
+
+
+def judge(name: str, part: str, state: Any, saved: dict[str, Any], steps: int) -> str:
     """Load a damaged part of a checkpoint in the middle of training; raise if anything is wrong then or afterwards."""
 
     def in_training() -> Training:
@@ -473,72 +437,47 @@ def judge(name: str, part: str, damaged: Any, saved: dict[str, Any], steps: int)
         return training
 
     live, twin = in_training(), in_training()
-    before, given = copy.deepcopy(live.state()), copy.deepcopy(damaged)
-    refusal = refuses(getattr(live, part).load_state_dict, damaged)
+    before, given = copy.deepcopy(live.state()), copy.deepcopy(state)
+    refusal = refuses(getattr(live, part).load_state_dict, state)
     if refusal is not None:
-        assert "state dict" in refusal or not isinstance(damaged, dict), f"a message that says nothing: {refusal}"
-        changed = difference(live.state(), before)
-        assert changed is None, f"refused ({refusal}), but changed: {changed}"
-        changed = difference(outcome(live), outcome(twin))
-        assert changed is None, f"refused ({refusal}), but then another training: {changed}"
+        assert "state dict" in refusal or not isinstance(state, dict), f"a message that says nothing: {refusal}"
+        same(live.state(), before, f"refused ({refusal}), but changed")
+        same(outcome(live), outcome(twin), f"refused ({refusal}), but then another training")
         return "refused"
-    changed = difference(damaged, given)
-    assert changed is None, f"loading has changed what was loaded: {changed}"
-    changed = difference(live.model.state_dict(), before["model"])
-    assert changed is None, f"loading has changed the model: {changed}"
+    same(state, given, "loading has changed what was loaded")
+    same(live.model.state_dict(), before["model"], "loading has changed the model")
 
     live, fresh = in_training(), Training(name, 2)
     for training in (live, fresh):
-        training.load(copy.deepcopy({**saved, part: damaged}))
-    found, told, undamaged = (
-        part_of_ours(name, part, s) for s in (getattr(fresh, part).state_dict(), damaged, saved[part])
-    )
-    same, as_told = difference(found, undamaged, exact=False), difference(found, told, exact=False)
-    assert same is None or as_told is None, f"loaded, but neither as undamaged ({same}) nor as it says ({as_told})"
-    came_to, of_fresh = outcome(live), outcome(fresh)
-    changed = difference(came_to, of_fresh)
-    assert changed is None, f"loaded, but with what there was before it trains otherwise: {changed}"
+        training.load(copy.deepcopy({**saved, part: state}))
+    states = (getattr(fresh, part).state_dict(), state, saved[part])
+    found, told, undamaged = (part_of_ours(name, part, one) for one in states)
+    healed, as_told = difference(found, undamaged, exact=False), difference(found, told, exact=False)
+    assert healed is None or as_told is None, f"loaded, but neither as undamaged ({healed}) nor as it says ({as_told})"
+    came_to = outcome(live)
+    same(came_to, outcome(fresh), "loaded, but with what there was before it trains otherwise")
     if isinstance(came_to, str):
         words = ("diverge", "NaN", "not finite", "nan", "inf", "save between two lists")
-        theirs = difference(told, undamaged) is None
+        theirs = difference(told, undamaged) is None  # what is not ours has taken it
         assert theirs or any(word in came_to for word in words), f"loaded, and then {came_to}"
-        return (
-            "taken by what is not ours, which cannot go on"
-            if theirs
-            else "values with which it cannot go on, as it says"
-        )
-    return "the same" if same is None else "these values"
+        return "cannot go on, as it says"
+    return "the same" if healed is None else "these values"
 
 
-def damage_one(number: int, seed: int) -> str:
+def damage(number: int) -> str:
     """Damage one checkpoint and judge what comes of it."""
-    draw = random.Random(f"damage {number} {seed}")
+    draw = random.Random(f"damage {number} {SEED}")
     name, another_name = draw.sample(ALONE, 2)
     part = draw.choice(["optimizer", "optimizer", "place"] if VARIANTS[name].loader != "workers" else ["optimizer"])
     saved, other = Training(name, 1), Training(another_name, 3)
     saved.advance(draw.randrange(12))
     other.advance(draw.randrange(6))
     checkpoint = copy.deepcopy(saved.state())
-    state, others = copy.deepcopy(checkpoint[part]), copy.deepcopy(other.state()[part])
-    if draw.random() < 0.3:
-        told, state = damage_file(draw, state)
-        if state is None:
-            return "torch.load refused"
-    elif draw.random() < 0.05:
-        state, told = draw.choice([([], "a list"), (None, "None"), (others, "another's"), ({}, "nothing")])
-    else:
-        told = damage_entry(draw, state, others)
+    told, state = damaged(draw, checkpoint[part], copy.deepcopy(other.state()[part]))
     try:
         return judge(name, part, state, checkpoint, draw.randrange(12))
     except BaseException as error:
-        raise AssertionError(f"{number}/1, {name}, {part}, {told}\n{type(error).__name__}: {error}") from error
-
-
-def damage(case: str, seed: int) -> list[str]:
-    """Damage some checkpoints, each drawn by its number."""
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-    first, count = map(int, case.split("/"))
-    return [damage_one(number, seed) for number in range(first, first + count)]
+        raise AssertionError(f"{name}, {part}, {told}\n{type(error).__name__}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------- sequences and flat
@@ -546,20 +485,19 @@ def damage(case: str, seed: int) -> list[str]:
 MACHINES: dict[str, type[RuleBasedStateMachine]] = {"fish": FishMachine, "direction": DirectionMachine}
 
 
-def sequences(case: str, seed: int) -> list[str]:
+def sequences(name: str, number: int) -> str:
     """Hypothesis prints a sequence that fails."""
-    name, _, number = case.split("/")
     settings = hypothesis.settings(
-        max_examples=int(number),
+        max_examples=max(1, round(20 * SHARE)),
         stateful_step_count=25,
         deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    drawn = random.Random(f"sequences {case} {seed}").randrange(2**32)
+    drawn = random.Random(f"sequences {name} {number} {SEED}").randrange(2**32)
     run_state_machine_as_test(hypothesis.seed(drawn)(MACHINES[name]), settings=settings)
-    return [f"{name}: a sequence of 25 steps"] * int(number)
+    return f"{name}: {settings.max_examples} sequences of 25 steps"
 
 
 def look() -> tuple[int, int]:
@@ -587,95 +525,75 @@ def stays_flat(advance: Callable[[], object], iterations: int) -> str:
     return f"{iterations} meta-iterations: {growth / 1024:+,.0f} KiB"
 
 
-def flat(case: str, seed: int) -> list[str]:
-    name, iterations = case.split("/")
-    torch.manual_seed(seed)
+def flat(name: str, iterations: int) -> str:
+    torch.manual_seed(SEED)
     variant = VARIANTS[name]
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)).to(variant.dtype)
-    optimizer = GradMatch(variant.optimizer(list(model.parameters())), variant.method(model), variant.average)
+    optimizer = GradMatch(
+        OPTIMIZERS[variant.optimizer](list(model.parameters())), variant.method(model), variant.average
+    )
     batches = [torch.randn(4, 2, dtype=variant.dtype) for _ in range(DOMAINS)]
 
     def loss_fn(x: Tensor) -> Tensor:
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-    return [f"{name}, " + stays_flat(lambda: optimizer.meta_step(loss_fn, batches), int(iterations))]
+    return f"{name}, " + stays_flat(lambda: optimizer.meta_step(loss_fn, batches), iterations)
 
 
 # ------------------------------------------------------------------------------------------------------------- program
 
-PARTS: dict[str, Callable[[str, int], list[str]]] = {
-    "flat": flat,
-    "kills": kills,
-    "sequences": sequences,
-    "damage": damage,
-}
+
+@pytest.fixture
+def told(
+    record_property: Callable[[str, object], None], request: pytest.FixtureRequest
+) -> Iterator[Callable[..., None]]:
+    """Takes what a part has found; with no more memory than some."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    part = request.node.originalname.removeprefix("test_")
+    if part == "damage":
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, limits[1]))
+    yield lambda found: record_property(part, found)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def cases(part: str, share: float) -> list[str]:
-    """What is carried out of a part, the whole of it or a share."""
-    if part == "kills":  # 102, of which 27 on two ranks
-        return [f"{name}/{max(1, round(share * (9 if name in OF_RANKS else 5)))}" for name in VARIANTS]
-    if part == "flat":
-        return [
-            f"{name}/{max(2 * LOOKS, round(100_000 * share))}" for name in ALONE if VARIANTS[name].loader == "plain"
-        ]
-    if part == "sequences":
-        return [f"{name}/{i}/{max(1, round(20 * share))}" for i in range(10) for name in MACHINES]
-    number = max(4, round(1000 * share))
-    return [f"{first}/{min(20, number - first)}" for first in range(0, number, 20)]
+@pytest.mark.parametrize("name", [name for name in ALONE if VARIANTS[name].loader == "plain"])
+def test_flat(name: str, told: Callable[[str], None]):
+    told(flat(name, max(2 * LOOKS, round(100_000 * SHARE))))
 
 
-def apart(part: str, case: str, seed: int) -> list[str]:
-    """Carry out a case in a process of its own."""
-    if part == "kills":  # which has its own
-        return PARTS[part](case, seed)
-    with ProcessPoolExecutor(1, PROCESSES, strict) as pool:
-        return pool.submit(PARTS[part], case, seed).result()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_kills(name: str, told: Callable[[str], None]):
+    told(kills(name, max(1, round(SHARE * (5 if name in ALONE else 9)))))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Carry out some parts and write what was found; return how many cases failed, at most 100."""
-    parser = argparse.ArgumentParser(prog="python -m soak", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all if left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=1.0, help="how much of it: 0.01 for a hundredth")
-    parser.add_argument("--out", type=Path, default=Path("out/soak"), help="where soak.md is written")
-    parser.add_argument("--only", metavar="CASE", help="carry out one case of one part")
-    parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
-    options = parser.parse_args(arguments)
-    parts = options.parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"there is no part {unknown.pop()!r}: choose of {', '.join(PARTS)}")
-    if options.only is not None and len(parts) != 1:
-        parser.error("--only is a case of one part: name that part")
-    began = time.monotonic()
-    found: dict[str, Counter[str]] = {part: Counter() for part in parts}
-    failed = []
-    with ThreadPoolExecutor(options.jobs) as jobs:
-        waiting: dict[Future[list[str]], tuple[str, str]] = {}
-        for part in parts:
-            for case in cases(part, options.share) if options.only is None else [options.only]:
-                waiting[jobs.submit(apart, part, case, options.seed)] = part, case
-        for done in tqdm(as_completed(waiting), total=len(waiting)):
-            part, case = waiting[done]
-            error = done.exception()
-            if error is None:
-                found[part].update(done.result())
-                continue
-            command = f"PYTHONPATH=.:tests python -m soak {part} --seed {options.seed} --only '{case}'"
-            failed.append(f"FAILED `{command}`\n\n```\n{''.join(traceback.format_exception(error))[-3000:]}```")
-            tqdm.write(failed[-1], file=sys.stderr)
-    versions = f"torch_gradmatch {torch_gradmatch.__version__}, torch {torch.__version__}"
-    text = ["# Soak", f"{versions}; share {options.share:g}, {(time.monotonic() - began) / 60:.1f} minutes."]
-    for part, told in found.items():
-        text += [f"## {part}", "\n".join(f"- {count} x {what}" for what, count in sorted(told.items()))]
-    page = "\n\n".join([*text, *failed]) + "\n"
-    if options.only is None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "soak.md").write_text(page)
-    tqdm.write(page, file=sys.stdout)
-    return min(100, len(failed))
+@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("name", MACHINES)
+def test_sequences(name: str, number: int, told: Callable[[str], None]):
+    told(sequences(name, number))
+
+
+@pytest.mark.parametrize("number", range(max(4, round(1000 * SHARE))))
+def test_damage(number: int, told: Callable[[str], None]):
+    told(damage(number))
+
+
+class Figures:
+    """A plugin that writes how often which part has found what."""
+
+    def __init__(self, page: Path) -> None:
+        self.page, self.found = page, Counter[str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.found.update(f"{part}: {found}" for part, found in report.user_properties)
+            self.found["FAILED"] += report.failed
+
+    def pytest_sessionfinish(self) -> None:
+        self.page.parent.mkdir(parents=True, exist_ok=True)
+        versions = f"torch_gradmatch {torch_gradmatch.__version__}, torch {torch.__version__}; share {SHARE:g}"
+        lines = [f"- {count} x {what}" for what, count in sorted(self.found.items())]
+        self.page.write_text("\n".join(["# Soak", "", versions, "", *lines, ""]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pytest.main([__file__, "-k", "test_", *sys.argv[1:]], plugins=[Figures(Path("out/soak/soak.md"))]))
