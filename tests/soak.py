@@ -21,6 +21,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import hypothesis
 import pytest
@@ -577,23 +579,20 @@ def test_damage(number: int, told: Callable[[str], None]):
     told(damage(number))
 
 
-class Figures:
-    """A plugin that writes how often which part has found what."""
-
-    def __init__(self, page: Path) -> None:
-        self.page, self.found = page, Counter[str]()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            self.found.update(f"{part}: {found}" for part, found in report.user_properties)
-            self.found["FAILED"] += report.failed
-
-    def pytest_sessionfinish(self) -> None:
-        self.page.parent.mkdir(parents=True, exist_ok=True)
-        versions = f"torch_gradmatch {torch_gradmatch.__version__}, torch {torch.__version__}; share {SHARE:g}"
-        lines = [f"- {count} x {what}" for what, count in sorted(self.found.items())]
-        self.page.write_text("\n".join(["# Soak", "", versions, "", *lines, ""]))
+def main(options: list[str]) -> int:
+    """Let pytest do it, in a process that has imported nothing yet; write how often which part has found what."""
+    folder = Path("out/soak")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:doctest", f"--junitxml={folder}/soak.xml", *options]
+    done = subprocess.run(command, check=False)
+    told = ElementTree.parse(folder / "soak.xml")
+    found = Counter(f"{one.get('name')}: {one.get('value')}" for one in told.iter("property"))
+    found["FAILED"] = len(list(told.iter("failure")))
+    versions = f"torch_gradmatch {torch_gradmatch.__version__}, torch {torch.__version__}; share {SHARE:g}"
+    lines = [f"- {count} x {what}" for what, count in sorted(found.items())]
+    (folder / "soak.md").write_text("\n".join(["# Soak", "", versions, "", *lines, ""]))
+    return done.returncode
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-k", "test_", *sys.argv[1:]], plugins=[Figures(Path("out/soak/soak.md"))]))
+    sys.exit(main(sys.argv[1:]))
