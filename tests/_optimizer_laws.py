@@ -26,14 +26,10 @@ Batch = tuple[Tensor, Tensor, int]  # inputs, targets, and a seed for what draws
 
 
 def domains(meta_iteration: int) -> list[Batch]:
-    """Return one batch of each domain."""
+    """One batch of each domain."""
     generator = torch.Generator().manual_seed(meta_iteration)
     return [
-        (
-            torch.randn(5, 4, generator=generator, dtype=torch.float64),
-            torch.randn(5, 3, generator=generator, dtype=torch.float64),
-            10 * meta_iteration + domain,
-        )
+        (*(torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (4, 3)), 10 * meta_iteration + domain)
         for domain in range(DOMAINS)
     ]
 
@@ -81,7 +77,7 @@ def meta_step(model: nn.Module, optimizer: Any, batches: list[Batch]) -> None:
 
 
 def wrapped(recipe: Recipe, inner_state: Any, seed: int = 0) -> tuple[Any, Any]:
-    """Return a model, and under ``GradMatch`` its optimizer."""
+    """a model, and under ``GradMatch`` its optimizer."""
     model = recipe.new_model(seed)
     return model, GradMatch(recipe.build(model), Fish(META_LR, inner_steps=DOMAINS, inner_state=inner_state))
 
@@ -126,7 +122,7 @@ def equal(actual: nn.Module, expected: nn.Module) -> bool:
 
 
 def undone(recipe: Recipe) -> float:
-    """Return which part of a displacement of the parameters six later steps, on gradients of zero, undo.
+    """which part of a displacement of the parameters six later steps, on gradients of zero, undo.
 
     An interpolation is such a displacement. What undoes it is a point that the optimizer keeps: a copy or an average
     of the parameters, or their first values and the sum of the steps since.
@@ -148,18 +144,18 @@ def undone(recipe: Recipe) -> float:
 
 @functools.cache
 def keeps_points(recipe: Recipe) -> bool:
-    """Return whether an optimizer's next steps undo an interpolation that moves the parameters alone."""
+    """Whether an optimizer's next steps undo an interpolation that moves the parameters alone."""
     with process_group(recipe.distributed):
         return recipe.cls.__name__ not in PROJECTS and undone(recipe) > 0.02  # weight decay: at most .008; points: .038
 
 
 def has_modes(recipe: Recipe) -> bool:
-    """Return whether a class trains with other parameters than it is evaluated with."""
+    """Whether a class trains with other parameters than it is evaluated with."""
     return callable(getattr(recipe.cls, "train", None)) and callable(getattr(recipe.cls, "eval", None))
 
 
 def is_built_with_points(recipe: Recipe) -> bool:
-    """Return whether it has them before its first step, so that resetting would return to them."""
+    """Whether it has them before its first step, so that resetting would return to them."""
     return keeps_points(recipe) and any(recipe.build(recipe.new_model()).state.values())
 
 
@@ -241,7 +237,7 @@ def check_algorithm_1(recipe: Recipe, inner_state: str) -> None:
 
 
 def random_states() -> list[Any]:
-    """Return where the generators stand that libraries draw from."""
+    """where the generators stand that libraries draw from."""
     numpys: Any = np.random.get_state()  # noqa: NPY002
     return [torch.get_rng_state().tolist(), random.getstate(), numpys[1].tolist(), numpys[2]]
 
