@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from _feature_training import batches, feature_net, snapshot, through_file, train
-from _models import FeatureNet, assert_identical, assert_same_state, loss_of
+from _models import FeatureNet, assert_identical, loss_of
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import Adam
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 
@@ -57,26 +57,23 @@ def advance(model: nn.Module, optimizer: GradMatch[Fish], some: list[tuple[Any, 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "file"])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("steps", [4, 5])
-def test_a_copy_continues_bit_for_bit(steps: int, name: str, how: str):
-    """At the end of an inner loop of four steps and in the next one; and the original goes on undisturbed."""
+def test_a_copy_continues_bit_for_bit(name: str, how: str):
+    """In the middle of the second inner loop; and the original goes on undisturbed."""
     model = feature_net()
     optimizer = built(name, model)
     data = batches(11)
-    advance(model, optimizer, data[:steps])
+    advance(model, optimizer, data[:5])
     twin_model, twin = through(how, name, model, optimizer)
     assert twin.optimizer is not optimizer.optimizer
     assert twin.param_groups is twin.optimizer.param_groups
     assert twin.param_groups[0]["params"][0] is next(twin_model.parameters())
-    advance(model, optimizer, data[steps:])
-    advance(twin_model, twin, data[steps:])
+    advance(model, optimizer, data[5:])
+    advance(twin_model, twin, data[5:])
     assert_identical(twin_model.state_dict(), model.state_dict())
     assert_identical(twin.state_dict(), optimizer.state_dict())
     assert twin.last_meta_step is not None
-    if how == "file" and steps == 5:  # what is measured in an inner loop is not carried over
+    if how == "file":  # what is measured in an inner loop is not carried over
         assert twin.last_meta_step.cosine is None
-    elif how == "file":  # nor is the order in which it has met the parameters, in which squares are summed
-        assert_same_state(vars(twin.last_meta_step), vars(optimizer.last_meta_step), rtol=1e-14)
     else:
         assert_identical(vars(twin.last_meta_step), vars(optimizer.last_meta_step))
 
@@ -104,15 +101,6 @@ def test_it_is_the_wrapped_optimizers_with_one_more_entry(inner_steps: int):
     plain = Adam([w])
     plain.load_state_dict(state)
     assert_identical(plain.state_dict()["state"][0], optimizer.optimizer.state_dict()["state"][0])
-
-
-def test_slow_weights_are_saved_by_the_parameters_names_where_they_are_known():
-    model = feature_net()
-    optimizer = GradMatch(SGD(model.named_parameters(), lr=0.1), Fish(0.5))
-    train(model, optimizer, batches(1))
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert set(optimizer.state_dict()["gradmatch"]["slow_weights"]) == trained
-    assert all("slow" not in key for entry in optimizer.state_dict()["state"].values() for key in entry)
 
 
 @pytest.mark.parametrize("meta_dtype", [None, torch.float64])
