@@ -8,7 +8,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "examples" / "wilds"
 
-# Inner optimizer, lr, batch size, meta_lr, domains per step, pretraining iterations, epochs, metric, domain.
+FIELDS = ("optimizer", "lr", "batch_size", "meta_lr", "domains_per_step", "warm_start", "epochs", "metric", "domain")
 AUTHORS = {
     "fmow": ("adam", 1e-4, 64, 0.01, 5, 24000, 12, "acc_worst_region", "year x region"),
     "camelyon": ("sgd", 1e-4, 32, 0.01, 3, 10000, 20, "acc_avg", "hospital"),
@@ -23,18 +23,7 @@ def test_the_settings_are_the_authors(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     from wilds_settings import PAPER
 
-    fields = (
-        "optimizer",
-        "lr",
-        "batch_size",
-        "meta_lr",
-        "domains_per_step",
-        "warm_start",
-        "epochs",
-        "metric",
-        "domain",
-    )
-    assert {name: tuple(getattr(s, field) for field in fields) for name, s in PAPER.items()} == AUTHORS
+    assert {name: tuple(getattr(s, field) for field in FIELDS) for name, s in PAPER.items()} == AUTHORS
     assert all(s.divided and s.epsilon == s.meta_lr / s.domains_per_step for s in PAPER.values())
 
 

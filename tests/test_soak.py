@@ -97,7 +97,7 @@ def test_a_load_that_goes_wrong_is_found(
         damaged["gradmatch"]["shapes"][99] = [1]
     monkeypatch.setattr(GradMatch, "load_state_dict", load)
     with nullcontext() if message is None else pytest.raises(AssertionError, match=message):
-        assert soak.judge("fish-reset", "optimizer", damaged, state, 3) == "refused"
+        assert soak.judge("fish-reset", damaged, state, 3) == "refused"
 
 
 def forgetful(*arguments: Any) -> None:
@@ -124,7 +124,7 @@ def test_killed_in_an_inner_loop_and_resumed_it_ends_bit_for_bit_where_it_would_
 
 @pytest.mark.large
 def test_so_it_does_killed_at_any_time_and_what_is_forgotten_shows():
-    for name in ("fish-reset", "idgm-domains"):
+    for name in ("fish-reset", "idgm-inner_product"):
         assert soak.kills(name, 2, steps=60).startswith(f"{name}: 2 kills")
     with pytest.raises(AssertionError, match=r"the checkpoint of step \d+ is not that of the undisturbed run"):
         soak.kills("fish-carry", 4, forgetful, 60)
