@@ -84,7 +84,7 @@ class Recipe:
 
 
 def optimizer_classes(library: str) -> dict[str, type[Any]]:
-    """Return every optimizer that a library ships, by name; torch's own only under torch."""
+    """Every optimizer that a library ships, by name; torch's own only under torch."""
     found = {}
     for name, value in vars(importlib.import_module(MODULES[library])).items():
         if not inspect.isclass(value) or value is Optimizer or name.startswith("_"):
@@ -230,18 +230,18 @@ NOT_RESET = {
 @contextmanager
 def process_group(needed: bool) -> Iterator[None]:
     """Be alone in a process group inside the block, if one is needed and there is none."""
-    if not needed or torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    needed = needed and not torch.distributed.is_initialized()
+    if needed:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
-        torch.distributed.destroy_process_group()
+        if needed:
+            torch.distributed.destroy_process_group()
 
 
 def recipes(*libraries: str) -> dict[str, Recipe]:
-    """Return a recipe for every optimizer of these, by name."""
+    """A recipe for every optimizer of these, by name."""
     classes = {f"{each}.{name}": cls for each in libraries for name, cls in sorted(optimizer_classes(each).items())}
     named = {name for name in {*OPTIONS, *LOOPS, *BUILDS, *SINGLE, *DISTRIBUTED} if name.split(".")[0] in libraries}
     unknown = {name.partition("(")[0] for name in named} - set(classes)

@@ -41,8 +41,7 @@ def test_is_the_formula(pair: tuple[torch.dtype, torch.dtype], weight: float, la
 def test_agrees_with_the_cpu_on_special_numbers():
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, 3e38] * 3000)
     for pair in KERNEL_PAIRS:
-        fast = special.to(pair[1])
-        slow = special.flip(0).to(pair[0])
+        fast, slow = special.to(pair[1]), special.flip(0).to(pair[0])
         gpu_slow, gpu_fast = slow.cuda(), fast.cuda()
         interpolate_([slow], [fast], 0.3)
         interpolate_([gpu_slow], [gpu_fast], 0.3)
