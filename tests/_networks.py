@@ -69,9 +69,8 @@ class SequenceClassifier(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, num_layers=2)
         self.head = nn.Linear(8, 3)
 
-    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
-        hidden = self.encoder(self.embedding(tokens) + self.position, src_key_padding_mask=padding)
-        return self.head(hidden.mean(dim=1))
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(tokens) + self.position).mean(dim=1))
 
 
 class CausalLanguageModel(nn.Module):
@@ -224,15 +223,6 @@ def transformer_eval() -> Case:
     return case
 
 
-def transformer_padded() -> Case:
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0], padding), batch[1])
-
-    padding = torch.arange(6) >= torch.tensor([[6], [3], [4], [6], [5]])
-    case = transformer()
-    return Case(case.model, loss, case.batches)
-
-
 def language_model() -> Case:
     """Its batches are no ``dict``, as HuggingFace's ``BatchEncoding`` is none."""
 
@@ -329,7 +319,7 @@ def complex_numbers() -> Case:
     return Case(ComplexNet(), mean_squared_error, regression(6, 4, dtype=torch.complex128))
 
 
-PLAIN = [batch_norm_1d, batch_norm_cumulative, resnet, mixup, transformer, transformer_eval, transformer_padded]
+PLAIN = [batch_norm_1d, batch_norm_cumulative, resnet, mixup, transformer, transformer_eval]
 PLAIN += [language_model, unequal_batches, lstm, sparse_embedding, features, weight_normalized, pruned, checkpointed]
 PLAIN += [complex_numbers]
 # Of these the gradient holds something fixed that moves with the parameters, or is not the gradient of any function:

@@ -297,8 +297,9 @@ def test_jobs_of_a_sweep_come_back_here(checkout: Path):
     assert launched == [f"{sys.executable} {EXAMPLE / 'train.py'} --domainbed '{checkout}' --algorithm ERM"]
 
 
-def test_help_is_ours_without_a_checkout():
+def test_without_a_checkout_help_is_ours_and_all_else_asks_for_one():
     assert "collect_results" in run("--help").stdout
+    assert "--domainbed DIR is missing" in run("--algorithm", "GradMatchFish").stderr
 
 
 @pytest.mark.parametrize(
