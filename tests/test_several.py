@@ -78,13 +78,20 @@ def test_a_tuple_is_a_list_and_shown_whole():
 
 
 @pytest.mark.filterwarnings("ignore:the inner optimizer's state held NaN")
-def test_rollback_of_an_inner_loop_that_diverged_resets_both():
+def test_slow_weights_are_those_of_both_and_rollback_resets_both_if_they_diverged():
     model = make_model()
     optimizer = GradMatch(muon_and_adamw(model), fish())
+    train(optimizer, model, make_batches())
+    slow = copy.deepcopy(model.state_dict())
+    train(optimizer, model, make_batches(2))
+    fast = copy.deepcopy(model.state_dict())
+    with optimizer.slow_weights():
+        assert_identical(model.state_dict(), slow)
+    assert_identical(model.state_dict(), fast)
     with pytest.raises(RuntimeError, match="the inner loop diverged"):
-        train(optimizer, model, poisoned(make_batches()))
+        train(optimizer, model, poisoned(make_batches())[2:])
     optimizer.rollback()
-    assert_identical(model.state_dict(), make_model().state_dict())
+    assert_identical(model.state_dict(), slow)
     assert all(not one.state for one in members(optimizer))
     train(optimizer, model, make_batches())
 
