@@ -26,14 +26,9 @@ Batch = tuple[Tensor, Tensor, int]  # inputs, targets, and a seed for what draws
 
 
 def domains(meta_iteration: int) -> list[Batch]:
-    """Return one batch of each domain."""
     generator = torch.Generator().manual_seed(meta_iteration)
     return [
-        (
-            torch.randn(5, 4, generator=generator, dtype=torch.float64),
-            torch.randn(5, 3, generator=generator, dtype=torch.float64),
-            10 * meta_iteration + domain,
-        )
+        (*(torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (4, 3)), 10 * meta_iteration + domain)
         for domain in range(DOMAINS)
     ]
 
@@ -48,7 +43,6 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def take_step(loop: Loop, optimizer: Any, model: nn.Module, batch: Batch, scale: float = 1.0) -> None:
-    """Take one step in the way that the class asks for."""
 
     @torch.enable_grad()
     def closure() -> Tensor:
@@ -81,7 +75,6 @@ def meta_step(model: nn.Module, optimizer: Any, batches: list[Batch]) -> None:
 
 
 def wrapped(recipe: Recipe, inner_state: Any, seed: int = 0) -> tuple[Any, Any]:
-    """Return a model, and under ``GradMatch`` its optimizer."""
     model = recipe.new_model(seed)
     return model, GradMatch(recipe.build(model), Fish(META_LR, inner_steps=DOMAINS, inner_state=inner_state))
 
@@ -126,7 +119,7 @@ def equal(actual: nn.Module, expected: nn.Module) -> bool:
 
 
 def undone(recipe: Recipe) -> float:
-    """Return which part of a displacement of the parameters six later steps, on gradients of zero, undo.
+    """Which part of a displacement of the parameters six later steps, on gradients of zero, undo.
 
     An interpolation is such a displacement. What undoes it is a point that the optimizer keeps: a copy or an average
     of the parameters, or their first values and the sum of the steps since.
@@ -148,30 +141,28 @@ def undone(recipe: Recipe) -> float:
 
 @functools.cache
 def keeps_points(recipe: Recipe) -> bool:
-    """Return whether an optimizer's next steps undo an interpolation that moves the parameters alone."""
+    """Whether an optimizer's next steps undo an interpolation that moves the parameters alone."""
     with process_group(recipe.distributed):
         return recipe.cls.__name__ not in PROJECTS and undone(recipe) > 0.02  # weight decay: at most .008; points: .038
 
 
 def has_modes(recipe: Recipe) -> bool:
-    """Return whether a class trains with other parameters than it is evaluated with."""
+    """Whether a class trains with other parameters than it is evaluated with."""
     return callable(getattr(recipe.cls, "train", None)) and callable(getattr(recipe.cls, "eval", None))
 
 
 def is_built_with_points(recipe: Recipe) -> bool:
-    """Return whether it has them before its first step, so that resetting would return to them."""
+    """Then resetting would return to them."""
     return keeps_points(recipe) and any(recipe.build(recipe.new_model()).state.values())
 
 
 def check_list(libraries: Iterable[Recipe]) -> None:
-    """Check that the list of those that keep points names all of these that do, and of these no others."""
     given = list(libraries)
     found = {each.cls.__name__ for each in given if keeps_points(each) and not has_modes(each)}
     assert found == KEEPS_POINTS & {each.cls.__name__ for each in given}
 
 
 def check_carry(recipe: Recipe) -> None:
-    """Check that carrying is refused where an interpolation would be undone, and else is Algorithm 1."""
     if keeps_points(recipe) or has_modes(recipe):
         advice = "SmoothFish" if is_built_with_points(recipe) else r'Fish\(inner_state="reset"\), SmoothFish'
         with pytest.raises(ValueError, match=f"keeps points.*{advice}"):
@@ -181,7 +172,6 @@ def check_carry(recipe: Recipe) -> None:
 
 
 def check_reset(recipe: Recipe) -> None:
-    """Check that resetting is Algorithm 1 with a new optimizer in each meta-iteration."""
     if is_built_with_points(recipe):
         with pytest.raises(ValueError, match=r"keeps points.*SmoothFish"):
             wrapped(recipe, "reset")
@@ -193,7 +183,6 @@ def check_reset(recipe: Recipe) -> None:
 
 
 def check_reset_in_training(recipe: Recipe) -> None:
-    """Check that no optimizer is wrapped that resetting would return to points of when it was wrapped."""
     model = recipe.new_model()
     optimizer = recipe.build(model)
     walk(recipe, model, optimizer, domains(0))
@@ -202,7 +191,6 @@ def check_reset_in_training(recipe: Recipe) -> None:
 
 
 def check_cannot(recipe: Recipe) -> None:
-    """Check that what cannot be wrapped says so, and cannot be stepped without us either, unless it is no optimizer."""
     error, _ = CANNOT[recipe.name]
 
     def use(wrap: Callable[[Any], Any]) -> None:
@@ -241,7 +229,7 @@ def check_algorithm_1(recipe: Recipe, inner_state: str) -> None:
 
 
 def random_states() -> list[Any]:
-    """Return where the generators stand that libraries draw from."""
+    """Where the generators stand that libraries draw from."""
     numpys: Any = np.random.get_state()  # noqa: NPY002
     return [torch.get_rng_state().tolist(), random.getstate(), numpys[1].tolist(), numpys[2]]
 
@@ -251,7 +239,6 @@ COPIES = ("__copy__", "__deepcopy__", "__reduce_ex__", "__getstate__", "__setsta
 
 
 def check_wrapping(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
-    """Check that to wrap an optimizer does not build, step or copy any of its class, draw a number or fire a hook."""
     optimizer = recipe.build(recipe.new_model())
     done: list[str] = []
     hooks = [
@@ -262,7 +249,7 @@ def check_wrapping(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
         for name in (*CALLS, *COPIES):
             if (method := getattr(cls, name, None)) is not None:
                 patch.setattr(cls, name, functools.wraps(method)(lambda *_, name=name: done.append(name)))
-    before, attributes = random_states(), dict(vars(optimizer))
+    before, attributes = random_states(), dict(vars(optimizer))  # which keep what is in them alive
     for inner_state in ("carry", "reset"):
         with contextlib.suppress(ValueError):
             GradMatch(optimizer, Fish(META_LR, inner_state=inner_state))
@@ -270,6 +257,5 @@ def check_wrapping(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
         hook.remove()
     assert random_states() == before
     assert not done
-    assert {name: id(value) for name, value in vars(optimizer).items()} == {
-        name: id(value) for name, value in attributes.items()
-    }
+    assert vars(optimizer).keys() == attributes.keys()
+    assert all(vars(optimizer)[name] is value for name, value in attributes.items())

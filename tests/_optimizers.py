@@ -29,39 +29,36 @@ Loop = Literal["plain", "closure", "sam", "loss", "pair", "graph"]
 class Network(nn.Module):
     """Two matrices that fit together as LoRA factors do, and two biases.
 
-    Attributes:
-        origin: Where the coordinates of the parameters begin: at p + c it is with origin c what it is at p with 0.
+    At parameters p + c it is with ``origin`` c what it is at p with 0.
     """
 
     origin = 0.0
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         super().__init__()
-        self.inp = nn.Linear(4, 6, dtype=dtype)
-        self.out = nn.Linear(6, 3, dtype=dtype)
+        self.build(dtype)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
 
+    def build(self, dtype: torch.dtype) -> None:
+        self.inp = nn.Linear(4, 6, dtype=dtype)
+        self.out = nn.Linear(6, 3, dtype=dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.inp, self.out):
-            x = nn.functional.linear(x, layer.weight - self.origin, layer.bias - self.origin)
-            x = torch.tanh(x) if layer is self.inp else x
-        return x
+        hidden = torch.tanh(self.layer(self.inp, x))
+        return self.layer(self.out, hidden)
+
+    def layer(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, layer.weight - self.origin, layer.bias - self.origin)
 
 
-class Table(nn.Module):
+class Table(Network):
     """An embedding with sparse gradients, for the optimizers that take nothing else."""
 
-    origin = 0.0
-
-    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
-        super().__init__()
+    def build(self, dtype: torch.dtype) -> None:
         self.rows = nn.Embedding(8, 3, sparse=True, dtype=dtype)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self.rows.weight.copy_(torch.randn(8, 3, generator=generator, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rows((x[:, 0].abs() * 10).long() % 8) - self.origin
@@ -69,36 +66,25 @@ class Table(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one optimizer is built and stepped.
-
-    Attributes:
-        name: ``"library.Class"`` or ``"library.Class(variant)"``.
-        cls: Its class.
-        build: Makes the optimizer for a model, ready to train.
-        loop: ``"plain"``: backward, ``step()``. ``"closure"``: ``step(closure)``, which evaluates the model itself.
-            ``"sam"``: backward, then ``step(closure)``. ``"loss"``: backward, then ``step`` with a closure that only
-            returns the loss. ``"pair"``: ``step(closure)``, which returns the outputs, too. ``"graph"``: backward
-            that keeps the graph for second derivatives, then ``step()``.
-        dtype: The widest that the class computes in.
-        network: What it trains.
-        distributed: Whether it needs a process group; see :func:`process_group`.
-    """
+    """How one optimizer, ``"library.Class"`` or ``"library.Class(variant)"``, is built and stepped."""
 
     name: str
     cls: type[Any]
-    build: Callable[[nn.Module], Any]
+    build: Callable[[nn.Module], Any]  # ready to train
+    # "plain": backward, step(). "closure": step(closure), which evaluates the model itself. "sam": backward, then
+    # step(closure). "loss": backward, then step with a closure that only returns the loss. "pair": step(closure), which
+    # returns the outputs, too. "graph": backward that keeps the graph for second derivatives, then step().
     loop: Loop = "plain"
-    dtype: torch.dtype = torch.float64
-    network: type[Network | Table] = Network
-    distributed: bool = False
+    dtype: torch.dtype = torch.float64  # the widest that the class computes in
+    network: type[Network] = Network
+    distributed: bool = False  # whether it needs a process group
 
     def new_model(self, seed: int = 0) -> Any:
-        """Return the network, with other weights for another seed."""
         return self.network(self.dtype, seed)
 
 
 def optimizer_classes(library: str) -> dict[str, type[Any]]:
-    """Return every optimizer that a library ships, by name; torch's own only under torch."""
+    """Every optimizer that a library ships, by name; torch's own only under torch."""
     found = {}
     for name, value in vars(importlib.import_module(MODULES[library])).items():
         if not inspect.isclass(value) or value is Optimizer or name.startswith("_"):
@@ -114,7 +100,7 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the groups that pytorch_optimizer's Muons want: matrices, and everything else for their AdamW."""
+    """The groups that pytorch_optimizer's Muons want: matrices, and everything else for their AdamW."""
     others = [p for p in model.parameters() if p.dim() != 2]
     return [{"params": matrices(model), "use_muon": True}, {"params": others, "use_muon": False}]
 
@@ -142,6 +128,13 @@ def gsam(cls: type[Any], model: nn.Module) -> Any:
 
 
 Build = Callable[[type[Any], nn.Module], Any]
+
+
+def each(library: str, names: str, build: Build) -> dict[str, Build]:
+    """Several classes of a library that are built alike."""
+    return {f"{library}.{name}": build for name in names.split()}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "torch.SGD": {"lr": 0.05, "momentum": 0.9},
     "torch.RMSprop": {"momentum": 0.9, "centered": True},
@@ -161,60 +154,48 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "timm.SGDW": {"lr": 0.05, "momentum": 0.9},
 }
 LOOPS: dict[str, Loop] = {
+    **dict.fromkeys(["pytorch_optimizer.AdaHessian", "pytorch_optimizer.SophiaH", "timm.Adahessian"], "graph"),
+    **dict.fromkeys([f"pytorch_optimizer.{name}" for name in ("SAM", "BSAM", "LookSAM", "FriendlySAM")], "sam"),
+    **dict.fromkeys([f"schedulefree.{name}ScheduleFreeClosure" for name in ("SGD", "AdamW", "RAdam")], "closure"),
     "torch.LBFGS": "closure",
-    "pytorch_optimizer.AdaHessian": "graph",
-    "pytorch_optimizer.SophiaH": "graph",
-    "timm.Adahessian": "graph",
-    "pytorch_optimizer.AliG": "loss",
-    "pytorch_optimizer.SAM": "sam",
-    "pytorch_optimizer.GSAM": "pair",
     "pytorch_optimizer.WSAM": "closure",
-    "pytorch_optimizer.BSAM": "sam",
-    "pytorch_optimizer.LookSAM": "sam",
-    "pytorch_optimizer.FriendlySAM": "sam",
-    "schedulefree.SGDScheduleFreeClosure": "closure",
-    "schedulefree.AdamWScheduleFreeClosure": "closure",
-    "schedulefree.RAdamScheduleFreeClosure": "closure",
+    "pytorch_optimizer.AliG": "loss",
+    "pytorch_optimizer.GSAM": "pair",
 }
 BUILDS: dict[str, Build] = {
-    **{
-        name: lambda cls, model: cls(matrices(model))
-        for name in ("torch.Muon", "pytorch_optimizer.SpectralSphere", "pytorch_optimizer.LoRARite")
-    },
-    **{f"pytorch_optimizer.{name}": lambda cls, model: cls(model) for name in ("AdaLOMO", "LOMO")},
+    "torch.Muon": lambda cls, model: cls(matrices(model)),
+    **each("pytorch_optimizer", "SpectralSphere LoRARite", lambda cls, model: cls(matrices(model))),
+    **each("pytorch_optimizer", "AdaLOMO LOMO", lambda cls, model: cls(model)),
+    **each(
+        "pytorch_optimizer",
+        "AdaGO AdaMuon DistributedMuon Muon MuonClip NorMuon",
+        lambda cls, model: cls(muon_groups(model)),
+    ),
+    **each("pytorch_optimizer", "Magma OrthoGrad PCGrad TRAC SafeFP16Optimizer", lambda cls, model: cls(adam(model))),
+    **each(
+        "schedulefree",
+        "ScheduleFreeWrapper ScheduleFreeWrapperReference",
+        lambda cls, model: cls(momentum_sgd(model)),
+    ),
+    "pytorch_optimizer.ScheduleFreeWrapper": lambda cls, model: cls(momentum_sgd(model)),
     "pytorch_optimizer.AdamMini": lambda cls, model: cls(model, lr=0.01, num_embeds=6, num_heads=2),
-    **{
-        f"pytorch_optimizer.{name}": lambda cls, model: cls(muon_groups(model))
-        for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
-    },
     "pytorch_optimizer.SAM": lambda cls, model: cls(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9),
     "pytorch_optimizer.LookSAM": lambda cls, model: cls(model.parameters(), torch.optim.Adam, k=2, lr=0.01),
     "pytorch_optimizer.FriendlySAM": lambda cls, model: cls(model.parameters(), torch.optim.Adam, lr=0.01),
     "pytorch_optimizer.WSAM": lambda cls, model: cls(model, model.parameters(), torch.optim.Adam, lr=0.01),
     "pytorch_optimizer.GSAM": gsam,
     "pytorch_optimizer.Lookahead": lambda cls, model: cls(momentum_sgd(model), k=2),
-    **{
-        f"pytorch_optimizer.{name}": lambda cls, model: cls(adam(model))
-        for name in ("Magma", "OrthoGrad", "PCGrad", "TRAC", "SafeFP16Optimizer")
-    },
-    **{
-        name: lambda cls, model: cls(momentum_sgd(model))
-        for name in (
-            "pytorch_optimizer.ScheduleFreeWrapper",
-            "schedulefree.ScheduleFreeWrapper",
-            "schedulefree.ScheduleFreeWrapperReference",
-        )
-    },
     "timm.Lookahead": lambda cls, model: cls(adam(model), k=2),
 }
 # The same class again, with the options that give it another kind of state.
 VARIANTS: dict[str, Build] = {
     "torch.Adam(amsgrad)": lambda cls, model: cls(model.parameters(), lr=0.01, amsgrad=True),
     "torch.Adam(tensor lr)": lambda cls, model: cls(model.parameters(), lr=torch.tensor(0.01)),
-    **{
-        f"pytorch_optimizer.{name}(shadow)": lambda cls, model: cls(model.parameters(), use_shadow=True)
-        for name in ("EmoNavi", "EmoFact", "EmoLynx")
-    },
+    **each(
+        "pytorch_optimizer",
+        "EmoNavi(shadow) EmoFact(shadow) EmoLynx(shadow)",
+        lambda cls, model: cls(model.parameters(), use_shadow=True),
+    ),
     "pytorch_optimizer.Lookahead(pullback)": lambda cls, model: cls(
         momentum_sgd(model), k=2, pullback_momentum="pullback"
     ),
@@ -249,18 +230,18 @@ NOT_RESET = {
 @contextmanager
 def process_group(needed: bool) -> Iterator[None]:
     """Be alone in a process group inside the block, if one is needed and there is none."""
-    if not needed or torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    needed = needed and not torch.distributed.is_initialized()
+    if needed:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
-        torch.distributed.destroy_process_group()
+        if needed:
+            torch.distributed.destroy_process_group()
 
 
 def recipes(*libraries: str) -> dict[str, Recipe]:
-    """Return a recipe for every optimizer of these, by name."""
+    """A recipe for every optimizer of these, by name."""
     classes = {f"{each}.{name}": cls for each in libraries for name, cls in sorted(optimizer_classes(each).items())}
     named = {name for name in {*OPTIONS, *LOOPS, *BUILDS, *SINGLE, *DISTRIBUTED} if name.split(".")[0] in libraries}
     unknown = {name.partition("(")[0] for name in named} - set(classes)

@@ -26,8 +26,7 @@ class TiedAutoencoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Linear(WIDTH, WIDTH)
-        self.decoder = nn.Linear(WIDTH, WIDTH)
+        self.encoder, self.decoder = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.decoder.weight = self.encoder.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,25 +46,17 @@ class SmallTransformer(nn.Module):
         return self.head(self.layer(self.embedding(x.unsqueeze(-1)))).sum(-1)
 
 
-def batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, 5), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, WIDTH))
-
-
-def smooth() -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, WIDTH))
-
-
-def wide() -> nn.Module:
-    """Whose parameters are many more than the numbers that ranks agree by."""
-    return nn.Sequential(nn.Linear(WIDTH, 100), nn.BatchNorm1d(100), nn.GELU(), nn.Linear(100, WIDTH))
+def two_layers(*between: nn.Module, width: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, width), *between, nn.Linear(width, WIDTH))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "batch_norm": batch_norm,
+    "batch_norm": lambda: two_layers(nn.BatchNorm1d(5), nn.GELU()),
     "transformer": SmallTransformer,
     "tied": TiedAutoencoder,
-    "smooth": smooth,
-    "wide": wide,
+    "smooth": lambda: two_layers(nn.Tanh()),
+    # Whose parameters are many more than the numbers that ranks agree by.
+    "wide": lambda: two_layers(nn.BatchNorm1d(100), nn.GELU(), width=100),
 }
 
 

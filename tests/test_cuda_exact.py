@@ -9,13 +9,12 @@ import pytest
 import torch
 from _reference import naive_idgm
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from torch_gradmatch import IDGM, GradMatch, SmoothFish
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+HVPS = ["reverse", "forward", "finite_difference"]
 
 
 def network() -> tuple[nn.Module, list[Tensor]]:
@@ -26,13 +25,12 @@ def network() -> tuple[nn.Module, list[Tensor]]:
 
 
 @pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "keep_graphs"])
-@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("hvp", HVPS)
 def test_dropout_of_the_gpu_is_the_same_in_both_passes(hvp: Any, keep_graphs: bool):
     model, batches = network()
     oracle = copy.deepcopy(model)
-    optimizer = GradMatch(
-        torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 0.3, "variance", hvp=hvp, keep_graphs=keep_graphs)
-    )
+    method = IDGM(model, 0.3, "variance", hvp=hvp, keep_graphs=keep_graphs)
+    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), method)
     torch.manual_seed(1)
     optimizer.meta_step(lambda x: model(x).square().mean(), batches)
     next_number = torch.rand((), device="cuda")
@@ -47,21 +45,20 @@ def test_dropout_of_the_gpu_is_the_same_in_both_passes(hvp: Any, keep_graphs: bo
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("hvp", ["reverse", "forward", "finite_difference"])
-def test_waits_for_the_gpu_only_to_look_for_divergence(hvp: Any):
+@pytest.mark.parametrize("method", [*HVPS, 1.0, 2.0, "symmetric"])
+def test_waits_for_the_gpu_only_to_look_for_divergence(method: Any):
     model, batches = network()
-    for method in (
-        IDGM(model, 0.3, hvp=hvp, nonfinite="ignore"),
-        SmoothFish(1.0, 0.01, model, nonfinite="ignore"),
-        SmoothFish(2.0, 0.01, model, nonfinite="ignore"),
-        SmoothFish(0.3, 0.01, model, nonfinite="ignore", symmetric=True),
-    ):
-        optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), method)
-        for _ in range(2):  # in these it looks whether a loss is the same twice
-            optimizer.meta_step(lambda x: model(x).square().mean(), batches)
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            optimizer.meta_step(lambda x: model(x).square().mean(), batches)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+    settings: dict[str, Any] = {"model": model, "nonfinite": "ignore"}
+    if method in HVPS:
+        optimizer = GradMatch(SGD(model.parameters(), lr=0.1), IDGM(gamma=0.3, hvp=method, **settings))
+    else:
+        gamma = {"gamma": 0.3, "symmetric": True} if method == "symmetric" else {"gamma": method}
+        optimizer = GradMatch(SGD(model.parameters(), lr=0.1), SmoothFish(inner_lr=0.01, **gamma, **settings))
+    for _ in range(2):  # in these it looks whether a loss is the same twice
+        optimizer.meta_step(lambda x: model(x).square().mean(), batches)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.meta_step(lambda x: model(x).square().mean(), batches)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

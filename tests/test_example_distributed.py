@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -20,66 +19,48 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Runs the example; in the n-th start of torchrun, one rank kills itself when it comes to a place for some time.
 KILLED = """
-import json, os, signal, sys
+import json, os
 import torch
 torch.set_num_threads(1)
-import torch.distributed as dist, torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint as dcp
 import distributed
+from _killed import Killer
 from torch_gradmatch import GradMatch
 
-plan = json.loads(os.environ["KILLS"])
-start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-rank, place, times_left = plan[start] if start < len(plan) else (-1, "", 0)
-
-def die_at(here):
-    global times_left
-    if here == place and int(os.environ["RANK"]) == rank:
-        times_left -= 1
-        if times_left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def around(owner, name, before, after):
-    original = getattr(owner, name)
-    def call(*arguments, **settings):
-        die_at(before)
-        result = original(*arguments, **settings)
-        die_at(after)
-        return result
-    setattr(owner, name, call)
-
-around(GradMatch, "meta_step", "before a meta-iteration", "after it")
-
-around(torch.optim.SGD, "step", "before an inner step", "after an inner step")
-around(torch.optim.Adam, "step", "before an inner step", "after an inner step")
-around(dcp, "save", "before a checkpoint", "after a checkpoint")
-around(dcp.FileSystemWriter, "write_data", "before writing a part", "after writing a part")
+plan, start = json.loads(os.environ["KILLS"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, place, times = plan[start] if start < len(plan) else (-1, "", 0)
+killer = Killer(place if int(os.environ["RANK"]) == rank else "", times)
+killer.around(GradMatch, "meta_step", "before a meta-iteration", "after it")
+killer.around(torch.optim.SGD, "step", "before an inner step", "after an inner step")
+killer.around(torch.optim.Adam, "step", "before an inner step", "after an inner step")
+killer.around(dcp, "save", "before a checkpoint", "after a checkpoint")
+killer.around(dcp.FileSystemWriter, "write_data", "before writing a part", "after writing a part")
 distributed.main()
 """
-PLACES = {
-    "before a meta-iteration": 12,
-    "after it": 12,
-    "before an inner step": 40,
-    "after an inner step": 40,
-    "before a checkpoint": 2,
-    "after a checkpoint": 2,
-    "before writing a part": 2,
-    "after writing a part": 2,
-}
+KILLS = [  # far enough apart to get on: a checkpoint is written each 5 meta-iterations
+    (0, "after writing a part", 2),
+    (1, "after an inner step", 30),
+    (0, "before a checkpoint", 2),
+    (1, "before writing a part", 2),
+    (0, "after it", 9),
+    (1, "after a checkpoint", 2),
+]
 
 
-def torchrun(size: int, *arguments: str, script: Path | None = None, **environment: str) -> str:
+def torchrun(size: int, *arguments: str, kills: list[tuple[int, str, int]] | None = None) -> str:
     """Run the example on some processes and return what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    launched = arguments if script is None else ("--max-restarts", "20", str(script), *arguments)
-    if script is None:
-        launched = (str(EXAMPLES / "distributed.py"), *arguments)
+    script = ["-c", KILLED] if kills else [str(EXAMPLES / "distributed.py")]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--max-restarts", "20"]
+    if kills:
+        command += ["--no-python", sys.executable]
+    path = os.pathsep.join([str(EXAMPLES), str(Path(__file__).parent)])
     finished = subprocess.run(
-        [*command, *launched],
+        [sys.executable, "-m", *command, *script, *arguments],
         capture_output=True,
         text=True,
         timeout=280,
         cwd=EXAMPLES,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES), **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "KILLS": json.dumps(kills)},
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return finished.stdout
@@ -95,40 +76,28 @@ def weights_in(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def accuracy_in(output: str) -> float:
-    found = re.search(r"accuracy (0\.\d+) in the unseen domain", output)
+def goes_on_alone_and_learns(parallel: str, checkpoint: Path) -> None:
+    output = torchrun(1, "--parallel", parallel, "--steps", "120", "--checkpoint", str(checkpoint))
+    found = re.search(rf"{parallel} on 1 processes: accuracy (0\.\d+) in the unseen domain", output)
     assert found, output
-    return float(found[1])
+    assert float(found[1]) > 0.6  # ordinary training ends at about .57
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "domains"])
-def test_it_goes_on_with_another_number_of_processes_and_learns(parallel: str, tmp_path: Path):
-    common = ("--parallel", parallel, "--checkpoint", str(tmp_path))
-    torchrun(2, *common, "--steps", "60")
+def test_it_goes_on_with_another_number_of_processes_and_learns(tmp_path: Path):
+    torchrun(2, "--parallel", "ddp", "--checkpoint", str(tmp_path), "--steps", "60")
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000040", "step-00000060"}
-    output = torchrun(1, *common, "--steps", "120")
-    assert f"{parallel} on 1 processes" in output
-    assert accuracy_in(output) > 0.6  # ordinary training ends at about .57
+    goes_on_alone_and_learns("ddp", tmp_path)
 
 
 @pytest.mark.large
-@pytest.mark.parametrize(("parallel", "times"), [("fsdp", 5), ("walks", 10)])
-def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(parallel: str, times: int, tmp_path: Path):
-    draws = random.Random(parallel)
-    kills = []
-    for _ in range(times):
-        place = draws.choice(list(PLACES))
-        kills.append((draws.randrange(2), place, draws.randint(1, PLACES[place])))
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
+@pytest.mark.parametrize("parallel", ["fsdp", "walks", "domains"])
+def test_killed_again_and_again_it_ends_bit_for_bit_where_it_would_have(parallel: str, tmp_path: Path):
     settings = ("--parallel", parallel, "--steps", "60", "--save-every", "5")
-    torchrun(2, *settings, "--checkpoint", str(tmp_path / "killed"), script=script, KILLS=json.dumps(kills))
+    torchrun(2, *settings, "--checkpoint", str(tmp_path / "killed"), kills=KILLS)
     torchrun(2, *settings, "--checkpoint", str(tmp_path / "whole"))
     killed, whole = (weights_in(tmp_path / name / "step-00000060") for name in ("killed", "whole"))
     assert killed.keys() == whole.keys()
     assert len(whole) >= 4
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
-    output = torchrun(1, "--parallel", parallel, "--steps", "120", "--checkpoint", str(tmp_path / "killed"))
-    assert f"{parallel} on 1 processes" in output
-    assert accuracy_in(output) > 0.6
+    goes_on_alone_and_learns(parallel, tmp_path / "killed")

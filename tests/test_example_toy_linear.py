@@ -1,17 +1,14 @@
 """The linear example: its data, what ERM and the matched models make of them, and the command line."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import toy_linear
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 from torch_gradmatch import GradMatch
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "toy_linear.py"
 DEFAULTS = toy_linear.parse([])
 SEEDS = range(5)
 MATCHED = ["IDGM", "Fish", "SmoothFish"]
@@ -47,13 +44,6 @@ def test_features_agree_with_the_label_as_often_as_stated(seed):
         assert independent.abs().max() < 0.036
 
 
-def test_the_seed_decides_the_samples():
-    one, same, other = (toy_linear.make_domains(replace(DEFAULTS, seed=seed))[0][0] for seed in (3, 3, 4))
-    assert torch.equal(one.features, same.features)
-    assert torch.equal(one.labels, same.labels)
-    assert not torch.equal(one.features, other.features)
-
-
 # ---------------------------------------------------------------------------------------------------------- methods
 
 
@@ -77,21 +67,6 @@ def test_erm_follows_the_spurious_features_and_the_matched_models_do_not(seed):
     assert difference.abs().max() < 0.25
 
 
-def test_erm_is_plain_training_on_the_pooled_samples():
-    config = replace(DEFAULTS, samples=500, warmup=7, iterations=20)
-    domains, _ = toy_linear.make_domains(config)
-    x, y = (torch.cat(parts) for parts in zip(*domains, strict=True))
-    model = nn.Linear(4, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.meta_step_size)
-    for _ in range(27):
-        optimizer.zero_grad()
-        nn.BCEWithLogitsLoss()(model(x), y).backward()
-        optimizer.step()
-    weights = torch.tensor([train("ERM", config).weights])
-    torch.testing.assert_close(weights, model.weight.detach(), atol=1e-5, rtol=1e-5)
-
-
 def test_without_warm_up_idgm_turns_against_the_labels_and_fish_does_not():
     assert train("IDGM", replace(DEFAULTS, warmup=0)).test_accuracy < 0.55
     cold, warm = (train("Fish", replace(DEFAULTS, warmup=warmup, iterations=300)) for warmup in (0, DEFAULTS.warmup))
@@ -100,44 +75,36 @@ def test_without_warm_up_idgm_turns_against_the_labels_and_fish_does_not():
 
 # ----------------------------------------------------------------------------------------------------- command line
 
-SMALL = ["--samples", "50", "--warmup", "3", "--iterations", "4", "--seed", "5"]
+SMALL = ["--samples", "50", "--warmup", "3", "--iterations", "4"]
 
 
 def test_table_has_a_row_for_each_method_and_the_seed_decides_it(capsys):
-    assert toy_linear.main(SMALL) == 0
-    printed = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
+    printed = []
+    for seed in ("5", "5", "6"):
+        assert toy_linear.main([*SMALL, "--seed", seed]) == 0
+        printed.append(capsys.readouterr().out)
+    rows = {line.split()[0]: line.split()[1:] for line in printed[0].splitlines() if line.strip()}
     assert rows["method"] == ["w1", "w2", "w3", "w4", "train", "accuracy", "test", "accuracy", "inner", "product"]
     for method in toy_linear.METHODS:
         assert len([float(number) for number in rows[method]]) == 7
-    assert "f1 alone is right in" in printed
-    toy_linear.main(SMALL)
-    assert capsys.readouterr().out == printed
-    toy_linear.main([*SMALL, "--seed", "6"])
-    assert capsys.readouterr().out != printed
+    assert "f1 alone is right in" in printed[0]
+    assert printed[0] == printed[1] != printed[2]
 
 
-def test_log_holds_what_every_tenth_meta_iteration_measured(tmp_path, monkeypatch, capsys):
+def test_log_holds_what_every_tenth_meta_iteration_measured(tmp_path, monkeypatch):
     reports = []
     meta_step = GradMatch.meta_step
     monkeypatch.setattr(GradMatch, "meta_step", lambda *args: reports.append(meta_step(*args)) or reports[-1])
-    arguments = ["--samples", "50", "--warmup", "13", "--iterations", "8"]
-    toy_linear.main([*arguments, "--log", str(tmp_path)])
-    assert len(reports) == 21 * len(toy_linear.METHODS)
+    toy_linear.main(["--samples", "50", "--warmup", "13", "--iterations", "8", "--log", str(tmp_path)])
     for number, method in enumerate(toy_linear.METHODS):
         board = EventAccumulator(str(tmp_path / method)).Reload()
-        tags = ["loss", "grad_norm"]
-        tags += [f"{tag}/domain {domain}" for tag in tags for domain in (1, 2)] + ["inner_product", "cosine"]
-        tags += ["gamma"]  # of the ERM that all begin with
-        assert sorted(board.Tags()["scalars"]) == sorted(tags)
-        for tag in tags:
+        scalars = {step: reports[21 * number + step].scalars() for step in (0, 10, 20)}
+        assert set(board.Tags()["scalars"]) == {tag for found in scalars.values() for tag in found}
+        assert {"loss/domain 1", "grad_norm/domain 2", "cosine"} <= set(board.Tags()["scalars"])
+        for tag in board.Tags()["scalars"]:
             shown = {event.step: event.value for event in board.Scalars(tag)}
-            scalars = {step: reports[21 * number + step].scalars() for step in (0, 10, 20)}
             expected = {step: found[tag] for step, found in scalars.items() if tag in found}
             assert shown == pytest.approx(expected, rel=1e-6), (method, tag)
-    printed = capsys.readouterr().out
-    toy_linear.main(arguments)
-    assert capsys.readouterr().out == printed
 
 
 def test_gamma_is_that_of_fish_unless_given():
@@ -150,12 +117,9 @@ def test_gamma_is_that_of_fish_unless_given():
     ("arguments", "message"),
     [
         (["--warmup=-1"], "argument --warmup: should be from 0 to 1000000 (got -1)"),
-        (["--iterations", "0"], "argument --iterations: should be from 1 to 1000000 (got 0)"),
         (["--seed", "one"], "argument --seed: invalid whole number value: 'one'"),
-        (["--lr", "0"], "argument --lr: should be in (0, 1000] (got 0.0)"),
         (["--lr", "fast"], "argument --lr: invalid number value: 'fast'"),
         (["--meta-lr", "2"], "argument --meta-lr: should be in (0, 1] (got 2.0)"),
-        (["--gamma=-1"], "argument --gamma: should be in [0, 1000] (got -1.0)"),
         (["--gamma", "nan"], "argument --gamma: should be in [0, 1000] (got nan)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

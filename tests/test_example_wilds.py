@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 FOLDER = Path(__file__).parents[1] / "examples" / "wilds"
 
-# Inner optimizer, lr, batch size, meta_lr, domains per step, pretraining iterations, epochs, metric, domain.
+FIELDS = ("optimizer", "lr", "batch_size", "meta_lr", "domains_per_step", "warm_start", "epochs", "metric", "domain")
 AUTHORS = {
     "fmow": ("adam", 1e-4, 64, 0.01, 5, 24000, 12, "acc_worst_region", "year x region"),
     "camelyon": ("sgd", 1e-4, 32, 0.01, 3, 10000, 20, "acc_avg", "hospital"),
@@ -21,30 +19,12 @@ AUTHORS = {
 }
 
 
-@pytest.fixture
-def settings(monkeypatch):
+def test_the_settings_are_the_authors(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    import wilds_settings
+    from wilds_settings import PAPER
 
-    return wilds_settings.PAPER
-
-
-def test_the_settings_are_the_authors(settings):
-    assert {
-        name: (
-            s.optimizer,
-            s.lr,
-            s.batch_size,
-            s.meta_lr,
-            s.domains_per_step,
-            s.warm_start,
-            s.epochs,
-            s.metric,
-            s.domain,
-        )
-        for name, s in settings.items()
-    } == AUTHORS
-    assert all(s.divided and s.epsilon == s.meta_lr / s.domains_per_step for s in settings.values())
+    assert {name: tuple(getattr(s, field) for field in FIELDS) for name, s in PAPER.items()} == AUTHORS
+    assert all(s.divided and s.epsilon == s.meta_lr / s.domains_per_step for s in PAPER.values())
 
 
 def test_packages_that_are_missing_are_named(tmp_path):

@@ -14,21 +14,10 @@ import torch_gradmatch
 from torch_gradmatch import integrations
 
 PACKAGE = Path(torch_gradmatch.__file__).parent
-ROOMS = [  # DESIGN section 4: a file imports from rooms that stand before its own, and from its own
-    {"_checks"},
-    {"parallel"},
-    {"slow"},
-    {"gradients"},
-    {"methods"},
-    {"wrapper"},
-    {"several"},
-    {"optimizer"},
-    {"data"},
-    {"evaluation"},
-    {"__init__"},
-    {"__main__", "integrations"},
-]
-LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+# DESIGN section 4: a file imports from rooms that stand before its own, and from its own.
+ROOMS = ["_checks", "parallel", "slow", "gradients", "methods", "wrapper", "several", "optimizer", "data", "evaluation"]
+LEVEL = {room: level for level, room in enumerate([*ROOMS, "__init__"])}
+LEVEL |= dict.fromkeys(("__main__", "integrations"), len(LEVEL))
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -44,10 +33,6 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("torch_gradmatch.")}
     return {known for name in found for known in FILES if name == known or name.startswith(f"{known}.")}
-
-
-def test_every_file_stands_in_a_room():
-    assert {name.partition(".")[0] for name in FILES} == set(LEVEL)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -83,15 +68,6 @@ def test_an_integration_without_its_framework_says_what_to_install(monkeypatch, 
         getattr(integrations, name)
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         _ = integrations.Trainer
-
-
-def test_every_public_name_exists_and_is_documented():
-    for name in torch_gradmatch.__all__:
-        assert getattr(torch_gradmatch, name).__doc__
-
-
-def test_the_version_is_the_packages():
-    assert torch_gradmatch.__version__.startswith("0.")
 
 
 def test_importing_is_lean_and_public_modules_are_found_under_the_package():

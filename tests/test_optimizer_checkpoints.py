@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from _feature_training import batches, feature_net, snapshot, through_file, train
-from _models import FeatureNet, assert_identical, assert_same_state, loss_of
+from _models import FeatureNet, assert_identical, loss_of
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.optim import Adam
 
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 
@@ -20,7 +21,6 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adam": ("reset", {"lr": 0.05, "amsgrad": True}),
     "SGD": ("carry", {"lr": 0.1, "momentum": 0.9}),
     "LBFGS": ("carry", {"lr": 0.1, "max_iter": 3}),
-    "Adagrad": ("reset", {"lr": 0.1}),
 }
 
 
@@ -43,41 +43,37 @@ def through(how: str, name: str, model: FeatureNet, optimizer: GradMatch[Fish]) 
     return other, resumed
 
 
+def advance(model: nn.Module, optimizer: GradMatch[Fish], some: list[tuple[Any, ...]]) -> None:
+    for batch in some:
+
+        def closure(batch: tuple[Any, ...] = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "file"])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("steps", [2, 4, 5])
-def test_a_copy_continues_bit_for_bit(steps: int, name: str, how: str):
-    """In the middle of an inner loop of four steps and at its end; and the original goes on undisturbed."""
-
-    def advance(model: nn.Module, optimizer: GradMatch, some: list[tuple[Any, ...]]) -> None:
-        for batch in some:
-
-            def closure(batch: tuple[Any, ...] = batch) -> Tensor:
-                optimizer.zero_grad()
-                loss = loss_of(model, batch)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
-
+def test_a_copy_continues_bit_for_bit(name: str, how: str):
+    """In the middle of the second inner loop; and the original goes on undisturbed."""
     model = feature_net()
     optimizer = built(name, model)
     data = batches(11)
-    advance(model, optimizer, data[:steps])
+    advance(model, optimizer, data[:5])
     twin_model, twin = through(how, name, model, optimizer)
     assert twin.optimizer is not optimizer.optimizer
     assert twin.param_groups is twin.optimizer.param_groups
-    assert next(iter(twin.param_groups[0]["params"])) is next(iter(twin_model.parameters()))
-    advance(model, optimizer, data[steps:])
-    advance(twin_model, twin, data[steps:])
+    assert twin.param_groups[0]["params"][0] is next(twin_model.parameters())
+    advance(model, optimizer, data[5:])
+    advance(twin_model, twin, data[5:])
     assert_identical(twin_model.state_dict(), model.state_dict())
     assert_identical(twin.state_dict(), optimizer.state_dict())
-    assert optimizer.last_meta_step is not None
     assert twin.last_meta_step is not None
-    if how == "file" and steps == 5:  # what is measured in an inner loop is not carried over
+    if how == "file":  # what is measured in an inner loop is not carried over
         assert twin.last_meta_step.cosine is None
-    elif how == "file":  # nor is the order in which it has met the parameters, in which squares are summed
-        assert_same_state(vars(twin.last_meta_step), vars(optimizer.last_meta_step), rtol=1e-14)
     else:
         assert_identical(vars(twin.last_meta_step), vars(optimizer.last_meta_step))
 
@@ -85,46 +81,35 @@ def test_a_copy_continues_bit_for_bit(steps: int, name: str, how: str):
 # ---------------------------------------------------------------------------------------------------- what it holds
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_it_is_the_wrapped_optimizers_with_one_more_entry(steps: int):
-    model = nn.Linear(2, 2)
-    optimizer = GradMatch(Adam(model.parameters()), Fish(0.5, inner_steps=2))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.ones(2)).sum().backward()
-        optimizer.step()
+def one_step(method: Fish) -> tuple[nn.Parameter, GradMatch[Fish]]:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = GradMatch(Adam([w], lr=0.5), method)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    return w, optimizer
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_it_is_the_wrapped_optimizers_with_one_more_entry(inner_steps: int):
+    w, optimizer = one_step(Fish(0.5, inner_steps=inner_steps))
     state = optimizer.state_dict()
     own = state.pop("gradmatch")
     assert set(own) >= {"method", "shapes", "inner_step", "is_open", "slow_weights", "slow_buffers", "counters"}
-    assert set(own["slow_weights"]) == (set() if steps == 2 else {0, 1})
-    if steps == 2:
+    assert set(own["slow_weights"]) == (set() if inner_steps == 1 else {0})
+    if inner_steps == 1:
         assert_identical(state, optimizer.optimizer.state_dict())
-    plain = Adam(model.parameters())
+    plain = Adam([w])
     plain.load_state_dict(state)
-    assert_identical({i: plain.state_dict()["state"][i] for i in (0, 1)}, optimizer.optimizer.state_dict()["state"])
-
-
-def test_slow_weights_are_saved_by_the_parameters_names_where_they_are_known():
-    model = feature_net()
-    optimizer = GradMatch(SGD(model.named_parameters(), lr=0.1), Fish(0.5))
-    train(model, optimizer, batches(1))
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert set(optimizer.state_dict()["gradmatch"]["slow_weights"]) == trained
-    assert all("slow" not in key for entry in optimizer.state_dict()["state"].values() for key in entry)
+    assert_identical(plain.state_dict()["state"][0], optimizer.optimizer.state_dict()["state"][0])
 
 
 @pytest.mark.parametrize("meta_dtype", [None, torch.float64])
 def test_what_has_nothing_of_ours_counts_as_saved_between_two_inner_loops(meta_dtype: torch.dtype | None):
-    w = nn.Parameter(torch.ones(2))
-    optimizer = GradMatch(Adam([w], lr=0.5), Fish(0.5, meta_dtype=meta_dtype))
-    w.grad = torch.ones(2)
-    optimizer.step()
+    w, optimizer = one_step(Fish(0.5, meta_dtype=meta_dtype))
     state = optimizer.optimizer.state_dict()
-    if meta_dtype is None:
+    told = pytest.warns(UserWarning, match="digits of the slow weights") if meta_dtype else nullcontext()
+    with told:
         optimizer.load_state_dict(state)
-    else:
-        with pytest.warns(UserWarning, match="digits of the slow weights"):
-            optimizer.load_state_dict(state)
     assert optimizer.inner_step == 0
     optimizer.rollback()
     torch.testing.assert_close(w.detach(), torch.full((2,), 0.5))
@@ -133,10 +118,7 @@ def test_what_has_nothing_of_ours_counts_as_saved_between_two_inner_loops(meta_d
 
 def test_what_lost_our_entry_in_the_middle_of_an_inner_loop_is_refused_in_words():
     """As torch.distributed.checkpoint loses it, which stumbles over the key that says so already when it saves."""
-    w = nn.Parameter(torch.ones(2))
-    optimizer = GradMatch(Adam([w]), Fish(0.5))
-    w.grad = torch.ones(2)
-    optimizer.step()
+    _, optimizer = one_step(Fish(0.5))
     state = optimizer.state_dict()
     assert any("save between two inner loops" in key for key in state["state"] if isinstance(key, str))
     del state["gradmatch"]
@@ -147,15 +129,12 @@ def test_what_lost_our_entry_in_the_middle_of_an_inner_loop_is_refused_in_words(
 
 
 def test_loading_copies_the_slow_weights():
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = GradMatch(SGD([parameter], lr=1.0), Fish(0.5))
-    parameter.grad = torch.ones(1)
-    optimizer.step()
+    w, optimizer = one_step(Fish(0.5))
     state = optimizer.state_dict()
     optimizer.load_state_dict(state)
     state["gradmatch"]["slow_weights"][0].fill_(5.0)
     optimizer.rollback()
-    assert parameter.item() == 0.0
+    assert w.tolist() == [1.0, 1.0]
 
 
 # ----------------------------------------------------------------------------------------------------------- refused
@@ -179,10 +158,7 @@ def edited(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
     ("path", "value", "message"),
     [
         ((OWN,), 7, "'gradmatch' or its 'shapes' are missing or malformed"),
-        ((OWN,), {}, "'gradmatch' or its 'shapes' are missing or malformed"),
-        ((OWN,), KeyError, "in the middle of an inner loop"),
         ((OWN, "method"), "IDGM", "saved by method 'IDGM'; this optimizer uses Fish"),
-        ((OWN, "shapes"), KeyError, "'shapes' are missing or malformed"),
         ((OWN, "shapes"), [[2, 3]], "'shapes' are missing or malformed"),
         ((OWN, "shapes", 50), [2], "of another model: parameter 50 does not exist here"),
         ((OWN, "shapes", 1), [7], r"parameter 1 has shape \[7\] in the state dict and \[0, 3\] here"),
@@ -217,29 +193,25 @@ def test_a_bad_state_dict_names_the_mismatch_and_changes_nothing(path: tuple[Any
     train(model, optimizer, batches(1))
 
 
-def test_another_models_or_methods_state_dict_is_refused():
-    optimizers = [GradMatch(Adam(nn.Linear(size, 2).parameters()), Fish(0.5)) for size in (3, 4)]
-    with pytest.raises(ValueError, match=r"parameter 0 has shape \[2, 3\] in the state dict and \[2, 4\] here"):
-        optimizers[1].load_state_dict(optimizers[0].state_dict())
-    with pytest.raises(TypeError, match="got list"):
-        optimizers[1].load_state_dict([])
+def test_another_methods_state_dict_is_refused():
     model = nn.Linear(4, 2)
+    optimizer = GradMatch(Adam(model.parameters()), Fish(0.5))
+    with pytest.raises(TypeError, match="got list"):
+        optimizer.load_state_dict([])
     for method in (SmoothFish(1.0, 0.1), IDGM(model)):
         with pytest.raises(ValueError, match=f"saved by method 'Fish'; this optimizer uses {type(method).__name__}"):
-            GradMatch(Adam(model.parameters()), method).load_state_dict(optimizers[1].state_dict())
+            GradMatch(Adam(model.parameters()), method).load_state_dict(optimizer.state_dict())
+
+
+class Picky(Adam):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        raise KeyError("exp_avg")
 
 
 def test_a_state_the_wrapped_optimizer_refuses_changes_nothing():
-    model = nn.Linear(2, 2)
-
-    class Picky(Adam):
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            super().load_state_dict(state_dict)
-            raise KeyError("exp_avg")
-
-    picky = GradMatch(Picky(model.parameters()), Fish(0.5))
-    state = picky.state_dict()
+    picky = GradMatch(Picky(nn.Linear(2, 2).parameters()), Fish(0.5))
     groups = picky.param_groups
     with pytest.raises(ValueError, match="wrapped Picky cannot load"):
-        picky.load_state_dict(state)
+        picky.load_state_dict(picky.state_dict())
     assert picky.param_groups is groups

@@ -18,6 +18,7 @@ from _several import (
     make_batches,
     make_model,
     matrices,
+    members,
     muon_and_adamw,
     rest,
     train,
@@ -29,33 +30,28 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch_gradmatch import Fish, GradMatch
 
 
-@every_inner_state
-def test_it_resumes_in_the_middle_of_an_inner_loop(inner_state: str):
-    batches = make_batches(4 * DOMAINS)
-    whole, whole_optimizer, whole_scheduler = trainer(inner_state)
-    train(whole_optimizer, whole, batches, whole_scheduler.step)
-    model, optimizer, scheduler = trainer(inner_state)
-    train(optimizer, model, batches[:5], scheduler.step)
-    assert optimizer.inner_step == 2
-    saved = through_file([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()])
-    again, optimizer_again, scheduler_again = trainer(inner_state, seed=1)
-    again.load_state_dict(saved[0])
-    optimizer_again.load_state_dict(saved[1])
-    scheduler_again.load_state_dict(saved[2])
-    assert optimizer_again.inner_step == 2
-    assert_identical(optimizer_again.state_dict(), optimizer.state_dict())
-    train(optimizer_again, again, batches[5:], scheduler_again.step)
-    assert_identical(dict(again.named_parameters()), dict(whole.named_parameters()))
-    assert_identical(optimizer_again.state_dict(), whole_optimizer.state_dict())
-    assert whole_optimizer.last_meta_step is not None
-    assert optimizer_again.last_meta_step is not None
-    assert torch.equal(optimizer_again.last_meta_step.cosine, whole_optimizer.last_meta_step.cosine)
-
-
 def trainer(inner_state: str, seed: int = 0) -> tuple[nn.Module, GradMatch[Fish], OneCycleLR]:
     model = make_model(seed)
     optimizer = GradMatch(muon_and_adamw(model), fish(inner_state, track_alignment=True))
     return model, optimizer, OneCycleLR(optimizer, max_lr=[0.1, 0.05], total_steps=40, cycle_momentum=False)
+
+
+@every_inner_state
+def test_it_resumes_in_the_middle_of_an_inner_loop(inner_state: str):
+    batches = make_batches(4 * DOMAINS)
+    model, optimizer, scheduler = trained = trainer(inner_state)
+    train(optimizer, model, batches[:5], scheduler.step)
+    resumed = trainer(inner_state, seed=1)
+    for one, saved in zip(resumed, through_file([each.state_dict() for each in trained]), strict=True):
+        one.load_state_dict(saved)
+    assert resumed[1].inner_step == 2
+    assert_identical(resumed[1].state_dict(), optimizer.state_dict())
+    for m, o, s in (trained, resumed):
+        train(o, m, batches[5:], s.step)
+    for one, other in zip(resumed, trained, strict=True):
+        assert_identical(one.state_dict(), other.state_dict())
+    cosines = [o.last_meta_step and o.last_meta_step.cosine for _, o, _ in (trained, resumed)]
+    assert torch.equal(*cosines)
 
 
 def of_other_groups(state: Any) -> Any:
@@ -85,18 +81,19 @@ def test_a_state_dict_of_others_is_refused_and_changes_nothing(build: Any, chang
     saved = GradMatch(muon_and_adamw(saved_model), fish())
     train(saved, saved_model, make_batches(4, seed=3))
     state = saved.state_dict() if change is None else change(saved.state_dict())
-    model, reference = make_model(), make_model()
-    optimizer, beside = GradMatch(build(model), fish()), GradMatch(build(reference), fish())
-    batches = make_batches(DOMAINS + 3)
-    for one, of in ((optimizer, model), (beside, reference)):
-        train(one, of, batches[:5])
-    before = everything(model, optimizer)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(state)
-    assert_identical(everything(model, optimizer), before)
-    for one, of in ((optimizer, model), (beside, reference)):
-        train(one, of, batches[5:])
-    assert_identical(everything(model, optimizer), everything(reference, beside))
+    batches, found = make_batches(DOMAINS + 3), []
+    for refuses in (True, False):
+        model = make_model()
+        optimizer = GradMatch(build(model), fish())
+        train(optimizer, model, batches[:5])
+        if refuses:
+            before = everything(model, optimizer)
+            with pytest.raises(ValueError, match=message):
+                optimizer.load_state_dict(state)
+            assert_identical(everything(model, optimizer), before)
+        train(optimizer, model, batches[5:])
+        found.append(everything(model, optimizer))
+    assert_identical(found[0], found[1])
 
 
 class OwnLayout(SGD):
@@ -115,8 +112,7 @@ def test_optimizers_of_another_layout_are_saved_one_by_one():
         model = make_model()
         return GradMatch([OwnLayout(matrices(model), lr=rate), AdamW(rest(model), lr=rate)], fish())
 
-    saved = build(0.5).state_dict()
-    optimizer = build(0.1)
+    saved, optimizer = build(0.5).state_dict(), build(0.1)
     optimizer.load_state_dict(through_file(saved))
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
     with pytest.raises(ValueError, match="is of 1 optimizers and there are 2 here"):
@@ -131,14 +127,14 @@ def test_optimizers_of_another_layout_are_saved_one_by_one():
 def test_a_copy_goes_on_by_itself(through: Any, inner_state: str):
     model = make_model()
     optimizer = GradMatch(muon_and_adamw(model), fish(inner_state, track_alignment=True))
-    scheduler = OneCycleLR(optimizer.optimizer.optimizers[0], max_lr=0.1, total_steps=40)  # type: ignore[attr-defined]
+    scheduler = OneCycleLR(members(optimizer)[0], max_lr=0.1, total_steps=40)
     batches = make_batches(DOMAINS + 5)
     train(optimizer, model, batches[:4], scheduler.step)
-    copied, optimizer_copied = through((model, optimizer))
-    assert optimizer_copied.optimizer.optimizers[0].param_groups[0]["params"][0] is matrices(copied)[0]
-    assert optimizer_copied.param_groups == optimizer_copied.optimizer.param_groups
+    copied, its_optimizer = through((model, optimizer))
+    assert members(its_optimizer)[0].param_groups[0]["params"][0] is matrices(copied)[0]
+    assert its_optimizer.param_groups == its_optimizer.optimizer.param_groups
     before = everything(model, optimizer)
-    train(optimizer_copied, copied, batches[4:])
+    train(its_optimizer, copied, batches[4:])
     assert_identical(everything(model, optimizer), before)
     train(optimizer, model, batches[4:])
-    assert_identical(everything(copied, optimizer_copied), everything(model, optimizer))
+    assert_identical(everything(copied, its_optimizer), everything(model, optimizer))
