@@ -85,7 +85,7 @@ test-large: $(INSTALLED)
 
 # Each case that fails says how to run it alone.
 soak: $(INSTALLED)
-	MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=.:tests $(BIN)/python -m soak
+	MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=.:tests $(BIN)/python -m soak -n 2
 
 # What stands on the interpolation: the rest only calls it, or does not.
 test-fallback: $(INSTALLED)

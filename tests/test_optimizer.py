@@ -166,7 +166,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_drives_the_wrapped_optimizer(name: str):
+def test_schedulers_drive_the_wrapped_optimizer(name: str):
     """The learning rates (and momenta) of a plain optimizer under the same scheduler, across resets."""
     histories: list[list[tuple[float, float]]] = [[], []]
     for history in histories:
