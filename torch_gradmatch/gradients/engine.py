@@ -307,14 +307,16 @@ class Engine:
     def _gamma(self, strength: float) -> float:
         """Return the gamma that makes the matching part as long as ``strength`` says, 0 if none does; synchronizes."""
         total, matching = ([t for t in vector if t is not None] for vector in (self.total, self._matching))
-        square, squares = squared_norm(total) / self.domains**2, torch.stack(self.sums.squares).mean()
-        of_matching = squared_norm(matching) if matching else torch.zeros_like(square)
-        mean, other, every = torch.stack([t.to(square) for t in (square, of_matching, squares)]).sqrt().tolist()
+        of_matched = squared_norm([t for t in self.sums.total if t is not None])
+        of_matching = squared_norm(matching) if matching else torch.zeros_like(of_matched)
+        squares = [squared_norm(total), of_matched, of_matching, torch.stack(self.sums.squares).mean()]
+        lengths = torch.stack([t.to(of_matched) for t in squares]).sqrt().tolist()
+        mean, mean_matched, other, every = lengths[0] / self.domains, lengths[1] / self.domains, *lengths[2:]
         if not (math.isfinite(mean) and math.isfinite(other)):
             return math.nan  # so is the direction: whoever steps refuses it
         # Equal gradients have no spread to be lowered, and what is there is rounding.
         spreads = self.agreement in (variance, cosine)
-        equal = spreads and every and 1 - (mean / every) ** 2 <= 64 * precision(total)
+        equal = spreads and every and 1 - (mean_matched / every) ** 2 <= 64 * precision(total)
         gamma: float = 0.0 if equal or not other else strength * mean / other
         return gamma if gamma <= torch.finfo(torch.float32).max else 0.0
 
