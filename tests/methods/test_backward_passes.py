@@ -1,4 +1,4 @@
-"""What hangs on a backward pass counts under every method: hooks, and blocks that accumulate into ``.grad`` themselves.
+"""What hangs on a backward pass counts under every method: hooks, and checkpoints that accumulate into ``.grad`` themselves.
 
 Where a gradient has to be differentiated again (IDGM in reverse and forward mode) and cannot have it, the parameter is
 refused by name.
@@ -37,35 +37,13 @@ def wrap(method: str, model: nn.Module) -> GradMatch[Any]:
     return GradMatch(torch.optim.Adam(model.parameters(), lr=0.05), METHODS[method](model))
 
 
-class Reversible(torch.autograd.Function):
-    """x + block(x) that keeps no graph of the block and evaluates it again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.block = block
-        return x + block(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            y = x + ctx.block(x)
-        y.backward(gradient)
-        return x.grad, None
-
-
-def loss_below(model: nn.Sequential, block: Callable[[Tensor, nn.Sequential], Tensor]) -> Loss:
-    """The embeddings frozen, and their outputs made to require a gradient, as PEFT has it."""
-    return lambda x: model[2](block(x.clone().requires_grad_(), model[:2])).square().mean()
-
-
 def checkpointed(model: nn.Sequential, *, reentrant: bool = True) -> Loss:
-    return loss_below(model, lambda x, block: checkpoint(block, x, use_reentrant=reentrant))
+    """The embeddings frozen, and their outputs made to require a gradient, as PEFT has it."""
+    return lambda x: model[2](checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=reentrant)).square().mean()
 
 
-def reversible(model: nn.Sequential, *, by_itself: bool = True) -> Loss:
-    return loss_below(model, lambda x, block: Reversible.apply(x, block) if by_itself else x + block(x))
+def without_reentrance(model: nn.Sequential) -> Loss:
+    return checkpointed(model, reentrant=False)
 
 
 def mask() -> Tensor:
@@ -92,8 +70,7 @@ def hooked_after(model: nn.Sequential) -> Loss:
 
 Prepare = Callable[[nn.Sequential], Loss]
 SAME: dict[str, tuple[Prepare, Prepare]] = {  # what accumulates by itself, and what does the same otherwise
-    "checkpoint": (checkpointed, lambda m: checkpointed(m, reentrant=False)),
-    "reversible": (reversible, lambda m: reversible(m, by_itself=False)),
+    "checkpoint": (checkpointed, without_reentrance),
     "hook after accumulating": (hooked_after, hooked),
 }
 
@@ -130,7 +107,7 @@ def test_where_it_cannot_be_differentiated_again_it_is_refused_by_name(method: s
     model = network()
     loss_fn, optimizer = prepare(model), wrap(method, model)
     message = r"parameter '0.weight' by backward"
-    if kind in ("checkpoint", "reversible"):
+    if kind == "checkpoint":
         message = r"parameter '0.weight' \(and of 1 more\) by backward.*use_reentrant=False works.*SmoothFish and Fish"
     with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
         optimizer.meta_step(loss_fn, domains())
@@ -147,15 +124,15 @@ def test_it_is_refused_wherever_second_derivatives_begin(method: str, begins: st
     optimizer = wrap(method, model)
     if begins == "after gamma 0":
         strength, optimizer.method.gamma = optimizer.method.gamma, 0.0
-        optimizer.meta_step(reversible(model), domains())
+        optimizer.meta_step(checkpointed(model), domains())
         optimizer.method.gamma = strength
     else:
-        optimizer.meta_step(reversible(model, by_itself=False), domains())
+        optimizer.meta_step(plain(model), domains())
         state = copy.deepcopy(optimizer.state_dict())
         optimizer = wrap(method, model)
         optimizer.load_state_dict(state)
     with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"parameter '0.weight'"):
-        optimizer.meta_step(reversible(model), domains())
+        optimizer.meta_step(checkpointed(model), domains())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,8 +1,7 @@
-"""Optimizers that evaluate the loss themselves: LBFGS, and SAM by closure."""
+"""Optimizers that evaluate the loss themselves: LBFGS, and SAM by closure. Fish: ``test_every_optimizer.py``."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,24 +17,6 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 
 DOMAINS = range(3)
-
-
-class MovesData(SGD):
-    """SAM written with ``.data``, of which no tensor's version tells; nor does its signature tell that it needs one."""
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        if closure is None:
-            raise RuntimeError("a closure is needed")
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        old = [p.data.clone() for p in parameters]
-        for p in parameters:
-            p.data = p.data + 0.2 * p.grad
-        with torch.enable_grad():
-            loss = closure()
-        for p, value in zip(parameters, old, strict=True):
-            p.data = value
-        super().step()
-        return loss
 
 
 BUILDS: dict[str, Callable[[Any], Optimizer]] = {  # known to need a closure
@@ -61,31 +42,6 @@ def plain_step(optimizer: Optimizer, loss: Callable[[], Any]) -> None:
     closure = closure_of(optimizer, loss)
     closure()
     optimizer.step(closure)
-
-
-def fish(model: nn.Module, optimizer: Optimizer, meta_lr: float) -> None:
-    slow = [p.detach().clone() for p in model.parameters()]
-    for d in DOMAINS:
-        plain_step(optimizer, partial(domain_loss, model, d))
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), slow, strict=True):
-            p.copy_(value + meta_lr * (p - value))
-
-
-@pytest.mark.parametrize(("name", "call"), [*itertools.product(BUILDS, ["step", "meta_step"]), ("MovesData", "step")])
-def test_fish_over_them_is_the_plain_loop(name: str, call: str):
-    model, plain = small_network(), small_network()
-    build = BUILDS.get(name, partial(MovesData, lr=0.1))
-    optimizer, inner = GradMatch(build(model.parameters()), Fish(0.4, inner_steps=3)), build(plain.parameters())
-    for _ in range(3):
-        fish(plain, inner, 0.4)
-        if call == "meta_step":
-            report = optimizer.meta_step(partial(domain_loss, model), DOMAINS)
-            assert report.losses.shape == (3,)
-        else:
-            for d in DOMAINS:
-                plain_step(optimizer, partial(domain_loss, model, d))
-        assert_same_state(model.state_dict(), plain.state_dict(), rtol=1e-12)
 
 
 def test_what_is_reported_is_at_the_point_before_the_step():
