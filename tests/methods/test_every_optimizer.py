@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
+from _operations import Operations
 from _optimizer_laws import (
     check_cannot,
     check_carry,
@@ -23,7 +22,6 @@ from _optimizer_laws import (
     has_modes,
 )
 from _optimizers import CANNOT, process_group, recipes
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_gradmatch import Fish, GradMatch
 from torch_gradmatch.slow.inner_state import KEEPS_POINTS
@@ -75,30 +73,18 @@ def test_what_cannot_be_wrapped_says_so(name: str):
     check_cannot(RECIPES[name])
 
 
-class _Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("inner_state", ["carry", "reset"])
 def test_wrapping_costs_a_few_calls_for_each_group(inner_state: str):
     """Of an Adam of 200 groups."""
     optimizer = torch.optim.Adam([{"params": [torch.nn.Parameter(torch.randn(3))]} for _ in range(200)])
-    calls = 0
+    events: list[str] = []
 
-    def count(_: FrameType, event: str, __: Any) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    with _Operations() as operations:
+    with Operations() as operations:
         before = sys.getprofile()
-        sys.setprofile(count)
+        sys.setprofile(lambda _, event, __: events.append(event))
         try:
             GradMatch(optimizer, Fish(inner_state=inner_state))
         finally:
             sys.setprofile(before)
-    assert operations.count == 0
-    assert calls <= 20 * 200
+    assert not operations.counts
+    assert events.count("call") <= 20 * 200

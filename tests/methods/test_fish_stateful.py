@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from _feature_training import through_file
 from _models import FeatureNet, assert_same_model, assert_same_state, loss_of, make_batches
 from _reference import ReferenceFish
 from hypothesis import settings
@@ -24,54 +24,35 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.03, "amsgrad": True},
     "RMSprop": {"lr": 0.01, "centered": True},
 }
+SETTINGS = st.fixed_dictionaries({
+    "meta_lr": st.sampled_from([0.1, 0.5, 0.8, 1.0]),
+    "inner_state": st.sampled_from(["carry", "reset"]),
+    "buffers": st.sampled_from(["interpolate", "latest"]),
+    "meta_dtype": st.sampled_from([None, torch.float64]),
+    "inner_steps": st.sampled_from([None, 1, 3]),
+    "track_alignment": st.booleans(),
+})  # fmt: skip
 LATE = "per_domain"  # these parameters join by add_param_group
 
 
 class FishMachine(RuleBasedStateMachine):
     """Keeps a model under GradMatch and an oracle side by side."""
 
-    @initialize(
-        name=st.sampled_from(sorted(OPTIMIZERS)),
-        inner_state=st.sampled_from(["carry", "reset"]),
-        buffers=st.sampled_from(["interpolate", "latest"]),
-        meta_lr=st.sampled_from([0.1, 0.5, 0.8, 1.0]),
-        inner_steps=st.sampled_from([None, 1, 3]),
-        wide=st.booleans(),
-        track=st.booleans(),
-        seed=st.integers(0, 2**16),
-    )
-    def build(
-        self,
-        name: str,
-        inner_state: str,
-        buffers: str,
-        meta_lr: float,
-        inner_steps: int | None,
-        wide: bool,
-        track: bool,
-        seed: int,
-    ) -> None:
-        self.name = name
+    @initialize(name=st.sampled_from(sorted(OPTIMIZERS)), chosen=SETTINGS, seed=st.integers(0, 2**16))
+    def build(self, name: str, chosen: dict[str, Any], seed: int) -> None:
+        self.name, self.settings, self.inner_steps = name, chosen, chosen["inner_steps"]
         # In single precision with slow weights in double, the run is not as near the oracle's as in double.
-        self.dtype, self.rtol = (torch.float32, 1e-3) if wide else (torch.float64, 1e-7)
-        meta_dtype = torch.float64 if wide else None
+        self.dtype, self.rtol = (torch.float32, 1e-3) if chosen["meta_dtype"] else (torch.float64, 1e-7)
         self.late_group = False
         self.learning_rate = OPTIMIZERS[name]["lr"]
-        self.settings = {
-            "meta_lr": meta_lr, "inner_state": inner_state, "buffers": buffers, "track_alignment": track,
-            "inner_steps": inner_steps, "meta_dtype": meta_dtype,
-        }  # fmt: skip
-        self.inner_steps = inner_steps
         self.generator = torch.Generator().manual_seed(seed)
         self.model = self.new_model(seed)
-        self.oracle = ReferenceFish(
-            copy.deepcopy(self.model), self.optimizer_for, meta_lr, inner_state, buffers, meta_dtype
-        )
+        of_oracle = {k: v for k, v in chosen.items() if k not in ("inner_steps", "track_alignment")}
+        self.oracle = ReferenceFish(copy.deepcopy(self.model), self.optimizer_for, **of_oracle)
         self.optimizer = self.wrap(self.model)
         self.scheduler = ExponentialLR(self.optimizer, 0.9)
-        self.steps = 0
+        self.steps = self.steps_since_scheduled = 0
         self.attempted = False
-        self.steps_since_scheduled = 0
 
     def new_model(self, seed: int) -> FeatureNet:
         return FeatureNet(torch.Generator().manual_seed(seed), dtype=self.dtype)
@@ -87,14 +68,13 @@ class FishMachine(RuleBasedStateMachine):
             self.oracle.interpolate()
 
     def optimizer_for(self, model: nn.Module) -> torch.optim.Optimizer:
-        named = dict(model.named_parameters())
-        groups = [{"params": [p for n, p in named.items() if not n.startswith(LATE)]}]
+        late = {p for n, p in model.named_parameters() if n.startswith(LATE)}
+        groups = [{"params": [p for p in model.parameters() if p not in late]}]
         if self.late_group:
-            groups.append({"params": [p for n, p in named.items() if n.startswith(LATE)]})
-        options = {**OPTIMIZERS[self.name], "lr": self.learning_rate}
-        return getattr(torch.optim, self.name)(groups, **options)
+            groups.append({"params": list(model.get_submodule(LATE).parameters())})
+        return getattr(torch.optim, self.name)(groups, **{**OPTIMIZERS[self.name], "lr": self.learning_rate})
 
-    def wrap(self, model: nn.Module) -> GradMatch:
+    def wrap(self, model: nn.Module) -> GradMatch[Fish]:
         return GradMatch(self.optimizer_for(model), Fish(model=model, **self.settings))
 
     def schedule(self, last: dict[str, Any]) -> None:
@@ -156,10 +136,9 @@ class FishMachine(RuleBasedStateMachine):
     @rule(gradients=st.booleans(), functional=st.booleans())
     def forward_only(self, gradients: bool, functional: bool) -> None:
         """``update_bn``, a teacher by ``functional_call``: between two inner loops what it moves is the user's."""
-        (batch,) = self.draw()
+        x, _, domain = self.draw()[0]
         with torch.set_grad_enabled(gradients):
             for model in (self.model, self.oracle.current_model):
-                x, _, domain = batch
                 if functional:
                     torch.func.functional_call(model, dict(model.named_parameters()), (x, domain))
                 else:
@@ -193,7 +172,7 @@ class FishMachine(RuleBasedStateMachine):
         batches = self.draw(self.inner_steps or 3)
         bad = bad % len(batches)
 
-        def loss_fn(batch: Any) -> Tensor:  # which some optimizers evaluate more than once
+        def loss_fn(batch: Any) -> Tensor:
             return loss_of(self.model, batch) * (value if batch is batches[bad] else 1.0)
 
         with pytest.raises(ValueError, match=f"the loss of batch {bad} is"):
@@ -211,24 +190,17 @@ class FishMachine(RuleBasedStateMachine):
     @rule()
     def weight_surgery(self) -> None:
         """Between inner loops the user overwrites parameters and buffers."""
-        noise = [
-            torch.randn(t.shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
-            for t in self.model.parameters()
-        ]
-        for model in (self.model, self.oracle.model):
-            with torch.no_grad():
+        noise = [torch.randn(t.shape, generator=self.generator, dtype=torch.float64) for t in self.model.parameters()]
+        with torch.no_grad():
+            for model in (self.model, self.oracle.model):
                 for parameter, change in zip(model.parameters(), noise, strict=True):
                     if parameter.requires_grad:
-                        parameter.add_(0.01 * change)
+                        parameter.add_(0.01 * change.to(self.dtype))
                 model.norm.running_mean.add_(0.5)
 
     @rule()
     def save_and_load(self) -> None:
-        file = io.BytesIO()
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
+        state = through_file({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
         last = self.scheduler.state_dict()
         self.model = self.new_model(0)
         self.optimizer = self.wrap(self.model)
@@ -246,13 +218,15 @@ class FishMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.late_group)
     @rule()
     def add_param_group(self) -> None:
+        base = OPTIMIZERS[self.name]["lr"]
+
         def late(model: nn.Module) -> dict[str, Any]:
-            parameters = [p for n, p in model.named_parameters() if n.startswith(LATE)]
-            return {"params": parameters, "lr": self.learning_rate, "initial_lr": OPTIMIZERS[self.name]["lr"]}
+            parameters = list(model.get_submodule(LATE).parameters())
+            return {"params": parameters, "lr": self.learning_rate, "initial_lr": base}
 
         self.late_group = True
         self.optimizer.add_param_group(late(self.model))
-        self.scheduler.base_lrs.append(OPTIMIZERS[self.name]["lr"])
+        self.scheduler.base_lrs.append(base)
         if self.oracle.inner_optimizer is not None:
             self.oracle.inner_optimizer.add_param_group(late(self.oracle.current_model))
 
