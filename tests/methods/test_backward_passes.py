@@ -39,7 +39,9 @@ def wrap(method: str, model: nn.Module) -> GradMatch[Any]:
 
 def checkpointed(model: nn.Sequential, *, reentrant: bool = True) -> Loss:
     """The embeddings frozen, and their outputs made to require a gradient, as PEFT has it."""
-    return lambda x: model[2](checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=reentrant)).square().mean()
+    return lambda x: (
+        model[2](checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=reentrant)).square().mean()
+    )
 
 
 def without_reentrance(model: nn.Sequential) -> Loss:

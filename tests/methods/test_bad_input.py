@@ -42,9 +42,6 @@ def notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
 @every_method
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 def test_one_batch_that_is_a_dictionary_is_said_to_have_been_taken_for_a_mapping_of_domains(method: str):
@@ -74,7 +71,9 @@ def test_a_batch_that_is_consumed_serves_where_it_is_evaluated_once_and_else_is_
     optimizer = wrap(method, model)
 
     def meta_step() -> None:
-        optimizer.meta_step(lambda b: model(b.pop("x")).square().mean(), {d: {"x": inputs()} for d in ("north", "south")})
+        optimizer.meta_step(
+            lambda b: model(b.pop("x")).square().mean(), {d: {"x": inputs()} for d in ("north", "south")}
+        )
 
     if method not in TWICE:
         meta_step()
@@ -96,8 +95,6 @@ def test_a_batch_that_is_changed_in_place_is_named_and_the_change_among_the_caus
     with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
         optimizer.meta_step(lambda x: model(x.mul_(0.8)).square().mean(), {"north": inputs(), "south": inputs(5)})
 
-
-# -------------------------------------------------------------------------------------------------------------- losses
 
 WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "vector": (lambda value: value.expand(3), ValueError, r"batch 2{} it has shape \(3,\)"),
@@ -178,14 +175,13 @@ def test_a_loss_fn_that_calls_backward_is_refused(method: str):
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "got"), [([1.0, 2.0], "list, the batches.*swapped"), (torch.ones(()), "Tensor")], ids=["swapped", "loss"]
+    ("loss_fn", "got"),
+    [([1.0, 2.0], "list, the batches.*swapped"), (torch.ones(()), "Tensor")],
+    ids=["swapped", "loss"],
 )
 def test_what_is_no_function_is_refused(loss_fn: Any, got: str):
     with pytest.raises(TypeError, match=rf"loss_fn should be a function .*\(got {got}\)"):
         wrap("Fish", network()).meta_step(loss_fn, loss_of if isinstance(loss_fn, list) else [1.0, 2.0])  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------------------------------------------------- optimizers
 
 
 @pytest.mark.parametrize("method", DIRECTIONS)

@@ -137,7 +137,10 @@ def test_the_check_can_be_turned_off():
 @pytest.mark.parametrize(
     ("agreement", "remedy"),
     [
-        *((name, r"no finite second derivative here \(norm\(\) or sqrt\(\) of zero\)") for name in ("variance", "cosine")),
+        *(
+            (name, r"no finite second derivative here \(norm\(\) or sqrt\(\) of zero\)")
+            for name in ("variance", "cosine")
+        ),
         ("inner_product", r"lower gamma, or use agreement='variance'"),
     ],
 )

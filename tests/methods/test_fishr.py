@@ -185,9 +185,6 @@ def test_dropout_and_a_penalty_on_the_weights_are_no_sum_and_batch_norm_moves_on
     torch.testing.assert_close(model[1].running_mean, reference[1].running_mean)
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize("head", [nn.Conv2d(3, 4, 1), network(), "head"], ids=lambda head: type(head).__name__)
 def test_a_head_that_is_not_linear_is_refused(head: Any):
     with pytest.raises(TypeError, match=r"head should be a torch.nn.Linear"):

@@ -121,9 +121,6 @@ def test_two_walks_in_random_order_do_not_nor_with_another_gamma(order: str, wro
     assert mean[-2] / mean[-1] == pytest.approx(2.0, abs=0.2)
 
 
-# -------------------------------------------------------------------------------------------------------- strength
-
-
 def features() -> FeatureNet:
     return feature_net().eval()  # the same function wherever it is called
 
@@ -204,8 +201,6 @@ def test_malformed_state_dicts_are_refused(bad: Any):
         optimizer.load_state_dict({**state, "gradmatch": {**state["gradmatch"], "memory": bad}})
 
 
-# ---------------------------------------------------------------------------------------------------- line searches
-
 WOLFE: dict[str, Any] = {"line_search_fn": "strong_wolfe"}
 
 
@@ -257,9 +252,6 @@ def test_evaluations_of_one_step_draw_the_same_random_numbers(method: str):
     assert torch.equal(torch.rand(()), next_number)
 
 
-# --------------------------------------------------------------------------------------------- models and parameters
-
-
 def test_bad_models():
     with pytest.raises(TypeError, match=r"model should be a torch\.nn\.Module.* \(got list\)"):
         IDGM([nn.Linear(1, 1)])  # type: ignore[arg-type]
@@ -270,15 +262,3 @@ def test_bad_models():
     frozen = nn.Linear(1, 1).requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the optimizer requires a gradient"):
         wrap(frozen).meta_step(lambda x: frozen(x).sum(), [torch.ones(1, 1)] * 2)
-
-
-def test_parameters_added_later():
-    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    optimizer = GradMatch(SGD(model[0].parameters(), lr=0.1), IDGM(model, 0.1))
-    before = model[1].weight.detach().clone()
-    for is_added in (False, True):
-        if is_added:
-            optimizer.add_param_group({"params": model[1].parameters()})
-        optimizer.meta_step(lambda x: model(x).square().sum(), [torch.ones(1, 1), torch.ones(2, 1)])
-        assert torch.equal(model[1].weight, before) is not is_added
-        assert (model[1].weight.grad is None) is not is_added

@@ -132,9 +132,6 @@ def assert_direction(found: list[Tensor], mean: Any, term: Any, gamma: float = G
         torch.testing.assert_close(g, m - gamma * t, rtol=1e-12, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ against autograd
-
-
 @pytest.mark.parametrize("meta_steps", [1, 2])
 @pytest.mark.parametrize("keep_graphs", [False, True])
 @pytest.mark.parametrize("agreement", [*AGREEMENTS, cubes])
@@ -186,9 +183,6 @@ def test_an_optimizer_may_train_a_part_without_the_matched():
     of_top = [any(p is q for q in reference.top.parameters()) for p in reference.trained]
     chosen = [[g for g, is_top in zip(part, of_top, strict=True) if is_top] for part in (mean, term)]
     assert_direction([p.grad for p in model.top.parameters()], *chosen)
-
-
-# ------------------------------------------------------------------------------------ what is differentiated once only
 
 
 def compiled(model: Network) -> Callable[[Any], Tensor]:
@@ -278,24 +272,6 @@ def test_compiled_graphs_that_are_kept_cannot_be_traversed_twice_to_find_gamma()
     assert direction(model, loss, gamma=None)[1].gamma > 0
 
 
-def test_autocast_around_the_loss():
-    """In bfloat16 the direction is that of single precision to the digits that it has."""
-    directions = []
-    for half in (False, True):
-        model = Network().float()
-
-        def loss(batch: Any, half: bool = half, model: Any = model) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-                return F.cross_entropy(model(batch[0].float()).float(), batch[1])
-
-        directions.append(torch.cat([g.flatten() for g in direction(model, loss, meta_steps=2)[0]]))
-    assert directions[1].dtype == torch.float32
-    assert F.cosine_similarity(*directions, dim=0) > 0.99
-
-
-# ----------------------------------------------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize("wrong", ["head", 3, {"head": nn.Linear(1, 1)}, ["head.weight"]], ids=str)
 def test_what_is_no_part_of_a_model_is_refused(wrong: Any):
     with pytest.raises(TypeError, match="matched should be a module of the model or parameters of it"):
@@ -338,9 +314,6 @@ def test_a_loss_linear_in_the_head_and_alone_has_nothing_to_match():
     model = nn.Linear(6, 1).double()
     with pytest.raises(RuntimeError, match="there is nothing to match"):
         direction(model, lambda batch: model(batch[0]).mean(), matched=model)
-
-
-# ------------------------------------------------------------------------------------------------ several processes
 
 
 def in_loss(model: nn.Module) -> list[nn.Parameter]:

@@ -39,9 +39,6 @@ def step_each(w: nn.Parameter, optimizer: GradMatch[Fish], values: Any, names: A
     return optimizer.last_meta_step
 
 
-# ----------------------------------------------------------------------------------------------------------- names
-
-
 class NamedList(list[Any]):
     domains = NAMES
 
@@ -108,9 +105,6 @@ def test_a_name_that_is_no_label_is_an_error():
     assert optimizer.domain is None
 
 
-# ----------------------------------------------------------------------------------------------------------- pairs
-
-
 def gradients_taken(model: nn.Module, method: str) -> list[Tensor]:
     """At theta, or along the walk by SGD with the same step: Fish and SmoothFish at gamma 1."""
     parameters, gradients = [p for p in model.parameters() if p.requires_grad], []
@@ -155,9 +149,6 @@ def test_a_manual_loop_measures_pairs_but_not_over_a_checkpoint_in_its_middle():
     assert torch.equal(resumed_w, w)
     report = step_each(resumed_w, resumed, gradients, [None] * 3)
     torch.testing.assert_close(report.cosines, pairwise_cosines(list(gradients)))
-
-
-# --------------------------------------------------------------------------------------------------------- scalars
 
 
 def test_scalars_are_the_means_and_the_domains_by_name():

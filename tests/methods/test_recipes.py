@@ -112,22 +112,6 @@ def train(
         scaler.update()
 
 
-# -------------------------------------------------------------------------------------------- gradient accumulation
-
-
-def test_micro_batches_of_one_domain_add_up_to_its_batch():
-    make = partial(Adam, lr=0.05)
-    (model, optimizer), plain = build("Fish, by hand", make), PlainLoop("Fish", make)
-    for batches in groups():
-        for x, y in batches:
-            optimizer.zero_grad()
-            for part in zip(x.chunk(PARTS), y.chunk(PARTS), strict=True):
-                (loss_of(model, part) / PARTS).backward()
-            optimizer.step()
-        plain.meta_iteration(batches)
-        plain.assert_same(model, optimizer)
-
-
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("Fish", {}), ("SmoothFish", {}), ("IDGM", {}), ("IDGM", {"keep_graphs": True})],
@@ -147,9 +131,6 @@ def test_a_batch_split_in_the_loss_is_the_whole_batch(method: str, settings: dic
         torch.testing.assert_close(report.losses[0], loss_of(plain.model, batches[0]).detach())
         plain.meta_iteration(batches)
         plain.assert_same(model, optimizer)
-
-
-# --------------------------------------------------------------------------------------------------------- clipping
 
 
 def hook_on_both_kinds(optimizer: Optimizer, model: nn.Module) -> None:

@@ -33,9 +33,6 @@ def step(optimizer: Optimizer, scaler: GradScaler, loss: Any, *, unscale: bool =
     scaler.update()
 
 
-# --------------------------------------------------------------------------------------------------------- by hand
-
-
 @pytest.mark.parametrize("unscale", [False, True], ids=["by step", "before, to clip"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_skipped_step_moves_nothing_and_counts(fused: bool, unscale: bool):
@@ -102,9 +99,6 @@ def test_half_precision_gradients_are_refused_as_torch_does():
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
         step(GradMatch(SGD([parameter], lr=0.1)), make_scaler(), lambda: parameter.float().sum())
     assert parameter.tolist() == [1.0, 1.0]
-
-
-# ------------------------------------------------------------------------------------------------------- in meta_step
 
 
 def layerwise(gradients: Any) -> Tensor:

@@ -87,7 +87,9 @@ class Asking(LBFGS):
 
 
 @pytest.mark.parametrize(
-    ("gamma", "symmetric"), [(2.0, False), (1.0, False), (0.5, True)], ids=["one walk", "its gradient alone", "symmetric"]
+    ("gamma", "symmetric"),
+    [(2.0, False), (1.0, False), (0.5, True)],
+    ids=["one walk", "its gradient alone", "symmetric"],
 )
 def test_the_objective_is_what_the_direction_lowers(gamma: float, symmetric: bool):
     """Slope along the direction, to second order in alpha."""
