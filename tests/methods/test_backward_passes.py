@@ -1,4 +1,4 @@
-"""What hangs on a backward pass counts under every method: hooks, and checkpoints that accumulate into ``.grad`` themselves.
+"""What hangs on a backward pass counts under every method: hooks, and checkpoints that accumulate into ``.grad``.
 
 Where a gradient has to be differentiated again (IDGM in reverse and forward mode) and cannot have it, the parameter is
 refused by name.

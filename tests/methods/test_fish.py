@@ -1,4 +1,4 @@
-"""Fish: what the random sequences of ``test_fish_stateful.py`` do not reach."""
+"""Fish: what the random sequences of ``test_stateful.py`` do not reach, and ``with optimizer.slow_weights():``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from _feature_training import batches, feature_net, train
-from _models import assert_same_model, assert_same_state, loss_of
+from _feature_training import batches, feature_net, snapshot, train
+from _models import assert_identical, assert_same_model, assert_same_state, loss_of
 from _reference import ReferenceFish, mean_pairwise_cosine, mean_pairwise_inner_product
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from torch_gradmatch import Fish, GradMatch
 
@@ -143,3 +143,73 @@ def test_a_closure_is_evaluated_anew_once_the_optimizer_has_moved_the_parameters
     report = optimizer.meta_step(lambda target: (parameter - target).square().sum(), [3.0])
     assert report.losses.tolist() == [9.0]  # of the batch at the parameters as they were
     assert parameter.item() == 2.0  # by the gradient one ahead
+
+
+SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp64": (torch.float64, {}),
+    "reset, tracked": (torch.float64, {"inner_state": "reset", "track_alignment": True}),
+    "buffers keep the latest": (torch.float64, {"buffers": "latest"}),
+    "bf16 with fp32 slow weights": (torch.bfloat16, {"meta_dtype": torch.float32}),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_block_of_slow_weights_shows_them_and_leaves_no_trace(case: str):
+    """Four inner steps in a loop. A run with blocks everywhere is the run without, bit for bit."""
+    dtype, settings = SETTINGS[case]
+    steps = [(x.to(dtype), y.to(dtype), domain) for x, y, domain in batches(15)]
+    runs = []
+    for looks in (False, True):
+        model = feature_net().to(dtype)
+        optimizer = GradMatch(Adam(model.parameters(), lr=0.05), Fish(0.3, inner_steps=4, model=model, **settings))
+        for number, batch in enumerate(steps):
+            if optimizer.inner_step == 0:
+                slow = copy.deepcopy(model.state_dict())
+            train(model, optimizer, [batch])
+            if not looks or optimizer.inner_step == 0:
+                continue  # there what a block does stays
+            fast = snapshot(model, optimizer)
+            with optimizer.slow_weights():
+                assert_identical(model.state_dict(), slow)
+                loss_of(model, steps[number - 1])  # moves buffers
+                with torch.no_grad():
+                    model.out.weight.fill_(7.0)  # lost
+            assert_identical(snapshot(model, optimizer), fast)
+        runs.append(snapshot(model, optimizer))
+    assert_identical(runs[1], runs[0])
+
+
+def in_the_middle() -> tuple[nn.Module, GradMatch[Fish]]:
+    model = feature_net()
+    optimizer = GradMatch(sgd(model), Fish(model=model))
+    train(model, optimizer, batches(2))
+    return model, optimizer
+
+
+def test_an_exception_in_the_block_passes_and_the_fast_weights_are_back():
+    """Also after a block in a block, which has nothing more to do."""
+    model, optimizer = in_the_middle()
+    slow, fast = feature_net().state_dict(), snapshot(model, optimizer)
+
+    def nested() -> None:
+        with optimizer.slow_weights():
+            with optimizer.slow_weights():
+                assert_identical(model.state_dict(), slow)
+            assert_identical(model.state_dict(), slow)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        nested()
+    assert_identical(snapshot(model, optimizer), fast)
+    train(model, optimizer, batches(1))
+    assert optimizer.inner_step == 3
+
+
+@pytest.mark.parametrize("call", ["step", "interpolate", "rollback", "meta_step", "state_dict", "load_state_dict"])
+def test_what_the_block_cannot_do_right_is_refused_and_changes_nothing(call: str):
+    model, optimizer = in_the_middle()
+    before = snapshot(model, optimizer)
+    arguments: Any = {"meta_step": (partial(loss_of, model), batches(2)), "load_state_dict": (before[1],)}
+    with optimizer.slow_weights(), pytest.raises(RuntimeError, match=r"inside slow_weights\(\).*Leave the block first"):
+        getattr(optimizer, call)(*arguments.get(call, ()))
+    assert_identical(snapshot(model, optimizer), before)

@@ -216,29 +216,6 @@ def test_goes_through_what_has_first_derivatives_only(kind: str, keep_graphs: bo
             assert any("flash_attention_for_cpu_backward" in name for name in operations.counts)
 
 
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * ctx.saved_tensors[0].cos()
-
-
-def test_once_differentiable_functions_may_stand_below_and_not_above():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
-
-    def loss(batch: Any) -> Tensor:
-        return F.cross_entropy(model[2](OnceOnly.apply(model[1](model[0](batch[0])))), batch[1])
-
-    direction(model, loss, matched=model[2])
-    with pytest.raises(RuntimeError, match=r"matched=.*once_differentiable"):
-        direction(model, loss, matched=model[1])
-
-
 def test_what_has_no_second_derivative_above_is_refused_in_words():
     model = Network("attention")
     before = copy.deepcopy(model.state_dict())

@@ -5,7 +5,6 @@ Each is beside a loop in plain torch: Fish on deep copies of the model, the othe
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from _models import assert_same_model, assert_same_state, small_network
-from _reference import naive_idgm, smooth_fish_gradient
+from _reference import ReferenceFish, naive_idgm, smooth_fish_gradient
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
@@ -55,41 +54,41 @@ class PlainLoop:
     """Gradient matching without the package: ``clip``, given the model, may change each gradient that steps."""
 
     def __init__(self, method: str, make: Callable[..., Optimizer], clip: Callable[..., None] = lambda _: None) -> None:
-        self.method, self.make, self.clip = method, make, clip
-        self.model = small_network()
-        self.optimizer = make(self.model.parameters())
+        self.method, self.model = method, small_network()
         self.norms: list[float] = []  # of the gradients, before they are clipped
 
+        def build(model: nn.Module) -> Optimizer:
+            def before_step(*_: Any) -> None:
+                self.norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+                clip(model)
+
+            optimizer = make(model.parameters())
+            optimizer.register_step_pre_hook(before_step)
+            return optimizer
+
+        self.fish = ReferenceFish(self.model, build, META_LR)
+        self.optimizer = build(self.model)
+
     def meta_iteration(self, batches: list[Batch]) -> None:
-        if not self.method.startswith("Fish"):
-            self.take(self.model, self.optimizer, self.direction(batches))
+        if self.method.startswith("Fish"):
+            for batch in batches:
+                self.fish.step(partial(loss_of, batch=batch))
+            self.fish.interpolate()
             return
-        inner = copy.deepcopy(self.model)
-        optimizer = self.make(inner.parameters())
-        optimizer.load_state_dict(self.optimizer.state_dict())
-        for batch in batches:
-            self.take(inner, optimizer, torch.autograd.grad(loss_of(inner, batch), list(inner.parameters())))
-        self.optimizer.load_state_dict(optimizer.state_dict())
-        with torch.no_grad():
-            for slow, fast in zip(self.model.parameters(), inner.parameters(), strict=True):
-                slow += META_LR * (fast - slow)
-
-    def direction(self, batches: list[Batch]) -> Any:
-        if self.method == "SmoothFish":
-            return smooth_fish_gradient(self.model, loss_of, batches, GAMMA, INNER_LR)
         losses = [partial(loss_of, self.model, batch) for batch in batches]
-        return naive_idgm(list(self.model.parameters()), losses, GAMMA, "inner_product")[1]
-
-    def take(self, model: nn.Module, optimizer: Optimizer, gradients: Any) -> None:
-        for p, g in zip(model.parameters(), gradients, strict=True):
+        parameters = list(self.model.parameters())
+        found: Any = naive_idgm(parameters, losses, GAMMA, "inner_product")[1]
+        if self.method == "SmoothFish":
+            found = smooth_fish_gradient(self.model, loss_of, batches, GAMMA, INNER_LR)
+        for p, g in zip(parameters, found, strict=True):
             p.grad = g
-        self.norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])))
-        self.clip(model)
-        optimizer.step()
+        self.optimizer.step()
 
     def assert_same(self, model: nn.Module, optimizer: GradMatch[Any]) -> None:
         assert_same_model(model, self.model, rtol=1e-9)
-        assert_same_state(optimizer.optimizer.state_dict()["state"], self.optimizer.state_dict()["state"], rtol=1e-9)
+        fish = self.method.startswith("Fish")
+        state = self.fish.optimizer_state if fish else self.optimizer.state_dict()["state"]
+        assert_same_state(optimizer.optimizer.state_dict()["state"], state, rtol=1e-9)
 
 
 def build(method: str, make: Callable[..., Optimizer], **settings: Any) -> tuple[nn.Module, GradMatch[Any]]:

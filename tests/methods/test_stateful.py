@@ -1,4 +1,4 @@
-"""Any sequence of what users do to a GradMatch agrees with the clone-per-iteration loop of Algorithm 1."""
+"""Any sequence of what users do to a GradMatch agrees with slow loops: Algorithm 1 on clones, and plain autograd."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from _feature_training import through_file
+from _feature_training import feature_net, through_file
 from _models import FeatureNet, assert_same_model, assert_same_state, loss_of, make_batches
-from _reference import ReferenceFish
+from _reference import ReferenceFish, naive_idgm, smooth_fish_gradient
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9},
@@ -33,6 +34,10 @@ SETTINGS = st.fixed_dictionaries({
     "track_alignment": st.booleans(),
 })  # fmt: skip
 LATE = "per_domain"  # these parameters join by add_param_group
+
+
+def duplicate(pair: Any, by: str) -> Any:
+    return copy.deepcopy(pair) if by == "deepcopy" else pickle.loads(pickle.dumps(pair))
 
 
 class FishMachine(RuleBasedStateMachine):
@@ -133,16 +138,16 @@ class FishMachine(RuleBasedStateMachine):
             if self.oracle.inner_model is not None:
                 loss_of(self.model, self.draw()[0])  # moves buffers, which is lost
 
-    @rule(gradients=st.booleans(), functional=st.booleans())
-    def forward_only(self, gradients: bool, functional: bool) -> None:
+    @rule(gradients=st.booleans(), functional=st.booleans(), evaluates=st.booleans())
+    def forward_only(self, gradients: bool, functional: bool, evaluates: bool) -> None:
         """``update_bn``, a teacher by ``functional_call``: between two inner loops what it moves is the user's."""
         x, _, domain = self.draw()[0]
         with torch.set_grad_enabled(gradients):
             for model in (self.model, self.oracle.current_model):
-                if functional:
-                    torch.func.functional_call(model, dict(model.named_parameters()), (x, domain))
-                else:
-                    model(x, domain)
+                model.train(not evaluates)
+                parameters = dict(model.named_parameters()) if functional else {}
+                torch.func.functional_call(model, parameters, (x, domain))
+                model.train()
 
     @precondition(lambda self: self.optimizer.inner_step > 0)
     @rule()
@@ -164,27 +169,6 @@ class FishMachine(RuleBasedStateMachine):
             self.oracle.step(lambda m, b=batch: loss_of(m, b))
         self.oracle.interpolate()
         self.steps += len(batches)
-
-    @precondition(lambda self: self.oracle.inner_model is None)
-    @rule(bad=st.integers(0, 2), value=st.sampled_from([float("nan"), -float("inf")]))
-    def meta_step_with_a_loss_that_is_not_finite(self, bad: int, value: float) -> None:
-        """Leaves everything as it was."""
-        batches = self.draw(self.inner_steps or 3)
-        bad = bad % len(batches)
-
-        def loss_fn(batch: Any) -> Tensor:
-            return loss_of(self.model, batch) * (value if batch is batches[bad] else 1.0)
-
-        with pytest.raises(ValueError, match=f"the loss of batch {bad} is"):
-            self.optimizer.meta_step(loss_fn, batches)
-
-    @rule()
-    def evaluate(self) -> None:
-        (batch,) = self.draw()
-        for model in (self.model, self.oracle.current_model):
-            model.eval()
-            loss_of(model, batch)
-            model.train()
 
     @precondition(lambda self: self.oracle.inner_model is None)
     @rule()
@@ -210,9 +194,8 @@ class FishMachine(RuleBasedStateMachine):
 
     @rule(by=st.sampled_from(["deepcopy", "pickle"]))
     def copy_all(self, by: str) -> None:
-        pair = (self.model, self.optimizer)
         last = self.scheduler.state_dict()
-        self.model, self.optimizer = copy.deepcopy(pair) if by == "deepcopy" else pickle.loads(pickle.dumps(pair))
+        self.model, self.optimizer = duplicate((self.model, self.optimizer), by)
         self.schedule(last)
 
     @precondition(lambda self: not self.late_group)
@@ -252,3 +235,108 @@ class FishMachine(RuleBasedStateMachine):
 
 FishMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestFish = FishMachine.TestCase
+
+
+RTOL = 1e-6
+INNER_LR = 0.05
+
+
+class DirectionMachine(RuleBasedStateMachine):
+    """Keeps a model under GradMatch, and another under the plain optimizer whose gradients an oracle works out."""
+
+    @initialize(
+        method=st.sampled_from(["SmoothFish", "symmetric", "inner_product", "variance", "cosine"]),
+        adaptive=st.booleans(),
+        track=st.booleans(),
+        gamma=st.sampled_from([0.0, 0.1, 0.2, 1.0]),
+        seed=st.integers(0, 2**16),
+    )
+    def build(self, method: str, adaptive: bool, track: bool, gamma: float, seed: int) -> None:
+        self.name, self.adaptive, self.track = method, adaptive, track
+        self.gamma = gamma / 5 if method == "inner_product" else gamma  # which diverges at 1
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model = feature_net(seed)
+        self.oracle = copy.deepcopy(self.model)
+        self.plain = self.optimizer_for(self.oracle)
+        self.optimizer = self.wrap(self.model)
+
+    def optimizer_for(self, model: nn.Module) -> Optimizer:
+        return Adam(model.parameters(), lr=0.01) if self.adaptive else SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+    @property
+    def walks(self) -> bool:
+        return self.name in ("SmoothFish", "symmetric")
+
+    def wrap(self, model: nn.Module) -> GradMatch[Any]:
+        symmetric, track = self.name == "symmetric", self.track
+        method: Any = SmoothFish(self.gamma, INNER_LR, model, track_alignment=track, symmetric=symmetric)
+        if not self.walks:  # the inner product is unbounded: it may be large, which is not the law here
+            method = IDGM(model, self.gamma, self.name, track_alignment=track, nonfinite="ignore")
+        return GradMatch(self.optimizer_for(model), method)
+
+    def direction(self, batches: list[Any]) -> list[Tensor | None]:
+        """The gradient that the plain optimizer is to get; the oracle's buffers move once for each domain."""
+        if self.walks:
+            symmetric = self.name == "symmetric"
+            return smooth_fish_gradient(self.oracle, loss_of, batches, self.gamma, INNER_LR, symmetric=symmetric)
+        trained = [p for p in self.oracle.parameters() if p.requires_grad]
+        losses = [lambda b=b: loss_of(self.oracle, b) for b in batches]
+        found = naive_idgm(trained, losses, self.gamma, self.name)[1]
+        visited = {b[2] for b in batches}
+        unreached = {id(p) for i, p in enumerate(self.oracle.per_domain) if i not in visited}
+        unreached |= {id(self.oracle.unused), id(self.oracle.empty)}
+        return [None if id(p) in unreached else g for p, g in zip(trained, found, strict=True)]
+
+    @rule(count=st.integers(2, 4), scaled=st.booleans())
+    def meta_step(self, count: int, scaled: bool) -> None:
+        batches = make_batches(self.generator, count)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if scaled else None
+        report = self.optimizer.meta_step(lambda b: loss_of(self.model, b), batches, scaler)
+        assert (report.cosine is not None) is (self.track or self.name == "cosine")
+        trained = [p for p in self.oracle.parameters() if p.requires_grad]
+        for p, g in zip(trained, self.direction(batches), strict=True):
+            p.grad = g
+        self.plain.step()
+
+    @rule()
+    def ordinary_step(self) -> None:
+        (batch,) = make_batches(self.generator, 1)
+        for model, optimizer in ((self.model, self.optimizer), (self.oracle, self.plain)):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+
+    @rule(gamma=st.sampled_from([0.0, 0.2]), track=st.booleans())
+    def change_settings(self, gamma: float, track: bool) -> None:
+        self.gamma, self.track = gamma, track
+        self.optimizer.method.gamma, self.optimizer.method.track_alignment = gamma, track
+
+    @rule()
+    def update_bn_in_the_slow_weights(self) -> None:
+        """There are none: what happens in the block stays."""
+        (batch,) = make_batches(self.generator, 1)
+        with self.optimizer.slow_weights(), torch.no_grad():
+            loss_of(self.model, batch)
+            loss_of(self.oracle, batch)
+
+    @rule()
+    def save_and_load(self) -> None:
+        state = through_file({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+        self.model = feature_net()
+        self.optimizer = self.wrap(self.model)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @rule(by=st.sampled_from(["deepcopy", "pickle"]))
+    def copy_all(self, by: str) -> None:
+        self.model, self.optimizer = duplicate((self.model, self.optimizer), by)
+
+    @invariant()
+    def agrees(self) -> None:
+        assert_same_model(self.model, self.oracle, rtol=RTOL)
+        state = self.optimizer.optimizer.state_dict()["state"]
+        assert_same_state(state, self.plain.state_dict()["state"], rtol=RTOL)
+
+
+DirectionMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+TestDirection = DirectionMachine.TestCase
