@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from _models import assert_identical
 from _networks import Case
-from _reference import mean_pairwise_cosine, mean_pairwise_inner_product
+from _reference import agreement_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -79,18 +79,6 @@ def flat(gradient: dict[str, Tensor | None], model: nn.Module) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- oracles
 
 
-def plain_variance(gradients: list[Tensor]) -> Tensor:
-    mean = sum(gradients) / len(gradients)
-    return -sum((g - mean).square().sum() for g in gradients) / len(gradients)
-
-
-AGREEMENTS = {
-    "inner_product": mean_pairwise_inner_product,
-    "cosine": mean_pairwise_cosine,
-    "variance": plain_variance,
-}
-
-
 @dataclass
 class Expected:
     """What plain autograd found."""
@@ -126,7 +114,7 @@ def plain_autograd(
             filled = [{n: torch.zeros_like(params[n]) if g is None else g for n, g in gs.items()} for gs in gradients]
             phi = agreement(filled)
         else:
-            phi = AGREEMENTS[agreement](vectors)
+            phi = agreement_of(agreement, vectors)
         mean = torch.stack(losses).mean()
         share = 1.0 if chosen is None else len(batches) / len(chosen)
         objective = mean - gamma * share * phi
@@ -234,7 +222,10 @@ def nothing_changes(model: nn.Module, optimizer: GradMatch) -> Iterator[None]:
 
     def objects() -> list[Any]:
         parameters = list(model.parameters())
-        return [*map(id, itertools.chain(parameters, model.buffers())), *((id(p.grad), p.requires_grad) for p in parameters)]
+        return [
+            *map(id, itertools.chain(parameters, model.buffers())),
+            *((id(p.grad), p.requires_grad) for p in parameters),
+        ]
 
     before, identities = copy.deepcopy(everything()), objects()
     yield

@@ -249,6 +249,22 @@ def test_compiled_graphs_that_are_kept_cannot_be_traversed_twice_to_find_gamma()
     assert direction(model, loss, gamma=None)[1].gamma > 0
 
 
+def test_autocast_around_the_loss():
+    """In bfloat16 the direction is that of single precision to the digits that it has."""
+
+    def found(half: bool) -> Tensor:
+        model = Network().float()
+
+        def loss(batch: Any) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                return F.cross_entropy(model(batch[0].float()).float(), batch[1])
+
+        return torch.cat([g.flatten() for g in direction(model, loss, meta_steps=2)[0]])
+
+    assert found(True).dtype == torch.float32
+    assert F.cosine_similarity(found(True), found(False), dim=0) > 0.99
+
+
 @pytest.mark.parametrize("wrong", ["head", 3, {"head": nn.Linear(1, 1)}, ["head.weight"]], ids=str)
 def test_what_is_no_part_of_a_model_is_refused(wrong: Any):
     with pytest.raises(TypeError, match="matched should be a module of the model or parameters of it"):

@@ -78,7 +78,7 @@ def test_fish(case: str, run: str):
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
 def test_fish_waits_once_and_once_for_each_loss_that_it_checks(nonfinite: Any):
     model, data = network(3), batches()
-    optimizer = GradMatch(sgd(model), Fish(0.5, inner_steps=DOMAINS, model=model, nonfinite=nonfinite))
+    optimizer = GradMatch(sgd(model), Fish(0.5, DOMAINS, model=model, nonfinite=nonfinite, track_alignment=True))
     with waits() as in_loop:
         loop(model, optimizer, data)
     with waits() as in_meta_step:

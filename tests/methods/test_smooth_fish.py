@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _reference import smooth_fish_direction
+from _reference import smooth_fish_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_idgm import exact_direction, quartic, ratios
@@ -36,7 +36,10 @@ def direction(losses: Any, theta: Tensor, gamma: float, inner_lr: float, *, symm
 )
 def test_against_the_definition(domains: int, seed: int, gamma: float, inner_lr: float, symmetric: bool):
     losses, theta = quartic(seed, domains, size=4, scale=1.0)
-    expected = smooth_fish_direction(losses, theta, gamma, inner_lr, symmetric=symmetric)
+    model = nn.ParameterDict({"theta": theta.clone()})
+    (expected,) = smooth_fish_gradient(
+        model, lambda m, loss: loss(m["theta"]), losses, gamma, inner_lr, symmetric=symmetric
+    )
     found = direction(losses, theta, gamma, inner_lr, symmetric=symmetric)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
