@@ -127,6 +127,7 @@ def test_the_check_can_be_turned_off():
         ),
         ("inner_product", r"lower gamma, or use agreement='variance'"),
     ],
+    ids=["variance", "cosine", "inner_product"],
 )
 def test_a_second_derivative_that_is_not_finite_is_blamed_on_the_agreement_only_if_it_is_unbounded(
     agreement: str, remedy: str
