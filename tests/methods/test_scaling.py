@@ -152,6 +152,7 @@ def test_a_meta_iteration_that_overflows_is_skipped_and_forgotten(name: str):
         assert optimizer.inner_step == 0
         return copy.deepcopy((dict(model.named_parameters()), optimizer.state_dict()["gradmatch"].get("memory")))
 
+    assert_identical(meta_step(float("inf"))[0], dict(feature_net().named_parameters()))  # before any gamma is found
     before = meta_step(1.0)
     assert_identical(meta_step(float("inf")), before)
     assert scaler.get_scale() < SCALE
