@@ -90,7 +90,7 @@ soak: $(INSTALLED)
 # What stands on the interpolation: the rest only calls it, or does not.
 test-fallback: $(INSTALLED)
 	TORCH_GRADMATCH_NATIVE=off $(BIN)/python -m pytest --numprocesses=auto -m "not large" tests/slow \
-		$(foreach file,methods/test_fish methods/test_fish_stateful methods/test_slow_weights test_precision,tests/$(file).py) \
+		$(foreach file,methods/test_fish methods/test_stateful test_precision,tests/$(file).py) \
 		torch_gradmatch/slow torch_gradmatch/methods/fish.py \
 		$(foreach file,native kernel_on_host,--ignore=tests/slow/test_$(file).py)
 

@@ -184,33 +184,6 @@ def naive_idgm(
     return objective.detach(), list(gradient)
 
 
-def smooth_fish_direction(
-    losses: list[Callable[[Tensor], Tensor]], theta: Tensor, gamma: float, alpha: float, *, symmetric: bool = False
-) -> Tensor:
-    """Gbar + gamma (Gtilde - Gbar), Gtilde the mean of the gradients along a walk by SGD.
-
-    Symmetric: Gbar + 2 gamma / (alpha (S - 1)) (F + R - 2 Gbar), F and R those of the walk and of its reverse.
-    """
-
-    def gradient(loss: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-        point = point.detach().requires_grad_()
-        return torch.autograd.grad(loss(point), point)[0]
-
-    here = torch.stack([gradient(loss, theta) for loss in losses]).mean(dim=0)
-
-    def mean_along(order: list[Callable[[Tensor], Tensor]]) -> Tensor:
-        along, point = [], theta.detach()
-        for loss in order:
-            along.append(gradient(loss, point))
-            point = point - alpha * along[-1]
-        return torch.stack(along).mean(dim=0)
-
-    forth = mean_along(losses)
-    if not symmetric:
-        return here + gamma * (forth - here)
-    return here + 2 * gamma / (alpha * (len(losses) - 1)) * (forth + mean_along(losses[::-1]) - 2 * here)
-
-
 def smooth_fish_gradient(
     model: nn.Module,
     loss_of: Callable[[nn.Module, Any], Tensor],
@@ -220,7 +193,11 @@ def smooth_fish_gradient(
     *,
     symmetric: bool = False,
 ) -> list[Tensor | None]:
-    """On real modules, each on its own copy: the direction, and the model's buffers moved once for each domain."""
+    """Gbar + gamma (Gtilde - Gbar), Gtilde the mean of the gradients along a walk by SGD on a copy of the model.
+
+    Symmetric: Gbar + 2 gamma / (alpha (S - 1)) (F + R - 2 Gbar), F and R those of the walk and of its reverse. The
+    model's buffers move once for each domain.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     walks = [(copy.deepcopy(model), batches)]
     if symmetric:

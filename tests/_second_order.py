@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from _models import assert_identical
 from _networks import Case
-from _reference import mean_pairwise_cosine, mean_pairwise_inner_product
+from _reference import agreement_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,6 +53,7 @@ MORE_METHODS: dict[str, Callable[[nn.Module], Any]] = {  # that take first deriv
     "matched": lambda m: IDGM(m, matched=head_of(m)),
     "IDGM by strength": lambda m: IDGM(m),
 }
+EVERY = METHODS | MORE_METHODS
 DIRECTIONS = {name: method for name, method in METHODS.items() if name != "Fish"}
 
 
@@ -76,18 +77,6 @@ def flat(gradient: dict[str, Tensor | None], model: nn.Module) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- oracles
-
-
-def plain_variance(gradients: list[Tensor]) -> Tensor:
-    mean = sum(gradients) / len(gradients)
-    return -sum((g - mean).square().sum() for g in gradients) / len(gradients)
-
-
-AGREEMENTS = {
-    "inner_product": mean_pairwise_inner_product,
-    "cosine": mean_pairwise_cosine,
-    "variance": plain_variance,
-}
 
 
 @dataclass
@@ -125,7 +114,7 @@ def plain_autograd(
             filled = [{n: torch.zeros_like(params[n]) if g is None else g for n, g in gs.items()} for gs in gradients]
             phi = agreement(filled)
         else:
-            phi = AGREEMENTS[agreement](vectors)
+            phi = agreement_of(agreement, vectors)
         mean = torch.stack(losses).mean()
         share = 1.0 if chosen is None else len(batches) / len(chosen)
         objective = mean - gamma * share * phi
@@ -222,19 +211,26 @@ def assert_same_buffers(actual: nn.Module, expected: nn.Module) -> None:
 
 @contextmanager
 def nothing_changes(model: nn.Module, optimizer: GradMatch) -> Iterator[None]:
-    """Parameters, buffers, gradients and the optimizer's state are bit for bit as before."""
+    """Parameters, gradients, the optimizer's state and the buffers that it follows are the same, bit for bit."""
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.full_like(p, 0.125)
-    flags = [p.requires_grad for p in model.parameters()]
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), gradient_of(model)))
-    identities = [id(t) for t in itertools.chain(model.parameters(), model.buffers())]
+
+    def everything() -> Any:
+        values = dict(model.named_parameters()) if optimizer.method.model is None else dict(model.state_dict())
+        return values, optimizer.state_dict(), gradient_of(model)
+
+    def objects() -> list[Any]:
+        parameters = list(model.parameters())
+        return [
+            *map(id, itertools.chain(parameters, model.buffers())),
+            *((id(p.grad), p.requires_grad) for p in parameters),
+        ]
+
+    before, identities = copy.deepcopy(everything()), objects()
     yield
-    assert_identical(model.state_dict(), before[0], "model")
-    assert_identical(optimizer.state_dict(), before[1], "optimizer")
-    assert_identical(gradient_of(model), before[2], "gradient")
-    assert [id(t) for t in itertools.chain(model.parameters(), model.buffers())] == identities
-    assert [p.requires_grad for p in model.parameters()] == flags
+    assert_identical(everything(), before)
+    assert objects() == identities
 
 
 def train(case: Case, optimizer: GradMatch, iterations: int = 2) -> None:

@@ -36,8 +36,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
-from methods.test_direction_stateful import DirectionMachine
-from methods.test_fish_stateful import FishMachine
+from methods.test_stateful import DirectionMachine, FishMachine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

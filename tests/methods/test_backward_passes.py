@@ -1,4 +1,4 @@
-"""What hangs on a backward pass counts under every method: hooks, and blocks that accumulate into ``.grad`` themselves.
+"""What hangs on a backward pass counts under every method: hooks, and checkpoints that accumulate into ``.grad``.
 
 Where a gradient has to be differentiated again (IDGM in reverse and forward mode) and cannot have it, the parameter is
 refused by name.
@@ -33,118 +33,28 @@ def domains() -> list[Tensor]:
     return [0.5 * torch.randn(6, 4, generator=generator, dtype=torch.float64) + 0.2 * i for i in range(3)]
 
 
-def wrap(method: str, model: nn.Module) -> GradMatch:
+def wrap(method: str, model: nn.Module) -> GradMatch[Any]:
     return GradMatch(torch.optim.Adam(model.parameters(), lr=0.05), METHODS[method](model))
 
 
-def trained(method: str, prepare: Callable[[nn.Sequential], Loss]) -> tuple[dict[str, Tensor], MetaStep]:
-    """Return a model's parameters after three meta-iterations, and what the last of them reports."""
-    model = network()
-    loss_fn, optimizer = prepare(model), wrap(method, model)
-    for _ in range(3):
-        report = optimizer.meta_step(loss_fn, domains())
-    return dict(model.state_dict()), report
-
-
-def assert_same_training(method: str, first: Callable[[nn.Sequential], Loss], second: Any) -> None:
-    (ours, report), (theirs, expected) = trained(method, first), trained(method, second)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(report.losses, expected.losses)
-    if expected.inner_product is not None:
-        torch.testing.assert_close(report.inner_product, expected.inner_product)
-        torch.testing.assert_close(report.grad_norms, expected.grad_norms)
-
-
-# --------------------------------------------------------------------- blocks that accumulate into .grad themselves
-
-
-class Reversible(torch.autograd.Function):
-    """x + block(x) that keeps no graph of the block and evaluates it again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.block = block
-        return x + block(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            y = x + ctx.block(x)
-        y.backward(gradient)
-        return x.grad, None
-
-
-def checkpointed(model: nn.Sequential, *, use_reentrant: bool) -> Loss:
+def checkpointed(model: nn.Sequential, *, reentrant: bool = True) -> Loss:
     """The embeddings frozen, and their outputs made to require a gradient, as PEFT has it."""
     return lambda x: (
-        model[2](checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=use_reentrant)).square().mean()
+        model[2](checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=reentrant)).square().mean()
     )
 
 
-def reversible(model: nn.Sequential, *, is_block: bool) -> Loss:
-    def loss(x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_()
-        return model[2](Reversible.apply(x, model[:2]) if is_block else x + model[:2](x)).square().mean()
-
-    return loss
-
-
-BLOCKS: dict[str, tuple[Callable[[nn.Sequential], Loss], Callable[[nn.Sequential], Loss]]] = {
-    "checkpoint": (lambda m: checkpointed(m, use_reentrant=True), lambda m: checkpointed(m, use_reentrant=False)),
-    "reversible": (lambda m: reversible(m, is_block=True), lambda m: reversible(m, is_block=False)),
-}
-
-
-@pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("method", FIRST)
-def test_a_block_that_accumulates_by_itself_trains_as_one_that_does_not(method: str, kind: str):
-    assert_same_training(method, *BLOCKS[kind])
-
-
-@pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("method", SECOND)
-def test_where_it_cannot_be_differentiated_again_it_is_refused_by_name(method: str, kind: str):
-    model = network()
-    optimizer = wrap(method, model)
-    message = r"parameter '0.weight' \(and of 1 more\) by backward.*use_reentrant=False works.*SmoothFish and Fish"
-    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
-        optimizer.meta_step(BLOCKS[kind][0](model), domains())
-    if method != "IDGM-forward":  # which takes neither kind of checkpoint
-        optimizer.meta_step(BLOCKS[kind][1](model), domains())
-
-
-@pytest.mark.parametrize("begins", ["after gamma 0", "after a resume"])
-@pytest.mark.parametrize("method", SECOND)
-def test_it_is_refused_wherever_second_derivatives_begin(method: str, begins: str):
-    """Not in the first meta-iteration alone: this is the first that differentiates twice, here or in this process."""
-    model = network()
-    optimizer = wrap(method, model)
-    accumulates, does_not = (prepare(model) for prepare in BLOCKS["reversible"])
-    if begins == "after gamma 0":
-        strength, optimizer.method.gamma = optimizer.method.gamma, 0.0
-        optimizer.meta_step(accumulates, domains())
-        optimizer.method.gamma = strength
-    else:
-        optimizer.meta_step(does_not, domains())
-        state = copy.deepcopy(optimizer.state_dict())
-        optimizer = wrap(method, model)
-        optimizer.load_state_dict(state)
-    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"parameter '0.weight'"):
-        optimizer.meta_step(accumulates, domains())
-
-
-# ---------------------------------------------------------------------------------------------- hooks on parameters
-
-
-def plain(model: nn.Sequential) -> Loss:
-    return lambda x: model(x).square().mean()
+def without_reentrance(model: nn.Sequential) -> Loss:
+    return checkpointed(model, reentrant=False)
 
 
 def mask() -> Tensor:
     """Freezes the first two rows of a weight."""
     return torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+
+
+def plain(model: nn.Sequential) -> Loss:
+    return lambda x: model(x).square().mean()
 
 
 def hooked(model: nn.Sequential) -> Loss:
@@ -160,24 +70,71 @@ def hooked_after(model: nn.Sequential) -> Loss:
     return plain(model)
 
 
+Prepare = Callable[[nn.Sequential], Loss]
+SAME: dict[str, tuple[Prepare, Prepare]] = {  # what accumulates by itself, and what does the same otherwise
+    "checkpoint": (checkpointed, without_reentrance),
+    "hook after accumulating": (hooked_after, hooked),
+}
+
+
+def trained(method: str, prepare: Prepare) -> tuple[dict[str, Tensor], MetaStep]:
+    """Return a model's parameters after three meta-iterations, and what the last of them reports."""
+    model = network()
+    loss_fn, optimizer = prepare(model), wrap(method, model)
+    for _ in range(3):
+        report = optimizer.meta_step(loss_fn, domains())
+    return dict(model.state_dict()), report
+
+
+@pytest.mark.parametrize("kind", SAME)
 @pytest.mark.parametrize("method", FIRST)
-def test_a_mask_in_a_hook_freezes_rows_whichever_hook_it_is(method: str):
-    masked, start = trained(method, hooked_after)[0], network().state_dict()
-    still = (masked["0.weight"] == start["0.weight"]).all(dim=1)
-    assert still.tolist() == [True, True, False, False]
-    assert_same_training(method, hooked_after, hooked)
+def test_what_accumulates_by_itself_trains_as_what_does_not(method: str, kind: str):
+    (ours, report), (theirs, expected) = (trained(method, prepare) for prepare in SAME[kind])
+    torch.testing.assert_close(ours, theirs)
+    for name in ("losses", "inner_product", "grad_norms"):
+        torch.testing.assert_close(getattr(report, name), getattr(expected, name))
+    if kind == "hook after accumulating":
+        still = (ours["0.weight"] == network()[0].weight).all(dim=1)
+        assert still.tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
-    ("method", "prepare"),
-    [*((method, hooked_after) for method in SECOND), ("IDGM-forward", hooked)],
-    ids=[*(f"{method}, after accumulating" for method in SECOND), "IDGM-forward, of tensors"],
+    ("method", "kind", "prepare"),
+    [
+        *((method, kind, SAME[kind][0]) for method in SECOND for kind in SAME),
+        ("IDGM-forward", "hook of tensors", hooked),
+    ],
 )
-def test_a_mask_that_would_be_lost_is_refused_by_name(method: str, prepare: Callable[[nn.Sequential], Loss]):
+def test_where_it_cannot_be_differentiated_again_it_is_refused_by_name(method: str, kind: str, prepare: Prepare):
     model = network()
     loss_fn, optimizer = prepare(model), wrap(method, model)
-    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"parameter '0.weight' by backward"):
+    message = r"parameter '0.weight' by backward"
+    if kind == "checkpoint":
+        message = r"parameter '0.weight' \(and of 1 more\) by backward.*use_reentrant=False works.*SmoothFish and Fish"
+    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
         optimizer.meta_step(loss_fn, domains())
+    if kind != "hook of tensors" and method != "IDGM-forward":  # which takes neither kind of checkpoint
+        model = network()
+        wrap(method, model).meta_step(SAME[kind][1](model), domains())
+
+
+@pytest.mark.parametrize("begins", ["after gamma 0", "after a resume"])
+@pytest.mark.parametrize("method", SECOND)
+def test_it_is_refused_wherever_second_derivatives_begin(method: str, begins: str):
+    """Not in the first meta-iteration alone: this is the first that differentiates twice, here or in this process."""
+    model = network()
+    optimizer = wrap(method, model)
+    if begins == "after gamma 0":
+        strength, optimizer.method.gamma = optimizer.method.gamma, 0.0
+        optimizer.meta_step(checkpointed(model), domains())
+        optimizer.method.gamma = strength
+    else:
+        optimizer.meta_step(plain(model), domains())
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = wrap(method, model)
+        optimizer.load_state_dict(state)
+    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=r"parameter '0.weight'"):
+        optimizer.meta_step(checkpointed(model), domains())
 
 
 @pytest.mark.parametrize("method", METHODS)

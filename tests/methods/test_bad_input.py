@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import _networks as networks
 import pytest
 import torch
-from _models import assert_identical
-from _second_order import DIRECTIONS, METHODS, nothing_changes
+from _feature_training import batches, feature_net, snapshot
+from _models import assert_identical, loss_of
+from _networks import make
+from _second_order import DIRECTIONS, EVERY, GAMMA, METHODS, nothing_changes, train
 from torch import Tensor, nn
+from torch.optim import SGD, SparseAdam
 
-from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch import IDGM, Fish, GradMatch
 
 # Those that evaluate a loss again.
 TWICE = ["IDGM", "IDGM-forward", "IDGM-finite_difference", "SmoothFish", "SmoothFish-symmetric"]
 every_method = pytest.mark.parametrize("method", METHODS)
+of_each_kind = pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish"])
 
 
 def network() -> nn.Sequential:
@@ -28,15 +34,12 @@ def inputs(size: int = 4) -> Tensor:
     return torch.randn(size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
 
 
-def wrap(method: str, model: nn.Module) -> GradMatch:
-    return GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), METHODS[method](model))
+def wrap(method: str, model: nn.Module) -> GradMatch[Any]:
+    return GradMatch(SGD(model.parameters(), lr=0.1), EVERY[method](model))
 
 
 def notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
 
 
 @every_method
@@ -62,81 +65,78 @@ def test_the_domain_whose_last_batch_is_one_sample_is_named_and_said_once(method
     assert said == ["raised when loss_fn was called with batch 1 (domain 'south')"]
 
 
-CONSUMED: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str]] = {
-    "pop": (lambda: {"x": inputs()}, lambda b: b.pop("x"), "x"),
-    "iterator": (lambda: iter(inputs()), lambda b: torch.stack(list(b)), "non-empty TensorList"),
-}
-
-
-@pytest.mark.parametrize("kind", CONSUMED)
 @every_method
-def test_a_batch_that_is_consumed_serves_where_it_is_evaluated_once_and_else_is_told(method: str, kind: str):
+def test_a_batch_that_is_consumed_serves_where_it_is_evaluated_once_and_else_is_told(method: str):
     model = network()
     optimizer = wrap(method, model)
-    make, read, message = CONSUMED[kind]
 
-    def train() -> None:
-        optimizer.meta_step(lambda b: model(read(b)).square().mean(), {"north": make(), "south": make()})
+    def meta_step() -> None:
+        optimizer.meta_step(
+            lambda b: model(b.pop("x")).square().mean(), {d: {"x": inputs()} for d in ("north", "south")}
+        )
 
     if method not in TWICE:
-        train()
+        meta_step()
         return
-    with nothing_changes(model, optimizer), pytest.raises((KeyError, RuntimeError), match=message) as caught:
-        train()
-    told = [note for note in notes(caught.value) if "for the second time: does it change its batch (pop" in note]
-    assert len(told) == 1
-    assert "(domain '" in told[0]
-    assert told[0].endswith(
+    with nothing_changes(model, optimizer), pytest.raises(KeyError, match="x") as caught:
+        meta_step()
+    (told,) = [note for note in notes(caught.value) if "for the second time: does it change its batch (pop" in note]
+    assert "(domain '" in told
+    assert told.endswith(
         "Fish, SmoothFish at gamma 1 and IDGM(hvp='reverse', keep_graphs=True) call it once for each batch"
     )
 
 
-@pytest.mark.parametrize("method", TWICE)
-def test_a_batch_that_is_changed_in_place_is_named_and_the_change_among_the_causes(method: str):
-    model = network().eval()  # else BatchNorm takes the change away again
-    optimizer = wrap(method, model)
-    message = r"batch \d \(domain '\w+'\).* a batch that loss_fn changes in place"
-    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
-        optimizer.meta_step(lambda x: model(x.mul_(0.8)).square().mean(), {"north": inputs(), "south": inputs(5)})
+WRONG_LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "vector": (lambda value: value.expand(3), ValueError, r"batch 2{} it has shape \(3,\)"),
+    "float": (lambda value: float(value.detach()), TypeError, r"batch 2{} it returned float"),
+    "none": (lambda _: None, TypeError, r"batch 2{} it returned NoneType"),
+    "nan": (lambda value: value * float("nan"), ValueError, r"the loss of batch 2{} is nan: nothing was changed"),
+    "infinite": (lambda value: value / 0.0, ValueError, r"batch 2{} is inf"),
+    "detached": (lambda value: value.detach(), ValueError, r"batch 2{} does not depend"),
+}
 
 
-# -------------------------------------------------------------------------------------------------------------- models
+@pytest.mark.parametrize("wrong", WRONG_LOSSES)
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish", "VREx", "Fishr"])
+def test_a_wrong_loss_is_named_and_nothing_changes(method: str, wrong: str):
+    spoil, error, message = WRONG_LOSSES[wrong]
+    case = make(networks.batch_norm_1d)
+    optimizer = wrap(method, case.model)
+
+    def loss(batch: Any) -> Any:
+        value = case.loss(case.model, batch)
+        return spoil(value) if batch is case.batches[2] else value
+
+    named = dict(zip(("north", "south", 7), case.batches, strict=True))
+    for given, name in ((case.batches, ""), (named, r" \(domain 7\)")):
+        with nothing_changes(case.model, optimizer), pytest.raises(error, match=message.format(name)):
+            optimizer.meta_step(loss, given)
 
 
-def another(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
-
-
-def with_other_parameters(model: nn.Module) -> nn.Module:
+def with_other_parameters(model: nn.Module) -> list[nn.Module]:
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-    return model
+    return [model, model]
 
 
-@pytest.mark.parametrize("replace", [another, with_other_parameters])
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish"])
-def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_told(
-    method: str, replace: Callable[[nn.Module], nn.Module]
-):
-    """It calls a copy, or a preparation has put other parameters into the model."""
+NOT_REACHED: dict[str, tuple[Callable[[nn.Module], list[nn.Module]], str]] = {
+    "a copy is called": (lambda m: [copy.deepcopy(m)] * 2, r"batch 0 \(domain 'north'\) depends on none"),
+    "a copy in one domain": (lambda m: [m, copy.deepcopy(m)], r"batch 1 \(domain 'south'\) depends on none"),
+    "the model got others": (with_other_parameters, r"depends on none of the parameters|is not in the model"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_REACHED)
+@of_each_kind
+def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_told(method: str, case: str):
     model = network()
-    optimizer = wrap(method, model)
-    parameters = list(model.parameters())
-    called = replace(model)
-    before = copy.deepcopy((parameters, model.state_dict(), optimizer.state_dict()))
-    with pytest.raises(ValueError, match=r"batch 0 depends on none of the parameters|is not in the model"):
-        optimizer.meta_step(lambda x: called(x).square().mean(), [inputs(), inputs(5)])
-    assert_identical(
-        (parameters, dict(model.state_dict()), optimizer.state_dict()), (before[0], dict(before[1]), before[2])
-    )
-
-
-@pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish"])
-def test_a_domain_that_reaches_none_is_named(method: str):
-    model = network()
-    optimizer, networks = wrap(method, model), {4: model, 5: copy.deepcopy(model)}
-    message = r"the loss of batch 1 \(domain 'south'\) depends on none of the parameters"
-    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
-        optimizer.meta_step(lambda x: networks[len(x)](x).square().mean(), {"north": inputs(), "south": inputs(5)})
+    optimizer, parameters = wrap(method, model), list(model.parameters())
+    called = dict(zip((4, 5), NOT_REACHED[case][0](model), strict=True))
+    before = copy.deepcopy((parameters, snapshot(model, optimizer)))
+    with pytest.raises(ValueError, match=NOT_REACHED[case][1]):
+        optimizer.meta_step(lambda x: called[len(x)](x).square().mean(), {"north": inputs(), "south": inputs(5)})
+    assert_identical((parameters, snapshot(model, optimizer)), before)
+    assert all(p.grad is None for p in parameters)
 
 
 @every_method
@@ -150,11 +150,29 @@ def test_rows_that_a_forward_pass_has_shortened_are_as_before_after_an_error(met
         optimizer.meta_step(lambda i: model(words[i]).square().mean() * (float("nan") if i == 2 else 1.0), range(3))
 
 
-# ---------------------------------------------------------------------------------------------------------- optimizers
+@every_method
+def test_a_loss_fn_that_calls_backward_is_refused(method: str):
+    model = feature_net()
+    optimizer = wrap(method, model)
+
+    def training_step(batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        loss.backward(retain_graph=batch[2] == 1)
+        return loss
+
+    with nothing_changes(model, optimizer), pytest.raises(RuntimeError, match=r"loss_fn called backward\(\)"):
+        optimizer.meta_step(training_step, batches(2))
+    optimizer.meta_step(partial(loss_of, model), batches(2))
 
 
-def maximizing(model: nn.Module, *, maximize: bool = True) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, maximize=maximize)
+@pytest.mark.parametrize(
+    ("loss_fn", "got"),
+    [([1.0, 2.0], "list, the batches.*swapped"), (torch.ones(()), "Tensor")],
+    ids=["swapped", "loss"],
+)
+def test_what_is_no_function_is_refused(loss_fn: Any, got: str):
+    with pytest.raises(TypeError, match=rf"loss_fn should be a function .*\(got {got}\)"):
+        wrap("Fish", network()).meta_step(loss_fn, loss_of if isinstance(loss_fn, list) else [1.0, 2.0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", DIRECTIONS)
@@ -162,19 +180,24 @@ def test_maximize_is_refused_where_matching_would_turn_round(method: str):
     model = network()
     message = r"maximize=True with (IDGM|SmoothFish), which minimizes: .* let loss_fn return the negative"
     with pytest.raises(ValueError, match=message):
-        GradMatch(maximizing(model), METHODS[method](model))
+        GradMatch(SGD(model.parameters(), lr=0.1, maximize=True), METHODS[method](model))
     optimizer = wrap(method, model)
     optimizer.param_groups[0]["maximize"] = True
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
         optimizer.meta_step(lambda x: model(x).square().mean(), [inputs(), inputs(5)])
-    assert_identical(dict(model.state_dict()), dict(before))
 
 
 def test_fish_maximizes_as_it_minimizes_the_negative():
     models = [network(), network()]
     for model, maximize in zip(models, (True, False), strict=True):
-        optimizer = GradMatch(maximizing(model, maximize=maximize), Fish(0.5, model=model))
+        optimizer = GradMatch(SGD(model.parameters(), lr=0.1, maximize=maximize), Fish(0.5, model=model))
         sign = 1 if maximize else -1
         optimizer.meta_step(lambda x, m=model, s=sign: s * m(x).sigmoid().mean(), [inputs(), inputs(5)])
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+
+
+def test_sparse_adam_refuses_the_dense_direction_and_nothing_changes():
+    case = make(networks.sparse_embedding)
+    optimizer = GradMatch(SparseAdam(case.model.parameters()), IDGM(case.model, GAMMA))
+    with nothing_changes(case.model, optimizer), pytest.raises(RuntimeError, match="does not support dense gradients"):
+        train(case, optimizer, 1)

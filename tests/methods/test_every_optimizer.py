@@ -1,18 +1,23 @@
 """Every optimizer of torch and pytorch_optimizer under Fish: what it cannot carry or reset, Algorithm 1, and wrapping.
 
+And what those that evaluate the loss themselves, LBFGS and SAM by closure, have beside that.
+
 ``tests/ecosystem`` has those of two more libraries, and their checkpoints, copies and failures.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
-from types import FrameType
 from typing import Any
 
 import pytest
+import pytorch_optimizer
 import torch
+from _models import assert_same_state, domain_loss, small_network
+from _operations import Operations
 from _optimizer_laws import (
     check_cannot,
     check_carry,
@@ -23,9 +28,11 @@ from _optimizer_laws import (
     has_modes,
 )
 from _optimizers import CANNOT, process_group, recipes
-from torch.utils._python_dispatch import TorchDispatchMode
+from _reference import mean_pairwise_cosine
+from torch import Tensor
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
-from torch_gradmatch import Fish, GradMatch
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 from torch_gradmatch.slow.inner_state import KEEPS_POINTS
 
 RECIPES = recipes("torch", "pytorch_optimizer")
@@ -75,30 +82,86 @@ def test_what_cannot_be_wrapped_says_so(name: str):
     check_cannot(RECIPES[name])
 
 
-class _Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("inner_state", ["carry", "reset"])
 def test_wrapping_costs_a_few_calls_for_each_group(inner_state: str):
     """Of an Adam of 200 groups."""
     optimizer = torch.optim.Adam([{"params": [torch.nn.Parameter(torch.randn(3))]} for _ in range(200)])
-    calls = 0
+    events: list[str] = []
 
-    def count(_: FrameType, event: str, __: Any) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    with _Operations() as operations:
+    with Operations() as operations:
         before = sys.getprofile()
-        sys.setprofile(count)
+        sys.setprofile(lambda _, event, __: events.append(event))
         try:
             GradMatch(optimizer, Fish(inner_state=inner_state))
         finally:
             sys.setprofile(before)
-    assert operations.count == 0
-    assert calls <= 20 * 200
+    assert not operations.counts
+    assert events.count("call") <= 20 * 200
+
+
+DOMAINS = range(3)
+
+
+CLOSURES: dict[str, Callable[[Any], Optimizer]] = {
+    "SAM": lambda p: pytorch_optimizer.SAM(p, SGD, lr=0.1, momentum=0.9, rho=0.2),
+    "SAM-Adam": lambda p: pytorch_optimizer.SAM(p, Adam, lr=0.05, rho=0.2, adaptive=True),
+    "LookSAM": lambda p: pytorch_optimizer.LookSAM(p, SGD, lr=0.1, rho=0.2, k=2),
+    "LBFGS": lambda p: LBFGS(p, lr=0.1, max_iter=3),
+    "LBFGS-Wolfe": lambda p: LBFGS(p, max_iter=4, line_search_fn="strong_wolfe"),
+}
+
+
+def plain_step(optimizer: Optimizer, loss: Callable[[], Any]) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    closure()
+    optimizer.step(closure)
+
+
+def test_what_is_reported_is_at_the_point_before_the_step():
+    model, plain = small_network(), small_network()
+    optimizer = GradMatch(CLOSURES["SAM"](model.parameters()), Fish(1.0, track_alignment=True))
+    inner, losses, gradients = CLOSURES["SAM"](plain.parameters()), [], []
+    for d in DOMAINS:
+        losses.append(domain_loss(plain, d))
+        found = torch.autograd.grad(losses[-1], list(plain.parameters()))
+        gradients.append(torch.cat([g.reshape(-1) for g in found]))
+        plain_step(inner, partial(domain_loss, plain, d))
+    report = optimizer.meta_step(partial(domain_loss, model), DOMAINS)
+    torch.testing.assert_close(report.losses, torch.stack(losses).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(report.cosine, mean_pairwise_cosine(gradients), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CLOSURES)
+@pytest.mark.parametrize("method", ["SmoothFish", "IDGM"])
+def test_a_direction_is_worked_out_again_where_they_ask_for_it(method: str, name: str):
+    """With gamma 0 the direction is the gradient of the mean loss: a plain step of the optimizer on that."""
+    model, plain = small_network(), small_network()
+    settings = {"SmoothFish": SmoothFish(0.0, 0.1), "IDGM": IDGM(model, 0.0)}[method]
+    optimizer, inner = GradMatch(CLOSURES[name](model.parameters()), settings), CLOSURES[name](plain.parameters())
+    for _ in range(3):
+        plain_step(inner, lambda: sum(domain_loss(plain, d) for d in DOMAINS) / 3)
+        optimizer.meta_step(partial(domain_loss, model), DOMAINS)
+        assert_same_state(model.state_dict(), plain.state_dict(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", [Fish(0.4), SmoothFish(1.0, 0.1)], ids=["Fish", "SmoothFish"])
+def test_sam_in_two_calls_is_refused_in_words(method: Any):
+    """They would move the parameters outside of ``step``."""
+    optimizer = GradMatch(CLOSURES["SAM"](small_network().parameters()), method)
+    for name in ("first_step", "second_step"):
+        assert not hasattr(optimizer, name)
+        with pytest.raises(AttributeError, match=rf"{name}\(\) would move the parameters.*call step\(closure\)"):
+            getattr(optimizer, name)(zero_grad=True)
+
+
+@pytest.mark.parametrize("name", ["SAM", "LBFGS"])
+def test_a_scaler_is_refused(name: str):
+    model = small_network()
+    optimizer = GradMatch(CLOSURES[name](model.parameters()), Fish(0.5))
+    with pytest.raises(RuntimeError, match=f"{name} needs a closure, which a GradScaler does not support"):
+        optimizer.meta_step(partial(domain_loss, model), DOMAINS, torch.amp.GradScaler("cpu"))

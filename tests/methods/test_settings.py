@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from _feature_training import batches, feature_net, train
+from _feature_training import batches, feature_net, snapshot, train
 from _models import assert_identical, loss_of
 from torch import nn
 from torch.optim import SGD, Adam
@@ -25,51 +24,51 @@ METHODS: dict[str, Any] = {
     "GroupDRO": lambda m: GroupDRO(model=m),
     "ERM": lambda m: ERM(model=m),
 }
-NAN, INF = float("nan"), float("inf")
-BAD: dict[str, list[tuple[str, Any]]] = {
-    "Fish": [
-        *(("meta_lr", value) for value in (0.0, 1.5, NAN, 10**400, "0.1", True)),
-        *(("inner_steps", value) for value in (0, 2.5, True)),
-        *(("inner_state", value) for value in ("restart", None)),
-        *(("meta_dtype", value) for value in (torch.int64, "float32")),
-        *(("track_alignment", value) for value in (1, "pair", None)),
-        ("buffers", "mean"),
-        ("nonfinite", "rasie"),
-    ],
-    "SmoothFish": [
-        *(("gamma", value) for value in (-1.0, 10**400)),
-        *(("inner_lr", value) for value in (0.0, NAN, 10**400)),
-        *(("symmetric", value) for value in (1, 2)),
-        ("track_alignment", "yes"),
-        ("nonfinite", "warn"),
-    ],
-    "IDGM": [
-        *(("gamma", value) for value in (-1.0, INF, 10**400)),
-        *(("strength", value) for value in (0.0, 10**400)),
-        *((flag, 1) for flag in ("one_pass", "keep_graphs")),
-        ("agreement", "mean"),
-        ("hvp", "double"),
-        ("track_alignment", "pair"),
-        ("nonfinite", "warn"),
-    ],
-    "Fishr": [("ema", 1.0), ("ema", -0.1), ("start", -1), ("strength", 0), ("gamma", -1)],
-    "VREx": [("beta", -1)],
-    "GroupDRO": [("eta", NAN)],
-    "ERM": [("nonfinite", "maybe")],
+NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+BAD: dict[str, dict[str, tuple[Any, ...]]] = {
+    "Fish": {
+        "meta_lr": (0.0, 1.5, NAN, HUGE, "0.1", True),
+        "inner_steps": (0, 2.5, True),
+        "inner_state": ("restart", None),
+        "meta_dtype": (torch.int64, "float32"),
+        "track_alignment": (1, "pair", None),
+        "buffers": ("mean",),
+        "nonfinite": ("rasie",),
+    },
+    "SmoothFish": {
+        "gamma": (-1.0, HUGE),
+        "inner_lr": (0.0, NAN, HUGE),
+        "symmetric": (1, 2),
+        "track_alignment": ("yes",),
+        "nonfinite": ("warn",),
+    },
+    "IDGM": {
+        "gamma": (-1.0, INF, HUGE),
+        "strength": (0.0, HUGE),
+        "one_pass": (1,),
+        "keep_graphs": (1,),
+        "agreement": ("mean",),
+        "hvp": ("double",),
+        "track_alignment": ("pair",),
+        "nonfinite": ("warn",),
+    },
+    "Fishr": {"ema": (1.0, -0.1), "start": (-1,), "strength": (0,), "gamma": (-1,)},
+    "VREx": {"beta": (-1,)},
+    "GroupDRO": {"eta": (NAN,)},
+    "ERM": {"nonfinite": ("maybe",)},
 }
 
 
-@pytest.mark.parametrize(
-    ("method", "name", "value"), [(m, *bad) for m in BAD for bad in BAD[m]], ids=lambda value: f"{value!r:.20}"
-)
-def test_a_bad_value_is_named_and_shown_also_later_and_changes_nothing(method: str, name: str, value: Any):
+@pytest.mark.parametrize(("method", "name"), [(method, name) for method, bad in BAD.items() for name in bad])
+def test_a_bad_value_is_named_and_shown_also_later_and_changes_nothing(method: str, name: str):
     settings = METHODS[method](nn.Linear(1, 1))
     before = vars(settings).copy()
-    with pytest.raises(ValueError, match=rf"{name} should .*got {value!r:.80}"):
-        setattr(settings, name, value)
-    assert vars(settings) == before
-    with pytest.raises(ValueError, match=rf"{name} should .*got {value!r:.80}"):
-        type(settings)(**{**before, name: value})
+    for value in BAD[method][name]:
+        with pytest.raises(ValueError, match=rf"{name} should .*got {value!r:.80}"):
+            setattr(settings, name, value)
+        assert vars(settings) == before
+        with pytest.raises(ValueError, match=rf"{name} should .*got {value!r:.80}"):
+            type(settings)(**{**before, name: value})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,10 +86,10 @@ def test_a_wrong_model_and_a_misspelt_setting_are_refused(method: str):
 )
 def test_a_number_of_any_kind_is_kept_as_a_float(method: str, name: str):
     settings = METHODS[method](nn.Linear(1, 1))
-    for value in (Fraction(1, 4), np.float32(0.25)):
-        setattr(settings, name, value)
-        assert getattr(settings, name).hex() == (0.25).hex()
-        assert vars(type(settings)(**{**vars(settings), name: value}))[name].hex() == (0.25).hex()
+    setattr(settings, name, np.float32(0.25))
+    given = type(settings)(**{**vars(settings), name: np.float32(0.25)})
+    for kept in (getattr(settings, name), getattr(given, name)):
+        assert kept.hex() == (0.25).hex()
 
 
 def test_repr_shows_settings_and_only_the_class_of_the_model():
@@ -111,12 +110,8 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def test_the_table_has_every_setting_of_fish():
-    assert set(CHANGES) == set(Fish.__dataclass_fields__) - {"model", "process_group", "checks"}
-
-
 @pytest.mark.parametrize("when", ["in an inner loop", "by meta_step"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", sorted(set(Fish.__dataclass_fields__) - {"model", "process_group", "checks"}))
 def test_a_setting_of_fish_counts_from_the_next_meta_iteration_on(name: str, when: str):
     """As if from there on another wrapper, with the new setting, had gone on with the same optimizer."""
     start: dict[str, Any] = {"meta_lr": 0.3, "inner_steps": 4}
@@ -125,49 +120,37 @@ def test_a_setting_of_fish_counts_from_the_next_meta_iteration_on(name: str, whe
     optimizer = GradMatch(Adam(model.parameters(), lr=0.05), Fish(model=model, **start))
     wrapped = Adam(expected.parameters(), lr=0.05)
     twin = GradMatch(wrapped, Fish(model=expected, **{**start, name: CHANGES[name]}))
-    train(model, optimizer, data[: 2 if when == "in an inner loop" else 4])
+    begun = 2 if when == "in an inner loop" else 4
+    train(model, optimizer, data[:begun])
     setattr(optimizer.method, name, CHANGES[name])
-    if when == "in an inner loop":
-        train(model, optimizer, data[2:4])
-    assert optimizer.inner_step == 0
-
+    train(model, optimizer, data[begun:4])
     train(expected, GradMatch(wrapped, Fish(model=expected, **start)), data[:4])
-    assert_identical(model.state_dict(), expected.state_dict())
-    steps = twin.method.inner_steps or 0
-    for first in range(4, 12, steps):
-        some = data[first : first + steps]
-        if when == "by meta_step":
-            for m, o in ((model, optimizer), (expected, twin)):
-                o.meta_step(lambda b, m=m: loss_of(m, b), some)
-        else:
-            train(model, optimizer, some)
-            train(expected, twin, some)
-        assert optimizer.inner_step == twin.inner_step == 0
+    for first in range(4, 12, twin.method.inner_steps):
+        some = data[first : first + twin.method.inner_steps]
+        for m, o in ((model, optimizer), (expected, twin)):
+            assert o.inner_step == 0
+            if when == "by meta_step":
+                o.meta_step(partial(loss_of, m), some)
+            else:
+                train(m, o, some)
         assert_identical(model.state_dict(), expected.state_dict())
         assert_identical(vars(optimizer.last_meta_step), vars(twin.last_meta_step))
 
 
-CALLS: dict[str, Any] = {
-    "step": lambda optimizer, *_: optimizer.step(),
-    "meta_step": lambda optimizer, model, _: optimizer.meta_step(lambda b: loss_of(model, b), batches(2)),
-    "load_state_dict": lambda optimizer, _, state: optimizer.load_state_dict(state),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ["step", "meta_step", "load_state_dict"])
 def test_another_model_after_wrapping_is_refused_before_anything_moves(call: str):
     """Nobody has followed its buffers."""
     model = feature_net()
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1, momentum=0.9), Fish())
-    empty = copy.deepcopy(optimizer.state_dict())
+    arguments: Any = {"meta_step": (partial(loss_of, model), batches(2)), "load_state_dict": (optimizer.state_dict(),)}
     train(model, optimizer, batches(1))
     optimizer.interpolate()
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    before = snapshot(model, optimizer)
     optimizer.method.model = model
     with pytest.raises(RuntimeError, match=r"Fish.model .*was changed .*wrap the optimizer anew"):
-        CALLS[call](optimizer, model, empty)
+        getattr(optimizer, call)(*arguments.get(call, ()))
     optimizer.method.model = None
-    assert_identical((model.state_dict(), optimizer.state_dict()), before)
+    assert_identical(snapshot(model, optimizer), before)
 
 
 def test_one_method_object_serves_several_optimizers():
@@ -178,7 +161,6 @@ def test_one_method_object_serves_several_optimizers():
         p.grad = torch.ones(1)
     first.step()
     method.meta_lr = 0.5  # first has begun already
-    second.step()
-    first.step()
-    second.step()
+    for optimizer in (second, first, second):
+        optimizer.step()
     assert [p.item() for p in parameters] == [-2.0, -1.0]
