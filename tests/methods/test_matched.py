@@ -155,6 +155,19 @@ def test_is_the_derivative_of_phi_through_all_parameters(
 
 
 @pytest.mark.parametrize("agreement", AGREEMENTS)
+def test_gamma_is_found_where_the_gradient_of_the_body_is_longer_than_those_of_the_head(agreement: str):
+    networks = [Network(), Network()]
+    for network in networks:
+        network.head.weight.data *= 10
+    mean, term, _ = by_autograd(networks[0], agreement=agreement)
+    found, report = direction(networks[1], gamma=None, agreement=agreement)
+    length, of_term = (sum(float(v.square().sum()) for v in part) ** 0.5 for part in (mean, term))
+    assert length > report.grad_norms.max()
+    assert report.gamma == pytest.approx(0.1 * length / of_term, rel=1e-9)
+    assert_direction(found, mean, term, report.gamma)
+
+
+@pytest.mark.parametrize("agreement", AGREEMENTS)
 def test_one_pass_and_its_reverse_are_exact(agreement: str):
     mean, term, _ = by_autograd(Network(), agreement=agreement)
     both = []
