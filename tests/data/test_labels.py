@@ -79,13 +79,11 @@ MISSING = "a label should be a string or an integer; give samples without one th
 INDICES = "should be indices of samples, none below 0"
 MALFORMED = {
     "no-label": ([], "domains should hold one label per sample, .*got none"),
-    "no-domain": ({}, "got none"),
     "none": (["a", None, "b"], rf"domains\[1\] is None: {MISSING}"),
     "bytes": ([b"a"], r"domains\[0\] is b'a'"),
     "bool-after-int": ([1, True], r"domains\[1\] is True"),
     "pandas-codes": (categorical(["a", None, "b"]).cat.codes, rf"domains has a -1, by which cat.codes .*{MISSING}"),
     "pandas-string-NA": (pd.Series(["a", pd.NA, "b"], dtype="string"), r"domains\[1\] is <NA>"),
-    "pandas-Int64-NA": (pd.Series([4, 5, pd.NA], dtype="Int64"), r"domains\[2\] is <NA>"),
     "pandas-float": (pd.Series([4, 5, None]), r"domains\[2\] is nan"),
     "numpy-masked": (np.ma.array([1, 2], mask=[False, True]), r"domains\[1\] is None"),
     "numpy-matrix": (np.array([["a"], ["b"]]), r"domains\[0\] is \['a'\]"),

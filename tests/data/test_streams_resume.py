@@ -75,26 +75,8 @@ def test_a_resumed_loader_saves_the_place_it_was_given(case, stop, again):
 # StatefulDataLoader
 
 
-class FromPlace(IterableDataset):
-    """As in torchdata's own tests: a generator function, and a place that it takes when it begins."""
-
-    def __init__(self, first, size):
-        self.first, self.size, self.number, self.resumed = first, size, 0, None
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        self.number, self.resumed = self.resumed or 0, None
-        numbers = range(worker, self.size, workers)
-        while self.number < len(numbers):
-            self.number += 1
-            yield self.first + numbers[self.number - 1]
-
-    def state_dict(self):
-        return {"number": self.number}
-
-    def load_state_dict(self, state):
-        self.resumed = state["number"]
+class Saving(NextPass, IterableDataset):
+    """A data set with a place; without one of their own, all workers have the same samples."""
 
 
 def shuffled(first, size, **options):
@@ -102,7 +84,7 @@ def shuffled(first, size, **options):
 
 
 def streamed(first, size, **options):
-    return StatefulDataLoader(FromPlace(first, size), batch_size=2, **options)
+    return StatefulDataLoader(Saving(range(first, first + size), drift=True), batch_size=2, **options)
 
 
 @needs_torchdata
