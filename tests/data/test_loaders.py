@@ -22,20 +22,13 @@ def make_loader(lists=False, **settings):
     return meta_batches(loader) if lists else loader
 
 
-def as_sampler():
-    return DataLoader(torch.arange(32), sampler=make_loader().batch_sampler, batch_size=None)
-
-
-def streams():
-    return DomainLoader({name: [name] for name in "abcd"}, 4)
-
-
+STREAMS = {name: [name] for name in "abcd"}
 KINDS = {
     "plain": make_loader,
-    "sampler": as_sampler,
+    "sampler": lambda: DataLoader(torch.arange(32), sampler=make_loader().batch_sampler, batch_size=None),
     "lists": lambda: make_loader(lists=True),
-    "streams": streams,
-    "lists of streams": lambda: meta_batches(streams()),
+    "streams": lambda: DomainLoader(STREAMS, 4),
+    "lists of streams": lambda: meta_batches(DomainLoader(STREAMS, 4)),
 }
 METHODS = {  # of a model and a process group, by the split that it needs
     "Fish": ("batch", lambda model, group: Fish(inner_steps=4)),
@@ -169,10 +162,7 @@ def test_without_a_group_several_ranks_may_serve_the_same():
             check(optimizer_of(), make_loader(num_replicas=4, rank=0))
     with on_rank(0, 2), pytest.raises(ValueError, match=r"num_replicas=4, .* but Fish.* of 2"):
         check(optimizer_of(), make_loader(num_replicas=4, rank=0))
-
-
-def test_before_the_ranks_know_of_each_other_the_split_is_checked():
-    check(optimizer_of(), make_loader(num_replicas=2, rank=0))
+    check(optimizer_of(), make_loader(num_replicas=2, rank=0))  # before the ranks know of each other
     with pytest.raises(ValueError, match="split='walks', but Fish without process_group needs split='batch'"):
         check(optimizer_of(), make_loader(num_replicas=2, rank=0, split="walks"))
 

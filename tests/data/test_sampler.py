@@ -159,16 +159,7 @@ def test_the_batches_of_a_domains_first_round_are_the_same_whatever_is_drawn(cas
 
 @given(case=cases(num_replicas=[1]), epoch=st.integers(0, 5))
 @settings(deadline=None)
-def test_an_epoch_depends_on_the_arguments_and_its_number_alone(case, epoch):
-    served = [list(sampler) for sampler in [case.alone()] for _ in range(epoch + 1)][-1]
-    again = case.alone()
-    again.set_epoch(epoch)
-    assert list(again) == served
-
-
-@given(case=cases(num_replicas=[1]), epoch=st.integers(0, 1000))
-@settings(deadline=None)
-def test_renaming_the_domains_and_renumbering_the_samples_changes_nothing_else(case, epoch):
+def test_an_epoch_depends_on_its_number_and_arguments_alone_not_on_names_of_domains_or_numbers_of_samples(case, epoch):
     mapping: dict[str, list[int]] = {}
     for index, label in enumerate(case.labels):
         mapping.setdefault(f"hospital {label}", []).append(index * 3 + 1)
@@ -176,9 +167,9 @@ def test_renaming_the_domains_and_renumbering_the_samples_changes_nothing_else(c
     if isinstance(arguments["weighting"], dict):
         arguments["weighting"] = {f"hospital {label}": weight for label, weight in arguments["weighting"].items()}
     sampler, renumbered = case.alone(), DomainBatchSampler(mapping, **arguments)
-    sampler.set_epoch(epoch)
+    served = [list(sampler) for _ in range(epoch + 1)][-1]
     renumbered.set_epoch(epoch)
-    assert list(renumbered) == [[index * 3 + 1 for index in batch] for batch in sampler]
+    assert list(renumbered) == [[index * 3 + 1 for index in batch] for batch in served]
 
 
 def test_epochs_and_seeds_differ_in_domains_and_in_samples():
@@ -196,8 +187,6 @@ def test_weights_go_by_label_whatever_the_order_in_which_they_are_given():
     backwards = small_sampler(weighting=dict(reversed(weighting.items())))
     assert backwards.state_dict() == sampler.state_dict()
     assert list(backwards) == list(sampler)
-    heavy = DomainBatchSampler(LABELS, 1, 1, {"a": 1, "b": 1, "c": 1, "d": 1e9}, exhausted="cycle")
-    assert Counter(LABELS[index] for (index,) in heavy)["d"] > 15
 
 
 # Epochs that follow one another, length
@@ -259,11 +248,9 @@ def test_it_is_a_sampler_and_uses_no_global_randomness():
     sampler = small_sampler(weighting="proportional")
     assert isinstance(sampler, Sampler)
     served = list(sampler)
-    sampler.load_state_dict(sampler.state_dict())
     assert global_state() == before
-    torch.rand(1)
-    random.random()
-    np.random.rand()  # noqa: NPY002
+    for draw in (lambda: torch.rand(1), random.random, np.random.rand):
+        draw()
     assert list(small_sampler(weighting="proportional")) == served
 
 
