@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,33 +17,17 @@ from torch.utils.data import DataLoader
 from torch_gradmatch import DomainBatchSampler, meta_batches
 
 
-@pytest.mark.parametrize(
-    ("domains", "labels"),
-    [
-        (LABELS, ("b", "a", "d", "c")),
-        (torch.tensor([5, 2, 5, 9]), (5, 2, 9)),
-        ({np.int64(4): [0], np.str_("x"): [1]}, (4, "x")),
-        ([0, "00", "zero", " 0", "1", 10**300], (0, "00", "zero", " 0", "1", 10**300)),
-    ],
-    ids=["list", "tensor", "numpy-keys", "mixed"],
-)
-def test_labels_are_plain_and_in_the_order_in_which_they_first_appear(domains, labels):
-    found = DomainBatchSampler(domains, 1).labels
-    assert [(label, type(label)) for label in found] == [(label, type(label)) for label in labels]
+def test_labels_are_plain_and_in_the_order_in_which_they_first_appear():
+    for domains, labels in (
+        ({np.int64(4): [0], np.str_("x"): [1]}, [4, "x"]),
+        ([0, "00", "zero", " 0", "1", 10**300], [0, "00", "zero", " 0", "1", 10**300]),
+    ):
+        found = DomainBatchSampler(domains, 1).labels
+        assert [(label, type(label)) for label in found] == [(label, type(label)) for label in labels]
 
 
 def categorical(values):
     return pd.Series(values, dtype=pd.CategoricalDtype(["never", "d", "c", "b", "a"]))
-
-
-class Arrow:
-    """A column as pyarrow has it, which is no sequence."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def to_pylist(self):
-        return self.values
 
 
 NUMBERS = ["badc".index(label) for label in LABELS]
@@ -57,7 +42,7 @@ KINDS = {
     "torch-strided": torch.tensor([NUMBERS, NUMBERS]).T[:, 0],
     "strings-and-integers": [f"{label}1" if label != "d" else 1 for label in LABELS],
     "enum": [enum.Enum("Hospital", {label: label for label in "badc"}, type=str)(label) for label in LABELS],
-    "arrow-strings": Arrow(LABELS),
+    "arrow-strings": SimpleNamespace(to_pylist=lambda: LABELS),
     "list-of-tensors": list(torch.tensor(NUMBERS)),
     "mapping-to-pandas": pd.Series(range(21)).groupby(categorical(LABELS), observed=True, sort=False).indices,
     "mapping-to-polars": {key: pl.Series([i for i, label in enumerate(LABELS) if label == key]) for key in "badc"},
@@ -86,12 +71,10 @@ MALFORMED = {
     "numpy-masked": (np.ma.array([1, 2], mask=[False, True]), r"domains\[1\] is None"),
     "numpy-matrix": (np.array([["a"], ["b"]]), r"domains\[0\] is \['a'\]"),
     "torch-float": (torch.zeros(3), r"domains\[0\] is 0\.0"),
-    "list-of-float-tensors": (list(torch.zeros(2)), r"domains\[0\] is tensor\(0\.\)"),
     "key": ({None: [0]}, rf"a key of domains is None: {MISSING}"),
     "empty": ({"a": [0], "b": np.array([], dtype=int)}, rf"domains\['b'\] {INDICES} \(got array"),
     "negative-index": ({"a": [0], "b": [1, -2]}, rf"domains\['b'\] {INDICES} \(got \[1, -2\]\)"),
     "float-index": ({"a": [0], "b": [1.5]}, rf"domains\['b'\] {INDICES} \(got \[1.5\]\)"),
-    "bool-index": ({"a": [True, False]}, rf"domains\['a'\] {INDICES}"),
     "single-index": ({"a": 7}, rf"domains\['a'\] {INDICES} \(got 7\)"),
     "shared-index": ({"a": [0, 4], "b": [1, 4]}, r"sample 4 is in the domains \['a', 'b'\] more than once"),
     "repeated-index": ({"a": [0, 4, 4]}, r"sample 4 is in the domains \['a'\] more than once"),
