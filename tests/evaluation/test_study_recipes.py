@@ -56,16 +56,6 @@ def test_the_default_ones_match_the_head_only_where_there_is_one():
         named_recipes(["IDGM, head"], None)
 
 
-def test_names_objects_and_recipes_are_taken_alike():
-    recipe = Recipe(order="flipflop")
-    found = named_recipes({"a": "Fish", "b": Fish(0.25), "c": recipe}, None)
-    assert list(found) == ["a", "b", "c"]
-    assert found["c"] is recipe
-    assert found["b"].method is not None
-    assert found["b"].method(net(), {}) == Fish(0.25)
-    assert list(named_recipes(["ERM", Fish(), SmoothFish(1.0, 0.1)], None)) == ["ERM", "Fish", "SmoothFish"]
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
