@@ -51,7 +51,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"domains": ["a", "b"] * 47 + ["b", "c"]}, ValueError, "domain 'c' has one sample"),
     ({"groups": ["a", "b"]}, ValueError, r"groups should have a label for each of the 96 samples .* \(got 2\)"),
     ({"groups": 3}, TypeError, "groups should be a sequence of labels"),
-    ({"groups": data()[1]}, ValueError, "leave domain 'north' no sample to select by where 'south' is held out"),
+    ({"groups": data()[1]}, ValueError, "leave domain 'south' no sample to select by where 'north' is held out"),
     ({"loss_fn": lambda m, b: m(b[0])}, ValueError, "scalar"),
     ({"metric": lambda m, b: m(b[0])}, ValueError, r"for each of 24 samples \(got \(24, 2\)\); for a metric of a"),
     ({"metric": lambda m, b: torch.ones(3)}, ValueError, r"number for each of 24 samples \(got \(3,\)\)"),
