@@ -105,6 +105,13 @@ def test_a_direction_that_is_lost_says_so_in_its_own_words():
     diverged = compared(case, {"Fish": Fish(model=case.model)}, 1e200)
     assert re.search(r"diverged|the loss of batch \d is", diverged["Fish"].error)
     assert diverged["Fish"].fidelity is None
+    last = case.batches[-1]  # whose step is so long that the walk goes on from it nowhere
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return (1e6 if batch is last else 1.0) * model(batch[0]).square().mean().exp()
+
+    reordered = compared(case, {"Fish": Fish(model=case.model)}, 0.1, loss_fn=loss_fn)
+    assert reordered["Fish"].error == "the walk through the domains diverged: lower the learning rate"
 
 
 def test_a_loss_with_a_memory_has_no_fidelity_and_is_named_once():

@@ -119,8 +119,13 @@ def test_methods_together_take_what_the_greatest_takes(bench: Bench):
 
 
 @pytest.mark.parametrize(
-    ("names", "most"), [(["Fish"], 9.3), (["SmoothFish"], 9.1), (["IDGM"], 9.2), (["variance", "cosine", "IDGM"], 9.2)]
+    ("name", "most"), [("Fish", 9.3), ("SmoothFish", 9.1), ("IDGM", 9.2)]
 )  # in the first meta-iterations a copy of the parameters
-def test_fidelity_takes_little_more_and_one_exact_term_is_alive_at_a_time(bench: Bench, names: list[str], most: float):
-    own = bench.methods | {kind: IDGM(bench.model, 1e-3, kind) for kind in ("variance", "cosine")}
-    assert bench.peak(lambda: bench.compare({name: own[name] for name in names})) <= most
+def test_fidelity_takes_little_more(bench: Bench, name: str, most: float):
+    assert bench.peak(lambda: bench.compare({name: bench.methods[name]})) <= most
+
+
+def test_one_exact_term_is_alive_at_a_time(bench: Bench):
+    methods = {kind: IDGM(bench.model, 1e-3, kind) for kind in ("inner_product", "variance", "cosine")}
+    each = [bench.peak(lambda one={kind: method}: bench.compare(one)) for kind, method in methods.items()]
+    assert bench.peak(lambda: bench.compare(methods)) <= max(each) + 0.1
