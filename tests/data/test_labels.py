@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,57 +12,37 @@ import polars as pl
 import pytest
 import torch
 from _samplers import LABELS, small_sampler
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from torch_gradmatch.data.sampler import DomainBatchSampler
+from torch_gradmatch import DomainBatchSampler, meta_batches
 
 
-@pytest.mark.parametrize(
-    ("domains", "labels"),
-    [
-        (LABELS, ("b", "a", "d", "c")),
-        (np.array(LABELS), ("b", "a", "d", "c")),
-        (list(np.array(LABELS)), ("b", "a", "d", "c")),
-        (torch.tensor([5, 2, 5, 9]), (5, 2, 9)),
-        (list(np.array([5, 2, 5, 9])), (5, 2, 9)),
-        ({np.int64(4): [0], np.str_("x"): [1]}, (4, "x")),
-        ([0, "00", "zero", " 0", "1", 10**300], (0, "00", "zero", " 0", "1", 10**300)),
-    ],
-    ids=["list", "array", "numpy-strings", "tensor", "numpy-integers", "numpy-keys", "mixed"],
-)
-def test_labels_are_plain_and_in_the_order_in_which_they_first_appear(domains, labels):
-    sampler = DomainBatchSampler(domains, 1)
-    assert sampler.labels == labels
-    assert [type(label) for label in sampler.labels] == [type(label) for label in labels]
+def test_labels_are_plain_and_in_the_order_in_which_they_first_appear():
+    for domains, labels in (
+        ({np.int64(4): [0], np.str_("x"): [1]}, [4, "x"]),
+        ([0, "00", "zero", " 0", "1", 10**300], [0, "00", "zero", " 0", "1", 10**300]),
+    ):
+        found = DomainBatchSampler(domains, 1).labels
+        assert [(label, type(label)) for label in found] == [(label, type(label)) for label in labels]
 
 
 def categorical(values):
     return pd.Series(values, dtype=pd.CategoricalDtype(["never", "d", "c", "b", "a"]))
 
 
-class Arrow:
-    """A column as pyarrow has it, which is no sequence."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def to_pylist(self):
-        return self.values
-
-
 NUMBERS = ["badc".index(label) for label in LABELS]
 KINDS = {
-    "pandas-str": pd.Series(LABELS),
     "pandas-categorical": categorical(LABELS),
-    "pandas-index": pd.Index(LABELS),
+    "pandas-str": pd.Series(LABELS),
     "polars-Categorical": pl.Series(LABELS, dtype=pl.Categorical),
     "polars-UInt8": pl.Series(NUMBERS, dtype=pl.UInt8),
+    "numpy-str": np.array(LABELS),
+    "list-of-numpy-str": list(np.array(LABELS)),
     "numpy-variable-str": np.array(LABELS, dtype=np.dtypes.StringDType()),
     "torch-strided": torch.tensor([NUMBERS, NUMBERS]).T[:, 0],
     "strings-and-integers": [f"{label}1" if label != "d" else 1 for label in LABELS],
     "enum": [enum.Enum("Hospital", {label: label for label in "badc"}, type=str)(label) for label in LABELS],
-    "arrow-strings": Arrow(LABELS),
+    "arrow-strings": SimpleNamespace(to_pylist=lambda: LABELS),
     "list-of-tensors": list(torch.tensor(NUMBERS)),
     "mapping-to-pandas": pd.Series(range(21)).groupby(categorical(LABELS), observed=True, sort=False).indices,
     "mapping-to-polars": {key: pl.Series([i for i, label in enumerate(LABELS) if label == key]) for key in "badc"},
@@ -80,30 +62,23 @@ MISSING = "a label should be a string or an integer; give samples without one th
 INDICES = "should be indices of samples, none below 0"
 MALFORMED = {
     "no-label": ([], "domains should hold one label per sample, .*got none"),
-    "no-domain": ({}, "got none"),
     "none": (["a", None, "b"], rf"domains\[1\] is None: {MISSING}"),
     "bytes": ([b"a"], r"domains\[0\] is b'a'"),
     "bool-after-int": ([1, True], r"domains\[1\] is True"),
     "pandas-codes": (categorical(["a", None, "b"]).cat.codes, rf"domains has a -1, by which cat.codes .*{MISSING}"),
-    "pandas-str-NaN": (pd.Series(["a", None, "b"]), rf"domains\[1\] is (nan|None): .*{MISSING}"),
     "pandas-string-NA": (pd.Series(["a", pd.NA, "b"], dtype="string"), r"domains\[1\] is <NA>"),
-    "pandas-Int64-NA": (pd.Series([4, 5, pd.NA], dtype="Int64"), r"domains\[2\] is <NA>"),
     "pandas-float": (pd.Series([4, 5, None]), r"domains\[2\] is nan"),
-    "arrow-null": (Arrow(["a", None]), r"domains\[1\] is None"),
     "numpy-masked": (np.ma.array([1, 2], mask=[False, True]), r"domains\[1\] is None"),
     "numpy-matrix": (np.array([["a"], ["b"]]), r"domains\[0\] is \['a'\]"),
     "torch-float": (torch.zeros(3), r"domains\[0\] is 0\.0"),
-    "list-of-float-tensors": (list(torch.zeros(2)), r"domains\[0\] is tensor\(0\.\)"),
     "key": ({None: [0]}, rf"a key of domains is None: {MISSING}"),
     "empty": ({"a": [0], "b": np.array([], dtype=int)}, rf"domains\['b'\] {INDICES} \(got array"),
     "negative-index": ({"a": [0], "b": [1, -2]}, rf"domains\['b'\] {INDICES} \(got \[1, -2\]\)"),
     "float-index": ({"a": [0], "b": [1.5]}, rf"domains\['b'\] {INDICES} \(got \[1.5\]\)"),
-    "bool-index": ({"a": [True, False]}, rf"domains\['a'\] {INDICES}"),
     "single-index": ({"a": 7}, rf"domains\['a'\] {INDICES} \(got 7\)"),
     "shared-index": ({"a": [0, 4], "b": [1, 4]}, r"sample 4 is in the domains \['a', 'b'\] more than once"),
     "repeated-index": ({"a": [0, 4, 4]}, r"sample 4 is in the domains \['a'\] more than once"),
     "same-text": (np.array([1, "x", "1"], dtype=object), "both the integer 1 and the string '1' as labels: rename one"),
-    "same-text-mapping": ({"-3": [0], -3: [1], 7: [2]}, "both the integer -3 and the string '-3'"),
 }
 
 
@@ -133,17 +108,13 @@ def test_a_single_domain_is_refused_unless_it_is_said_to_be_wanted(domains, doma
     assert len(DomainBatchSampler(domains, 1, domains_per_step=1)) == 3
 
 
-@given(indices=st.lists(st.sets(st.integers(0, 50), min_size=1), min_size=2, max_size=5), number=st.integers(0, 300))
-@settings(deadline=None)
-def test_labels_fit_a_data_set_of_as_many_samples_and_indices_one_that_has_them_all(indices, number):
-    domains = {f"d{place}": [place + len(indices) * index for index in own] for place, own in enumerate(indices)}
-    needed = 1 + max(map(max, domains.values()))
-    for sampler, fits in (
-        (DomainBatchSampler(domains, 1), number >= needed),
-        (DomainBatchSampler([index % 2 for index in range(needed)], 1), number == needed),
-    ):
-        if fits:
-            sampler.check_dataset(number)
-            continue
-        with pytest.raises(ValueError, match=f"for {needed} samples, but the data set has {number}: give each a label"):
-            sampler.check_dataset(number)
+@pytest.mark.parametrize("number", [7, 8, 9])
+def test_labels_fit_a_data_set_of_as_many_samples_and_indices_one_that_has_them_all(number):
+    for domains, fits in ((["a", "b"] * 4, number == 8), ({"a": [0, 5], "b": [1, 7]}, number >= 8)):
+        sampler = DomainBatchSampler(domains, 1)
+        with (
+            nullcontext()
+            if fits
+            else pytest.raises(ValueError, match=f"8 samples, but the data set has {number}: give")
+        ):
+            meta_batches(DataLoader(range(number), batch_sampler=sampler))

@@ -9,9 +9,7 @@ import pickle
 import pytest
 import torch
 from _feature_training import through_file
-from _loops import QUIET, assert_resumes
-from _samplers import LABELS, changing, cycling, samplers, small_sampler
-from _splits import accumulating, ranks_of, spread
+from _samplers import LABELS, ORDERS, QUIET, SPLITS, Case, assert_resumes, cases, changing, place_of, small_sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,87 +18,41 @@ from torch_gradmatch import DomainBatchSampler, meta_batches
 pytestmark = QUIET
 
 
-@given(case=samplers() | cycling(), data=st.data())
+@given(case=cases(), data=st.data())
 @settings(deadline=None)
-def test_a_state_dict_taken_anywhere_continues_exactly(case, data):
-    labels, arguments = case
-    reference = DomainBatchSampler(labels, **arguments)
-    epochs = [list(reference) for _ in range(4)]
+def test_a_state_of_any_rank_taken_anywhere_continues_exactly_on_every_rank(case, data):
+    references = case.ranks()
+    epochs = [[list(sampler) for _ in range(4)] for sampler in references]
     epoch = data.draw(st.integers(0, 2))
-    position = data.draw(st.integers(0, len(epochs[epoch])))
-    sampler = DomainBatchSampler(labels, **arguments)
-    sampler.set_epoch(epoch)
-    list(itertools.islice(sampler, position))
-
-    resumed = DomainBatchSampler(labels, **arguments)
-    resumed.load_state_dict(through_file(sampler.state_dict()))
-    # Asking changes nothing, and neither does saving what was just loaded.
-    assert resumed.state_dict() == sampler.state_dict()
-    if data.draw(st.booleans(), label="set_epoch before the epoch, as many loops do"):
-        resumed.set_epoch(epoch)
-    assert len(resumed) == len(epochs[epoch])  # of the whole epoch, as frameworks expect
-    further = data.draw(st.integers(0, len(epochs[epoch]) - position))
-    assert list(itertools.islice(resumed, further)) == epochs[epoch][position : position + further]
-    again = DomainBatchSampler(labels, **arguments)
-    again.load_state_dict(resumed.state_dict())
-    assert list(again) == epochs[epoch][position + further :]
-    assert list(again) == epochs[epoch + 1]
-
-
-@given(case=spread() | accumulating(), data=st.data())
-@settings(deadline=None, max_examples=50)
-def test_a_state_of_any_rank_continues_exactly_on_every_rank(case, data):
-    epoch = data.draw(st.integers(0, 2))
-    samplers_of_ranks = ranks_of(*case)
-    for sampler in samplers_of_ranks:
-        sampler.set_epoch(epoch)
-    position = data.draw(st.integers(0, len(samplers_of_ranks[0])))
+    position = data.draw(st.integers(0, len(epochs[0][epoch])))
     states = []
-    for sampler in samplers_of_ranks:
+    for sampler in references:
+        sampler.set_epoch(epoch)
         list(itertools.islice(sampler, position))
         states.append(sampler.state_dict())
     assert all(state == states[0] for state in states)
-    for resumed, reference in zip(ranks_of(*case), samplers_of_ranks, strict=True):
-        resumed.load_state_dict(states[-1])
-        reference.set_epoch(epoch)
-        assert list(resumed) == list(reference)[position:]
+    set_epoch = data.draw(st.booleans(), label="set_epoch before the epoch, as many loops do")
+    further = data.draw(st.integers(0, len(epochs[0][epoch]) - position))
+    for resumed, again, expected in zip(case.ranks(), case.ranks(), epochs, strict=True):
+        resumed.load_state_dict(through_file(states[-1]))
+        # Asking changes nothing, and neither does saving what was just loaded.
+        assert resumed.state_dict() == states[0]
+        if set_epoch:
+            resumed.set_epoch(epoch)
+        assert len(resumed) == len(expected[epoch])  # of the whole epoch, as frameworks expect
+        assert list(itertools.islice(resumed, further)) == expected[epoch][position : position + further]
+        again.load_state_dict(resumed.state_dict())
+        assert list(again) == expected[epoch][position + further :]
+        assert list(again) == expected[epoch + 1]
 
 
 def test_choosing_another_epoch_drops_a_resumed_position():
-    reference = small_sampler()
-    epochs = [list(reference) for _ in range(3)]
-    sampler = small_sampler()
+    sampler, reference = small_sampler(), small_sampler()
     next(iter(sampler))
-    state_dict = sampler.state_dict()
-    sampler.load_state_dict(state_dict)
-    sampler.set_epoch(2)
-    assert list(sampler) == epochs[2]
-    sampler.load_state_dict(state_dict)
-    sampler.set_epoch(0)
-    assert list(sampler) == epochs[0][1:]
-    assert list(sampler) == epochs[1]
-
-
-def test_the_state_is_of_the_iterator_that_was_started_last():
-    sampler = small_sampler()
-    first, second = iter(sampler), iter(sampler)
-    for iterator, expected in ((first, (0, 1)), (second, (1, 1)), (first, (1, 1)), (second, (1, 2))):
-        next(iterator)
-        state = sampler.state_dict()
-        assert (state["epoch"], state["position"]) == expected
-    sampler.set_epoch(5)
-    next(second)
-    assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (5, 0)
-
-
-def test_the_state_is_numbers_and_strings():
-    state_dict = small_sampler(weighting="proportional", drop_last=False).state_dict()
-    assert {name: type(value) for name, value in state_dict.items()} == {
-        "epoch": int,
-        "position": int,
-        "ranks": int,
-        "settings": str,
-    }
+    sampler.load_state_dict(sampler.state_dict())
+    for one in (sampler, reference):
+        one.set_epoch(2)
+    assert list(sampler) == list(reference)
 
 
 @pytest.mark.parametrize(
@@ -113,29 +65,27 @@ def test_a_copy_has_the_same_state_and_the_same_future(duplicate):
     copied = duplicate(sampler)
     assert copied.state_dict() == sampler.state_dict()
     next(iterator)
-    assert copied.state_dict()["position"] == 1
+    assert place_of(copied) == (0, 1)
     assert [list(copied), list(copied)] == [list(sampler), list(sampler)]
 
 
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (2, 4)], ids=str)
-@pytest.mark.parametrize("split", ["batch", "domains", "walks"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_goes_on_with_another_number_of_ranks(split: str, ranks: tuple[int, int]):
     """After three groups; together they serve what the ranks before would have, walks as many groups of their own."""
-    labels = [index % 8 for index in range(8 * 32)]
-    arguments = {"batch_size": 4, "domains_per_step": 4, "exhausted": "cycle", "batches_per_epoch": 32}
-    before, after = (ranks_of(labels, arguments, number, split) for number in ranks)
-    per_group = [4 // number if split == "domains" else 4 for number in ranks]
+    arguments = {"batch_size": 4, "domains_per_step": 4, "exhausted": "cycle", "batches_per_epoch": 32, "split": split}
+    case = Case([index % 8 for index in range(8 * 32)], arguments)
+    before, after = (case.ranks(num_replicas=number) for number in ranks)
     rest = []
     for sampler in before:
         iterator = iter(sampler)
-        for _ in range(3 * per_group[0]):
-            next(iterator)
+        list(itertools.islice(iterator, 3 * sampler.batches_per_group))
         state_dict = sampler.state_dict()
         rest.append(list(iterator))
     for sampler in after:
         sampler.load_state_dict(state_dict)
     goes_on = [list(sampler) for sampler in after]
-    assert {len(batches) for batches in goes_on} == {5 * per_group[1]}
+    assert {len(batches) for batches in goes_on} == {5 * after[0].batches_per_group}
     if split != "walks":
         served = [sorted(index for own in part for batch in own for index in batch) for part in (rest, goes_on)]
         assert served[0] == served[1]
@@ -143,6 +93,18 @@ def test_goes_on_with_another_number_of_ranks(split: str, ranks: tuple[int, int]
         before[0].load_state_dict({**state_dict, "position": 1})
         with pytest.raises(ValueError, match="in a group of domains: resume on as many"):
             after[0].load_state_dict({**state_dict, "position": 1})
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_cycle_of_all_domains_begins_at_once_however_far_in_it_is(order):
+    sampler = small_sampler(exhausted="cycle", domains_per_step=None, batches_per_epoch=4 * 10**12, order=order)
+    groups = 10**12 - 5  # as many batches has every domain served
+    sampler.load_state_dict({**sampler.state_dict(), "epoch": 10**6, "position": 4 * groups})
+    rest = list(iter(sampler))  # list(sampler) would make room for the whole epoch
+    assert len(rest) == 20
+    for label, full in {"b": [2, 2, 2, 1], "a": [2, 1], "d": [1], "c": [2] * 5}.items():
+        sizes = [len(batch) for batch in rest if LABELS[batch[0]] == label]
+        assert sizes == (full * 6)[groups % len(full) :][:5]
 
 
 OTHER = "saved with other domains or arguments"
@@ -167,6 +129,11 @@ def test_a_state_dict_of_other_domains_and_arguments(changes):
             one.load_state_dict(other.state_dict())
 
 
+def test_a_cycle_that_is_as_long_without_being_told_can_be_resumed_either_way():
+    state_dict = small_sampler(exhausted="cycle", batches_per_epoch=12).state_dict()
+    small_sampler(exhausted="cycle").load_state_dict(state_dict)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -180,8 +147,7 @@ def test_a_state_dict_of_other_domains_and_arguments(changes):
     ],
 )
 def test_a_state_dict_that_does_not_fit_changes_nothing(changes, message):
-    batches = list(small_sampler())
-    sampler = small_sampler()
+    sampler, batches = small_sampler(), list(small_sampler())
     iterator = iter(sampler)
     next(iterator)
     before = sampler.state_dict()
@@ -197,16 +163,6 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(changes, message):
 # torchdata's StatefulDataLoader, whose state holds the sampler's
 
 
-def stateful(num_workers, lists, as_sampler=False, **changes):
-    module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
-    sampler = small_sampler(**changes)
-    options = {"sampler": sampler, "batch_size": None} if as_sampler else {"batch_sampler": sampler}
-    if num_workers:
-        options["prefetch_factor"] = 3
-    loader = module.StatefulDataLoader(torch.arange(21), num_workers=num_workers, **options)
-    return loader, meta_batches(loader) if lists else loader
-
-
 CASES = {
     "two of four": {},
     "all": {"domains_per_step": None, "batch_size": 1, "exhausted": "cycle", "batches_per_epoch": 12},
@@ -214,20 +170,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("as_sampler", [False, True], ids=["batch_sampler", "sampler"])
 @pytest.mark.parametrize("lists", [False, True], ids=["plain", "meta_batches"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_stateful_loader_resumes_behind_every_batch(case, lists, as_sampler):
+@pytest.mark.parametrize(
+    ("case", "workers", "as_sampler"),
+    [
+        *(pytest.param(case, 0, as_sampler) for case in CASES for as_sampler in (False, True)),
+        pytest.param("two of four", 2, False),
+        pytest.param("all", 2, False),
+    ],
+)
+def test_a_stateful_loader_resumes_behind_every_batch(case, workers, as_sampler, lists):
+    module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
     def make():
-        return stateful(0, lists, as_sampler, **CASES[case])
+        sampler = small_sampler(**CASES[case])
+        options = {"sampler": sampler, "batch_size": None} if as_sampler else {"batch_sampler": sampler}
+        options |= {"num_workers": workers, "prefetch_factor": 3} if workers else {}
+        loader = module.StatefulDataLoader(torch.arange(21), **options)
+        return loader, meta_batches(loader) if lists else loader
 
-    assert_resumes(make, 4, lambda length: range(1, length + 1))
-
-
-@pytest.mark.parametrize("lists", [False, True], ids=["plain", "meta_batches"])
-@pytest.mark.parametrize("case", ["two of four", "all"])
-def test_a_stateful_loader_with_workers_resumes(case, lists):
-    def make():
-        return stateful(2, lists, **CASES[case])
-
-    assert_resumes(make, 2, lambda length: sorted({1, 2, length // 2, length - 1, length}))
+    some = lambda length: sorted({1, 2, length // 2, length - 1, length})  # noqa: E731
+    assert_resumes(make, 2 if workers else 4, some if workers else lambda length: range(1, length + 1))

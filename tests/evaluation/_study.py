@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
 from torch_gradmatch import Evidence, leave_one_domain_out
+from torch_gradmatch.evaluation import cost
 from torch_gradmatch.evaluation.task import Task
 
 DOMAINS = ("north", "south", "west", "east")
@@ -68,3 +77,52 @@ def task(dataset: Dataset[Any] | None = None, domains: list[str] | None = None, 
         "domains_per_step": None, "validation": 0.25, "budget": 240, "evaluations": 3, "predictions": False,
     }  # fmt: skip
     return Task(**(own | settings))
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The square, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+@contextmanager
+def short_timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests of ``compare`` that are not about time."""
+    monkeypatch.setattr(cost, "SHORTEST_TIMING", 1e-9)
+    gc.collect()
+    gc.freeze()  # measuring memory collects garbage, among all that other tests have imported
+    yield
+    gc.unfreeze()
+
+
+def state_of_everything(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Every tensor of model and optimizer, the random states, flags and hooks."""
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    return copy.deepcopy({
+        "parameters": {n: p.detach() for n, p in model.named_parameters()},
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "gradients": {n: g.to_dense() if g is not None and g.is_sparse else g for n, g in gradients.items()},
+        "buffers": dict(model.named_buffers()),
+        "identities": [id(t) for t in (*model.parameters(), *model.buffers(), *gradients.values())],
+        "training": [module.training for module in model.modules()],
+        "hooks": [
+            [list(map(id, table)), list(map(id, table.values()))]
+            for module in model.modules()
+            for table in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_post_hooks)
+        ],
+        "optimizer": optimizer.state_dict(),
+        "attributes": sorted(vars(optimizer)),
+        "torch": torch.get_rng_state(),
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "python": random.getstate(),
+        "grad_mode": torch.is_grad_enabled(),
+    })  # fmt: skip

@@ -1,71 +1,46 @@
-"""Directions beyond ERM: the theorem, oracles by double backward, and what the figures mean."""
+"""Directions beyond ERM: the theorem, what the figures mean, and when there are none."""
 
 from __future__ import annotations
 
 import itertools
-import math
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import _networks as networks
 import pytest
 import torch
+from _models import assert_identical
 from _networks import Case, make
-from torch.optim import LBFGS, SGD, Adam
+from _study import OnceDifferentiable, short_timings, state_of_everything
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD
 
-from torch_gradmatch import IDGM, Fish, SmoothFish, fish_gamma
-from torch_gradmatch.evaluation.fidelity import ExactTerm, agreement_of, fidelity, random_orders
-from torch_gradmatch.evaluation.trial import Trial
-from torch_gradmatch.gradients.agreement import inner_product, variance
+from torch_gradmatch import IDGM, Comparison, Fish, SmoothFish, compare, fish_gamma
+from torch_gradmatch.gradients.agreement import variance
 
 SMOOTH = [networks.batch_norm_1d, networks.resnet, networks.dropout, networks.transformer, networks.gru]
 
 
-@contextmanager
-def trying(case: Case, optimizer: torch.optim.Optimizer) -> Iterator[Trial]:
-    with Trial(case.model, lambda batch: case.loss(case.model, batch), case.batches, optimizer) as trial:
-        trial.fix_random_numbers()
-        yield trial
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with short_timings(monkeypatch):
+        yield
 
 
-def all_orders(domains: int) -> list[list[int]]:
-    return [list(order) for order in itertools.permutations(range(domains))]
-
-
-@pytest.mark.parametrize("build", SMOOTH)
-def test_the_exact_term_is_the_double_backward_of_the_inner_product(build):
-    case = make(build)
-    parameters = list(case.model.parameters())
-    with trying(case, SGD(parameters, lr=0.1)) as trial:
-        exact = ExactTerm(trial)
-        trial.reset()
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            gradients = [
-                torch.autograd.grad(trial.loss_fn(b), parameters, create_graph=True, materialize_grads=True)
-                for b in trial.batches
-            ]
-            pairs = list(itertools.permutations(gradients, 2))
-            gip = sum((a * b).sum() for one, other in pairs for a, b in zip(one, other, strict=True)) / len(pairs)
-            expected = torch.autograd.grad(-gip, parameters, materialize_grads=True)
-    sizes = [p.numel() for p in parameters]
-    terms, means = (
-        [v.view(p.shape) for v, p in zip(x.split(sizes), parameters, strict=True)] for x in (exact.term, exact.mean)
-    )
-    for p, term, mean, e, *g in zip(parameters, terms, means, expected, *gradients, strict=True):
-        torch.testing.assert_close(mean, torch.stack(g).mean(0).detach(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(term, e, rtol=1e-7, atol=1e-9 * float(e.abs().max() + 1), msg=str(p.shape))
-    assert 0 < exact.noise < 1e-12
+def compared(case: Case, methods: dict[str, Any], lr: float, orders: int = 2, **others: Any) -> Comparison:
+    optimizer = SGD(case.model.parameters(), lr=lr)
+    own: dict[str, Any] = {"loss_fn": case.loss, "batches": case.batches, "optimizer": optimizer} | others
+    return compare(case.model, methods=methods, rounds=1, orders=orders, show=False, **own)
 
 
 @pytest.mark.parametrize("build", SMOOTH)
-def test_fish_by_sgd_tends_to_exact_with_fish_gamma(build):
-    """Over all orders; the error falls in proportion to the learning rate."""
+def test_fish_by_sgd_tends_to_exact_with_fish_gamma(build: Any):
+    """The error falls in proportion to the learning rate: exact is what it tends to."""
     errors = []
     for lr in (1e-4, 5e-5):
         case = make(build)
-        with trying(case, SGD(case.model.parameters(), lr=lr)) as trial:
-            exact = ExactTerm(trial)
-            found = fidelity(trial, Fish(model=case.model), exact, all_orders(3))
+        found = compared(case, {"Fish": Fish(model=case.model)}, lr)["Fish"].fidelity
         assert found.gamma == pytest.approx(fish_gamma(lr, 3), rel=0.05)
         assert found.resolved
         errors.append(found.relative_error)
@@ -73,126 +48,119 @@ def test_fish_by_sgd_tends_to_exact_with_fish_gamma(build):
 
 
 def test_an_order_and_its_reverse_stand_for_all_orders():
-    case = make(networks.dropout)
-    lr = 1e-6
-    with trying(case, SGD(case.model.parameters(), lr=lr)) as trial:
-        exact = ExactTerm(trial)
-        pair = fidelity(trial, Fish(), exact, [[2, 0, 1], [1, 0, 2]])
-        single = fidelity(trial, Fish(), exact, [[2, 0, 1]])
-    assert pair.relative_error < 1e-4
-    assert pair.gamma == pytest.approx(fish_gamma(lr, 3), rel=1e-4)
-    assert single.relative_error > 0.05  # one order is not symmetric
-    assert single.cosine == single.cosines[0] == pytest.approx(pair.cosines[0])
+    found = compared(make(networks.dropout), {"Fish": Fish()}, 1e-6, orders=4)["Fish"].fidelity
+    assert found.relative_error < 1e-4
+    assert found.gamma == pytest.approx(fish_gamma(1e-6, 3), rel=1e-4)
+    assert len(found.cosines) == 4
+    assert max(found.cosines) < 0.999 < found.cosine  # one order is not symmetric
 
 
-def test_methods_are_told_apart_by_their_gamma():
-    case = make(networks.batch_norm_1d)
-    lr, domains = 1e-5, 3
-    with trying(case, Adam(case.model.parameters(), lr=1e-3)) as trial:
-        exact = ExactTerm(trial)
-        smooth = fidelity(trial, SmoothFish(5.0, lr, case.model), exact, all_orders(domains))
-        half = fidelity(trial, IDGM(case.model, 0.5, "inner_product"), exact, all_orders(domains))
-        away = fidelity(trial, IDGM(case.model, 0.5, agreement=lambda g: -_gip(g)), exact, all_orders(domains))
-        one = fidelity(trial, IDGM(case.model, 0.5, "inner_product", one_pass=True), exact, all_orders(domains))
-    assert smooth.gamma == pytest.approx(5 * fish_gamma(lr, domains), rel=1e-3)
-    assert half.gamma == pytest.approx(0.5, rel=1e-9)
-    assert half.cosine == pytest.approx(1.0, abs=1e-12)
-    assert len(half.cosines) == 1
-    assert away.gamma == pytest.approx(-0.5, rel=1e-9)
-    assert away.cosine == pytest.approx(-1.0, abs=1e-9)
-    assert min(one.cosines) < max(one.cosines) - 0.01  # another in each order
-    assert one.gamma == pytest.approx(0.5, rel=1e-9)  # exact in the mean
-    assert one.cosine == pytest.approx(1.0, abs=1e-12)
-
-
-def _gip(gradients):
+def gip(gradients: Any) -> Tensor:
     totals = [sum(g[name] for g in gradients) for name in gradients[0]]
     whole = sum((t * t).sum() for t in totals)
     each = sum((v * v).sum() for g in gradients for v in g.values())
     return (whole - each) / (len(gradients) * (len(gradients) - 1))
 
 
-def test_a_difference_lost_in_rounding_says_so():
-    case = make(networks.batch_norm_1d)
-    with trying(case, SGD(case.model.parameters(), lr=1e-17)) as trial:
-        found = fidelity(trial, Fish(), ExactTerm(trial), all_orders(3))
-    assert not found.resolved
-    assert math.isfinite(found.gamma)
+AGREEMENTS = {
+    "inner_product": "inner_product",
+    "variance": "variance",
+    "cosine": "cosine",
+    "function variance": variance,
+    "a function": lambda g: -gip(g),
+    "gip": gip,
+}
 
 
-def test_an_optimizer_that_evaluates_gradients_itself_has_no_direction_of_a_walk():
-    case = make(networks.batch_norm_1d)
-    with trying(case, LBFGS(case.model.parameters())) as trial:
-        assert fidelity(trial, Fish(), ExactTerm(trial), all_orders(3)) is None
-
-
-def test_parameters_beyond_the_loss_and_frozen_ones_are_zero():
-    case = make(networks.features)
-    with trying(case, SGD(case.model.parameters(), lr=1e-3)) as trial:
-        exact = ExactTerm(trial)
-        found = fidelity(trial, Fish(model=case.model), exact, all_orders(3))
-    terms = exact.term.split([p.numel() for p in trial.parameters])
-    zero = {p for p, t in zip(trial.parameters, terms, strict=True) if not t.any()}
-    assert case.model.unused in zero
-    assert all(p in zero for p in case.model.frozen.parameters())
-    assert found.cosine > 0.9
-
-
-@pytest.mark.parametrize("domains", [2, 5])
-def test_orders_come_with_their_reverse(domains: int):
-    orders = random_orders(domains, 6, torch.Generator().manual_seed(1))
-    assert len(orders) == 6
-    for first, second in zip(orders[::2], orders[1::2], strict=True):
-        assert sorted(first) == list(range(domains))
-        assert first == second[::-1]
-
-
-@pytest.mark.parametrize(
-    ("agreement", "name"),
-    [
-        ("inner_product", "inner_product"),
-        ("variance", "variance"),
-        ("cosine", "cosine"),
-        (variance, "variance"),
-        (lambda g: -_gip(g), "a function"),
-        (_gip, "_gip"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "function",
-)
 @pytest.mark.parametrize("build", [networks.batch_norm_1d, networks.transformer])
-def test_idgm_is_exact_by_its_own_agreement(build, agreement, name: str):
+def test_idgm_is_exact_by_its_own_agreement(build: Any):
     """With cosine 1 and its own gamma in its own units."""
     case = make(build)
-    with trying(case, SGD(case.model.parameters(), lr=0.1)) as trial:
-        method = IDGM(case.model, 0.3, agreement=agreement)
-        found = fidelity(trial, method, ExactTerm(trial, agreement=agreement_of(method)), all_orders(3))
-    assert found.agreement == name
-    assert found.cosine == pytest.approx(1.0, abs=1e-9)
-    assert found.gamma == pytest.approx(0.3, rel=1e-7)
-    assert found.relative_error < 1e-6
+    methods = {name: IDGM(case.model, 0.3, agreement=agreement) for name, agreement in AGREEMENTS.items()}
+    found = compared(case, methods, 0.1)
+    for name in methods:
+        fidelity = found[name].fidelity
+        assert fidelity.agreement == name.removeprefix("function ")
+        assert fidelity.cosine == pytest.approx(1.0, abs=1e-9)
+        assert fidelity.gamma == pytest.approx(0.3, rel=1e-7)
+        assert fidelity.relative_error < 1e-6
+        assert len(fidelity.cosines) == 1
 
 
-def test_what_follows_a_walk_matches_the_inner_product():
-    assert agreement_of(Fish()) is agreement_of(SmoothFish(1.0, 0.1)) is inner_product
-
-
-def test_a_diverging_walk_says_so_in_its_own_words():
+def test_walks_and_one_pass_match_the_inner_product_in_the_mean_over_orders():
     case = make(networks.batch_norm_1d)
-    with trying(case, SGD(case.model.parameters(), lr=1e200)) as trial:
-        exact = ExactTerm(trial)
-        with pytest.raises((RuntimeError, ValueError), match=r"diverged|the loss of batch \d is"):
-            fidelity(trial, Fish(model=case.model), exact, all_orders(3))
+    one_pass = IDGM(case.model, 0.5, "inner_product", one_pass=True)
+    found = compared(case, {"smooth": SmoothFish(5.0, 1e-5, case.model), "one": one_pass, "Fish": Fish()}, 1e-5, 4)
+    smooth, one = found["smooth"].fidelity, found["one"].fidelity
+    assert smooth.agreement == one.agreement == found["Fish"].fidelity.agreement == "inner_product"
+    assert smooth.gamma == pytest.approx(5 * fish_gamma(1e-5, 3), rel=1e-3)
+    assert min(one.cosines) < max(one.cosines) - 0.01  # another in each order
+    assert one.gamma == pytest.approx(0.5, rel=1e-9)
+    assert one.cosine == pytest.approx(1.0, abs=1e-12)
 
 
-def test_a_loss_that_is_not_the_same_twice_has_no_exact_term():
+def test_a_direction_that_is_lost_says_so_in_its_own_words():
+    case = make(networks.batch_norm_1d)
+    assert "lost in rounding" in str(compared(case, {"Fish": Fish(model=case.model)}, 1e-17))
+    diverged = compared(case, {"Fish": Fish(model=case.model)}, 1e200)
+    assert re.search(r"diverged|the loss of batch \d is", diverged["Fish"].error)
+    assert diverged["Fish"].fidelity is None
+    last = case.batches[-1]  # whose step is so long that the walk goes on from it nowhere
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return (1e6 if batch is last else 1.0) * model(batch[0]).square().mean().exp()
+
+    reordered = compared(case, {"Fish": Fish(model=case.model)}, 0.1, loss_fn=loss_fn)
+    assert reordered["Fish"].error == "the walk through the domains diverged: lower the learning rate"
+
+
+def test_a_loss_with_a_memory_has_no_fidelity_and_is_named_once():
     case = make(networks.batch_norm_1d)
     calls = itertools.count(1)
 
-    def loss_fn(batch):
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         return case.loss(case.model, batch) * (1 + 0.1 * next(calls))
 
-    with (
-        Trial(case.model, loss_fn, case.batches, SGD(case.model.parameters(), lr=0.1)) as trial,
-        pytest.raises(ValueError, match="not the same twice"),
-    ):
-        ExactTerm(trial)
+    found = compared(case, None, 1e-4, loss_fn=loss_fn)
+    assert found["Fish"].cost is not None
+    assert "not the same twice" in found["SmoothFish, symmetric"].error
+    printed = str(found).replace("\n", " ")
+    assert printed.count("is not the same twice") <= 3
+    assert "No fidelity for the inner_product: " in printed
+
+
+def test_without_second_derivatives_the_reference_is_by_finite_differences():
+    case = make(networks.batch_norm_1d)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return (OnceDifferentiable.apply(model(batch[0])) - batch[1]).square().mean()
+
+    found = compared(case, None, 1e-4, loss_fn=loss_fn)
+    assert "By finite differences for the inner_product: " in found.reference
+    assert "finite_difference" in found["IDGM"].error
+    assert "IDGM; IDGM, keep_graphs; IDGM, one_pass failed: " in str(found).replace("\n", " ")
+    assert found["IDGM, finite_difference"].fidelity.cosine == pytest.approx(1.0, abs=1e-4)
+    assert found["Fish"].fidelity.cosine > 0.99
+
+
+def test_a_gradient_penalty_in_the_loss_is_no_hindrance():
+    case = make(networks.batch_norm_1d)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return case.loss(model, batch) + slope.square().mean()
+
+    found = compared(case, {"IDGM": IDGM(case.model, 0.1)}, 1e-5, loss_fn=loss_fn)
+    assert found["IDGM"].fidelity.cosine == pytest.approx(1.0, abs=1e-6)
+
+
+def test_lbfgs_has_costs_and_no_fidelity():
+    case = make(networks.batch_norm_1d)
+    optimizer = LBFGS(case.model.parameters(), lr=0.1, max_iter=3)
+    before = state_of_everything(case.model, optimizer)
+    found = compared(case, {"Fish": Fish(), "exact": IDGM(case.model, 0.1)}, 0.1, optimizer=optimizer)
+    assert_identical(state_of_everything(case.model, optimizer), before)
+    assert not any(row.error for row in found.rows)
+    assert found["Fish"].fidelity is None
+    assert found["Fish"].cost.evaluations > 3

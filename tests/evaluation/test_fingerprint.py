@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,30 +44,20 @@ def linear(seed: int) -> nn.Module:
 
 
 PAIRS: list[tuple[Any, Any]] = [
-    (1, 2),
-    (1, 1.0),
     (1, True),
     ("1", 1),
-    ([1, [2]], [[1], 2]),
     ((1, 2), [1, 2]),
     ({"a": 1}, {"a": 2}),
     ({1, 2}, {1, 3}),
-    (torch.zeros(4), torch.zeros(2, 2)),
     (torch.zeros(4), torch.zeros(4).double()),
     (torch.zeros(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16)),
     (np.arange(3), np.arange(3.0)),
     (np.array(["a"], object), np.array(["b"], object)),
     (lambda x: x + 1, lambda x: x + 2),
-    (lambda x: x.sum(), lambda x: x.mean()),
     (lambda x, y=1: x, lambda x, y=2: x),
-    (factory(1), factory(2)),
-    (factory(torch.zeros(2)), factory(torch.ones(2))),
     (factory(factory(1)), factory(factory(2))),
     (functools.partial(torch.optim.SGD, momentum=0.9), functools.partial(torch.optim.SGD, momentum=0.8)),
     (lambda m, b: cross_entropy(m(b[0]), b[1]), lambda m, b: mse_loss(m(b[0]), b[1])),
-    (cross_entropy, mse_loss),
-    (torch.optim.SGD, torch.optim.Adam),
-    (Scaled(1.0), Scaled(2.0)),
     (Scaled(1.0).__call__, Scaled(2.0).__call__),
     (linear(0), linear(1)),
     (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)),
@@ -85,16 +72,12 @@ def test_what_differs_has_another_hash(one: Any, other: Any):
     assert fingerprint(one) != fingerprint(other)
 
 
-def test_a_global_name_that_is_used_counts(monkeypatch: pytest.MonkeyPatch):
-    before = fingerprint(with_global)
+def test_a_global_name_and_a_method_of_a_users_class_that_are_used_count(monkeypatch: pytest.MonkeyPatch):
+    before = fingerprint(with_global), fingerprint(Scaled(1.0))
     monkeypatch.setitem(globals(), "FACTOR", 3.0)
-    assert fingerprint(with_global) != before
-
-
-def test_a_changed_method_of_a_users_class_counts(monkeypatch: pytest.MonkeyPatch):
-    before = fingerprint(Scaled(1.0))
     monkeypatch.setattr(Scaled, "__call__", lambda self, x: x)
-    assert fingerprint(Scaled(1.0)) != before
+    assert fingerprint(with_global) != before[0]
+    assert fingerprint(Scaled(1.0)) != before[1]
 
 
 def test_structures_that_hold_themselves_end():
@@ -107,19 +90,6 @@ def test_structures_that_hold_themselves_end():
 def test_what_cannot_be_read_is_refused(value: Any):
     with pytest.raises(UnhashableError, match=f"cannot be hashed: .*{type(value).__name__}"):
         fingerprint(factory(value))
-
-
-def test_another_process_finds_the_same(tmp_path: Path):
-    code = """
-import sys
-sys.path[:0] = {path!r}
-import test_fingerprint as t
-from torch_gradmatch.evaluation.fingerprint import fingerprint
-print([fingerprint(pair[0]) for pair in t.PAIRS] == {expected!r})
-"""
-    code = code.format(path=[str(Path(__file__).parent)], expected=[fingerprint(pair[0]) for pair in PAIRS])
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
-    assert printed.stdout.strip() == "True"
 
 
 class Augmented(Dataset[Any]):
@@ -143,5 +113,5 @@ def test_the_whole_of_the_data_counts_and_its_random_numbers_do_not():
     assert fingerprint_of_data(Augmented()) == found
     assert fingerprint_of_data(Augmented(label=1)) != found  # of one sample
     assert fingerprint_of_data(Augmented(strength=0.2)) != found
-    x = torch.arange(6.0)
-    assert fingerprint_of_data(TensorDataset(x)) != fingerprint_of_data(TensorDataset(x.flip(0)))
+    one, other = (TensorDataset(torch.arange(6.0)), TensorDataset(torch.arange(6.0).flip(0)))
+    assert fingerprint_of_data(one) != fingerprint_of_data(other)

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from _study import data, metric, net, task
+from _study import data, net, task
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import TensorDataset
-
-from torch_gradmatch.evaluation.task import near_duplicates
 
 
 def all_of(split: Any) -> list[int]:
@@ -57,7 +54,6 @@ def check_sides(own: Any, split: Any, groups: dict[int, Any], *, complete: bool)
 
 
 def test_groups_that_all_domains_have_are_shared_out():
-    """The same drawings in several styles: unseen style and unseen drawing."""
     by_domain = task(*data(samples=240)).by_domain
     groups = {i: place % 20 for own in by_domain.values() for place, i in enumerate(own)}  # each thrice in each style
     own = task(*data(samples=240), group_of=groups)
@@ -82,12 +78,6 @@ def test_groups_of_the_held_out_domain_alone_are_all_scored():
     assert not {i for i in range(96) if groups[i] == groups[0]} & {i for side in split.training.values() for i in side}
 
 
-def test_groups_that_leave_a_domain_nothing_are_named():
-    own = task(group_of={i: data()[1][i] for i in range(96)})
-    with pytest.raises(ValueError, match="leave domain 'north' no sample to select by where 'east' is held out"):
-        own.split("east", 0)
-
-
 def test_permuted_domains_keep_sizes_and_whole_groups():
     own = task()
     other = own.permuted(1)
@@ -101,17 +91,6 @@ def test_permuted_domains_keep_sizes_and_whole_groups():
             of_group.setdefault(grouped.group_of[i], set()).add(label)
     assert all(len(labels) == 1 for labels in of_group.values())
     assert sorted(i for indices in grouped.by_domain.values() for i in indices) == list(range(96))
-
-
-@pytest.mark.parametrize(("noise", "twins"), [(0.05, True), (1.0, False)])
-def test_near_identical_samples_are_found(noise: float, twins: bool):
-    generator = torch.Generator().manual_seed(0)
-    patients = torch.randn(40, 12, generator=generator).repeat_interleave(4, 0)
-    x = patients + noise * torch.randn(160, 12, generator=generator)
-    domains = [("a", "b", "c", "d")[i // 40] for i in range(160)]
-    found = near_duplicates(task(TensorDataset(x, torch.zeros(160)), domains))
-    assert set(found) == ({"a", "b", "c", "d"} if twins else set())
-    assert near_duplicates(task(*data())) == {}  # five numbers are too few to tell
 
 
 def test_a_metric_of_a_whole_domain_sees_all_outputs_at_once():
@@ -128,18 +107,3 @@ def test_a_metric_of_a_whole_domain_sees_all_outputs_at_once():
     _, (outputs, targets) = kept.score(model, range(700))
     assert targets == dataset.tensors[1].tolist()
     torch.testing.assert_close(torch.tensor(outputs), model(dataset.tensors[0]).detach())
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"metric": lambda m, b: m(b[0])}, r"one number for each of 96 samples \(got \(96, 2\)\); for a metric of a"),
-        ({"metric": lambda m, b: 0.5}, r"metric should return a row for each sample \(got float\)"),
-        ({"metric": lambda m, b: torch.ones(3)}, r"for each of 96 samples \(got \(3,\)\)"),
-        ({"predict": lambda m, b: (m(b[0]), 3)}, r"predict should return a row for each sample \(got int\)"),
-    ],
-)  # fmt: skip
-def test_a_metric_of_another_shape_is_refused(changed: dict[str, Any], message: str):
-    own = task(**({"metric": metric} | changed))
-    with pytest.raises(ValueError, match=message):
-        own.score(net().eval(), range(96))
