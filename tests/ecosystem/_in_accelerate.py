@@ -35,7 +35,7 @@ def train(
     arguments |= {"precision": PRECISIONS[precision], "workers": workers}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     options += ["--cpu"] if resume_from is None else ["--cpu", "--resume"]
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state()
     with watched(example) as (network, answers), mock.patch.object(example, "finish", wraps=example.finish) as finish:
         example.train(method, example.make_parser().parse_args(options), directory)
     accelerator = finish.call_args.args[0]  # it holds optimizer, scheduler and loader

@@ -19,7 +19,14 @@ from torch_gradmatch.integrations.lightning import GradMatchCallback
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
 
 
 class Staying(GradMatchCallback):
@@ -79,7 +86,7 @@ def train(
     callbacks: Sequence[Any] | None = None,
     **settings: Any,
 ) -> Trained:
-    settings = QUIET | {"logger": False, "num_sanity_val_steps": 0, "accumulate_grad_batches": accumulate} | settings
+    settings = QUIET | {"accumulate_grad_batches": accumulate} | settings
     settings |= {"limit_val_batches": 0} if evaluate_every is None else {"val_check_interval": evaluate_every}
     # On a CPU Lightning would make bfloat16 of "16-mixed"; given as a plugin it scales the loss as on a GPU.
     scaled = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
@@ -92,7 +99,6 @@ def train(
             max_steps=steps,
             callbacks=[saver, *([Staying()] if callbacks is None else callbacks)],
             log_every_n_steps=example.LOG_EVERY,
-            use_distributed_sampler=False,
             gradient_clip_val=0.5 if model.automatic_optimization else None,
             **settings,
         )

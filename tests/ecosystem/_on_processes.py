@@ -7,28 +7,30 @@ precision, so that what differs between one process and several is rounding.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from _spurious_data import BATCH_SIZE, DOMAINS, make_data
+from _training import Trained
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from torch_gradmatch import DomainBatchSampler, Fish, GradMatch, check_loader
 
 STEPS, SAVED = 39, 22  # two epochs of 16 steps and seven more; in an inner loop of the second
 BETWEEN = 20  # two inner loops of the second epoch
 SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-SIZES = [256, 192, 100, 130]  # of the domains, where their last batches are smaller
+RANKS = {"num_replicas": SIZE, "rank": int(os.environ.get("RANK", "0")), "split": "batch"}
 
 
 def make_model(seed: int = 0) -> nn.Sequential:
@@ -44,16 +46,16 @@ def whole(value: Any) -> Any:
         return full.detach().clone()
     if isinstance(value, dict):
         return {key: whole(entry) for key, entry in value.items()}
-    return [whole(entry) for entry in value] if isinstance(value, list | tuple) else copy.deepcopy(value)
+    return [whole(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def state(model: nn.Module, optimizer: GradMatch, **more: Any) -> dict[str, Any]:
-    weights = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
-    saved, report = optimizer.state_dict(), optimizer.last_meta_step
-    kept = {key: entry for key, entry in saved["state"].items() if isinstance(key, int)}
-    slow = {key: saved["gradmatch"].get(key, {}) for key in ("slow_weights", "slow_buffers")}
-    found = {"model": weights, "optimizer": kept, "slow": slow, "inner_step": optimizer.inner_step}
-    return whole(found | {"measured": None if report is None else report.scalars()} | more)
+def state(trained: Trained, **more: Any) -> dict[str, Any]:
+    optimizer, report = trained.optimizer, trained.optimizer.last_meta_step
+    saved = optimizer.state_dict()
+    found = {"model": dict(trained.network.state_dict()), "optimizer": saved["state"]}
+    found |= {"slow": saved["gradmatch"].get("slow_weights", {}), "inner_step": optimizer.inner_step}
+    found |= {"measured": None if report is None else report.scalars(), "steps": trained.schedule.last_epoch}
+    return whole(found | more)
 
 
 def raised(function: Callable[[], Any]) -> str:
@@ -64,66 +66,29 @@ def raised(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def uneven() -> tuple[Subset[Any], list[str]]:
-    data, names, _ = make_data()
-    kept = [index for index in range(DOMAINS * 256) if index % 256 < SIZES[index // 256]]
-    return Subset(data, kept), [names[index] for index in kept]
-
-
-def ranks() -> dict[str, Any]:
-    return {"num_replicas": SIZE, "rank": int(os.environ.get("RANK", "0")), "split": "batch"}
-
-
 # ----------------------------------------------------------------------------------------------------------- Accelerate
 
 
 def in_accelerate(directory: Path) -> dict[str, Any]:
-    import with_accelerate as example
+    import _in_accelerate
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
 
-    made: list[Any] = []
-    kinds: set[type] = set()
-    sharded = False
+    _in_accelerate.example.make_model = make_model
 
-    class Remembered(Accelerator):
-        def __init__(self, *args: Any, **settings: Any) -> None:
-            AcceleratorState._reset_state()
-            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
-            super().__init__(*args, **settings, **({"fsdp_plugin": plugin} if sharded else {}))
-            made.append(self)
-            if sharded and self.num_processes > 1:  # which Accelerate has for accelerators only
-                PartialState().distributed_type = self.state.distributed_type = DistributedType.FSDP
-                self.state.fsdp_plugin = plugin
+    def train(steps: int, method: str = "Fish", where: str = "fish", **settings: Any) -> dict[str, Any]:
+        trained = _in_accelerate.train(directory / where, steps, method, **settings)
+        assert {hasattr(parameter, "full_tensor") for parameter in trained.network.parameters()} == {where == "sharded"}
+        return state(trained, place=trained.place["_index_sampler_state"]["position"])
 
-    def train(method: str, where: str, *arguments: str) -> dict[str, Any]:
-        options = example.make_parser().parse_args(["--cpu", "--epochs", "4", *arguments])
-        model, _ = example.train(method, options, directory / where)
-        accelerator = made[-1]
-        kinds.update({type(parameter) for parameter in model.parameters()} if sharded else ())
-        scheduler, loader = accelerator._schedulers[0], accelerator._custom_objects[0]
-        place = loader.state_dict()["_index_sampler_state"]["position"]
-        more = {"steps": scheduler.scheduler.last_epoch, "place": place}
-        return state(model, accelerator._optimizers[0].optimizer, **more)
-
-    def by_itself() -> dict[str, Any]:
-        """A sampler that splits, and a loader that is not prepared."""
-        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
-        (data, names), model = uneven(), make_model()
-        sampler = DomainBatchSampler(names, 32, exhausted="cycle", **ranks())
-        fish = Fish(0.05, inner_steps=DOMAINS, inner_state="reset", model=model)
-        optimizer = gradmatch = GradMatch(torch.optim.AdamW(model.parameters(), 0.3), fish)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
-        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-        loader = DataLoader(data, batch_sampler=sampler)
-        check_loader(optimizer, loader)
-        for x, y in loader:
-            optimizer.zero_grad()
-            accelerator.backward(nn.functional.cross_entropy(model(x.to(accelerator.device)), y))
-            optimizer.step()
-            scheduler.step()
-        return state(model, gradmatch, steps=scheduler.scheduler.last_epoch)
+    def sharding(**settings: Any) -> Accelerator:
+        """FSDP2 on CPUs: Accelerate has it for accelerators only."""
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+        accelerator = Accelerator(**settings, fsdp_plugin=plugin)
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        return accelerator
 
     def prepared(split_batches: bool, **settings: Any) -> None:
         AcceleratorState._reset_state()
@@ -133,27 +98,19 @@ def in_accelerate(directory: Path) -> dict[str, Any]:
         optimizer = GradMatch(torch.optim.SGD(make_model().parameters(), 0.1), Fish(inner_steps=DOMAINS))
         check_loader(*accelerator.prepare(optimizer, loader))
 
-    example.Accelerator, example.make_model = Remembered, make_model
-    to_the_end = ("--stop-at", str(STEPS), "--save-every", "1000")
-    found: dict[str, Any] = {
-        "fish": train("Fish", "fish", *to_the_end),
-        "stopped": train("Fish", "fish", "--stop-at", str(SAVED), "--save-every", str(SAVED)),
-        "resumed": train("Fish", "fish", *to_the_end, "--resume"),
-        "exact": train("exact", "exact", "--stop-at", "7"),
-        "by itself": by_itself(),
-    }
-    sharded, as_it_is = True, PartialState().distributed_type
+    found: dict[str, Any] = {"fish": train(STEPS), "stopped": train(SAVED, save_every=SAVED)}
+    found |= {"resumed": train(STEPS, resume_from=SAVED), "exact": train(7, "exact")}
     if SIZE > 1:
-        found["sharded"] = train("Fish", "sharded", *to_the_end)
-        assert len(kinds) == 1
-        assert kinds.pop().__name__ == "DTensor"
-        found["sharded, in mid-loop"] = raised(lambda: train("Fish", "mid-loop", "--save-every", str(SAVED)))
-        train("Fish", "sharded", "--stop-at", str(BETWEEN), "--save-every", str(BETWEEN))
-        found["sharded, resumed"] = train("Fish", "sharded", *to_the_end, "--resume")
-    sharded, PartialState().distributed_type = False, as_it_is
-    if SIZE > 1:
+        as_it_is = PartialState().distributed_type
+        with mock.patch.object(_in_accelerate.example, "Accelerator", sharding):
+            sharded = partial(train, where="sharded")
+            found["sharded"] = sharded(STEPS)
+            found["sharded, in mid-loop"] = raised(lambda: sharded(STEPS, save_every=SAVED))
+            sharded(BETWEEN, save_every=BETWEEN)
+            found["sharded, resumed"] = sharded(STEPS, resume_from=BETWEEN)
+        PartialState().distributed_type = as_it_is
         found["apart"] = raised(lambda: prepared(False))
-        found["twice"] = raised(lambda: prepared(True, **ranks()))
+        found["twice"] = raised(lambda: prepared(True, **RANKS))
     AcceleratorState._reset_state()
     return found
 
@@ -162,59 +119,26 @@ def in_accelerate(directory: Path) -> dict[str, Any]:
 
 
 def in_lightning(directory: Path) -> dict[str, Any]:
-    import lightning
-    import with_lightning as example
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    import _in_lightning
 
-    from torch_gradmatch.integrations.lightning import GradMatchCallback
+    _in_lightning.example.make_model = make_model
 
-    example.make_model = make_model
+    def fit(steps: int, method: str = "Fish", **settings: Any) -> dict[str, Any]:
+        where = {"devices": SIZE, "strategy": "ddp" if SIZE > 1 else "auto"}
+        return state(_in_lightning.train(directory, steps, method, save_every=SAVED, **where, **settings))
 
-    class Bare(example.Classifier):
-        """Its loader is a DataLoader, which Lightning changes."""
+    def bare(distributed: bool, **ranks: Any) -> str:
+        class Bare(_in_lightning.Recording):
+            """Its loader is a DataLoader, which Lightning changes."""
 
-        settings: dict[str, Any]
+            def train_dataloader(self) -> Any:
+                return DataLoader(self.data, batch_sampler=DomainBatchSampler(self.domains, BATCH_SIZE, **ranks))
 
-        def train_dataloader(self) -> Any:
-            return DataLoader(self.data, batch_sampler=DomainBatchSampler(self.domains, BATCH_SIZE, **self.settings))
+        return raised(lambda: fit(5, use_distributed_sampler=distributed, kind=Bare))
 
-    def fit(
-        where: str, max_steps: int, resume: bool = False, split: bool = False, model: Any = None, method: str = "Fish"
-    ) -> dict[str, Any]:
-        model = example.Classifier(method) if model is None else model
-        callback = GradMatchCallback()
-        callback.on_train_end = lambda *_: None  # stop where training stops, for the comparison
-        saver = ModelCheckpoint(directory / where, "{step}", every_n_train_steps=SAVED, save_top_k=-1)
-        trainer = lightning.Trainer(
-            max_steps=max_steps,
-            callbacks=[saver, callback],
-            accelerator="cpu",
-            devices=SIZE,
-            strategy="ddp" if SIZE > 1 else "auto",
-            use_distributed_sampler=split,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            gradient_clip_val=0.5 if model.automatic_optimization else None,
-        )
-        trainer.fit(model, ckpt_path=directory / where / f"step={SAVED}.ckpt" if resume else None)
-        return state(model, trainer.optimizers[0], steps=trainer.lr_scheduler_configs[0].scheduler.last_epoch)
-
-    def bare(distributed: bool, **settings: Any) -> str:
-        model = Bare()
-        model.settings = settings
-        return raised(lambda: fit("bare", 5, split=distributed, model=model))
-
-    found: dict[str, Any] = {
-        "fish": fit("fish", STEPS),
-        "resumed": fit("fish", STEPS, resume=True),
-        "exact": fit("exact", 7, method="exact"),
-    }
+    found: dict[str, Any] = {"fish": fit(STEPS), "resumed": fit(STEPS, resume_from=SAVED), "exact": fit(7, "exact")}
     if SIZE > 1:
-        found["apart"] = bare(False)
-        found["bare"] = bare(False, **ranks())
-        found["twice"] = bare(True, **ranks())
+        found |= {"apart": bare(False), "bare": bare(False, **RANKS), "twice": bare(True, **RANKS)}
     return found
 
 
@@ -222,39 +146,28 @@ def in_lightning(directory: Path) -> dict[str, Any]:
 
 
 def in_trainer(directory: Path) -> dict[str, Any]:
-    import with_trainer as example
+    import _in_trainer
 
+    example = _in_trainer.example
     example.make_model = make_model
 
-    def train(resume: bool = False, **settings: Any) -> dict[str, Any]:
-        arguments = {"use_cpu": True, "max_steps": STEPS, "per_device_train_batch_size": BATCH_SIZE // SIZE}
-        trainer = example.make_trainer("Fish", str(directory), **arguments | settings)
-        gradmatch = trainer.gradmatch
-        trainer.train(resume_from_checkpoint=f"{directory}/checkpoint-{SAVED}" if resume else None)
-        return state(trainer.model, gradmatch, steps=trainer.lr_scheduler.last_epoch)
+    def train(**settings: Any) -> dict[str, Any]:
+        size = {"per_device_train_batch_size": BATCH_SIZE // SIZE}
+        return state(_in_trainer.train(directory, STEPS, **size, **settings))
 
-    found: dict[str, Any] = {
-        "fish": train(save_strategy="steps", save_steps=SAVED),
-        "resumed": train(resume=True, save_strategy="no"),
-    }
+    def prepared(**ranks: Any) -> str:
+        class Prepared(example.DomainTrainer):
+            def get_train_dataloader(self) -> Any:
+                sampler = DomainBatchSampler(self.domains, BATCH_SIZE, **ranks)
+                loader = self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=sampler))
+                check_loader(self.gradmatch, loader)
+                return loader
 
-    class Prepared(example.DomainTrainer):
-        ranks: dict[str, Any]
+        with mock.patch.object(example, "DomainTrainer", Prepared):
+            return raised(train)
 
-        def get_train_dataloader(self) -> Any:
-            sampler = DomainBatchSampler(self.domains, BATCH_SIZE, **self.ranks)
-            loader = self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=sampler))
-            check_loader(self.gradmatch, loader)
-            return loader
-
-    as_it_is, example.DomainTrainer = example.DomainTrainer, Prepared
-    if SIZE > 1:
-        Prepared.ranks = {}
-        found["apart"] = raised(train)
-        Prepared.ranks = ranks()
-        found["twice"] = raised(train)
-    example.DomainTrainer = as_it_is
-    return found
+    found: dict[str, Any] = {"fish": train(save_every=SAVED), "resumed": train(resume_from=SAVED)}
+    return found | ({"apart": prepared(), "twice": prepared(**RANKS)} if SIZE > 1 else {})
 
 
 def main() -> None:
@@ -272,7 +185,7 @@ def main() -> None:
                     assert other[case] == value
                 else:
                     assert all(torch.equal(other[case]["model"][key], value["model"][key]) for key in value["model"])
-    if int(os.environ.get("RANK", "0")) == 0:
+    if RANKS["rank"] == 0:
         torch.save(found, directory / f"{name}.pt")
     if SIZE > 1:
         arguments = ["--epochs", "1", "--directory", str(directory / "example")]
