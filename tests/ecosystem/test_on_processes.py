@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ import pytest
 import torch
 from _training import assert_same
 
+assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
-AS_YOU_MADE_IT = ("as you made it", "leave it out of what the framework prepares")
+SAID = {
+    "apart": ("num_replicas=1, rank=0", "needs split='batch'", "of 2: pass them to the sampler"),
+    "bare": ("nothing",),
+    "twice": ("TypeError", "DistributedSampler"),  # Lightning's replacement for our sampler's domains
+    "sharded, in mid-loop": ("KeyError", "save between two inner loops (optimizer.inner_step is 0)"),
+}
 
 
 def run(name: str, size: int, directory: Path) -> tuple[dict[str, Any], str]:
@@ -33,47 +40,18 @@ def run(name: str, size: int, directory: Path) -> tuple[dict[str, Any], str]:
     return torch.load(directory / f"{name}.pt", weights_only=True), finished.stdout
 
 
-def assert_close(found: Any, expected: Any, where: str) -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_close(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11, msg=lambda text: f"{where}: {text}")
-    else:
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-11), where
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("accelerate", {"apart": AS_YOU_MADE_IT, "twice": AS_YOU_MADE_IT}),
-        (
-            "lightning",
-            {
-                "apart": ("num_replicas=1, rank=0", "needs split='batch'", "of 2: pass them to the sampler"),
-                "bare": ("nothing",),
-                "twice": ("TypeError", "DistributedSampler"),  # Lightning's replacement for our sampler's domains
-            },
-        ),
-        ("trainer", {"apart": AS_YOU_MADE_IT, "twice": AS_YOU_MADE_IT}),
-    ],
-    ids=["accelerate", "lightning", "trainer"],
-)
-def test_two_processes_end_where_one_does(name: str, said: dict[str, tuple[str, ...]], tmp_path: Path):
+@pytest.mark.parametrize("name", ["accelerate", "lightning", "trainer"])
+def test_two_processes_end_where_one_does(name: str, tmp_path: Path):
     """In Accelerate by DDP and by FSDP2, which replaces the parameters under the GradMatch."""
     one, _ = run(name, 1, tmp_path / "one")
     two, printed = run(name, 2, tmp_path / "two")
-    for case, expected in one.items():
-        assert_close(two[case], expected, case)
+    assert_close({case: two[case] for case in one}, one)
     assert (two["fish"]["inner_step"], two["fish"]["steps"]) == (3, 39)
     assert_same(two["resumed"], two["fish"])
     assert printed.count("Fish  accuracy on the held-out domain") == 1
-    for case, words in said.items():
-        assert all(word in two[case] for word in words), two[case]
+    for case in SAID.keys() & two.keys():
+        assert all(words in two[case] for words in SAID[case]), two[case]
     if name == "accelerate":
         assert {f"loss/domain {domain}" for domain in range(4)} <= two["exact"]["measured"].keys()
-        assert_close(two["sharded"], two["fish"], "sharded")
+        assert_close(two["sharded"], two["fish"])
         assert_same(two["sharded, resumed"], two["sharded"])
-        for words in ("KeyError", "save between two inner loops (optimizer.inner_step is 0)"):
-            assert words in two["sharded, in mid-loop"]

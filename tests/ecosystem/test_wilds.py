@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -58,23 +59,13 @@ def tiny_bert(tmp_path_factory) -> Path:
 def command(root, tiny_bert, tmp_path):
     """Return the command line of a small run: one that the data set's own settings would make in days."""
 
-    def make(dataset: str, method: str, *more: str, out: str = "run") -> list[str]:
-        small = {
-            "domains-per-step": 3,
-            "warm-start": 2,
-            "iterations": 3,
-            "max-tokens": 16,
-            "batch-size": 4,
-            # The deep ones make single pixels of 32: BatchNorm of so few numbers has no useful second derivative.
-            "image-size": 32 if dataset == "poverty" else 64,
-            "weights": tiny_bert if dataset in TEXTS else "none",
-            "log-every": 1,
-            "workers": 0,
-            "out": tmp_path / out,
-            "root": root,
-        }
-        given = [f"--{name}={value}" for name, value in small.items()]
-        return [f"--dataset={dataset}", f"--method={method}", *given, *more]
+    def make(dataset: str, method: str, more: str = "", out: str = "run") -> list[str]:
+        weights = tiny_bert if dataset in TEXTS else "none"
+        # The deep ones make single pixels of 32: BatchNorm of so few numbers has no useful second derivative.
+        size = 32 if dataset == "poverty" else 64
+        small = "--domains-per-step 3 --warm-start 2 --iterations 3 --max-tokens 16 --batch-size 4 --log-every 1"
+        where = f"--workers 0 --out {tmp_path / out} --root {root} --weights {weights} --image-size {size}"
+        return f"--dataset {dataset} --method {method} {small} {where} {more}".split()
 
     return make
 
@@ -82,10 +73,6 @@ def command(root, tiny_bert, tmp_path):
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def no_tokens(texts: list[str]) -> torch.Tensor:
-    return torch.zeros(len(texts))
 
 
 def domain_of(dataset, name: str, metadata: torch.Tensor) -> set[str]:
@@ -107,13 +94,15 @@ def open_miniature(name: str, root: Path) -> Any:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_an_epoch_serves_the_domains_of_the_data_set(name, root):
-    """Every batch is of one domain, every group of distinct ones, and no sample comes twice within a domain."""
+    """Batches are of one domain, groups of distinct ones, and no sample comes twice within a domain."""
     dataset = open_miniature(name, root)
     transform = wilds_data.image_transform(PAPER[name], 8, training=True)
-    data = wilds_data.TrainingData(dataset, PAPER[name], transform, no_tokens if name in TEXTS else None, workers=0)
+    tokens = (lambda texts: torch.zeros(len(texts))) if name in TEXTS else None
+    data = wilds_data.TrainingData(dataset, PAPER[name], transform, tokens, workers=0)
     subset = dataset.get_subset("train")
     expected = [domain_of(dataset, name, row) for row in subset.metadata_array]
-    assert set(data.domains) == set.union(*expected)
+    assert {domain: len(indices) for domain, indices in data.domains.items()} == Counter(itertools.chain(*expected))
+    assert any(len(domains) > 1 for domains in expected) == (name == "civil")  # every identity that is mentioned
     served: dict[str, Counter[int]] = {label: Counter() for label in data.domains}
     candidates: list[set[str]] = []  # of every batch: two identities may fit one of comments
     for _, labels, metadata, positions in data.by_domain(batch_size=4, domains_per_step=3, seed=0):
@@ -129,15 +118,6 @@ def test_an_epoch_serves_the_domains_of_the_data_set(name, root):
         assert all(len(set.union(*candidates[i : i + 3])) == 3 for i in range(0, len(candidates), 3))
         # The epoch ends when fewer than three domains have a batch left.
         assert sum(len(served[label]) < len(indices) for label, indices in data.domains.items()) < 3
-
-
-def test_a_comment_is_served_by_every_identity_it_mentions(root):
-    dataset = open_miniature("civil", root)
-    data = wilds_data.TrainingData(dataset, PAPER["civil"], None, no_tokens, workers=0)
-    mentioned = dataset.get_subset("train").metadata_array[:, :8].sum(dim=1)
-    assert (mentioned > 1).any()
-    assert sum(map(len, data.domains.values())) == int(mentioned.clamp(min=1).sum())
-    assert len(data.domains) == 18
 
 
 @pytest.mark.parametrize(
@@ -159,15 +139,10 @@ def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path,
     phases = [("train", 3)] if erm else [("warm_start", 2), ("train", 3)]
     assert [(row["phase"], int(row["iteration"])) for row in log] == [(p, i + 1) for p, n in phases for i in range(n)]
     assert [int(row["gradients"]) for row in log] == ([1, 2, 3] if erm else [1, 2, 5, 8, 11])
-    own = set.union(*(domain_of(dataset, name, m) for m in dataset.get_subset("train").metadata_array))
     for row in log:
-        assert all(np.isfinite(float(row[column])) for column in ("loss", "inner_product"))
+        assert np.isfinite([float(row[column]) for column in ("loss", "inner_product", "grad_norm")]).all()
         assert -1 <= float(row["cosine"]) <= 1
-        assert 0 < float(row["grad_norm"]) < np.inf
-        served = row["domains"].split("; ") if row["domains"] else []
-        assert len(served) == (3 if row["phase"] == "train" and not erm else 0)
-        assert all(label in own for several in served for label in several.split("|"))
-        assert len(set(served)) == len(served) or name == "civil"
+        assert row["domains"].count("; ") == (2 if row["phase"] == "train" and not erm else 0)
 
     # What is predicted, read as WILDS's own evaluation reads it, gives the metrics that were reported.
     assert list(results) == [split for split in dataset.split_dict if split != "train"]
@@ -198,7 +173,6 @@ def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path,
         means = {"loss", "grad_norm", "inner_product", "cosine", *(["gamma"] if method == "idgm" else [])}
         of_domains = {f"{mean}/{domain}" for mean in ("loss", "grad_norm") for domain in report.domains}
         assert scalars.keys() == {f"train/{each}" for each in means | of_domains}
-        assert set(report.domains) <= own
         assert {each: shown[each][int(row["gradients"])] for each in scalars} == pytest.approx(scalars, rel=1e-6)
 
 
@@ -226,22 +200,21 @@ def holds(path: Path, state: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize(
     ("name", "metric", "values", "kept"),
     [
-        ("camelyon", "acc_avg", [0.1, 0.2, 0.9, float("nan"), 0.3], 2),  # NaN never is best
+        ("poverty", "r_wg", [0.1, 0.2, 0.9, float("nan"), 0.3], 2),  # NaN never is best
         ("fmow", "acc_worst_region", [0.9, 0.1], 1),  # the last
     ],
     ids=["the best on val", "on fmow the last"],
 )
 def test_one_model_is_kept(name, metric, values, kept, command, monkeypatch, tmp_path):
     states = script_evaluations(monkeypatch, "train", metric, values)
-    train.main(command(name, "fish", "--warm-start=0", f"--iterations={len(values)}", "--eval-every=1"))
+    train.main(command(name, "fish", f"--warm-start 0 --iterations {len(values)} --eval-every 1"))
     found = [holds(tmp_path / "run" / "best.pt", state) for state in states]
     assert found == [index == kept for index in range(len(values))]
 
 
 def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(command, monkeypatch, tmp_path):
-    states = script_evaluations(monkeypatch, "warm_start", "acc_avg", [0.9, 0.1])
-    meta_step = train.GradMatch.meta_step
-    first = tmp_path / "first.pt"
+    states = script_evaluations(monkeypatch, "warm_start", "r_wg", [0.9, 0.1])
+    meta_step, first = train.GradMatch.meta_step, tmp_path / "first.pt"
 
     def noted(optimizer, loss_fn, batches):
         if not first.exists():
@@ -250,7 +223,7 @@ def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(c
         return meta_step(optimizer, loss_fn, batches)
 
     monkeypatch.setattr(train.GradMatch, "meta_step", noted)
-    train.main(command("camelyon", "fish", "--warm-start=4", "--iterations=1", "--eval-every=2"))
+    train.main(command("poverty", "fish", "--warm-start 4 --iterations 1 --eval-every 2"))
     assert [holds(first, state) for state in states] == [True, False]
 
 
@@ -288,14 +261,14 @@ def kill_after(rows_wanted: int, arguments: list[str], log: Path, number: int) -
     [
         pytest.param("camelyon", "fish", 2, 4, id="camelyon-fish-workers"),
         pytest.param("amazon", "idgm", 0, 5, id="amazon-idgm"),
-        pytest.param("camelyon", "smooth_fish", 0, 1, id="camelyon-in-the-warm-start"),
+        pytest.param("poverty", "smooth_fish", 0, 1, id="poverty-in-the-warm-start"),
         pytest.param("poverty", "fish", 0, 4, id="poverty-augmented"),
     ],
 )
 def test_a_run_that_was_killed_resumes_bit_for_bit(name, method, workers, rows_wanted, command, tmp_path):
-    often = ("--checkpoint-every=2", "--iterations=6", "--warm-start=3", "--eval-every=4", f"--workers={workers}")
-    train.main(command(name, method, *often, out="whole"))
-    arguments = command(name, method, *often, "--resume", out="killed")
+    often = f"--checkpoint-every 2 --iterations 6 --warm-start 3 --eval-every 4 --workers {workers}"
+    train.main(command(name, method, often, out="whole"))
+    arguments = command(name, method, f"{often} --resume", out="killed")
     assert kill_after(rows_wanted, arguments, tmp_path / "killed" / "log.csv", signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "results.json").exists()
     train.main(arguments)
@@ -303,7 +276,7 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(name, method, workers, rows_w
 
 
 def test_sigterm_saves_a_checkpoint(command, tmp_path):
-    arguments = command("poverty", "erm", "--checkpoint-every=1000", "--iterations=400", "--warm-start=0")
+    arguments = command("poverty", "erm", "--checkpoint-every 1000 --iterations 400")
     log = tmp_path / "run" / "log.csv"
     assert kill_after(3, arguments, log, signal.SIGTERM) == 1
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -312,10 +285,9 @@ def test_sigterm_saves_a_checkpoint(command, tmp_path):
 
 def test_an_epoch_ends_and_the_next_begins_also_across_a_resume(command, tmp_path):
     """Two epochs of three batches, stopped by ``--epochs`` at first, then continued with more."""
-    base = ("--iterations=100000", "--batch-size=60", "--image-size=16", "--eval-every=3")
-    train.main(command("poverty", "erm", *base, "--epochs=2", out="whole"))
-    train.main(command("poverty", "erm", *base, "--epochs=1", out="parts"))
-    train.main(command("poverty", "erm", *base, "--epochs=2", "--resume", out="parts"))
+    base = "--iterations 100000 --batch-size 60 --image-size 16 --eval-every 3"
+    for out, more in ("whole", "--epochs 2"), ("parts", "--epochs 1"), ("parts", "--epochs 2 --resume"):
+        train.main(command("poverty", "erm", f"{base} {more}", out))
     assert [row["epoch"] for row in rows(tmp_path / "parts" / "log.csv")] == ["0"] * 3 + ["1"] * 3
     evaluated = [row["iteration"] for row in rows(tmp_path / "parts" / "evaluations.csv") if row["metric"] == "r_wg"]
     assert evaluated == ["3", "6"]  # once, although --eval-every and the end of the epoch both ask for it
@@ -333,24 +305,22 @@ def test_the_command_line_gives_fish_the_authors_step():
 
 
 @pytest.mark.parametrize("method", ["fish", "idgm"])
-def test_amp_runs_the_network_in_bfloat16(method, command):
-    seen = set()
+def test_amp_runs_the_network_in_bfloat16(method, command, monkeypatch):
+    forward, seen = torch.nn.Linear.forward, set()
 
-    def note(module, _, output):
-        if isinstance(module, torch.nn.Linear):
-            seen.add(output.dtype)
+    def noting(layer, x):
+        output = forward(layer, x)
+        seen.add(output.dtype)
+        return output
 
-    hook = torch.nn.modules.module.register_module_forward_hook(note)
-    try:
-        train.main(command("civil", method, "--amp"))
-    finally:
-        hook.remove()
+    monkeypatch.setattr(torch.nn.Linear, "forward", noting)
+    train.main(command("civil", method, "--amp"))
     assert seen == {torch.bfloat16}
 
 
 def test_distilbert_without_pretrained_weights_learns_its_tokenizer(command, tmp_path):
     """The whole network, 66 M parameters, for one iteration."""
-    train.main(command("civil", "fish", "--weights=none", "--warm-start=0", "--iterations=1"))
+    train.main(command("civil", "fish", "--weights none --warm-start 0 --iterations 1"))
     vocabulary = json.loads((tmp_path / "run" / "tokenizer.json").read_text())["model"]["vocab"]
     assert {"people", "[PAD]", "[CLS]"} <= set(vocabulary)
     weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
@@ -379,50 +349,40 @@ def fails(arguments: list[str], capsys) -> str:
     return str(caught.value.code) if caught.value.code != 2 else capsys.readouterr().err
 
 
-MISSING = ["iwildcam is not complete in --root", "--download", "wilds.get_dataset('iwildcam'", "make_miniature.py"]
+CANNOT = {
+    "no data": (
+        "iwildcam",
+        "--root nowhere",
+        r"not complete in --root.*--download.*get_dataset\('iwild.*make_miniature.py",
+    ),
+    "a file of the data": ("iwildcam", "--root part", "metadata.csv"),
+    "no such weights": ("iwildcam", "--weights nowhere.pth", "resnet50-0676ba61.pth.*--weights none"),
+    "no such folder of weights": ("civil", "--weights nowhere", "--weights nowhere is no folder"),
+    "a text model offline": ("amazon", "--weights pretrained", "hf download distilbert-base-uncased.*--weights none"),
+    "an image model offline": ("fmow", "--weights pretrained", "densenet121-a639ec97.pth"),
+    "too many domains": ("poverty", "--domains-per-step 7", "--domains-per-step is 7, but there are 6 domains"),
+    "one domain": ("poverty", "--domains-per-step 1", r"at least 2 to match gradients \(got 1\)"),
+    "empty batches": ("poverty", "--batch-size 0", r"--batch-size should be at least 1 \(got 0\)"),
+    "no such method": ("poverty", "--method fishy", "invalid choice: 'fishy'"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "expected"),
-    [
-        pytest.param("iwildcam", ["--root=nowhere"], MISSING, id="no data"),
-        pytest.param("iwildcam", ["--root=part"], ["metadata.csv"], id="a file of the data"),
-        pytest.param("iwildcam", ["--weights=no.pth"], ["resnet50-0676ba61.pth", "--weights none"], id="no such file"),
-        pytest.param("civil", ["--weights=no"], ["--weights no is no folder"], id="no such folder"),
-        pytest.param(
-            "amazon",
-            ["--weights=pretrained"],
-            ["hf download distilbert-base-uncased", "--weights none"],
-            id="a text model without network",
-        ),
-        pytest.param("fmow", ["--weights=pretrained"], ["densenet121-a639ec97.pth"], id="weights without network"),
-        pytest.param(
-            "poverty",
-            ["--domains-per-step=7"],
-            ["--domains-per-step is 7, but there are 6 domains"],
-            id="too many domains",
-        ),
-        pytest.param("poverty", ["--domains-per-step=1"], ["at least 2 to match gradients (got 1)"], id="one domain"),
-        pytest.param("poverty", ["--batch-size=0"], ["--batch-size should be at least 1 (got 0)"], id="empty batches"),
-        pytest.param("poverty", ["--method=fishy"], ["invalid choice: 'fishy'"], id="no such method"),
-    ],
-)
-def test_what_cannot_be_says_what_to_do(name, more, expected, command, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "more", "words"), CANNOT.values(), ids=CANNOT)
+def test_what_cannot_be_says_what_to_do(name, more, words, command, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     (tmp_path / "part" / "iwildcam_v2.0").mkdir(parents=True)
     (tmp_path / "part" / "iwildcam_v2.0" / "RELEASE_v2.0.txt").touch()
-    message = fails(command(name, "fish", *more), capsys)
-    assert all(part in message for part in expected), message
-    if "--root=nowhere" in more:
+    assert re.search(words, fails(command(name, "fish", more), capsys), flags=re.DOTALL)
+    if more == "--root nowhere":
         assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_options(command, capsys):
     train.main(command("poverty", "erm"))
     assert "holds a run already: pass --resume" in fails(command("poverty", "erm"), capsys)
-    message = fails(command("poverty", "erm", "--resume", "--batch-size=3"), capsys)
+    message = fails(command("poverty", "erm", "--resume --batch-size 3"), capsys)
     assert "--batch-size is 3, but the run in" in message
 
 
