@@ -18,15 +18,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torch_gradmatch.integrations.lightning import GradMatchCallback
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "logger": False,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,
-}
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+OFF = ("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler", "num_sanity_val_steps")
 
 
 class Staying(GradMatchCallback):
@@ -43,7 +36,8 @@ class Recording(example.Classifier):
         super().__init__(method)
         self.workers, self.skip = workers, skip
         self.told: list[tuple[Any, str]] = []
-        self.inner_steps: list[int] = []
+
+    test_step = example.Classifier.validation_step
 
     def train_dataloader(self) -> Any:
         loader = super().train_dataloader()
@@ -54,9 +48,7 @@ class Recording(example.Classifier):
 
     def training_step(self, batch: Any, index: int) -> Any:
         if self.hparams.method == "Fish":
-            optimizer = self.optimizers()
-            self.told.append((optimizer.domain, domain_of(*batch)))
-            self.inner_steps.append(optimizer.inner_step)
+            self.told.append((self.optimizers().domain, domain_of(*batch)))
         return None if self.global_step in self.skip else super().training_step(batch, index)
 
 
@@ -83,21 +75,23 @@ def train(
     skip: Collection[int] = (),
     scaler: Any = None,
     kind: type[Recording] = Recording,
-    callbacks: Sequence[Any] | None = None,
+    weights: Any = "slow",
+    callbacks: Sequence[Any] = (),
     **settings: Any,
 ) -> Trained:
-    settings = QUIET | {"accumulate_grad_batches": accumulate} | settings
+    settings = {"accelerator": "cpu", "accumulate_grad_batches": accumulate} | dict.fromkeys(OFF, False) | settings
     settings |= {"limit_val_batches": 0} if evaluate_every is None else {"val_check_interval": evaluate_every}
-    # On a CPU Lightning would make bfloat16 of "16-mixed"; given as a plugin it scales the loss as on a GPU.
-    scaled = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
-    settings |= scaled if precision == "fp16" else {"precision": PRECISIONS[precision]}
+    if precision == "fp16":  # on a CPU Lightning makes it bfloat16; given as a plugin it scales the loss as on a GPU
+        settings["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
+    else:
+        settings["precision"] = PRECISIONS[precision]
     saver = ModelCheckpoint(directory, "{step}", every_n_train_steps=save_every, save_top_k=-1)
     with warnings.catch_warnings(), watched(example) as (network, answers):
         warnings.filterwarnings("ignore", module="lightning")
         model = kind(method, workers, skip)
         trainer = lightning.Trainer(
             max_steps=steps,
-            callbacks=[saver, *([Staying()] if callbacks is None else callbacks)],
+            callbacks=[saver, *(callbacks or [Staying(weights)])],
             log_every_n_steps=example.LOG_EVERY,
             gradient_clip_val=0.5 if model.automatic_optimization else None,
             **settings,

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import with_trainer as example
 from _training import Trained, domain_of, watched
-from transformers import TrainerCallback
 
 
-def build(directory: Path, steps: int, method: str = "Fish", **arguments: Any) -> Trained:
-    """Set training up.
-
-    Returns:
-        What it will end with.
-    """
-    with watched(example) as (network, answers):
-        settings = {"use_cpu": True, "save_strategy": "no", "max_steps": steps, "per_device_eval_batch_size": 4000}
+def build(directory: Path, steps: int, method: str = "Fish", weights: Any = "slow", **arguments: Any) -> Trained:
+    """Set training up."""
+    settings = {"use_cpu": True, "save_strategy": "no", "max_steps": steps, "per_device_eval_batch_size": 4000}
+    with (
+        watched(example) as (network, answers),
+        mock.patch.object(example, "DomainTrainer", partial(example.DomainTrainer, weights=weights)),
+    ):
         trainer = example.make_trainer(method, str(directory), **settings | arguments)
     trained = Trained(network, trainer.optimizer, trainer.lr_scheduler, trainer, answers=answers)
     training_step = trainer.training_step
@@ -25,9 +25,7 @@ def build(directory: Path, steps: int, method: str = "Fish", **arguments: Any) -
     def noting(model: Any, inputs: dict[str, Any], *more: Any) -> Any:
         domain = domain_of(inputs["features"], inputs["labels"])
         loss = training_step(model, inputs, *more)
-        trained.losses.append((domain, loss.item()))
-        if method == "Fish":
-            trained.told.append((trainer.gradmatch.domain, domain))
+        trained.told.append((domain if trainer.gradmatch is None else trainer.gradmatch.domain, domain))
         return loss
 
     trainer.training_step = noting
@@ -45,7 +43,6 @@ def train(
     precision: str = "fp32",
     accumulate: int = 1,
     workers: int = 0,
-    callbacks: tuple[type[TrainerCallback], ...] = (),
     **arguments: Any,
 ) -> Trained:
     arguments |= {"bf16": precision == "bf16", "gradient_accumulation_steps": accumulate}
@@ -53,7 +50,5 @@ def train(
     arguments |= {"eval_strategy": "steps", "eval_steps": evaluate_every} if evaluate_every else {}
     arguments |= {"dataloader_num_workers": workers, "dataloader_prefetch_factor": 4} if workers else {}
     trained = build(directory, steps, method, **arguments)
-    for callback in callbacks:
-        trained.trainer.add_callback(callback)
     trained.trainer.train(resume_from_checkpoint=resume_from and f"{directory}/checkpoint-{resume_from}")
     return trained

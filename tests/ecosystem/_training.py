@@ -25,27 +25,16 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.half}
 
 @dataclass
 class Trained:
-    """What training ends with.
-
-    Attributes:
-        network: As ``make_model`` of the example has made it.
-        optimizer: Itself, not what a framework wraps it in.
-        schedule: torch's.
-        trainer: Lightning's or the Trainer.
-        place: Where the loader stands.
-        told: The domain that the optimizer was told with each batch, and the one that the batch is from.
-        losses: Of each domain's batches.
-        answers: What the network answered in evaluation.
-    """
+    """What training ends with. Nothing here is what a framework wraps it in, but for ``trainer``, its own."""
 
     network: nn.Module
     optimizer: Any
     schedule: Any = None
     trainer: Any = None
-    place: Any = None
-    told: list[tuple[Any, str]] = field(default_factory=list)
-    losses: list[tuple[str, float]] = field(default_factory=list)
-    answers: list[Tensor] = field(default_factory=list)
+    place: Any = None  # of the loader
+    told: list[tuple[Any, str]] = field(default_factory=list)  # the domain that the optimizer was told, and the batch's
+    losses: list[tuple[str, float]] = field(default_factory=list)  # of the batches, behind their domains
+    answers: list[Tensor] = field(default_factory=list)  # of the network in evaluation
 
     def evaluated(self) -> list[Tensor]:
         """Return the answers on the whole held-out domain, of each evaluation."""
@@ -60,23 +49,6 @@ class Trained:
         schedule = {key: value for key, value in self.schedule.state_dict().items() if not key.startswith("_")}
         state = {"network": dict(self.network.state_dict()), "optimizer": optimizer, "schedule": schedule}
         return copy.deepcopy(state)
-
-
-def assert_same(one: Any, other: Any, path: str = "state") -> None:
-    """Check that two nested states are the same, bit for bit."""
-    assert type(one) is type(other), path
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}[{index}]")
-    elif isinstance(one, Tensor):
-        assert torch.equal(one, other), path
-    else:
-        assert one == other, path
 
 
 def domain_of(features: Tensor, classes: Tensor) -> str:

@@ -10,24 +10,10 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import _optimizer_laws as laws
 import pytest
 import torch
-from _optimizer_laws import (
-    Algorithm1,
-    assert_same,
-    check_cannot,
-    check_carry,
-    check_list,
-    check_reset,
-    check_reset_in_training,
-    check_wrapping,
-    domains,
-    equal,
-    has_modes,
-    meta_step,
-    walk,
-    wrapped,
-)
+from _optimizer_laws import Algorithm1, assert_same, domains, equal, has_modes, meta_step, walk, wrapped
 from _optimizers import CANNOT, MODULES, NOT_RESET, process_group, recipes
 from torch import nn
 
@@ -68,7 +54,7 @@ def alone(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_the_lists_name_all_and_no_others():
-    check_list(RECIPES[name] for name in NAMES)
+    laws.check_list(RECIPES[name] for name in NAMES)
     assert {each.cls.__name__ for each in RECIPES.values()} >= KEEPS_POINTS
     assert {*CANNOT, *LOSSY, *NO_COPY, *UNSAFE} <= set(RECIPES)
 
@@ -76,9 +62,9 @@ def test_the_lists_name_all_and_no_others():
 @pytest.mark.parametrize(
     ("check", "name"),
     [
-        *((check, name) for check in (check_carry, check_reset) for name in NAMES),
-        *((check_reset_in_training, name) for name in POINTS),
-        *((check_cannot, name) for name in CANNOT),
+        *((check, name) for check in (laws.check_carry, laws.check_reset) for name in NAMES),
+        *((laws.check_reset_in_training, name) for name in POINTS),
+        *((laws.check_cannot, name) for name in CANNOT),
     ],
 )
 def test_what_is_refused_and_else_is_algorithm_1(check: Callable[[Any], None], name: str):
@@ -87,7 +73,7 @@ def test_what_is_refused_and_else_is_algorithm_1(check: Callable[[Any], None], n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrapping_leaves_the_optimizer_alone(name: str, monkeypatch: pytest.MonkeyPatch):
-    check_wrapping(RECIPES[name], monkeypatch)
+    laws.check_wrapping(RECIPES[name], monkeypatch)
 
 
 @every_fish
@@ -178,12 +164,3 @@ def test_a_deep_copy_goes_its_own_way(name: str):
         walk(recipe, model, optimizer, [*domains(1)[2:], *domains(2)])
         assert optimizer.inner_step == 0
         assert_same(model, expected.model, "a copy was made")
-
-
-@pytest.mark.parametrize("name", ["pytorch_optimizer.Ranger", "schedulefree.SGDScheduleFree", "timm.Lookahead"])
-def test_the_methods_of_the_wrapped_optimizer_are_within_reach(name: str):
-    _, optimizer = wrapped(RECIPES[name], "reset")
-    for method in ("eval", "train", "sync_lookahead", "compute_hutchinson_hessian"):
-        assert hasattr(optimizer, method) == hasattr(optimizer.optimizer, method)
-    with pytest.raises(AttributeError, match="no_such_method"):
-        optimizer.no_such_method  # noqa: B018

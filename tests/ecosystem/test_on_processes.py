@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from _training import assert_same
+from _models import assert_identical
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 HERE = Path(__file__).parent
@@ -47,11 +47,11 @@ def test_two_processes_end_where_one_does(name: str, tmp_path: Path):
     two, printed = run(name, 2, tmp_path / "two")
     assert_close({case: two[case] for case in one}, one)
     assert (two["fish"]["inner_step"], two["fish"]["steps"]) == (3, 39)
-    assert_same(two["resumed"], two["fish"])
+    assert_identical(two["resumed"], two["fish"])
     assert printed.count("Fish  accuracy on the held-out domain") == 1
     for case in SAID.keys() & two.keys():
         assert all(words in two[case] for words in SAID[case]), two[case]
     if name == "accelerate":
         assert {f"loss/domain {domain}" for domain in range(4)} <= two["exact"]["measured"].keys()
         assert_close(two["sharded"], two["fish"])
-        assert_same(two["sharded, resumed"], two["sharded"])
+        assert_identical(two["sharded, resumed"], two["sharded"])

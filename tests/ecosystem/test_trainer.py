@@ -1,9 +1,8 @@
-"""What is the Trainer's own: saved models, averages, logs of accumulated losses, the rows of its data set."""
+"""What is the Trainer's own: saved models, logs of accumulated losses, the rows of its data set."""
 
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +10,27 @@ import _in_trainer as trainer
 import pytest
 import torch
 from _in_trainer import example
+from _models import assert_identical
 from _spurious_data import DOMAINS, make_data
-from _training import DOMAIN_NAMES, assert_same, plain_loop
+from _training import DOMAIN_NAMES, plain_loop
 from safetensors.torch import load_file
-
-from torch_gradmatch import Average, GradMatch
-from torch_gradmatch.integrations.huggingface import DomainTrainer
-
-
-def saved_model(trained: Any, directory: Path) -> dict[str, Any]:
-    trained.trainer.save_model(str(directory))
-    return {name.removeprefix("network."): value for name, value in load_file(directory / "model.safetensors").items()}
 
 
 def test_a_model_is_saved_in_an_inner_loop(tmp_path: Path):
-    expected = trainer.train(tmp_path, DOMAINS).network.state_dict()
+    expected = trainer.train(tmp_path, DOMAINS).network
     trained = trainer.train(tmp_path, DOMAINS + 2)
     assert trained.optimizer.inner_step == 2
-    assert not torch.equal(trained.network[0].weight, expected["0.weight"])
+    assert not torch.equal(trained.network[0].weight, expected[0].weight)
     for block in contextlib.nullcontext(), trained.optimizer.slow_weights():
         with block:
-            assert_same(saved_model(trained, tmp_path / "model"), dict(expected))
+            trained.trainer.save_model(str(tmp_path / "model"))
+        found = load_file(tmp_path / "model" / "model.safetensors")
+        assert_identical(found, {f"network.{name}": value for name, value in expected.state_dict().items()})
         (tmp_path / "model" / "model.safetensors").unlink()
     rows = trained.trainer.eval_dataset
     predicted = trained.trainer.predict(rows).predictions
     trained.optimizer.rollback()
     assert (trained.trainer.predict(rows).predictions == predicted).all()
-
-
-def test_the_average_is_evaluated_and_saved_from_when_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    slow = trainer.train(tmp_path, 14, evaluate_every=6).evaluated()
-    monkeypatch.setattr(example, "GradMatch", lambda optimizer, fish: GradMatch(optimizer, fish, Average(start=1)))
-    monkeypatch.setattr(example, "DomainTrainer", partial(DomainTrainer, weights="averaged"))
-    trained = trainer.train(tmp_path, 14, evaluate_every=6)
-    assert torch.equal(trained.evaluated()[0], slow[0])  # after 1 meta-update there is no average yet
-    assert not torch.equal(trained.evaluated()[1], slow[1])
-    found = saved_model(trained, tmp_path / "model")
-    assert not torch.equal(found["0.weight"], trained.network[0].weight)
-    with trained.optimizer.averaged_weights():
-        assert_same(found, dict(trained.network.state_dict()))
-    monkeypatch.setattr(example, "DomainTrainer", partial(DomainTrainer, weights="fast"))
-    with pytest.raises(ValueError, match=r"weights should be .*\(got 'fast'\)"):
-        trainer.build(tmp_path, 14)
 
 
 @pytest.mark.parametrize("method", ["ERM", "Fish"])
@@ -63,6 +41,8 @@ def test_the_losses_of_the_domains_in_logs_are_means_over_the_accumulated_batche
     for name in DOMAIN_NAMES:
         last = [loss for domain, loss in losses if domain == name][-2:]
         assert logged[f"loss/{name}"] == pytest.approx(sum(last), rel=1e-6)
+    if method == "Fish":  # where names are the same the Trainer's count
+        assert logged["grad_norm"] != trained.optimizer.last_meta_step.scalars()["grad_norm"]
 
 
 def test_rows_of_lists_and_of_data_sets_that_fetch_batches_are_served_alike(tmp_path: Path):
@@ -75,7 +55,7 @@ def test_rows_of_lists_and_of_data_sets_that_fetch_batches_are_served_alike(tmp_
         built = trainer.build(tmp_path, 1).trainer
         built.train_dataset = kind(make_data()[0])
         seen.append([batch["features"].sum() for batch in built.get_train_dataloader()])
-    assert_same(*seen)
+    assert_identical(*seen)
 
 
 def test_domains_that_are_not_those_of_the_data_set_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

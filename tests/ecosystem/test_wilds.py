@@ -22,7 +22,7 @@ import pytest
 import torch
 import train
 import wilds_data
-from _training import assert_same
+from _models import assert_identical
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision import models
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, DistilBertTokenizerFast
@@ -239,7 +239,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         for state in (a, b):
             for free in ("options", "log", "random"):
                 state.pop(free, None)
-        assert_same(a, b, file)
+        assert_identical(a, b, file)
     for path in (one / "predictions").iterdir():
         assert path.read_text() == (other / "predictions" / path.name).read_text()
 
