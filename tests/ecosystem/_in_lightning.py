@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning
 import with_lightning as example
@@ -30,21 +32,14 @@ class Staying(GradMatchCallback):
 
 
 class Recording(example.Classifier):
-    """Notes the domains that it is trained on, and takes the settings that a test wants."""
+    """Notes the domains that it is trained on, and leaves steps out."""
 
-    def __init__(self, method: str, workers: int = 0, skip: Collection[int] = ()) -> None:
+    def __init__(self, method: str, skip: Collection[int] = ()) -> None:
         super().__init__(method)
-        self.workers, self.skip = workers, skip
+        self.skip = skip
         self.told: list[tuple[Any, str]] = []
 
     test_step = example.Classifier.validation_step
-
-    def train_dataloader(self) -> Any:
-        loader = super().train_dataloader()
-        if not self.workers:
-            return loader
-        ahead = {"num_workers": self.workers, "prefetch_factor": 4}
-        return StatefulDataLoader(self.data, batch_sampler=loader.batch_sampler, **ahead)
 
     def training_step(self, batch: Any, index: int) -> Any:
         if self.hparams.method == "Fish":
@@ -86,9 +81,14 @@ def train(
     else:
         settings["precision"] = PRECISIONS[precision]
     saver = ModelCheckpoint(directory, "{step}", every_n_train_steps=save_every, save_top_k=-1)
-    with warnings.catch_warnings(), watched(example) as (network, answers):
+    ahead = {"num_workers": workers, "prefetch_factor": 4 if workers else None}
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(example, "StatefulDataLoader", partial(StatefulDataLoader, **ahead)),
+        watched(example) as (network, answers),
+    ):
         warnings.filterwarnings("ignore", module="lightning")
-        model = kind(method, workers, skip)
+        model = kind(method, skip)
         trainer = lightning.Trainer(
             max_steps=steps,
             callbacks=[saver, *(callbacks or [Staying(weights)])],

@@ -16,19 +16,13 @@ from _models import assert_identical
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
-SAID = {
-    "apart": ("num_replicas=1, rank=0", "needs split='batch'", "of 2: pass them to the sampler"),
-    "bare": ("nothing",),
-    "twice": ("TypeError", "DistributedSampler"),  # Lightning's replacement for our sampler's domains
-    "sharded, in mid-loop": ("KeyError", "save between two inner loops (optimizer.inner_step is 0)"),
-}
 
 
 def run(name: str, size: int, directory: Path) -> tuple[dict[str, Any], str]:
     """Return what a framework ends with on some processes, and what it prints."""
     directory.mkdir()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"] if size > 1 else []
-    paths = [str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
     finished = subprocess.run(
         [sys.executable, *launch, str(HERE / "_on_processes.py"), name, str(directory)],
         capture_output=True,
@@ -49,9 +43,8 @@ def test_two_processes_end_where_one_does(name: str, tmp_path: Path):
     assert (two["fish"]["inner_step"], two["fish"]["steps"]) == (3, 39)
     assert_identical(two["resumed"], two["fish"])
     assert printed.count("Fish  accuracy on the held-out domain") == 1
-    for case in SAID.keys() & two.keys():
-        assert all(words in two[case] for words in SAID[case]), two[case]
     if name == "accelerate":
         assert {f"loss/domain {domain}" for domain in range(4)} <= two["exact"]["measured"].keys()
         assert_close(two["sharded"], two["fish"])
         assert_identical(two["sharded, resumed"], two["sharded"])
+        assert "save between two inner loops (optimizer.inner_step is 0)" in two["said in mid-loop"]
