@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from ast import literal_eval
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import make_miniature
 import numpy as np
@@ -19,12 +22,15 @@ import pytest
 import torch
 import train
 import wilds_data
-from _same import assert_same
+from _models import assert_identical
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wilds_options import METHODS, parse
+from torchvision import models
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, DistilBertTokenizerFast
+from wilds.common.utils import avg_over_groups
+from wilds_models import make_model
+from wilds_options import parse
 from wilds_settings import PAPER
 
-SCRIPT = Path(train.__file__)
 TEXTS = ("amazon", "civil")
 IDENTITIES = ("male", "female", "LGBTQ", "christian", "muslim", "other_religions", "black", "white")
 
@@ -39,8 +45,6 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     """A folder such as ``--weights PATH`` takes: a DistilBERT of two narrow layers and its tokenizer."""
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification, DistilBertTokenizerFast
-
     folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *make_miniature.FILLER, "label", "domain"]
     words += [f"##{digit}" for digit in range(10)]
@@ -55,14 +59,13 @@ def tiny_bert(tmp_path_factory) -> Path:
 def command(root, tiny_bert, tmp_path):
     """Return the command line of a small run: one that the data set's own settings would make in days."""
 
-    def make(dataset: str, method: str, *more: str, out: str = "run", workers: int = 0) -> list[str]:
-        small = ["--domains-per-step", "3", "--warm-start", "2", "--iterations", "3", "--max-tokens", "16"]
+    def make(dataset: str, method: str, more: str = "", out: str = "run") -> list[str]:
+        weights = tiny_bert if dataset in TEXTS else "none"
         # The deep ones make single pixels of 32: BatchNorm of so few numbers has no useful second derivative.
-        small += ["--batch-size", "4", "--image-size", "32" if dataset == "poverty" else "64"]
-        weights = str(tiny_bert) if dataset in TEXTS else "none"
-        small += ["--weights", weights, "--log-every", "1"]
-        small += ["--workers", str(workers), "--out", str(tmp_path / out), "--root", str(root)]
-        return ["--dataset", dataset, "--method", method, *small, *more]
+        size = 32 if dataset == "poverty" else 64
+        small = "--domains-per-step 3 --warm-start 2 --iterations 3 --max-tokens 16 --batch-size 4 --log-every 1"
+        where = f"--workers 0 --out {tmp_path / out} --root {root} --weights {weights} --image-size {size}"
+        return f"--dataset {dataset} --method {method} {small} {where} {more}".split()
 
     return make
 
@@ -70,10 +73,6 @@ def command(root, tiny_bert, tmp_path):
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def without_seconds(path: Path) -> list[dict[str, str]]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows(path)]
 
 
 def domain_of(dataset, name: str, metadata: torch.Tensor) -> set[str]:
@@ -89,110 +88,92 @@ def domain_of(dataset, name: str, metadata: torch.Tensor) -> set[str]:
     return {f"{field} {names[field][row[field]] if field in names else row[field]}"}
 
 
+def open_miniature(name: str, root: Path) -> Any:
+    return wilds_data.open_dataset(PAPER[name], root, "A", download=False)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_an_epoch_serves_the_domains_of_the_data_set(name, root):
-    """Every batch is of one domain, every group of distinct ones, and no sample comes twice within a domain."""
-    settings = PAPER[name]
-    dataset = wilds_data.open_dataset(settings, root, "A", download=False)
-    transform = wilds_data.image_transform(settings, 8, training=True)
+    """Batches are of one domain, groups of distinct ones, and no sample comes twice within a domain."""
+    dataset = open_miniature(name, root)
+    transform = wilds_data.image_transform(PAPER[name], 8, training=True)
     tokens = (lambda texts: torch.zeros(len(texts))) if name in TEXTS else None
-    data = wilds_data.TrainingData(dataset, settings, transform, tokens, workers=0)
+    data = wilds_data.TrainingData(dataset, PAPER[name], transform, tokens, workers=0)
     subset = dataset.get_subset("train")
     expected = [domain_of(dataset, name, row) for row in subset.metadata_array]
-    assert set(data.domains) == set.union(*expected)
-    loader = data.by_domain(batch_size=4, domains_per_step=3, seed=0)
+    assert {domain: len(indices) for domain, indices in data.domains.items()} == Counter(itertools.chain(*expected))
+    assert any(len(domains) > 1 for domains in expected) == (name == "civil")  # every identity that is mentioned
     served: dict[str, Counter[int]] = {label: Counter() for label in data.domains}
-    group: list[set[str]] = []
-    for _, labels, metadata, positions in loader:
+    candidates: list[set[str]] = []  # of every batch: two identities may fit one of comments
+    for _, labels, metadata, positions in data.by_domain(batch_size=4, domains_per_step=3, seed=0):
         assert torch.equal(labels, subset.y_array[positions])
         assert torch.equal(metadata, subset.metadata_array[positions])
-        candidates = set.intersection(*(expected[position] for position in positions.tolist()))
-        assert data.domains_served(positions) == sorted(candidates)
-        assert candidates
-        group.append(candidates)
-        if len(group) == 3:
-            if name != "civil":  # a batch of comments may fit two identities
-                assert len(set.union(*group)) == 3
-            group = []
-        if len(candidates) == 1:
-            served[next(iter(candidates))].update(positions.tolist())
-    assert not group
+        candidates.append(set.intersection(*(expected[position] for position in positions.tolist())))
+        assert data.domains_served(positions) == sorted(candidates[-1]) != []
+        if len(candidates[-1]) == 1:
+            served[next(iter(candidates[-1]))].update(positions.tolist())
+    assert len(candidates) % 3 == 0
     assert all(count == 1 for counter in served.values() for count in counter.values())
-    # The epoch ends when fewer than three domains have a batch left.
-    left = [label for label, indices in data.domains.items() if len(served[label]) < len(indices)]
-    assert name == "civil" or len(left) < 3
+    if name != "civil":
+        assert all(len(set.union(*candidates[i : i + 3])) == 3 for i in range(0, len(candidates), 3))
+        # The epoch ends when fewer than three domains have a batch left.
+        assert sum(len(served[label]) < len(indices) for label, indices in data.domains.items()) < 3
 
 
-def test_a_comment_is_served_by_every_identity_it_mentions(root):
-    dataset = wilds_data.open_dataset(PAPER["civil"], root, "A", download=False)
-    data = wilds_data.TrainingData(dataset, PAPER["civil"], None, lambda texts: torch.zeros(len(texts)), workers=0)
-    mentioned = dataset.get_subset("train").metadata_array[:, :8].sum(dim=1)
-    assert (mentioned > 1).any()
-    assert sum(map(len, data.domains.values())) == int(mentioned.clamp(min=1).sum())
-    assert len(data.domains) == 18
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "fish") for name in PAPER),
+        *((name, "idgm") for name in ("camelyon", "poverty", "iwildcam", "amazon")),  # once for each network
+        ("poverty", "smooth_fish"),
+        ("iwildcam", "erm"),
+    ],
+)
 def test_it_trains_evaluates_and_predicts(name, method, command, root, tmp_path, monkeypatch):
     reports, meta_step = [], train.GradMatch.meta_step
     monkeypatch.setattr(train.GradMatch, "meta_step", lambda *args: reports.append(meta_step(*args)) or reports[-1])
     results = train.main(command(name, method))
-    out, settings = tmp_path / "run", PAPER[name]
+    out, settings, dataset, erm = tmp_path / "run", PAPER[name], open_miniature(name, root), method == "erm"
+    assert json.loads((out / "results.json").read_text())["options"]["method"] == method
     log = rows(out / "log.csv")
-    phases = [("train", 3)] if method == "erm" else [("warm_start", 2), ("train", 3)]
+    phases = [("train", 3)] if erm else [("warm_start", 2), ("train", 3)]
     assert [(row["phase"], int(row["iteration"])) for row in log] == [(p, i + 1) for p, n in phases for i in range(n)]
-    gradients = np.diff([0, *(int(row["gradients"]) for row in log)]).tolist()
-    assert gradients == ([1, 1, 1] if method == "erm" else [1, 1, 3, 3, 3])
+    assert [int(row["gradients"]) for row in log] == ([1, 2, 3] if erm else [1, 2, 5, 8, 11])
     for row in log:
-        assert all(np.isfinite(float(row[column])) for column in ("loss", "inner_product", "cosine", "grad_norm"))
+        assert np.isfinite([float(row[column]) for column in ("loss", "inner_product", "grad_norm")]).all()
         assert -1 <= float(row["cosine"]) <= 1
-        assert float(row["grad_norm"]) > 0
-    dataset = wilds_data.open_dataset(settings, root, "A", download=False)
-    own = set.union(*(domain_of(dataset, name, m) for m in dataset.get_subset("train").metadata_array))
-    for row in log:
-        served = row["domains"].split("; ") if row["domains"] else []
-        assert len(served) == (3 if row["phase"] == "train" and method != "erm" else 0)
-        assert all(label in own for several in served for label in several.split("|"))
-        assert len(set(served)) == len(served) or name == "civil"
+        assert row["domains"].count("; ") == (2 if row["phase"] == "train" and not erm else 0)
+
     # What is predicted, read as WILDS's own evaluation reads it, gives the metrics that were reported.
-    splits = [split for split in dataset.split_dict if split != "train"]
-    assert list(results) == splits
+    assert list(results) == [split for split in dataset.split_dict if split != "train"]
     replicate = "fold:A" if name == "poverty" else "seed:0"
-    for split in splits:
+    for split, found in results.items():
         path = out / "predictions" / f"{settings.wilds_name}_split:{split}_{replicate}_epoch:best_pred.csv"
         predicted = torch.tensor([literal_eval(line) for line in path.read_text().splitlines() if line])
         subset = dataset.get_subset(split)
-        if predicted.shape != subset.y_array.shape:
-            predicted = predicted.unsqueeze(-1)
-        metrics, _ = dataset.eval(predicted, subset.y_array, subset.metadata_array)
+        metrics, _ = dataset.eval(predicted.view_as(subset.y_array), subset.y_array, subset.metadata_array)
         assert settings.metric in metrics
         for metric, value in metrics.items():
-            assert results[split][metric] == pytest.approx(float(value), nan_ok=True, rel=1e-6, abs=1e-6), metric
-    assert json.loads((out / "results.json").read_text())["options"]["method"] == method
+            assert found[metric] == pytest.approx(float(value), nan_ok=True, rel=1e-6, abs=1e-6), metric
     # The model that is kept is the one evaluated: its metric on "val" is among those logged for this phase.
-    logged = [
-        float(row["value"])
-        for row in rows(out / "evaluations.csv")
-        if row["phase"] == "train" and row["metric"] == settings.metric
-    ]
+    evaluated = [row for row in rows(out / "evaluations.csv") if row["phase"] == "train"]
+    logged = [float(row["value"]) for row in evaluated if row["metric"] == settings.metric]
     assert any(results["val"][settings.metric] == pytest.approx(value, nan_ok=True, abs=1e-6) for value in logged)
+
+    # The board has the numbers of the log, and of each domain that was served what the report said of it.
     board = EventAccumulator(str(out / "tensorboard")).Reload()
-    shown = {event.step: event.value for event in board.Scalars("train/inner_product")}
-    expected = {int(row["gradients"]): float(row["inner_product"]) for row in log if row["phase"] == "train"}
-    assert shown == pytest.approx(expected, rel=1e-6)
-    assert f"val/{settings.metric}" in board.Tags()["scalars"]
-    # And of each domain that was served what the report said of it.
-    for row, report in zip([row for row in log if row["phase"] == "train"], reports, strict=False):
+    shown = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    assert f"val/{settings.metric}" in shown
+    trained = [row for row in log if row["phase"] == "train"]
+    expected = {int(row["gradients"]): float(row["inner_product"]) for row in trained}
+    assert shown["train/inner_product"] == pytest.approx(expected, rel=1e-6)
+    assert len(reports) == (0 if erm else 3)
+    for row, report in zip(trained, reports, strict=not erm):
         scalars = report.scalars("train/") | {"train/loss": float(row["loss"])}
-        # The first of a walk has no others before it to agree with; IDGM also reports its gamma.
-        assert len(scalars) == (14 if method == "idgm" else 12)
-        assert {name.removeprefix("train/loss/") for name in scalars if "/loss/" in name} <= own
-        for name, value in scalars.items():
-            assert value == pytest.approx(
-                next(event.value for event in board.Scalars(name) if event.step == int(row["gradients"])), rel=1e-6
-            )
-    assert len(reports) == (0 if method == "erm" else 3)
+        means = {"loss", "grad_norm", "inner_product", "cosine", *(["gamma"] if method == "idgm" else [])}
+        of_domains = {f"{mean}/{domain}" for mean in ("loss", "grad_norm") for domain in report.domains}
+        assert scalars.keys() == {f"train/{each}" for each in means | of_domains}
+        assert {each: shown[each][int(row["gradients"])] for each in scalars} == pytest.approx(scalars, rel=1e-6)
 
 
 def script_evaluations(monkeypatch, phase: str, metric: str, values: list[float]) -> list[dict[str, torch.Tensor]]:
@@ -216,23 +197,24 @@ def holds(path: Path, state: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(found[name], value) for name, value in state.items())
 
 
-def test_the_best_model_on_val_is_kept(command, monkeypatch, tmp_path):
-    """Of five evaluations the third is best; NaN never is."""
-    states = script_evaluations(monkeypatch, "train", "acc_avg", [0.1, 0.2, 0.9, float("nan"), 0.3])
-    train.main(command("camelyon", "fish", "--warm-start", "0", "--iterations", "5", "--eval-every", "1"))
-    assert [holds(tmp_path / "run" / "best.pt", state) for state in states] == [False, False, True, False, False]
-
-
-def test_on_fmow_the_last_model_is_kept(command, monkeypatch, tmp_path):
-    states = script_evaluations(monkeypatch, "train", "acc_worst_region", [0.9, 0.1])
-    train.main(command("fmow", "fish", "--warm-start", "0", "--iterations", "2", "--eval-every", "1"))
-    assert [holds(tmp_path / "run" / "best.pt", state) for state in states] == [False, True]
+@pytest.mark.parametrize(
+    ("name", "metric", "values", "kept"),
+    [
+        ("poverty", "r_wg", [0.1, 0.2, 0.9, float("nan"), 0.3], 2),  # NaN never is best
+        ("fmow", "acc_worst_region", [0.9, 0.1], 1),  # the last
+    ],
+    ids=["the best on val", "on fmow the last"],
+)
+def test_one_model_is_kept(name, metric, values, kept, command, monkeypatch, tmp_path):
+    states = script_evaluations(monkeypatch, "train", metric, values)
+    train.main(command(name, "fish", f"--warm-start 0 --iterations {len(values)} --eval-every 1"))
+    found = [holds(tmp_path / "run" / "best.pt", state) for state in states]
+    assert found == [index == kept for index in range(len(values))]
 
 
 def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(command, monkeypatch, tmp_path):
-    states = script_evaluations(monkeypatch, "warm_start", "acc_avg", [0.9, 0.1])
-    meta_step = train.GradMatch.meta_step
-    first = tmp_path / "first.pt"
+    states = script_evaluations(monkeypatch, "warm_start", "r_wg", [0.9, 0.1])
+    meta_step, first = train.GradMatch.meta_step, tmp_path / "first.pt"
 
     def noted(optimizer, loss_fn, batches):
         if not first.exists():
@@ -241,7 +223,7 @@ def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(c
         return meta_step(optimizer, loss_fn, batches)
 
     monkeypatch.setattr(train.GradMatch, "meta_step", noted)
-    train.main(command("camelyon", "fish", "--warm-start", "4", "--iterations", "1", "--eval-every", "2"))
+    train.main(command("poverty", "fish", "--warm-start 4 --iterations 1 --eval-every 2"))
     assert [holds(first, state) for state in states] == [True, False]
 
 
@@ -249,21 +231,21 @@ def test_fish_begins_with_the_best_model_of_the_warm_start_and_a_new_optimizer(c
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    assert without_seconds(one / "log.csv") == without_seconds(other / "log.csv")
+    logs = [[row | {"seconds": ""} for row in rows(folder / "log.csv")] for folder in (one, other)]
+    assert logs[0] == logs[1]
     assert rows(one / "evaluations.csv") == rows(other / "evaluations.csv")
     for file in ("best.pt", "checkpoint.pt"):
         a, b = (torch.load(folder / file, weights_only=True) for folder in (one, other))
-        parts = ("model", "optimizer", "sampler", "phase", "iteration", "epoch", "gradients", "best")
-        for part in parts if file == "checkpoint.pt" else (None,):
-            assert_same(a[part] if part else a, b[part] if part else b)
+        for state in (a, b):
+            for free in ("options", "log", "random"):
+                state.pop(free, None)
+        assert_identical(a, b, file)
     for path in (one / "predictions").iterdir():
         assert path.read_text() == (other / "predictions" / path.name).read_text()
 
 
 def kill_after(rows_wanted: int, arguments: list[str], log: Path, number: int) -> int:
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, train.__file__, *arguments], stdout=subprocess.DEVNULL, stderr=-1)
     deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().count("\n") > rows_wanted):
         assert process.poll() is None, process.stderr.read().decode()
@@ -277,39 +259,35 @@ def kill_after(rows_wanted: int, arguments: list[str], log: Path, number: int) -
 @pytest.mark.parametrize(
     ("name", "method", "workers", "rows_wanted"),
     [
-        ("camelyon", "fish", 2, 4),
-        ("amazon", "idgm", 0, 5),
-        ("camelyon", "smooth_fish", 0, 1),
-        ("poverty", "fish", 0, 4),
+        pytest.param("camelyon", "fish", 2, 4, id="camelyon-fish-workers"),
+        pytest.param("amazon", "idgm", 0, 5, id="amazon-idgm"),
+        pytest.param("poverty", "smooth_fish", 0, 1, id="poverty-in-the-warm-start"),
+        pytest.param("poverty", "fish", 0, 4, id="poverty-augmented"),
     ],
-    ids=["camelyon-fish-workers", "amazon-idgm", "camelyon-in-the-warm-start", "poverty-augmented"],
 )
 def test_a_run_that_was_killed_resumes_bit_for_bit(name, method, workers, rows_wanted, command, tmp_path):
-    often = ("--checkpoint-every", "2", "--iterations", "6", "--warm-start", "3", "--eval-every", "4")
-    train.main(command(name, method, *often, out="whole", workers=workers))
-    arguments = command(name, method, *often, "--resume", out="killed", workers=workers)
-    log = tmp_path / "killed" / "log.csv"
-    assert kill_after(rows_wanted, arguments, log, signal.SIGKILL) == -signal.SIGKILL
+    often = f"--checkpoint-every 2 --iterations 6 --warm-start 3 --eval-every 4 --workers {workers}"
+    train.main(command(name, method, often, out="whole"))
+    arguments = command(name, method, f"{often} --resume", out="killed")
+    assert kill_after(rows_wanted, arguments, tmp_path / "killed" / "log.csv", signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "results.json").exists()
     train.main(arguments)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(command, tmp_path):
-    more = ("--checkpoint-every", "1000", "--iterations", "400", "--warm-start", "0")
-    arguments = command("poverty", "erm", *more)
+def test_sigterm_saves_a_checkpoint(command, tmp_path):
+    arguments = command("poverty", "erm", "--checkpoint-every 1000 --iterations 400")
     log = tmp_path / "run" / "log.csv"
     assert kill_after(3, arguments, log, signal.SIGTERM) == 1
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["iteration"] == len(rows(log)) >= 3
 
 
-def test_an_epoch_ends_and_the_next_begins_also_across_a_resume(command, root, tmp_path):
+def test_an_epoch_ends_and_the_next_begins_also_across_a_resume(command, tmp_path):
     """Two epochs of three batches, stopped by ``--epochs`` at first, then continued with more."""
-    base = ("--iterations", "100000", "--batch-size", "60", "--image-size", "16", "--eval-every", "3")
-    train.main(command("poverty", "erm", *base, "--epochs", "2", out="whole"))
-    train.main(command("poverty", "erm", *base, "--epochs", "1", out="parts"))
-    train.main(command("poverty", "erm", *base, "--epochs", "2", "--resume", out="parts"))
+    base = "--iterations 100000 --batch-size 60 --image-size 16 --eval-every 3"
+    for out, more in ("whole", "--epochs 2"), ("parts", "--epochs 1"), ("parts", "--epochs 2 --resume"):
+        train.main(command("poverty", "erm", f"{base} {more}", out))
     assert [row["epoch"] for row in rows(tmp_path / "parts" / "log.csv")] == ["0"] * 3 + ["1"] * 3
     evaluated = [row["iteration"] for row in rows(tmp_path / "parts" / "evaluations.csv") if row["metric"] == "r_wg"]
     assert evaluated == ["3", "6"]  # once, although --eval-every and the end of the epoch both ask for it
@@ -326,25 +304,23 @@ def test_the_command_line_gives_fish_the_authors_step():
     assert str(options.out) == os.path.join("runs", "iwildcam-fish-seed0")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_amp_runs_the_network_in_bfloat16(method, command):
-    seen = set()
+@pytest.mark.parametrize("method", ["fish", "idgm"])
+def test_amp_runs_the_network_in_bfloat16(method, command, monkeypatch):
+    forward, seen = torch.nn.Linear.forward, set()
 
-    def note(module, inputs, output):
-        if isinstance(module, torch.nn.Linear):
-            seen.add(output.dtype)
+    def noting(layer, x):
+        output = forward(layer, x)
+        seen.add(output.dtype)
+        return output
 
-    hook = torch.nn.modules.module.register_module_forward_hook(note)
-    try:
-        train.main(command("civil", method, "--amp"))
-    finally:
-        hook.remove()
+    monkeypatch.setattr(torch.nn.Linear, "forward", noting)
+    train.main(command("civil", method, "--amp"))
     assert seen == {torch.bfloat16}
 
 
 def test_distilbert_without_pretrained_weights_learns_its_tokenizer(command, tmp_path):
     """The whole network, 66 M parameters, for one iteration."""
-    train.main(command("civil", "fish", "--weights", "none", "--warm-start", "0", "--iterations", "1"))
+    train.main(command("civil", "fish", "--weights none --warm-start 0 --iterations 1"))
     vocabulary = json.loads((tmp_path / "run" / "tokenizer.json").read_text())["model"]["vocab"]
     assert {"people", "[PAD]", "[CLS]"} <= set(vocabulary)
     weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
@@ -353,31 +329,18 @@ def test_distilbert_without_pretrained_weights_learns_its_tokenizer(command, tmp
 
 @pytest.mark.parametrize("old_names", [False, True], ids=["present-names", "names-before-torch-1"])
 def test_densenet_begins_with_the_weights_of_a_file(old_names, tmp_path):
-    from torchvision import models
-    from wilds_models import make_model
-
     torch.manual_seed(0)
     state = models.densenet121().state_dict()
+    layer = "features.denseblock2.denselayer3.conv1.weight"
+    expected = state[layer]
     if old_names:
-        state = {
-            (
-                name.replace("norm1.", "norm.1.")
-                .replace("norm2.", "norm.2.")
-                .replace("conv1.", "conv.1.")
-                .replace("conv2.", "conv.2.")
-                if "denselayer" in name
-                else name
-            ): value
-            for name, value in state.items()
-            if "num_batches" not in name
-        }
+        old = {name: re.sub(r"(denselayer.*(?:norm|conv))(\d)", r"\1.\2", name) for name in state}
+        state = {old[name]: value for name, value in state.items() if "num_batches" not in name}
         assert "features.denseblock1.denselayer1.norm.1.weight" in state
     torch.save(state, tmp_path / "weights.pth")
-    model = make_model(PAPER["fmow"], 62, str(tmp_path / "weights.pth"))
-    own = model.state_dict()
+    own = make_model(PAPER["fmow"], 62, str(tmp_path / "weights.pth")).state_dict()
     assert own["classifier.weight"].shape == (62, 1024)
-    layer = "features.denseblock2.denselayer3.conv1.weight"
-    assert torch.equal(own[layer], state[layer.replace("conv1.", "conv.1.") if old_names else layer])
+    assert torch.equal(own[layer], expected)
 
 
 def fails(arguments: list[str], capsys) -> str:
@@ -386,62 +349,41 @@ def fails(arguments: list[str], capsys) -> str:
     return str(caught.value.code) if caught.value.code != 2 else capsys.readouterr().err
 
 
-def test_data_that_is_missing_names_the_command_that_gets_it(command, tmp_path, capsys):
-    message = fails(command("iwildcam", "fish", "--root", str(tmp_path / "nowhere")), capsys)
-    assert "iwildcam is not complete in --root" in message
-    assert "--download" in message
-    assert "wilds.get_dataset('iwildcam'" in message
-    assert "make_miniature.py" in message
-    assert not (tmp_path / "run").exists()
+CANNOT = {
+    "no data": (
+        "iwildcam",
+        "--root nowhere",
+        r"not complete in --root.*--download.*get_dataset\('iwild.*make_miniature.py",
+    ),
+    "a file of the data": ("iwildcam", "--root part", "metadata.csv"),
+    "no such weights": ("iwildcam", "--weights nowhere.pth", "resnet50-0676ba61.pth.*--weights none"),
+    "no such folder of weights": ("civil", "--weights nowhere", "--weights nowhere is no folder"),
+    "a text model offline": ("amazon", "--weights pretrained", "hf download distilbert-base-uncased.*--weights none"),
+    "an image model offline": ("fmow", "--weights pretrained", "densenet121-a639ec97.pth"),
+    "too many domains": ("poverty", "--domains-per-step 7", "--domains-per-step is 7, but there are 6 domains"),
+    "one domain": ("poverty", "--domains-per-step 1", r"at least 2 to match gradients \(got 1\)"),
+    "empty batches": ("poverty", "--batch-size 0", r"--batch-size should be at least 1 \(got 0\)"),
+    "no such method": ("poverty", "--method fishy", "invalid choice: 'fishy'"),
+}
 
 
-def test_a_file_that_is_missing_is_named(command, root, tmp_path, capsys):
-    folder = tmp_path / "part" / "iwildcam_v2.0"
-    folder.mkdir(parents=True)
-    (folder / "RELEASE_v2.0.txt").touch()
-    assert "metadata.csv" in fails(command("iwildcam", "fish", "--root", str(tmp_path / "part")), capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "expected"),
-    [
-        ("iwildcam", "nowhere.pth", ["resnet50-0676ba61.pth", "--weights none"]),
-        ("civil", "nowhere", ["--weights nowhere is no folder"]),
-        ("amazon", "pretrained", ["hf download distilbert-base-uncased", "--weights none"]),
-    ],
-    ids=["file", "folder", "no-network"],
-)
-def test_weights_that_are_missing_name_the_command_that_gets_them(name, weights, expected, command, capsys):
-    message = fails(command(name, "fish", "--weights", weights), capsys)
-    for part in expected:
-        assert part in message
-
-
-def test_pretrained_images_without_network(command, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "more", "words"), CANNOT.values(), ids=CANNOT)
+def test_what_cannot_be_says_what_to_do(name, more, words, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    message = fails(command("fmow", "erm", "--weights", "pretrained"), capsys)
-    assert "densenet121-a639ec97.pth" in message
+    (tmp_path / "part" / "iwildcam_v2.0").mkdir(parents=True)
+    (tmp_path / "part" / "iwildcam_v2.0" / "RELEASE_v2.0.txt").touch()
+    assert re.search(words, fails(command(name, "fish", more), capsys), flags=re.DOTALL)
+    if more == "--root nowhere":
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_options(command, capsys):
     train.main(command("poverty", "erm"))
     assert "holds a run already: pass --resume" in fails(command("poverty", "erm"), capsys)
-    message = fails(command("poverty", "erm", "--resume", "--batch-size", "3"), capsys)
+    message = fails(command("poverty", "erm", "--resume --batch-size 3"), capsys)
     assert "--batch-size is 3, but the run in" in message
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (("--domains-per-step", "7"), "--domains-per-step is 7, but there are 6 domains"),
-        (("--domains-per-step", "1"), "at least 2 to match gradients (got 1)"),
-        (("--batch-size", "0"), "--batch-size should be at least 1 (got 0)"),
-        (("--method", "fishy"), "invalid choice: 'fishy'"),
-    ],
-)
-def test_options_that_make_no_sense(more, expected, command, capsys):
-    assert expected in fails(command("poverty", "fish", *more), capsys)
 
 
 def test_miniatures_are_not_written_among_other_files(tmp_path, capsys):
@@ -452,8 +394,6 @@ def test_miniatures_are_not_written_among_other_files(tmp_path, capsys):
 
 
 def test_the_mean_by_group_is_that_of_a_loop():
-    from wilds.common.utils import avg_over_groups
-
     values, groups = torch.rand(50), torch.randint(0, 7, (50,))
     groups[groups == 3] = 4
     averages, counts = avg_over_groups(values, groups, 8)
