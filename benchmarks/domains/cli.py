@@ -60,7 +60,7 @@ class Protocol:
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
 
 
-TINTED = Protocol(20_000, evaluations=5, methods=MANY, search=FROZEN)
+TINTED = Protocol(20_000, draws=6, evaluations=5, methods=MANY, search=FROZEN)
 SIZES = {
     "default": {
         "watch": Protocol(125_000, every=2),
@@ -71,8 +71,8 @@ SIZES = {
         "emoji-features": Protocol(40_000, validation=0.25, draws=12, evaluations=5, methods=MANY, search=FROZEN),
         "emoji": Protocol(10_800, draws=4, evaluations=4, methods=FEW, search=FINE_TUNING, optimizer=torch.optim.AdamW),
         "tints-4": TINTED,
-        "tints-8": TINTED,
-        "tints-20": replace(TINTED, every=3),
+        "tints-8": replace(TINTED, every=2),
+        "tints-20": replace(TINTED, every=4),
     }
 }
 SIZES["quick"] = {
