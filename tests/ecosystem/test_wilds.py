@@ -259,10 +259,10 @@ def kill_after(rows_wanted: int, arguments: list[str], log: Path, number: int) -
 @pytest.mark.parametrize(
     ("name", "method", "workers", "rows_wanted"),
     [
-        pytest.param("camelyon", "fish", 2, 4, id="camelyon-fish-workers"),
-        pytest.param("amazon", "idgm", 0, 5, id="amazon-idgm"),
-        pytest.param("poverty", "smooth_fish", 0, 1, id="poverty-in-the-warm-start"),
-        pytest.param("poverty", "fish", 0, 4, id="poverty-augmented"),
+        pytest.param("camelyon", "fish", 2, 6, id="camelyon-fish-workers"),
+        pytest.param("amazon", "idgm", 0, 6, id="amazon-idgm"),
+        pytest.param("poverty", "smooth_fish", 0, 3, id="poverty-in-the-warm-start"),
+        pytest.param("poverty", "fish", 0, 6, id="poverty-augmented"),
     ],
 )
 def test_a_run_that_was_killed_resumes_bit_for_bit(name, method, workers, rows_wanted, command, tmp_path):
