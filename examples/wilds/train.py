@@ -53,11 +53,11 @@ if TYPE_CHECKING:
     from wilds_data import TrainingData
     from wilds_logs import RunLog
 
-NEEDED = {"wilds": "wilds", "torchvision": "torchvision", "tensorboard": "tensorboard", "transformers": "transformers"}
+NEEDED = ("wilds", "torchvision", "torchdata", "tensorboard", "transformers")
 CHECKPOINT_VERSION = 1
 PROGRESS = ("phase", "iteration", "epoch", "gradients", "best", "evaluated")  # of a Run, and its checkpoints
 # A resumed run may differ from the one that was killed in these.
-FREE_TO_CHANGE = {"root", "out", "resume", "download", "workers", "device", "checkpoint_every", "epochs", "iterations"}
+FREE_TO_CHANGE = {"root", "out", "resume", "download", "device", "checkpoint_every", "epochs", "iterations"}
 # "optimizer" is that of the inner steps, of ERM and of the warm start: "adam" is Adam with amsgrad.
 OPTIMIZERS: dict[str, Callable[[Any, float], Optimizer]] = {
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, amsgrad=True),
@@ -328,7 +328,7 @@ class Run:
             **progress,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.state_dict(),
+            "loader": self.loader.state_dict() if self.iteration else None,  # it would begin to fetch
             "since_log": list(self.since_log),
             "random": random_state(self.device),
             "log": self.log.state_dict(),
@@ -360,7 +360,8 @@ class Run:
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
+        if state["loader"] is not None:
+            self.loader.load_state_dict(state["loader"])
         self.since_log = [loss.to(self.device) for loss in state["since_log"]]
         restore_random_state(state["random"], self.device)
 
@@ -395,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         Split -> metrics of the model that was kept.
     """
     options, settings = parse(__doc__ or "", arguments)
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"this script needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}")
     from wilds_data import MissingDataError, TrainingData, eval_loader, image_transform, open_dataset

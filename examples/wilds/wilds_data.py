@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision import transforms
 from torchvision.transforms import functional as image_functional
 from wilds import get_dataset
@@ -209,7 +210,7 @@ class TrainingData:
             for (name, mask), (label, kind) in itertools.product(mentioned.items(), enumerate(("civil", "toxic")))
         }
 
-    def by_domain(self, batch_size: int, domains_per_step: int, seed: int) -> DataLoader[Any]:
+    def by_domain(self, batch_size: int, domains_per_step: int, seed: int) -> StatefulDataLoader[Any]:
         """Return a loader whose consecutive groups of S batches come from S distinct domains.
 
         Args:
@@ -228,7 +229,7 @@ class TrainingData:
         )
         return self._loader(sampler, seed, samples.tolist())
 
-    def shuffled(self, batch_size: int, seed: int) -> DataLoader[Any]:
+    def shuffled(self, batch_size: int, seed: int) -> StatefulDataLoader[Any]:
         """Return a loader of batches from all domains together, for ordinary training.
 
         Args:
@@ -241,9 +242,9 @@ class TrainingData:
         samples = range(len(self.subset))
         return self._loader(DomainBatchSampler({"all": samples}, batch_size, 1, seed=seed), seed, samples)
 
-    def _loader(self, sampler: DomainBatchSampler, seed: int, samples: Sequence[int]) -> DataLoader[Any]:
+    def _loader(self, sampler: DomainBatchSampler, seed: int, samples: Sequence[int]) -> StatefulDataLoader[Any]:
         # A generator of its own: a loader otherwise draws from the global one each time it is iterated.
-        return DataLoader(
+        return StatefulDataLoader(
             _WithPosition(self.subset, samples),
             batch_sampler=sampler,
             num_workers=self._workers,
