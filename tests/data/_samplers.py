@@ -96,8 +96,8 @@ class Case:
 
 
 @st.composite
-def cases(draw, even=False, **chosen) -> Case:
-    """Of all kinds but for what is chosen; with ``even``, k whole batches divide all domains."""
+def cases(draw, **chosen) -> Case:
+    """Of all kinds but for what is chosen."""
     choices: dict[str, list[Any]] = {"split": SPLITS, "order": ORDERS, "exhausted": ["stop", "cycle"]}
     choices |= {"num_replicas": [1, 2, 3, 4], "accumulate": [1, 2, 3], "drop_last": [False, True], **chosen}
     arguments = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
@@ -105,10 +105,8 @@ def cases(draw, even=False, **chosen) -> Case:
     parts, dealt = (1, ranks) if split == "domains" else (ranks, 1)
     batch_size = draw(st.integers(1, 4)) * (ranks if split == "batch" else 1)
     whole = batch_size * (ranks if split == "walks" else 1)
-    least = whole * k if arguments["drop_last"] or even else whole * (k - 1) + parts
+    least = whole * k if arguments["drop_last"] else whole * (k - 1) + parts
     sizes = draw(st.lists(st.integers(least, least + 30), min_size=dealt, max_size=dealt + 5))
-    if even:
-        sizes = [size - size % (whole * k) for size in sizes]
     labels = [label for label, size in enumerate(sizes) for _ in range(size)]
     draw(st.randoms(use_true_random=False)).shuffle(labels)
     domains_per_step = dealt * draw(st.integers(1, len(sizes) // dealt))

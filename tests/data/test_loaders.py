@@ -111,9 +111,6 @@ def test_a_loader_that_a_framework_has_changed_is_an_error(kind):
         check(optimizer_of(), CHANGED[kind]())
 
 
-# What several ranks serve together
-
-
 @contextmanager
 def on_rank(rank, num_ranks):
     """As if this process were one of several, which do not exist."""

@@ -118,9 +118,6 @@ def test_a_list_that_knows_its_domains_is_a_list_to_all_others():
         assert pin_memory(batches).domains == ("a", 7)
 
 
-# Loaders that are taken, and those that are not
-
-
 class ByTwos(BatchSampler):
     """A batch sampler of the user's; that it knows domains is up to them."""
 

@@ -30,9 +30,6 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(_draw, "BLOCK", 1)
 
 
-# The laws of an epoch, on one rank and on several
-
-
 @given(case=cases())
 @settings(deadline=None, max_examples=300)
 def test_every_epoch_is_as_long_as_all_ranks_say_and_has_whole_groups_of_distinct_domains(case):
@@ -118,16 +115,6 @@ def test_the_batches_of_a_group_of_one_process_are_dealt_to_the_ranks(case):
         assert dealt == in_groups(list(alone), alone.batches_per_group)
 
 
-@given(case=cases(split=["walks"], even=True, exhausted=["stop"]))
-@settings(deadline=None)
-def test_of_each_domain_rank_r_has_batches_r_and_so_on_of_one_process(case):
-    all_domains = {"domains_per_step": len(case.runs)}
-    alone = case.by_domain(case.alone(**all_domains))
-    for rank, sampler in enumerate(case.ranks(**all_domains)):
-        for label, batches in case.by_domain(sampler).items():
-            assert batches == alone[label][rank :: case.arguments["num_replicas"]][: len(batches)]
-
-
 @given(case=cases(accumulate=[1], num_replicas=[1]), k=st.integers(2, 3))
 @settings(deadline=None)
 def test_runs_of_k_batches_are_what_batches_k_times_as_large_would_be(case, k):
@@ -187,9 +174,6 @@ def test_weights_go_by_label_whatever_the_order_in_which_they_are_given():
     backwards = small_sampler(weighting=dict(reversed(weighting.items())))
     assert backwards.state_dict() == sampler.state_dict()
     assert list(backwards) == list(sampler)
-
-
-# Epochs that follow one another, length
 
 
 def test_epochs_advance_after_an_end_and_after_a_break_and_can_be_chosen():
@@ -252,9 +236,6 @@ def test_it_is_a_sampler_and_uses_no_global_randomness():
     for draw in (lambda: torch.rand(1), random.random, np.random.rand):
         draw()
     assert list(small_sampler(weighting="proportional")) == served
-
-
-# Arguments
 
 
 @pytest.mark.parametrize(

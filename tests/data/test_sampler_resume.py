@@ -160,9 +160,6 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(changes, message):
     assert list(iterator) == batches[1:]
 
 
-# torchdata's StatefulDataLoader, whose state holds the sampler's
-
-
 CASES = {
     "two of four": {},
     "all": {"domains_per_step": None, "batch_size": 1, "exhausted": "cycle", "batches_per_epoch": 12},

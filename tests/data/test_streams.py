@@ -84,9 +84,6 @@ def test_the_draw_is_the_samplers_and_every_loader_goes_round_and_round(case):
         assert list(loader) == expected
 
 
-# Where loaders end, and break
-
-
 def test_after_an_iterator_that_is_broken_off_the_next_epoch_follows_and_nothing_is_skipped():
     sizes = {"a": 5, "b": 3, "c": 4}
     reference, loader = (DomainLoader(lists(sizes), 8, 2, order="random") for _ in range(2))
@@ -139,9 +136,6 @@ def test_only_the_iterator_that_was_started_last_goes_on():
         with pytest.raises(RuntimeError, match="another iterator was started since, or a state loaded: iterate with"):
             next(iterator)
     assert len(list(loader)) == 17
-
-
-# Errors
 
 
 class CountStream(IterableDataset):

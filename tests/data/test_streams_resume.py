@@ -70,9 +70,6 @@ def test_a_resumed_loader_saves_the_place_it_was_given(case, stop, again):
     assert resumed.state_dict() == kept
 
 
-# StatefulDataLoader
-
-
 class Saving(NextPass, IterableDataset):
     """A data set with a place; without one of their own, all workers have the same samples."""
 
@@ -116,9 +113,6 @@ def test_with_stateful_data_loaders(kind, domains_per_step, grouped, workers, ep
         return loader, meta_batches(loader) if grouped else loader
 
     assert_resumes(make, epochs, lambda _: stops)
-
-
-# States
 
 
 def good_loader(**arguments):

@@ -44,9 +44,6 @@ def trained(case: Case, optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
     return optimizer
 
 
-# --------------------------------------------------------------------------------------------------- changes nothing
-
-
 @pytest.mark.parametrize("build", networks.PLAIN + networks.WITHOUT_DIFFERENCES)
 def test_nothing_changes(build: Any):
     case = make(build)
@@ -116,9 +113,6 @@ def test_nothing_changes_when_the_loss_raises(when: str):
     with pytest.raises(KeyError, match="on purpose"):
         compare(case.model, failing, case.batches, optimizer=optimizer, **{**BRIEF, "rounds": 3})
     assert_identical(state_of_everything(case.model, optimizer), before)
-
-
-# ------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_the_figures_are_those_of_the_methods():
@@ -239,9 +233,6 @@ def test_names_objects_and_recipes_as_for_leave_one_domain_out():
     assert not any(row.error for row in found.rows)
     assert [row.name for row in found.rows if row.fidelity] == ["whole", "searched"]
     assert "Adam(lr=0.001)" in found.setting
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,6 @@ from torch_gradmatch.evaluation.training import AVERAGED, PLAIN
 ROOT = Path(__file__).parents[2]
 
 
-# ---------------------------------------------------------------------------------------------------------- selection
-
-
 def test_the_held_out_domain_has_no_say(tmp_path: Path):
     """With other labels there, every run is the same but for its score there, and the same settings are selected."""
     dataset, domains = data()
@@ -81,9 +78,6 @@ def test_refit_trains_on_all_domains_with_the_settings_that_are_best_over_all_fo
     model, _ = evidence.refit()
     assert isinstance(copy.deepcopy(model), nn.Sequential)
     assert not model._forward_hooks
-
-
-# ------------------------------------------------------------------------------------------- processes, kills, resuming
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path):
@@ -233,9 +227,6 @@ def test_it_leaves_random_state_and_threads_alone(tmp_path: Path):
     found(["ERM"], folder=tmp_path, seeds=1, draws=1, held_out=["east"])
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_num_threads() == before[1]
-
-
-# ----------------------------------------------------------------------------------------------------------- inputs
 
 
 class Words(Dataset[Any]):
