@@ -188,3 +188,22 @@ def test_a_stateful_loader_resumes_behind_every_batch(case, workers, as_sampler,
 
     some = lambda length: sorted({1, 2, length // 2, length - 1, length})  # noqa: E731
     assert_resumes(make, 2 if workers else 4, some if workers else lambda length: range(1, length + 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_that_is_saved_before_its_first_batch_goes_on_in_the_epoch_that_is_set(workers: int):
+    module = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
+    def make():
+        sampler = small_sampler()
+        return sampler, module.StatefulDataLoader(torch.arange(21), batch_sampler=sampler, num_workers=workers)
+
+    sampler, loader = make()
+    loader.state_dict()  # begins to fetch
+    sampler.set_epoch(0)
+    served = [batch.tolist() for batch in itertools.islice(loader, 3)]
+    again, resumed = make()
+    resumed.load_state_dict(loader.state_dict())
+    again.set_epoch(0)
+    served += [batch.tolist() for batch in resumed]
+    assert served == list(small_sampler())

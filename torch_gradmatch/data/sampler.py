@@ -27,6 +27,8 @@ from torch_gradmatch.data._labels import IntArray, domain_weights, indices_by_do
 
 __all__ = ["DomainBatchSampler"]
 
+KEYS = ["epoch", "position", "ranks", "settings"]  # of a state dict
+
 
 class DomainBatchSampler(Sampler[list[int]]):
     """A ``batch_sampler`` that serves groups of S batches, each batch from another domain.
@@ -258,17 +260,18 @@ class DomainBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iterator serves; without this, epochs follow one another.
 
-        If that is the epoch which ``load_state_dict`` is about to resume, the position in it is kept. So a loop that
-        calls this before every epoch resumes rightly.
-
         Args:
-            epoch: Integer of at least 0.
+            epoch: Integer of at least 0. The position that ``load_state_dict`` gave in it is kept, so that a loop that
+                calls this before every epoch resumes rightly.
 
         Raises:
             ValueError: If it is not.
         """
         epoch = check_int("epoch", epoch, 0)
-        self._go_to(epoch, self._following[1] if epoch == self._following[0] else 0)
+        if self._turn is None or epoch != self._started[0]:
+            self._go_to(epoch, self._following[1] if epoch == self._following[0] else 0)
+        else:  # state_dict() of a StatefulDataLoader begins an epoch, which then goes on
+            self._following = epoch, 0
 
     def total_batches(self, epochs: int) -> int:
         """Return how many batches the epochs 0, 1, ..., ``epochs`` - 1 serve in all, for a learning rate schedule.
@@ -302,8 +305,7 @@ class DomainBatchSampler(Sampler[list[int]]):
                 "the loader fetches batches ahead of the loop: use torchdata's StatefulDataLoader (pip install "
                 "torch_gradmatch[data]) and save its state_dict(), or between two epochs call set_epoch() first"
             )
-        place = {"epoch": self._place[0], "position": self._place[1]}
-        return {**place, "ranks": self.num_replicas, "settings": self._settings}
+        return dict(zip(KEYS, (*self._place, self.num_replicas, self._settings), strict=True))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where a state dict was taken: the next iterator serves the rest of that epoch.
@@ -316,16 +318,14 @@ class DomainBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: If it is malformed, or of other domains or arguments; nothing changes then.
         """
-        names = ["epoch", "position", "ranks", "settings"]
-        if not isinstance(state_dict, Mapping) or set(state_dict) != set(names):
-            raise ValueError(f"the state dict should hold exactly {names} (got {state_dict!r:.200})")
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(KEYS):
+            raise ValueError(f"the state dict should hold exactly {KEYS} (got {state_dict!r:.200})")
         if state_dict["settings"] != self._settings:
             raise ValueError("the state dict was saved with other domains or arguments: resume with the same")
-        epoch, position = (check_int(f"the state dict's {name}", state_dict[name], 0) for name in names[:2])
+        epoch, position = (check_int(f"the state dict's {name}", state_dict[name], 0) for name in KEYS[:2])
         ranks = check_int("the state dict's ranks", state_dict["ranks"], 1)
         if ranks != self.num_replicas and self.split != "batch":  # where all serve the same at the same time
-            of_group = self.domains_per_step * self.accumulate
-            of_group //= ranks if self.split == "domains" else 1
+            of_group = self.domains_per_step * self.accumulate // (ranks if self.split == "domains" else 1)
             group, begun = divmod(position, of_group)
             if begun:
                 raise ValueError(f"the state dict was saved on {ranks} ranks in a group of domains: resume on as many")
