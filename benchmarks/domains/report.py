@@ -46,7 +46,7 @@ class Found:
     def section(self) -> str:
         """Return what the report says of it."""
         sizes = ", ".join(f"{label} {number}" for label, number in self.loaded.sizes().items())
-        held_out = f"One of {self.every} domains is held out."
+        held_out = f"{'Each' if self.every == 1 else f'One of {self.every} domains'} is held out."
         parts = [
             f"## {self.source.title}",
             f"Shift: {self.source.shift}. Get it: `{self.source.command}`. Licence: {self.source.licence}.",
