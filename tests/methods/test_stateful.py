@@ -253,7 +253,8 @@ class DirectionMachine(RuleBasedStateMachine):
     )
     def build(self, method: str, adaptive: bool, track: bool, gamma: float, seed: int) -> None:
         self.name, self.adaptive, self.track = method, adaptive, track
-        self.gamma = gamma / 5 if method == "inner_product" else gamma  # which diverges at 1
+        self.share = 0.2 if method in ("inner_product", "symmetric") else 1.0  # unbounded: at gamma 1 it diverges
+        self.gamma = self.share * gamma
         self.generator = torch.Generator().manual_seed(seed)
         self.model = feature_net(seed)
         self.oracle = copy.deepcopy(self.model)
@@ -308,8 +309,8 @@ class DirectionMachine(RuleBasedStateMachine):
 
     @rule(gamma=st.sampled_from([0.0, 0.2]), track=st.booleans())
     def change_settings(self, gamma: float, track: bool) -> None:
-        self.gamma, self.track = gamma, track
-        self.optimizer.method.gamma, self.optimizer.method.track_alignment = gamma, track
+        self.gamma, self.track = self.share * gamma, track
+        self.optimizer.method.gamma, self.optimizer.method.track_alignment = self.gamma, track
 
     @rule()
     def update_bn_in_the_slow_weights(self) -> None:
