@@ -38,7 +38,7 @@ class EvidenceRow:
         settings: Of each held-out domain: the hyperparameters selected.
         oracle: Mean over held-out domains with the first seed, if the hyperparameters were those that are best on the
             held-out domain itself: what nobody can have who does not know it.
-        seconds: Of training, mean over runs, without measuring.
+        seconds: Of training, median over runs, without measuring.
         stopped: What ended selected runs early, and how often.
         predictions: Of each held-out domain and seed, outputs and targets as lists, if they were asked for.
     """

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from joblib import Parallel, delayed
@@ -144,7 +144,7 @@ class Study:
             {h: [score["held_out"] for score in of_domain] for h, of_domain in scores.items()},
             {h: of_domain[0]["settings"] for h, of_domain in runs.items()},
             fmean(max(score["held_out"] for score in self._scores(method, kind, h)) for h in self.held),
-            fmean(run["seconds"] for run in every),
+            median(run["seconds"] for run in every),
             dict(Counter(run["stopped"] for run in every if run["stopped"] is not None)),
             kept if self.task.predictions else {},
         )
