@@ -312,6 +312,7 @@ def damaged(draw: random.Random, whole: Any, others: Any) -> tuple[str, Any]:
         return "replaced whole", draw.choice([[], None, others, {}])
     state = copy.deepcopy(whole)
     found = paths_in(state)
+    found.remove(("gradmatch",))  # without it a state is a plain optimizer's, which loads as such
     ours = [path for path in found if path[0] == "gradmatch"]
     path = draw.choice(ours if ours and draw.random() < 0.5 else found)
     kind = draw.choice(["missing", "foreign", *["replaced"] * 4])

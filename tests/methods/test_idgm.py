@@ -174,12 +174,20 @@ def test_a_meta_iteration_that_has_nothing_to_match_finds_no_gamma():
     assert found == wrap(model).meta_step(partial(loss_of, model), batches(3)).gamma > 0
 
 
-@pytest.mark.parametrize("bad", ["1.0", 1, (), {"first": "1.0"}], ids=repr)
-def test_malformed_state_dicts_are_refused(bad: Any):
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *(("memory", bad) for bad in ("1.0", 1, (), {"first": "1.0"}, None)),
+        *(("number", bad) for bad in (0.5, -1, None)),
+    ],
+    ids=repr,
+)
+def test_malformed_state_dicts_are_refused(name: str, bad: Any):
     optimizer = wrap(features())
     state = optimizer.state_dict()
-    with pytest.raises(ValueError, match="the state dict's 'memory' is malformed"):
-        optimizer.load_state_dict({**state, "gradmatch": {**state["gradmatch"], "memory": bad}})
+    ours = {**state["gradmatch"], name: bad}
+    with pytest.raises(ValueError, match=f"the state dict's '{name}' is missing or malformed"):
+        optimizer.load_state_dict({**state, "gradmatch": {key: v for key, v in ours.items() if v is not None}})
 
 
 WOLFE: dict[str, Any] = {"line_search_fn": "strong_wolfe"}

@@ -331,9 +331,11 @@ class DirectionLoop(MetaLoop):
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` if the state is malformed. See ``MetaLoop.check_state_dict``."""
-        memory = state.get("memory", {})
+        memory, number = (state.get("memory"), state.get("number")) if state else ({}, 0)
         if not isinstance(memory, dict) or not all(isinstance(v, float | int | Tensor) for v in memory.values()):
-            raise ValueError(f"the state dict's 'memory' is malformed (got {memory!r:.80})")
+            raise ValueError(f"the state dict's 'memory' is missing or malformed (got {memory!r:.80})")
+        if type(number) is not int or number < 0:
+            raise ValueError(f"the state dict's 'number' is missing or malformed (got {number!r:.80})")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was saved. See ``MetaLoop.load_state_dict``."""
@@ -342,6 +344,6 @@ class DirectionLoop(MetaLoop):
             warnings.warn(f"the state dict has nothing of GradMatch: {self.method.keeps}", stacklevel=4)
         memory = state.get("memory", {}).items()
         self.memory = {key: value.clone() if isinstance(value, Tensor) else value for key, value in memory}
-        self._number = int(state.get("number", 0))
+        self._number = state.get("number", 0)
         if self.together is not None:
             self.together.has_same(())
