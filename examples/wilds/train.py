@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from wilds_logs import RunLog
 
 NEEDED = ("wilds", "torchvision", "torchdata", "tensorboard", "transformers")
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 PROGRESS = ("phase", "iteration", "epoch", "gradients", "best", "evaluated")  # of a Run, and its checkpoints
 # A resumed run may differ from the one that was killed in these.
 FREE_TO_CHANGE = {"root", "out", "resume", "download", "device", "checkpoint_every", "epochs", "iterations"}
