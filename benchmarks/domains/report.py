@@ -11,6 +11,7 @@ from statistics import fmean, median
 from benchmarks.domains.source import Loaded, Source
 from benchmarks.report import table
 from torch_gradmatch import Evidence
+from torch_gradmatch.evaluation.statistics import LEVEL
 
 __all__ = ["Found", "smallest_seen", "write"]
 
@@ -94,7 +95,7 @@ def differences(found: Sequence[Found]) -> list[list[str]]:
             if d is None:
                 cells.append("")
                 continue
-            mark = "" if d.corrected >= 0.05 else "**" if d.domains.mean > 0 else "*"
+            mark = "**" if d.is_better else "*" if d.corrected < LEVEL else ""
             half = (d.domains.high - d.domains.low) / 2
             cells.append(f"{mark}{100 * d.domains.mean:+.1f} ± {100 * half:.1f}{mark}")
             times.append(f.evidence[name].seconds / f.evidence.rows[0].seconds)
