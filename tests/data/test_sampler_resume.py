@@ -167,13 +167,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("lists", [False, True], ids=["plain", "meta_batches"])
 @pytest.mark.parametrize(
-    ("case", "workers", "as_sampler"),
+    ("case", "workers", "as_sampler", "lists"),
     [
-        *(pytest.param(case, 0, as_sampler) for case in CASES for as_sampler in (False, True)),
-        pytest.param("two of four", 2, False),
-        pytest.param("all", 2, False),
+        *itertools.product(CASES, [0], [False, True], [False, True]),
+        ("two of four", 2, False, False),
+        ("all", 2, False, True),
     ],
 )
 def test_a_stateful_loader_resumes_behind_every_batch(case, workers, as_sampler, lists):

@@ -40,7 +40,7 @@ class NextPass(Stored):
 
 
 @given(case=streams(), kind=st.sampled_from([Stored, NextPass]), grouped=st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_it_goes_on_from_every_place_as_if_it_had_not_been_killed(case, kind, grouped):
     sizes, arguments = case
 
@@ -93,7 +93,7 @@ PLACES = [("a", 0, 5), ("b", 1000, 7), ("c", 2000, 2)]
         (2, True, 0, 3, range(7)),
         (3, False, 0, 3, range(19)),
         (3, True, 0, 3, range(7)),
-        (2, False, 2, 2, (1, 4, 5, 7, 8)),
+        (2, False, 2, 2, (1, 5, 8)),
     ],
     ids=["two", "lists-of-two", "three", "lists-of-three", "workers"],
 )

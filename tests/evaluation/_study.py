@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +90,9 @@ class OnceDifferentiable(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * g
 
 
-@contextmanager
-def short_timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of ``compare`` that are not about time."""
     monkeypatch.setattr(cost, "SHORTEST_TIMING", 1e-9)
-    gc.collect()
-    gc.freeze()  # measuring memory collects garbage, among all that other tests have imported
-    yield
-    gc.unfreeze()
 
 
 def state_of_everything(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

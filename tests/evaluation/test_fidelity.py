@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import _networks as networks
@@ -23,9 +22,8 @@ SMOOTH = [networks.batch_norm_1d, networks.resnet, networks.dropout, networks.tr
 
 
 @pytest.fixture(autouse=True)
-def _short_timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with short_timings(monkeypatch):
-        yield
+def _short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_timings(monkeypatch)
 
 
 def compared(case: Case, methods: dict[str, Any], lr: float, orders: int = 2, **others: Any) -> Comparison:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -31,25 +31,27 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
+        self._total = 0
         self._note(known)
-        self._before, self.peak = self._total(), 0
+        self._before, self.peak = self._total, 0
 
     def _note(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key not in self._storages:
-                self._storages[key] = weakref.ref(storage, lambda _, key=key: self._storages.pop(key))
+            if key not in self._sizes:
+                weakref.finalize(storage, self._forget, key)
+                self._sizes[key] = storage.nbytes()
+                self._total += storage.nbytes()
 
-    def _total(self) -> int:
-        storages = [reference() for reference in list(self._storages.values())]
-        return sum(storage.nbytes() for storage in storages if storage is not None)
+    def _forget(self, key: int) -> None:
+        self._total -= self._sizes.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self._note([t for t in tree_leaves(result) if isinstance(t, Tensor) and t.layout == torch.strided])
-        self.peak = max(self.peak, self._total() - self._before)
+        self.peak = max(self.peak, self._total - self._before)
         return result
 
 
@@ -95,9 +97,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    with short_timings(monkeypatch):
-        yield Bench()
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    short_timings(monkeypatch)
+    return Bench()
 
 
 @pytest.mark.parametrize("name", default_methods(nn.Linear(1, 1), LR, DOMAINS))

@@ -400,7 +400,7 @@ pure = functional_loss(model, lambda batch: model(batch[0].expand(batch[1], 64))
 params = dict(model.named_parameters())
 
 
-def peak(agreement, domains, keep_graphs, rows=4000):
+def peak(agreement, domains, keep_graphs, rows=2000):
     batches = [(torch.randn(1, 64), rows) for _ in range(domains)]
     idgm_grad(pure, params, batches, 0.1, agreement, keep_graphs=keep_graphs, buffers={})
     return int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text()).group(1)) / 1024
