@@ -65,7 +65,8 @@ class GradMatch(Wrapper, Generic[MethodT]):
         >>> import torch
         >>> from torch_gradmatch import Fish, GradMatch
         >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), Fish(meta_lr=0.5, inner_steps=2))
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = GradMatch(sgd, Fish(meta_lr=0.5, inner_steps=2))
         >>> for x in torch.eye(2):  # one batch of each of two domains
         ...     optimizer.zero_grad()
         ...     model(x).square().sum().backward()
@@ -303,7 +304,8 @@ class GradMatch(Wrapper, Generic[MethodT]):
             >>> import torch
             >>> from torch_gradmatch import Fish, GradMatch
             >>> w = torch.nn.Parameter(torch.zeros(()))
-            >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(meta_lr=1.0, track_alignment=True))
+            >>> method = Fish(meta_lr=1.0, track_alignment=True)
+            >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), method)
             >>> report = optimizer.meta_step(lambda target: (w - target).square(), [1.0, 2.0])
             >>> report.losses, report.grad_norms
             (tensor([1.0000, 3.2400]), tensor([2.0000, 3.6000]))

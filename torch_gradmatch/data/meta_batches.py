@@ -168,9 +168,11 @@ def domain_batches(loader: Iterable[Batch]) -> Iterator[tuple[str | int, Batch]]
         >>> from torch.utils.data import DataLoader
         >>> from torch_gradmatch import Fish, GradMatch
         >>> w = torch.nn.Parameter(torch.ones(()))
-        >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), Fish(inner_steps=2, track_alignment=True))
+        >>> method = Fish(inner_steps=2, track_alignment=True)
+        >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.1), method)
         >>> sampler = DomainBatchSampler(["north", "south"], batch_size=1)
-        >>> for optimizer.domain, x in domain_batches(DataLoader([3.0, 5.0], batch_sampler=sampler)):
+        >>> loader = DataLoader([3.0, 5.0], batch_sampler=sampler)
+        >>> for optimizer.domain, x in domain_batches(loader):
         ...     optimizer.zero_grad()
         ...     (w * x).sum().backward()
         ...     optimizer.step()

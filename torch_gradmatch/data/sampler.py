@@ -128,10 +128,9 @@ class DomainBatchSampler(Sampler[list[int]]):
 
         Two ranks walk through the same domains in opposite orders:
 
-        >>> one, other = (
-        ...     DomainBatchSampler(hospitals, batch_size=2, num_replicas=2, rank=rank, split="walks") for rank in (0, 1)
-        ... )
-        >>> [hospitals[batch[0]] for batch in one] == [hospitals[batch[0]] for batch in other][::-1]
+        >>> walks = {"batch_size": 2, "num_replicas": 2, "split": "walks"}
+        >>> one, other = (DomainBatchSampler(hospitals, rank=rank, **walks) for rank in (0, 1))
+        >>> [hospitals[i] for i, _ in one] == [hospitals[i] for i, _ in other][::-1]
         True
     """
 
@@ -286,7 +285,8 @@ class DomainBatchSampler(Sampler[list[int]]):
             ValueError: If ``epochs`` is not an integer of at least 0.
 
         Example:
-            >>> DomainBatchSampler(["a", "b", "b"] * 4, batch_size=2, exhausted="cycle").total_batches(5)
+            >>> sampler = DomainBatchSampler(["a", "b", "b"] * 4, 2, exhausted="cycle")
+            >>> sampler.total_batches(5)
             40
         """
         return sum(self._length(epoch) for epoch in range(check_int("epochs", epochs, 0)))

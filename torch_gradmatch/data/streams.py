@@ -62,12 +62,12 @@ class DomainLoader(Generic[Batch]):
 
     Example:
         >>> from torch_gradmatch import meta_batches
-        >>> loader = DomainLoader({"north": ["n0", "n1"], "south": ["s0", "s1", "s2"]}, batches_per_epoch=6)
-        >>> for batches in meta_batches(loader):
-        ...     print(sorted(batches), [batch[0] for batch in batches] == [domain[0] for domain in batches.domains])
-        ['n0', 's0'] True
-        ['n1', 's1'] True
-        ['n0', 's2'] True
+        >>> loaders = {"north": ["n0", "n1"], "south": ["s0", "s1", "s2"]}
+        >>> for batches in meta_batches(DomainLoader(loaders, batches_per_epoch=6)):
+        ...     print(sorted(zip(batches.domains, batches)))
+        [('north', 'n0'), ('south', 's0')]
+        [('north', 'n1'), ('south', 's1')]
+        [('north', 'n0'), ('south', 's2')]
     """
 
     labels: tuple[str | int, ...]

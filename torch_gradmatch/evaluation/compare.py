@@ -197,7 +197,8 @@ def compare(
         >>> import torch
         >>> from torch_gradmatch import IDGM, Fish, compare
         >>> model = torch.nn.Linear(3, 1).double()
-        >>> batches = [(x, x.square().sum(1, keepdim=True)) for x in torch.randn(2, 8, 3, dtype=torch.float64)]
+        >>> domains = torch.randn(2, 8, 3, dtype=torch.float64)
+        >>> batches = [(x, x.square().sum(1, keepdim=True)) for x in domains]
         >>> found = compare(
         ...     model,
         ...     lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
@@ -206,8 +207,10 @@ def compare(
         ...     torch.optim.SGD(model.parameters(), lr=0.001),
         ...     show=False,
         ... )
-        >>> found["Fish"].fidelity.cosine > 0.999, abs(found["exact"].fidelity.gamma - 0.1) < 1e-9
-        (True, True)
+        >>> found["Fish"].fidelity.cosine > 0.999
+        True
+        >>> round(found["exact"].fidelity.gamma, 8)
+        0.1
     """
     if not callable(loss_fn):
         raise TypeError(

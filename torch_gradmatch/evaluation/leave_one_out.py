@@ -121,13 +121,14 @@ def leave_one_domain_out(
 
     Example:
         >>> import torch
+        >>> from torch.nn.functional import cross_entropy
         >>> from torch.utils.data import TensorDataset
         >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
         >>> found = leave_one_domain_out(
         ...     lambda: torch.nn.Linear(4, 2),
         ...     TensorDataset(x, (x.sum(1) > 0).long()),
         ...     ["north", "south", "west"] * 20,
-        ...     lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1]),
+        ...     lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
         ...     lambda model, batch: (model(batch[0]).argmax(1) == batch[1]).float(),
         ...     ["ERM", "Fish"],
         ...     seeds=2,

@@ -169,7 +169,8 @@ def passes_of(method: Method, model: nn.Module, domains: int) -> float:
 
     Example:
         >>> model = nn.Linear(1, 1)
-        >>> [passes_of(m, model, 4) for m in (Fish(), SmoothFish(0.1, 0.1, symmetric=True), IDGM(model, 0.1))]
+        >>> symmetric = SmoothFish(0.1, 0.1, symmetric=True)
+        >>> [passes_of(method, model, 4) for method in (Fish(), symmetric, IDGM(model, 0.1))]
         [1.0, 2.5, 2.0]
     """
     if isinstance(method, SmoothFish) and method.symmetric:

@@ -278,10 +278,11 @@ def gradient_alignment(
         >>> import torch
         >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
         >>> domains = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])]
-        >>> gradient_alignment([w], lambda x: (w * x).sum(), domains).inner_product
+        >>> loss = lambda x: (w * x).sum()
+        >>> gradient_alignment([w], loss, domains).inner_product
         tensor(1.0000)
         >>> north_and_south = dict(zip(["north", "south"], domains))
-        >>> gradient_alignment([w], lambda x: (w * x).sum(), north_and_south, pairs=True).cosines
+        >>> gradient_alignment([w], loss, north_and_south, pairs=True).cosines
         tensor([[1.0000, 0.4472],
                 [0.4472, 1.0000]])
     """

@@ -126,7 +126,8 @@ def domain_gradients(
 
     Example:
         >>> import torch
-        >>> found = domain_gradients(lambda w, target: (w - target).square(), torch.tensor(1.0), [2.0, 4.0])
+        >>> loss = lambda w, target: (w - target).square()
+        >>> found = domain_gradients(loss, torch.tensor(1.0), [2.0, 4.0])
         >>> found.gradients, found.losses
         ([tensor(-2.), tensor(-6.)], tensor([1., 9.]))
     """
@@ -176,9 +177,10 @@ def idgm_loss(
         >>> import torch
         >>> def loss(w, target):
         ...     return (w - target).square()
-        >>> idgm_loss(loss, torch.tensor(1.0), [2.0, 4.0], gamma=0.1)  # (1 + 9)/2 - 0.1 (-2)(-6)
+        >>> objective = lambda w: idgm_loss(loss, w, [2.0, 4.0], gamma=0.1)
+        >>> objective(torch.tensor(1.0))  # (1 + 9)/2 - 0.1 (-2)(-6)
         tensor(3.8000)
-        >>> torch.func.grad(lambda w: idgm_loss(loss, w, [2.0, 4.0], gamma=0.1))(torch.tensor(1.0))
+        >>> torch.func.grad(objective)(torch.tensor(1.0))
         tensor(-2.4000)
     """
     batches = list(batches)
@@ -261,11 +263,12 @@ def idgm_grad(
         >>> import torch
         >>> def loss(w, target):
         ...     return (w - target).square()
-        >>> found = idgm_grad(loss, torch.tensor(1.0), [2.0, 4.0], gamma=0.1)
+        >>> w = torch.tensor(1.0)
+        >>> found = idgm_grad(loss, w, [2.0, 4.0], gamma=0.1)
         >>> found.gradient, found.agreement
         (tensor(-2.4000), tensor(12.))
-        >>> found = idgm_grad(loss, torch.tensor(1.0), [2.0, 4.0], gamma=None, strength=0.1)  # -4 - gamma (-16)
-        >>> found.gradient, found.gamma
+        >>> found = idgm_grad(loss, w, [2.0, 4.0], gamma=None, strength=0.1)
+        >>> found.gradient, found.gamma  # -4 - gamma (-16)
         (tensor(-3.6000), 0.025)
     """
     batches = named_batches(batches)[1]

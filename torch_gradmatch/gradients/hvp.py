@@ -112,7 +112,8 @@ def hessian_vector_product(loss: Callable[[Any], Tensor], params: Any, vector: A
     Example:
         >>> import torch
         >>> theta, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
-        >>> hessian_vector_product(lambda p: (p**3).sum() + p.prod(), theta, v)  # H = [[6 a, 1], [1, 6 b]]
+        >>> loss = lambda p: (p**3).sum() + p.prod()
+        >>> hessian_vector_product(loss, theta, v)  # H = [[6 a, 1], [1, 6 b]]
         tensor([ 7., 13.])
     """
     shapes = [tree_map(lambda t: tuple(t.shape), tree) for tree in (params, vector)]

@@ -36,7 +36,8 @@ def functional_loss(
         >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> pure = functional_loss(model, lambda x: model(x).sum())
-        >>> loss, buffers = pure({"weight": torch.tensor([[1.0, 2.0]])}, {}, torch.tensor([[3.0, 4.0]]))
+        >>> params = {"weight": torch.tensor([[1.0, 2.0]])}
+        >>> loss, buffers = pure(params, {}, torch.tensor([[3.0, 4.0]]))
         >>> loss, buffers
         (tensor(11.), {})
     """

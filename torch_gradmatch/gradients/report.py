@@ -55,7 +55,8 @@ class MetaStep(Measured):
 
         Example:
             >>> import torch
-            >>> MetaStep(torch.tensor([1.0, 2.0]), domains=("north", "south")).scalars("train/")
+            >>> losses = torch.tensor([1.0, 2.0])
+            >>> MetaStep(losses, domains=("north", "south")).scalars("train/")
             {'train/loss': 1.5, 'train/loss/north': 1.0, 'train/loss/south': 2.0}
         """
         found: dict[str, Tensor] = {}

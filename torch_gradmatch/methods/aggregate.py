@@ -55,7 +55,8 @@ class Aggregate(OnceMethod):
         >>> w = torch.nn.Parameter(torch.zeros(2))
         >>> median = lambda matrix: matrix.median(dim=0).values
         >>> optimizer = GradMatch(torch.optim.SGD([w], lr=1.0), Aggregate(median))
-        >>> report = optimizer.meta_step(lambda x: -(w * x).sum(), torch.tensor([[1.0, 0.0], [2.0, 5.0], [9.0, 1.0]]))
+        >>> domains = torch.tensor([[1.0, 0.0], [2.0, 5.0], [9.0, 1.0]])
+        >>> report = optimizer.meta_step(lambda x: -(w * x).sum(), domains)
         >>> w.tolist()
         [2.0, 1.0]
     """

@@ -117,11 +117,12 @@ class IDGM(DirectionMethod):
         >>> import torch
         >>> from torch_gradmatch import IDGM, GradMatch
         >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> optimizer = GradMatch(torch.optim.SGD(model.parameters(), lr=0.1), IDGM(model, 1.0))
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = GradMatch(sgd, IDGM(model, 1.0))
         >>> _ = torch.nn.init.ones_(model.weight)
         >>> domains = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
-        >>> report = optimizer.meta_step(lambda x: model(x).square().sum() / 2, domains)  # G = (1, 0) and (3, 6)
-        >>> report.inner_product, report.grad_norms
+        >>> report = optimizer.meta_step(lambda x: model(x).square().sum() / 2, domains)
+        >>> report.inner_product, report.grad_norms  # G = (1, 0) and (3, 6)
         (tensor(3.0000), tensor([1.0000, 6.7082]))
     """
 

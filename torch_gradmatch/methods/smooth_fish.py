@@ -111,13 +111,14 @@ class SmoothFish(DirectionMethod):
         >>> import torch
         >>> from torch_gradmatch import GradMatch, SmoothFish
         >>> w = torch.nn.Parameter(torch.tensor(0.0))
-        >>> optimizer = GradMatch(torch.optim.SGD([w], lr=1.0), SmoothFish(gamma=2.0, inner_lr=0.1))
-        >>> report = optimizer.meta_step(lambda target: (w - target).square() / 2, [1.0, 3.0])
+        >>> sgd, loss = torch.optim.SGD([w], lr=1.0), lambda target: (w - target).square() / 2
+        >>> optimizer = GradMatch(sgd, SmoothFish(gamma=2.0, inner_lr=0.1))
+        >>> report = optimizer.meta_step(loss, [1.0, 3.0])
         >>> w.grad  # G = -1, -3; along the walk -1, -2.9: -2 + 2 (-1.95 + 2)
         tensor(-1.9000)
         >>> _ = w.data.zero_()
-        >>> optimizer = GradMatch(torch.optim.SGD([w], lr=1.0), SmoothFish(gamma=0.1, inner_lr=0.1, symmetric=True))
-        >>> report = optimizer.meta_step(lambda target: (w - target).square() / 2, [1.0, 3.0])
+        >>> optimizer = GradMatch(sgd, SmoothFish(gamma=0.1, inner_lr=0.1, symmetric=True))
+        >>> report = optimizer.meta_step(loss, [1.0, 3.0])
         >>> w.grad  # GIP = (w - 1)(w - 3), so -2 - 0.1 (2w - 4)
         tensor(-1.6000)
     """

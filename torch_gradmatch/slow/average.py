@@ -54,7 +54,8 @@ class Average:
         >>> import torch
         >>> from torch_gradmatch import Average, Fish, GradMatch
         >>> w = torch.nn.Parameter(torch.tensor(4.0))
-        >>> optimizer = GradMatch(torch.optim.SGD([w], lr=0.25), Fish(meta_lr=1.0), average=Average())
+        >>> sgd = torch.optim.SGD([w], lr=0.25)
+        >>> optimizer = GradMatch(sgd, Fish(meta_lr=1.0), average=Average())
         >>> for _ in range(2):  # 4 -> 2 -> 1
         ...     _ = optimizer.meta_step(lambda x: (w * x).square(), [torch.tensor(1.0)])
         >>> with optimizer.averaged_weights():
