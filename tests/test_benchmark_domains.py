@@ -338,6 +338,7 @@ def test_differences_are_marked_where_they_are_more_than_chance(tmp_path: Path):
     )
     loaded = Loaded(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), ["a", "b", "c"], ["x"])
     found = [report.Found(heart.SOURCE, loaded, evidence, tmp_path, 1)]
+    assert found[0].line()[2:] == ["3 x 2", "yes: better"]
     lines = {name: cells for name, *cells in report.differences(found)}
     assert lines[""] == ["heart", "seconds"]
     assert lines["ERM"] == ["0.610", "1"]

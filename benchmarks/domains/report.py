@@ -44,6 +44,13 @@ class Found:
     folder: Path
     every: int
 
+    def line(self) -> list[str]:
+        """Return its line of the table of all data sets."""
+        first, best = self.evidence.rows[0], self.evidence.best
+        seeds = len(next(iter(first.by_domain.values())))
+        answer = "no" if best == first.name else f"yes: {best}"
+        return [self.source.name, self.source.shift, f"{len(first.by_domain)} x {seeds}", answer]
+
     def section(self) -> str:
         """Return what the report says of it."""
         sizes = ", ".join(f"{label} {number}" for label, number in self.loaded.sizes().items())
@@ -123,7 +130,7 @@ def write(found: Sequence[Found], command: str, on: Mapping[str, object], missin
         "# Does gradient matching help on real data?",
         f"`{command}`, {on['date']}: torch {on['torch']}, Python {on['python']}, {on['cpu']}, {on['cpus']} CPUs.",
         HOW,
-        table([["data set", "shift"], *([f.source.name, f.source.shift] for f in found)]),
+        table([["data set", "shift", "held out x seeds", "is anything better?"], *(f.line() for f in found)]),
         table(differences(found)),
     ]
     if len(own := selected(found)) > 1:
