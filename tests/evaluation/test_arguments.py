@@ -97,6 +97,30 @@ def test_a_method_that_cannot_run_is_left_out_and_the_answer_says_why():
     assert "IDGM was left out: " in evidence.answer
 
 
+def test_a_metric_that_is_not_finite_is_found_before_training_or_its_method_is_left_out():
+    x, y = data()[0].tensors
+    x[:, 4] = torch.tensor([100.0 if label == "east" else 0.0 for label in data()[1]])
+    own: dict[str, Any] = {"make_model": lambda: nn.Linear(5, 2), "metric": lambda m, b: -m(b[0]).square().sum(1)}
+
+    def explodes(model: nn.Module, training: Any, settings: Any) -> None:
+        for number, _ in enumerate(training.pooled(8)):
+            if number == 2:  # the trial has one step
+                model.weight.data *= 0.5
+                model.weight.data[:, 4] = 1e18  # seen in the domain held out alone
+
+    methods = {"ERM": Recipe(), "mine": Recipe(train=explodes)}
+    evidence = found(methods, dataset=TensorDataset(x, y), **own)
+    assert [row.name for row in evidence.rows] == ["ERM", "ERM, averaged"]
+    assert evidence.left_out == dict.fromkeys(("mine", "mine, averaged"), "its metric is not finite on 'east'")
+    with pytest.raises(
+        ValueError, match=r"mine cannot be compared with: its metric is not finite on 'east'\. Pass a m"
+    ):
+        found({"mine": methods["mine"]}, dataset=TensorDataset(x, y), **own)
+    x[0] = torch.nan
+    with pytest.raises(ValueError, match="the metric of domain 'north' is nan before training: look at its samples"):
+        found(methods, dataset=TensorDataset(x, y), **own)
+
+
 def test_a_missing_extra_is_noticed_first(monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name))

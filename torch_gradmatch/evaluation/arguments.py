@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -173,7 +174,7 @@ def made(task: Task) -> nn.Module:
 
 
 def probed(task: Task) -> str | None:
-    """Evaluate loss and metric once, and look for near-identical samples.
+    """Evaluate the loss once for each domain and the metric for all samples, and look for near-identical samples.
 
     Args:
         task: What is to be learned.
@@ -192,12 +193,16 @@ def probed(task: Task) -> str | None:
             for indices in task.by_domain.values():
                 loss = check_loss(task.loss_fn(model.eval(), task.batch(indices[:8])), 0)
                 check_reached(torch.autograd.grad(loss, parameters, allow_unused=True), 0)
-        label, indices = next(iter(task.by_domain.items()))
-        try:
-            task.score(model, indices)
-        except Exception as error:
-            add_note(error, f"raised when the metric was called with domain {label!r}")
-            raise
+        for label, indices in task.by_domain.items():
+            try:
+                score = task.score(model, indices)[0]
+            except Exception as error:
+                add_note(error, f"raised when the metric was called with domain {label!r}")
+                raise
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"the metric of domain {label!r} is {score} before training: look at its samples, or leave it out"
+                )
     if not task.group_of and (found := near_duplicates(task)):
         shown = ", ".join(f"{share:.0%} of {label!r}" for label, share in found.items())
         warnings.warn(

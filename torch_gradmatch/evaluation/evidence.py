@@ -109,7 +109,7 @@ class Evidence:
     Attributes:
         setting: Data and protocol in words.
         rows: Two for each recipe that was averaged, or one; the others are compared to the first.
-        left_out: By name, why a recipe could not be tried.
+        left_out: By name, why a recipe could not be tried or a row not be compared.
         permuted: Whether the domains were permuted: a control, where there is nothing to find.
     """
 

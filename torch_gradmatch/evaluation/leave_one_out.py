@@ -116,8 +116,8 @@ def leave_one_domain_out(
         ModuleNotFoundError: If the extra ``evidence`` is not installed.
         TypeError: If an argument is of another kind than said.
         ValueError: If an argument is out of range, a domain has too few samples or groups, models share parameters, a
-            loss is not a scalar, the metric is not as said or not finite before training, something for the folder
-            cannot be hashed, or the folder holds runs of something else.
+            loss is not a scalar, the metric is not as said, not finite before training or for the first method,
+            something for the folder cannot be hashed, or the folder holds runs of something else.
 
     Example:
         >>> import torch
@@ -169,11 +169,11 @@ def leave_one_domain_out(
     recipes, left_out = arguments.tried(task, recipes, ranges)
     what, each = arguments.described(task, recipes, name) if folder is not None else ({}, dict.fromkeys(recipes, ""))
     journal = Journal(None if folder is None else Path(folder), what)
-    from torch_gradmatch.evaluation.study import Study  # needs what the extra brings
+    from torch_gradmatch.evaluation.study import Study, comparable  # needs what the extra brings
 
     study = Study(task, recipes, ranges, each, journal, held, draws, seeds, processes, show)
-    rows = study.run()
-    found = Evidence(_setting(task, held, seeds, draws), rows, left_out, bool(permuted), study.refit)
+    rows, not_finite = comparable(study.run())
+    found = Evidence(_setting(task, held, seeds, draws), rows, left_out | not_finite, bool(permuted), study.refit)
     if show:
         print(found)  # noqa: T201  it is what was asked for
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from torch_gradmatch.evaluation.recipes import Choice, LogUniform, Recipe, Setti
 from torch_gradmatch.evaluation.task import Task
 from torch_gradmatch.evaluation.training import AVERAGED, PLAIN, Run, train
 
-__all__ = ["Study"]
+__all__ = ["Study", "comparable"]
 
 
 @dataclass
@@ -152,6 +153,31 @@ class Study:
     def _scores(self, method: str, kind: str, held_out: str) -> list[Run]:
         """Return the scores of every draw with the first seed."""
         return [_of(self.journal[Key(method, held_out, draw, 0)], kind) for draw in range(self.draws)]
+
+
+def comparable(rows: Sequence[EvidenceRow]) -> tuple[list[EvidenceRow], dict[str, str]]:
+    """Leave out the rows whose metric is not finite somewhere.
+
+    Args:
+        rows: All rows.
+
+    Returns:
+        The others; and by name, why some are left out.
+
+    Raises:
+        ValueError: If the first is such a row, with which all are compared.
+    """
+    left_out = {}
+    for row in rows:
+        where = [label for label, values in row.by_domain.items() if not all(map(math.isfinite, values))]
+        if where:
+            left_out[row.name] = f"its metric is not finite on {' and '.join(map(repr, where))}"
+    if rows[0].name in left_out:
+        raise ValueError(
+            f"{rows[0].name} cannot be compared with: {left_out[rows[0].name]}. Pass a metric that is finite whatever "
+            "the outputs are, or leave that domain out by held_out="
+        )
+    return [row for row in rows if row.name not in left_out], left_out
 
 
 def _run(key: Key, task: Task, recipe: Recipe, settings: Settings, held_out: Any) -> tuple[Key, Run]:

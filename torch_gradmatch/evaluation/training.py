@@ -215,8 +215,9 @@ class Training:
         """Score the weights that were kept on all samples.
 
         Returns:
-            By ``"plain"`` and ``"averaged"``: ``"validation"`` and ``"held_out"``, the scores; ``"moment"``, the
-            samples after which the weights were kept; ``"curve"``, the scores at all moments. None without an average.
+            By ``"plain"`` and ``"averaged"``: ``"validation"`` and ``"held_out"``, the scores, -inf if they are not
+            finite; ``"moment"``, the samples after which the weights were kept; ``"curve"``, the scores at all moments.
+            None without an average.
         """
         self._hook.remove()
         return {kind: self._final(kind) if kind in self._kept else None for kind in (PLAIN, AVERAGED)}
@@ -231,8 +232,14 @@ class Training:
         with _evaluating(model):
             validation = _mean([task.score(model, own)[0] for own in self._split.validation.values()])
             held_out, kept = task.score(model, self._split.held_out) if self._split.held_out else (math.nan, [])
-        found = {"validation": validation, "held_out": held_out, "moment": self._kept[kind][0]}
-        return found | {"curve": self._curves[kind]} | ({"predictions": kept} if kept else {})
+        scores = {"validation": validation, "held_out": held_out}
+        found = {part: score if math.isfinite(score) else -math.inf for part, score in scores.items()}
+        return (
+            found
+            | {"moment": self._kept[kind][0]}
+            | {"curve": self._curves[kind]}
+            | ({"predictions": kept} if kept else {})
+        )
 
     def _measure(self) -> None:
         """Score the weights, and their average if there is one, on a part of the validation samples."""
