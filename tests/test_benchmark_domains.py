@@ -337,13 +337,16 @@ def test_differences_are_marked_where_they_are_more_than_chance(tmp_path: Path):
         ERM=erm, better=shift(0.1, 0.1, 0.1), worse=shift(-0.1, -0.1, -0.1), same=shift(0.1, -0.1, 0)
     )
     loaded = Loaded(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), ["a", "b", "c"], ["x"])
+    runs = [{"method": m, "stopped": None, "seconds": s} for m in ("ERM", "better") for s in (9.0, 2.0)]
+    runs += [{"method": m, "stopped": None, "seconds": 5.0} for m in ("worse", "same")]
+    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, runs)))
     found = [report.Found(heart.SOURCE, loaded, evidence, tmp_path, 1)]
     assert found[0].line()[2:] == ["3 x 2", "yes: better"]
     lines = {name: cells for name, *cells in report.differences(found)}
     assert lines[""] == ["heart", "seconds"]
     assert lines["ERM"] == ["0.610", "1"]
     assert lines["better"] == ["**+10.1 ± 0.2**", "1.00"]
-    assert lines["worse"] == ["*-9.9 ± 0.2*", "1.00"]
+    assert lines["worse"] == ["*-9.9 ± 0.2*", "2.50"]
     assert lines["same"][0] == "+0.1 ± 24.7"  # Student, 3 domains: 4.303 * 0.0995 / sqrt(3)
     assert report.selected(found)[2] == ["better", "meta_lr", "0.2", "0.1 to 0.3", "3"]
 

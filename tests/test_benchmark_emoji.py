@@ -107,6 +107,17 @@ def test_a_domain_tints_its_classes_in_its_own_way(tmp_path: Path):
     torch.testing.assert_close(loaded.inputs, emoji.tinted(tmp_path, 4).inputs)
 
 
+def test_maps_are_computed_on_one_thread(monkeypatch: pytest.MonkeyPatch):
+    """Else their last digits depend on the machine, and runs are refused as those of other data."""
+    threads = []
+    monkeypatch.setattr(emoji, "network", lambda: None)
+    monkeypatch.setattr(emoji, "below", lambda _, some: threads.append(torch.get_num_threads()) or some)
+    torch.set_num_threads(2)
+    emoji.maps_of(torch.zeros(130, 3))
+    assert threads == [1, 1]
+    assert torch.get_num_threads() == 2
+
+
 def test_protocols_are_of_the_size_that_the_report_says():
     for name in ("emoji", "emoji-features"):
         protocol = cli.SIZES["default"][name]

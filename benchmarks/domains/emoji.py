@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import random
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def make_small() -> nn.Module:
     return nn.Sequential(nn.Linear(1280, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, len(CLASSES)))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let numbers not depend, in their last digits, on how many threads there are: runs know their data by a hash."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 @torch.no_grad()
 def features_of(maps: Tensor) -> Tensor:
     """Return the pretrained features of maps, shape (samples, 1280)."""
@@ -99,6 +112,7 @@ def features_of(maps: Tensor) -> Tensor:
     return torch.cat([tail.features(some.float()).half() for some in maps.split(128)])
 
 
+@one_thread()
 @torch.no_grad()
 def maps_of(pixels: Tensor) -> Tensor:
     """Return the maps of images, in half precision, shape (samples, 112, 4, 4)."""
