@@ -45,7 +45,8 @@ class Protocol:
         every: 2 to hold out every second domain, in the order of the labels; the others are trained on always.
         draws: Of hyperparameters.
         seeds: How many.
-        permuted, validation, evaluations, methods, search, optimizer: As for ``leave_one_domain_out``.
+        permuted, validation, evaluations, domains_per_step, methods, search, optimizer: As for
+            ``leave_one_domain_out``.
     """
 
     budget: int
@@ -55,6 +56,7 @@ class Protocol:
     permuted: int = 0
     validation: float = 0.2
     evaluations: int = 10
+    domains_per_step: int | None = None
     methods: tuple[str, ...] | None = None
     search: Mapping[str, LogUniform | Choice] = field(default_factory=lambda: SHORT)
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
@@ -63,16 +65,16 @@ class Protocol:
 TINTED = Protocol(20_000, draws=6, evaluations=5, methods=MANY, search=FROZEN)
 SIZES = {
     "default": {
-        "watch": Protocol(125_000, every=2),
+        "watch": Protocol(125_000, every=2, domains_per_step=4),
         "vowels": Protocol(32_000, every=3),
         "heart": Protocol(100_000),
-        "names": Protocol(20_000, every=6),
+        "names": Protocol(20_000, every=6, domains_per_step=8),
         "sentiment": Protocol(60_000),
         "emoji-features": Protocol(40_000, validation=0.25, draws=12, evaluations=5, methods=MANY, search=FROZEN),
         "emoji": Protocol(10_800, draws=4, evaluations=4, methods=FEW, search=FINE_TUNING, optimizer=torch.optim.AdamW),
         "tints-4": TINTED,
         "tints-8": replace(TINTED, every=2),
-        "tints-20": replace(TINTED, every=4),
+        "tints-20": replace(TINTED, every=4, domains_per_step=8),
     }
 }
 SIZES["quick"] = {
@@ -102,6 +104,7 @@ def measure(source: Source, protocol: Protocol, loaded: Loaded, folder: Path | N
         "search": protocol.search,
         "validation": protocol.validation,
         "evaluations": protocol.evaluations,
+        "domains_per_step": protocol.domains_per_step,
         "optimizer": protocol.optimizer,
         "held_out": held_out(protocol, loaded),
         "folder": folder,
