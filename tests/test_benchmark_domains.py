@@ -356,6 +356,8 @@ def test_what_a_study_can_see_is_where_its_power_is():
     seen = report.smallest_seen(evidence)
     assert 0.0 < seen < 1.0
     assert evidence.power(seen) >= 0.8 > evidence.power(seen - 2e-4)
+    wide = evidence_of(ERM=[[0.5, 0.52], [0.6, 0.61], [0.7, 0.73]], other=[[9.51, 9.53], [-9.6, -9.63], [0.7, 0.72]])
+    assert report.hundredths(report.smallest_seen(wide)) == "?"
 
 
 @pytest.fixture

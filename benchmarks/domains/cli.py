@@ -27,8 +27,8 @@ from torch_gradmatch import Choice, Evidence, LogUniform, leave_one_domain_out
 __all__ = ["SIZES", "SOURCES", "Protocol", "held_out", "main", "measure"]
 
 KEPT, FIRST = Path("benchmarks/results/domains"), Path("benchmarks/report/domains")
-OWN = [module.SOURCE for module in (watch, vowels, heart, names, sentiment)]
-SOURCES: dict[str, Source] = {source.name: source for source in (*OWN, emoji.FEATURES, emoji.MAPS, *emoji.TINTS)}
+OWN = [module.SOURCE for module in (sentiment, watch, vowels, heart, names)]
+SOURCES: dict[str, Source] = {source.name: source for source in (emoji.MAPS, emoji.FEATURES, *emoji.TINTS, *OWN)}
 MANY = ("ERM", "ERM, balanced", "Fish", "SmoothFish", "IDGM, head", "IDGM", "Fishr", "VREx", "GroupDRO")
 FEW = ("ERM", "ERM, balanced", "Fish", "IDGM, head", "Fishr", "ERM, cosine decay")
 SHORT = {"lr": LogUniform(1e-3, 3e-2, 5e-3)}  # higher than the default: runs are short

@@ -98,12 +98,19 @@ def shortest(folder: Path) -> dict[str, float]:
 
 
 def smallest_seen(evidence: Evidence, share: float = 0.8) -> float:
-    """Return the smallest true difference that a study tells from none in that share of cases, to 0.0001."""
+    """Return the smallest true difference that a study tells from none in that share of cases, to 0.0001; inf: none."""
+    if evidence.power(1.0) < share:
+        return math.inf
     low, high = 0.0, 1.0
     while high - low > 1e-4:
         middle = (low + high) / 2
         low, high = (low, middle) if evidence.power(middle) >= share else (middle, high)
     return high
+
+
+def hundredths(value: float) -> str:
+    """Return a number as text; a study of one domain or with large spread says nothing."""
+    return f"{100 * value:.1f}" if math.isfinite(value) else "?"
 
 
 def differences(found: Sequence[Found]) -> list[list[str]]:
@@ -120,11 +127,12 @@ def differences(found: Sequence[Found]) -> list[list[str]]:
                 cells.append("")
                 continue
             mark = "**" if d.is_better else "*" if d.corrected < LEVEL else ""
-            half = (d.domains.high - d.domains.low) / 2
-            cells.append(f"{mark}{100 * d.domains.mean:+.1f} ± {100 * half:.1f}{mark}")
+            cells.append(
+                f"{mark}{100 * d.domains.mean:+.1f} ± {hundredths((d.domains.high - d.domains.low) / 2)}{mark}"
+            )
             times.append(of[name.removesuffix(AVERAGED)] / of[f.evidence.rows[0].name])
         lines.append([*cells, f"{median(times):.2f}"])
-    return [*lines, ["seen", *(f"{100 * smallest_seen(f.evidence):.1f}" for f in found), ""]]
+    return [*lines, ["seen", *(hundredths(smallest_seen(f.evidence)) for f in found), ""]]
 
 
 def selected(found: Sequence[Found]) -> list[list[str]]:
