@@ -95,20 +95,8 @@ def held_out(protocol: Protocol, loaded: Loaded) -> list[str]:
 
 def measure(source: Source, protocol: Protocol, loaded: Loaded, folder: Path | None, **others: Any) -> Evidence:
     """Train and compare on one data set, or go on where it was broken off; ``others`` are of the call."""
-    arguments: dict[str, Any] = {
-        "groups": loaded.groups,
-        "seeds": protocol.seeds,
-        "budget": protocol.budget,
-        "draws": protocol.draws,
-        "permuted": protocol.permuted,
-        "search": protocol.search,
-        "validation": protocol.validation,
-        "evaluations": protocol.evaluations,
-        "domains_per_step": protocol.domains_per_step,
-        "optimizer": protocol.optimizer,
-        "held_out": held_out(protocol, loaded),
-        "folder": folder,
-    }
+    own: dict[str, Any] = {name: value for name, value in vars(protocol).items() if name not in ("every", "methods")}
+    arguments = own | {"groups": loaded.groups, "held_out": held_out(protocol, loaded), "folder": folder}
     return leave_one_domain_out(
         source.make_model,
         loaded.dataset(),

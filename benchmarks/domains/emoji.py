@@ -120,15 +120,7 @@ def maps_of(pixels: Tensor) -> Tensor:
 
 
 def loaded(root: Path, which: str) -> Loaded:
-    """Return the images as the network sees them, which is computed once.
-
-    Args:
-        root: The folder of the files.
-        which: ``"maps"`` or ``"features"``.
-
-    Returns:
-        Numbers by image; the domain is the family, the group the concept.
-    """
+    """Return ``"maps"`` or ``"features"`` of the images, computed once; family by family, the concept is the group."""
     of, path = images(root), root / CACHE
     if not path.is_file():
         maps = maps_of(of.pixels)
@@ -147,13 +139,6 @@ def tinted(root: Path, domains: int) -> Loaded:
 
     Nine drawings of ten have the tint of their class, the others that of any. The concepts are shared out over the
     domains, so that a drawing is in one of them.
-
-    Args:
-        root: The folder of the files.
-        domains: How many.
-
-    Returns:
-        Features by drawing.
     """
     of = images(root)
     chosen = [i for i, family in enumerate(of.families) if family == "line art"]

@@ -141,19 +141,7 @@ class Source:
 
 
 def find(root: Path, places: Sequence[str], command: str) -> Path:
-    """Return the first of some files that is there.
-
-    Args:
-        root: The folder to look in.
-        places: Paths below it.
-        command: What gets the file, where ``ROOT`` stands for the folder.
-
-    Returns:
-        The path.
-
-    Raises:
-        MissingDataError: If there is none.
-    """
+    """Return the first file that is there of some below a folder; if there is none, an error says the command."""
     for place in places:
         if (root / place).is_file():
             return root / place
@@ -161,17 +149,7 @@ def find(root: Path, places: Sequence[str], command: str) -> Path:
 
 
 def text_of(path: Path) -> str:
-    """Read a text file.
-
-    Args:
-        path: The file, in UTF-8.
-
-    Returns:
-        What is in it.
-
-    Raises:
-        ValueError: If it is in another encoding, or no text.
-    """
+    """Read a text file, in UTF-8; raise ``ValueError`` if it is in another encoding, or no text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

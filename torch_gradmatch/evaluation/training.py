@@ -215,9 +215,8 @@ class Training:
         """Score the weights that were kept on all samples.
 
         Returns:
-            By ``"plain"`` and ``"averaged"``: ``"validation"`` and ``"held_out"``, the scores, -inf if they are not
-            finite; ``"moment"``, the samples after which the weights were kept; ``"curve"``, the scores at all moments.
-            None without an average.
+            By ``"plain"`` and ``"averaged"``, None without one: ``"validation"`` and ``"held_out"``, scores, -inf if
+            not finite; ``"moment"``, the samples after which the weights were kept; ``"curve"``, scores at all moments.
         """
         self._hook.remove()
         return {kind: self._final(kind) if kind in self._kept else None for kind in (PLAIN, AVERAGED)}
