@@ -54,7 +54,7 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         >>> check_loader(optimizer, DataLoader(range(12), batch_sampler=sampler))
         Traceback (most recent call last):
             ...
-        ValueError: Fish(inner_steps=5) but the loader has groups of domains_per_step=3: make both equal
+        ValueError: Fish(inner_steps=5) but the loader has domains_per_step=3: make both equal
     """
     wrapped = optimizer
     # Accelerate's wrapper has none of GradMatch's members, and Lightning's passes for one: go down to the real one.
@@ -77,7 +77,7 @@ def check_loader(optimizer: Any, loader: Any, accumulation_steps: int = 1) -> No
         )
     if inner_steps not in {None, domains}:
         raise ValueError(
-            f"Fish(inner_steps={inner_steps}) but the loader has groups of domains_per_step={domains}: make both equal"
+            f"Fish(inner_steps={inner_steps}) but the loader has domains_per_step={domains}: make both equal"
         )
     if check_int("accumulation_steps", accumulation_steps, at_least=1) != sampler.accumulate:
         raise ValueError(

@@ -129,7 +129,7 @@ class DomainBatchSampler(Sampler[list[int]]):
         Two ranks walk through the same domains in opposite orders:
 
         >>> walks = {"batch_size": 2, "num_replicas": 2, "split": "walks"}
-        >>> one, other = (DomainBatchSampler(hospitals, rank=rank, **walks) for rank in (0, 1))
+        >>> one, other = (DomainBatchSampler(hospitals, rank=r, **walks) for r in (0, 1))
         >>> [hospitals[i] for i, _ in one] == [hospitals[i] for i, _ in other][::-1]
         True
     """

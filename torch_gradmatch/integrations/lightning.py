@@ -45,8 +45,8 @@ class GradMatchCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> callbacks = [GradMatchCallback()]
-        >>> trainer = Trainer(callbacks=callbacks, use_distributed_sampler=False, logger=False)
+        >>> callback = GradMatchCallback()
+        >>> trainer = Trainer(callbacks=callback, use_distributed_sampler=False, logger=False)
     """
 
     def __init__(self, weights: Literal["slow", "averaged"] = "slow", prefix: str = "train/") -> None:
