@@ -232,13 +232,9 @@ class Training:
             validation = _mean([task.score(model, own)[0] for own in self._split.validation.values()])
             held_out, kept = task.score(model, self._split.held_out) if self._split.held_out else (math.nan, [])
         scores = {"validation": validation, "held_out": held_out}
-        found = {part: score if math.isfinite(score) else -math.inf for part, score in scores.items()}
-        return (
-            found
-            | {"moment": self._kept[kind][0]}
-            | {"curve": self._curves[kind]}
-            | ({"predictions": kept} if kept else {})
-        )
+        found: Run = {part: score if math.isfinite(score) else -math.inf for part, score in scores.items()}
+        found |= {"moment": self._kept[kind][0], "curve": self._curves[kind]}
+        return found | ({"predictions": kept} if kept else {})
 
     def _measure(self) -> None:
         """Score the weights, and their average if there is one, on a part of the validation samples."""
