@@ -1,1 +1,1 @@
-"""What is run once, not in every step: cost and fidelity of the methods on a model of one's own."""
+"""What is run once, not in every step: what the methods cost, how exact they are, and which of them helps."""
