@@ -9,6 +9,7 @@ import math
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,8 @@ def test_differences_are_marked_where_they_are_more_than_chance(tmp_path: Path):
     (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, runs)))
     found = [report.Found(heart.SOURCE, loaded, evidence, tmp_path, 1)]
     assert found[0].line()[2:] == ["3 x 2", "yes: better"]
+    near = replace(found[0], evidence=evidence_of(ERM=erm, worse=shift(-0.1, -0.1, -0.1), near=shift(0.1, 0.05, 0.02)))
+    assert near.line()[3].startswith("no; least p: near, 0.1")
     lines = {name: cells for name, *cells in report.differences(found)}
     assert lines[""] == ["heart", "seconds"]
     assert lines["ERM"] == ["0.610", "1"]
