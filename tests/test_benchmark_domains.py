@@ -346,7 +346,7 @@ def test_differences_are_marked_where_they_are_more_than_chance(tmp_path: Path):
     near = replace(found[0], evidence=evidence_of(ERM=erm, worse=shift(-0.1, -0.1, -0.1), near=shift(0.1, 0.05, 0.02)))
     assert near.line()[3].startswith("no; least p: near, 0.1")
     lines = {name: cells for name, *cells in report.differences(found)}
-    assert lines[""] == ["heart", "seconds"]
+    assert lines[""] == ["heart", "time"]
     assert lines["ERM"] == ["0.610", "1"]
     assert lines["better"] == ["**+10.1 ± 0.2**", "1.00"]
     assert lines["worse"] == ["*-9.9 ± 0.2*", "2.50"]

@@ -24,7 +24,7 @@ HOW = (
     "nothing of the held-out domain is used for selection. Differences to ERM are paired, in hundredths of the metric, "
     "with half the 95 % interval for another domain. **Bold**: better, *italics*: worse, for another domain and for "
     "another seed, after Holm's correction for the rows of its data set. `seen` is the smallest true difference that "
-    "the study tells from none in 80 % of cases, with the spread found. `seconds`: of the shortest run, over that of "
+    "the study tells from none in 80 % of cases, with the spread found. `time`: that of the shortest run, over that of "
     "ERM, median over a table's data sets: other work makes runs longer, also those below. `least p`: corrected so."
 )
 
@@ -117,7 +117,7 @@ def hundredths(value: float) -> str:
 def differences(found: Sequence[Found]) -> list[list[str]]:
     """Return a table: a line for each method, a column for each data set, and what the method costs."""
     names = dict.fromkeys(row.name for f in found for row in f.evidence.rows)
-    lines = [["", *(f.source.name for f in found), "seconds"]]
+    lines = [["", *(f.source.name for f in found), "time"]]
     lines.append(["ERM", *(f"{f.evidence.rows[0].mean:.3f}" for f in found), "1"])
     seconds = [shortest(f.folder) for f in found]
     for name in list(names)[1:]:
