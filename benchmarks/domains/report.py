@@ -20,12 +20,13 @@ __all__ = ["Found", "smallest_seen", "write"]
 
 SELECTED = ("meta_lr", "inner_lr", "strength", "beta", "eta")
 HOW = (
-    "Every method trains on the same number of differentiated samples, with the same draws of hyperparameters; "
-    "nothing of the held-out domain is used for selection. Differences to ERM are paired, in hundredths of the metric, "
-    "with half the 95 % interval for another domain. **Bold**: better, *italics*: worse, for another domain and for "
-    "another seed, after Holm's correction for the rows of its data set. `seen` is the smallest true difference that "
-    "the study tells from none in 80 % of cases, with the spread found. `time`: that of the shortest run, over that of "
-    "ERM, median over a table's data sets: other work makes runs longer, also those below. `least p`: corrected so."
+    "Every method differentiates the same number of samples, with the same draws of hyperparameters; nothing of the "
+    "held-out domain is used for selection. Differences to ERM are paired, in hundredths of the metric, with half the "
+    "95 % interval for another domain. **Bold**: better, *italics*: worse, for another domain and for another seed, "
+    "after Holm's correction for the rows of its data set. `least p`: the smallest, so corrected. `seen`: the smallest "
+    "true difference that the study tells from none in 80 % of cases, with the spread found. `time`: of the shortest "
+    "run, without averaging, over ERM's, median over a table's data sets; other work makes runs longer, also those in "
+    "the sections below."
 )
 
 

@@ -38,7 +38,7 @@ class EvidenceRow:
         settings: Of each held-out domain: the hyperparameters selected.
         oracle: Mean over held-out domains with the first seed, if the hyperparameters were those that are best on the
             held-out domain itself: what nobody can have who does not know it.
-        seconds: Of training, median over runs, without measuring.
+        seconds: Of training, median over runs, without measuring and averaging.
         stopped: What ended selected runs early, and how often.
         predictions: Of each held-out domain and seed, outputs and targets as lists, if they were asked for.
     """
@@ -166,7 +166,7 @@ class Evidence:
         if name != first.name:
             d = found[name]
             times = self[name].seconds / max(first.seconds, 1e-9)
-            copy = ", and one more copy of the parameters" if name.endswith(AVERAGED) else ""
+            copy = ", averaging aside, and a copy of the parameters" if name.endswith(AVERAGED) else ""
             said = [f"Yes. Use {name}: {d.domains.mean:+.3f} over {first.name}, {d.domains.ends} for another domain,"]
             said += [f"{d.seeds.ends} for another seed, p = {d.corrected:.2g} {many}."]
             said += [f"It takes {times:.1f} times the seconds of {first.name} for as many samples{copy}."]
