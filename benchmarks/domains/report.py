@@ -25,8 +25,7 @@ HOW = (
     "95 % interval for another domain. **Bold**: better, *italics*: worse, for another domain and for another seed, "
     "after Holm's correction for the rows of its data set. `least p`: the smallest, so corrected. `seen`: the smallest "
     "true difference that the study tells from none in 80 % of cases, with the spread found. `time`: of the shortest "
-    "run, without averaging, over ERM's, median over a table's data sets; other work makes runs longer, also those in "
-    "the sections below."
+    "run, without averaging, over ERM's, median over a table's data sets; other work can make a run longer."
 )
 
 
