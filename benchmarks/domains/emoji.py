@@ -11,7 +11,6 @@ import contextlib
 import copy
 import io
 import random
-from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from benchmarks.domains.source import Loaded, Source
 __all__ = ["FEATURES", "MAPS", "TINTS", "Tail", "tinted"]
 
 FIRST_TRAINED = 9  # block of the network: what comes before is the same for all runs, and computed once
-CACHE = "emoji-styles/network.pt"
+CACHE = "emoji-styles/features.pt"
 
 
 @cache
@@ -44,8 +43,8 @@ def network() -> Any:
 
 
 def below(model: Any, pixels: Tensor) -> Tensor:
-    """Return what the blocks below :data:`FIRST_TRAINED` make of images, shape (B, 112, 4, 4)."""
-    h = model._swish(model._bn0(model._conv_stem((pixels.float() / 255 - 0.498) / 0.502)))
+    """Return what the blocks below :data:`FIRST_TRAINED` make of images, shape (B, 112, 4, 4), in double precision."""
+    h = model._swish(model._bn0(model._conv_stem((pixels.double() / 255 - 0.498) / 0.502)))
     for block in model._blocks[:FIRST_TRAINED]:
         h = block(h)
     return h
@@ -93,30 +92,22 @@ def make_small() -> nn.Module:
     return nn.Sequential(nn.Linear(1280, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, len(CLASSES)))
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let numbers not depend, in their last digits, on how many threads there are: runs know their data by a hash."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+# Runs know their data by a hash, and the last digits of single precision depend on the CPU: 7 of 1,000 numbers in half
+# precision would be others. Rounded from double they are the same everywhere.
 
 
-@one_thread()
 @torch.no_grad()
 def features_of(maps: Tensor) -> Tensor:
-    """Return the pretrained features of maps, shape (samples, 1280)."""
-    tail = Tail(copy.deepcopy(network()), 1).eval()
-    return torch.cat([tail.features(some.float()).half() for some in maps.split(128)])
+    """Return the pretrained features of maps, in half precision, shape (samples, 1280)."""
+    tail = Tail(copy.deepcopy(network()), 1).double().eval()
+    return torch.cat([tail.features(some.double()).half() for some in maps.split(16)])
 
 
-@one_thread()
 @torch.no_grad()
 def maps_of(pixels: Tensor) -> Tensor:
     """Return the maps of images, in half precision, shape (samples, 112, 4, 4)."""
-    return torch.cat([below(network(), some).half() for some in pixels.split(128)])
+    model = copy.deepcopy(network()).double()
+    return torch.cat([below(model, some).half() for some in pixels.split(16)])
 
 
 def loaded(root: Path, which: str) -> Loaded:

@@ -25,7 +25,7 @@ COMMAND = "make domains-data"
 TEXTS = "vaderSentiment-3.3.2.tar.gz"
 INSIDE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 MODEL = "all_minilm_l6_v2/model.zip"
-CACHE = "sentiment-features.pt"
+CACHE = "sentiment-half.pt"
 GENRES = {
     "tweets": "tweet",
     "amazonReviewSnippets": "product",
@@ -62,14 +62,15 @@ def read(path: Path) -> list[tuple[str, str, float, str]]:
 
 @torch.no_grad()
 def embedded(root: Path, texts: list[str]) -> Tensor:
-    """Return features of sentences, shape (samples, 384): the mean of the last layer over words, of length 1.
+    """Return features of sentences: the mean of the last layer over words, of length 1.
 
     Args:
         root: The folder of the files.
         texts: The sentences; what comes after 128 pieces of words is cut off.
 
     Returns:
-        The features, which are computed once.
+        Shape (samples, 384), computed once. In half precision, rounded from double, they are the same on every CPU:
+        runs know their data by a hash.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -77,9 +78,9 @@ def embedded(root: Path, texts: list[str]) -> Tensor:
     if not folder.is_dir():
         with zipfile.ZipFile(find(root, (MODEL,), COMMAND)) as file:
             file.extractall(folder)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).double().eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that a batch has texts of one length
-    features = torch.empty(len(texts), 384)
+    features = torch.empty(len(texts), 384, dtype=torch.float16)
     for first in range(0, len(order), 64):
         chosen = order[first : first + 64]
         inputs: Any = tokenizer(
@@ -87,7 +88,7 @@ def embedded(root: Path, texts: list[str]) -> Tensor:
         )
         mask = inputs["attention_mask"][:, :, None]
         words = model(**inputs).last_hidden_state
-        features[chosen] = functional.normalize((words * mask).sum(1) / mask.sum(1), dim=1)
+        features[chosen] = functional.normalize((words * mask).sum(1) / mask.sum(1), dim=1).half()
     return features
 
 
@@ -97,7 +98,7 @@ def load(root: Path) -> Loaded:
     path = root / CACHE
     if not path.is_file():
         torch.save(embedded(root, [text for *_, text in rows]), path)
-    features = torch.load(path, weights_only=True)
+    features = torch.load(path, weights_only=True).float()
     genres, groups, scores, _ = zip(*rows, strict=True)
     return Loaded(features, torch.tensor(scores), list(genres), [], list(groups))
 
