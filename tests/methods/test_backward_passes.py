@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from _models import small_network
 from _second_order import METHODS, nothing_changes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,14 +25,9 @@ FIRST = [method for method in METHODS if method not in SECOND]
 Loss = Callable[[Tensor], Tensor]
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
-
 def domains() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [0.5 * torch.randn(6, 4, generator=generator, dtype=torch.float64) + 0.2 * i for i in range(3)]
+    return [0.5 * torch.randn(6, 3, generator=generator, dtype=torch.float64) + 0.2 * i for i in range(3)]
 
 
 def wrap(method: str, model: nn.Module) -> GradMatch[Any]:
@@ -42,10 +39,6 @@ def checkpointed(model: nn.Sequential, *, reentrant: bool = True) -> Loss:
     return lambda x: (
         model[2](checkpoint(model[:2], x.clone().requires_grad_(), use_reentrant=reentrant)).square().mean()
     )
-
-
-def without_reentrance(model: nn.Sequential) -> Loss:
-    return checkpointed(model, reentrant=False)
 
 
 def mask() -> Tensor:
@@ -72,14 +65,14 @@ def hooked_after(model: nn.Sequential) -> Loss:
 
 Prepare = Callable[[nn.Sequential], Loss]
 SAME: dict[str, tuple[Prepare, Prepare]] = {  # what accumulates by itself, and what does the same otherwise
-    "checkpoint": (checkpointed, without_reentrance),
+    "checkpoint": (checkpointed, partial(checkpointed, reentrant=False)),
     "hook after accumulating": (hooked_after, hooked),
 }
 
 
 def trained(method: str, prepare: Prepare) -> tuple[dict[str, Tensor], MetaStep]:
     """Return a model's parameters after three meta-iterations, and what the last of them reports."""
-    model = network()
+    model = small_network()
     loss_fn, optimizer = prepare(model), wrap(method, model)
     for _ in range(3):
         report = optimizer.meta_step(loss_fn, domains())
@@ -94,7 +87,7 @@ def test_what_accumulates_by_itself_trains_as_what_does_not(method: str, kind: s
     for name in ("losses", "inner_product", "grad_norms"):
         torch.testing.assert_close(getattr(report, name), getattr(expected, name))
     if kind == "hook after accumulating":
-        still = (ours["0.weight"] == network()[0].weight).all(dim=1)
+        still = (ours["0.weight"] == small_network()[0].weight).all(dim=1)
         assert still.tolist() == [True, True, False, False]
 
 
@@ -106,7 +99,7 @@ def test_what_accumulates_by_itself_trains_as_what_does_not(method: str, kind: s
     ],
 )
 def test_where_it_cannot_be_differentiated_again_it_is_refused_by_name(method: str, kind: str, prepare: Prepare):
-    model = network()
+    model = small_network()
     loss_fn, optimizer = prepare(model), wrap(method, model)
     message = r"parameter '0.weight' by backward"
     if kind == "checkpoint":
@@ -114,7 +107,7 @@ def test_where_it_cannot_be_differentiated_again_it_is_refused_by_name(method: s
     with nothing_changes(model, optimizer), pytest.raises(ValueError, match=message):
         optimizer.meta_step(loss_fn, domains())
     if kind != "hook of tensors" and method != "IDGM-forward":  # which takes neither kind of checkpoint
-        model = network()
+        model = small_network()
         wrap(method, model).meta_step(SAME[kind][1](model), domains())
 
 
@@ -122,7 +115,7 @@ def test_where_it_cannot_be_differentiated_again_it_is_refused_by_name(method: s
 @pytest.mark.parametrize("method", SECOND)
 def test_it_is_refused_wherever_second_derivatives_begin(method: str, begins: str):
     """Not in the first meta-iteration alone: this is the first that differentiates twice, here or in this process."""
-    model = network()
+    model = small_network()
     optimizer = wrap(method, model)
     if begins == "after gamma 0":
         strength, optimizer.method.gamma = optimizer.method.gamma, 0.0
@@ -140,7 +133,7 @@ def test_it_is_refused_wherever_second_derivatives_begin(method: str, begins: st
 @pytest.mark.parametrize("method", METHODS)
 def test_an_optimizer_that_steps_in_the_backward_pass_is_refused_and_nothing_has_moved(method: str):
     """It leaves no gradient to match."""
-    model = network()
+    model = small_network()
     optimizer = wrap(method, model)
     before = copy.deepcopy(model.state_dict())
     inner = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}

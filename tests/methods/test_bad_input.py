@@ -13,16 +13,15 @@ import torch
 from _feature_training import batches, feature_net, snapshot
 from _models import assert_identical, loss_of
 from _networks import make
-from _second_order import DIRECTIONS, EVERY, GAMMA, METHODS, nothing_changes, train
+from _second_order import DIRECTIONS, EVERY, METHODS, nothing_changes
 from torch import Tensor, nn
-from torch.optim import SGD, SparseAdam
+from torch.optim import SGD
 
-from torch_gradmatch import IDGM, Fish, GradMatch
+from torch_gradmatch import Fish, GradMatch
 
 # Those that evaluate a loss again.
 TWICE = ["IDGM", "IDGM-forward", "IDGM-finite_difference", "SmoothFish", "SmoothFish-symmetric"]
 every_method = pytest.mark.parametrize("method", METHODS)
-of_each_kind = pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish"])
 
 
 def network() -> nn.Sequential:
@@ -127,7 +126,7 @@ NOT_REACHED: dict[str, tuple[Callable[[nn.Module], list[nn.Module]], str]] = {
 
 
 @pytest.mark.parametrize("case", NOT_REACHED)
-@of_each_kind
+@pytest.mark.parametrize("method", ["IDGM", "SmoothFish", "Fish"])
 def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_told(method: str, case: str):
     model = network()
     optimizer, parameters = wrap(method, model), list(model.parameters())
@@ -194,10 +193,3 @@ def test_fish_maximizes_as_it_minimizes_the_negative():
         sign = 1 if maximize else -1
         optimizer.meta_step(lambda x, m=model, s=sign: s * m(x).sigmoid().mean(), [inputs(), inputs(5)])
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
-
-
-def test_sparse_adam_refuses_the_dense_direction_and_nothing_changes():
-    case = make(networks.sparse_embedding)
-    optimizer = GradMatch(SparseAdam(case.model.parameters()), IDGM(case.model, GAMMA))
-    with nothing_changes(case.model, optimizer), pytest.raises(RuntimeError, match="does not support dense gradients"):
-        train(case, optimizer, 1)

@@ -74,6 +74,7 @@ def test_what_fails_changes_nothing_and_training_goes_on(method: str, several: b
     train(case, optimizer, 1)
     for batches, message in (([], "batches is empty"), (case.batches[:1], "at least 2 domains")):
         if batches and method in ("Fish", "ERM"):
+            train(Case(case.model, case.loss, batches), optimizer, 1)
             continue
         with nothing_changes(case.model, optimizer), pytest.raises(ValueError, match=message):
             optimizer.meta_step(lambda batch: case.loss(case.model, batch), batches)
@@ -111,3 +112,14 @@ def test_a_line_search_remembers_one_evaluation(method: str):
         train(case, optimizer, 1)
         memories.append(optimizer.state_dict()["gradmatch"]["memory"])
     assert_identical(memories[0], memories[1])
+
+
+@pytest.mark.parametrize(("method", "told"), [("GroupDRO", "weights of the domains"), ("Fishr", "running variances")])
+def test_another_number_of_domains_without_names_is_refused_and_a_state_without_ours_is_told_of(method: str, told: str):
+    case = make(networks.batch_norm_1d)
+    optimizer = GradMatch(AdamW(case.model.parameters()), EVERY[method](case.model))
+    train(case, optimizer, 1)
+    with pytest.raises(ValueError, match="holds 2 domains without names, and earlier ones held 3"):
+        train(Case(case.model, case.loss, case.batches[:2]), optimizer, 1)
+    with pytest.warns(UserWarning, match=f"{told} begin anew"):
+        optimizer.load_state_dict(optimizer.optimizer.state_dict())

@@ -7,6 +7,7 @@ And what those that evaluate the loss themselves, LBFGS and SAM by closure, have
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import pytorch_optimizer
 import torch
-from _models import assert_same_state, domain_loss, small_network
+from _models import assert_identical, assert_same_state, domain_loss, small_network
 from _operations import Operations
 from _optimizer_laws import (
     check_cannot,
@@ -38,7 +39,6 @@ from torch_gradmatch.slow.inner_state import KEEPS_POINTS
 RECIPES = recipes("torch", "pytorch_optimizer")
 NAMES = [name for name in RECIPES if name not in CANNOT and (find_spec("einops") or name != "pytorch_optimizer.DeMo")]
 POINTS = [name for name in NAMES if RECIPES[name].cls.__name__ in KEEPS_POINTS or has_modes(RECIPES[name])]
-every_optimizer = pytest.mark.parametrize("name", NAMES)
 pytestmark = [  # of the libraries, in plain loops as well
     pytest.mark.filterwarnings(r"ignore:Using backward\(\) with create_graph:UserWarning"),
     pytest.mark.filterwarnings("ignore:you need to install:ImportWarning"),
@@ -57,29 +57,21 @@ def test_the_list_of_those_that_keep_points_names_all_and_no_others():
     check_list(RECIPES[name] for name in NAMES)
 
 
-@every_optimizer
-def test_carry_is_refused_where_an_interpolation_would_be_undone_and_else_is_algorithm_1(name: str):
-    check_carry(RECIPES[name])
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [
+        *itertools.product([check_carry, check_reset], NAMES),
+        *((check_reset_in_training, name) for name in POINTS),
+        *((check_cannot, name) for name in RECIPES if name in CANNOT),
+    ],
+)
+def test_what_is_refused_and_else_is_algorithm_1(check: Callable[[Any], None], name: str):
+    check(RECIPES[name])
 
 
-@every_optimizer
-def test_reset_is_algorithm_1_with_a_new_optimizer_each_time(name: str):
-    check_reset(RECIPES[name])
-
-
-@pytest.mark.parametrize("name", POINTS)
-def test_reset_refuses_an_optimizer_in_training_whose_points_it_would_return_to(name: str):
-    check_reset_in_training(RECIPES[name])
-
-
-@every_optimizer
+@pytest.mark.parametrize("name", NAMES)
 def test_wrapping_leaves_the_optimizer_alone(name: str, monkeypatch: pytest.MonkeyPatch):
     check_wrapping(RECIPES[name], monkeypatch)
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if name in CANNOT])
-def test_what_cannot_be_wrapped_says_so(name: str):
-    check_cannot(RECIPES[name])
 
 
 @pytest.mark.parametrize("inner_state", ["carry", "reset"])
@@ -100,8 +92,6 @@ def test_wrapping_costs_a_few_calls_for_each_group(inner_state: str):
 
 
 DOMAINS = range(3)
-
-
 CLOSURES: dict[str, Callable[[Any], Optimizer]] = {
     "SAM": lambda p: pytorch_optimizer.SAM(p, SGD, lr=0.1, momentum=0.9, rho=0.2),
     "SAM-Adam": lambda p: pytorch_optimizer.SAM(p, Adam, lr=0.05, rho=0.2, adaptive=True),
@@ -122,10 +112,11 @@ def plain_step(optimizer: Optimizer, loss: Callable[[], Any]) -> None:
     optimizer.step(closure)
 
 
-def test_what_is_reported_is_at_the_point_before_the_step():
+@pytest.mark.parametrize("name", CLOSURES)
+def test_what_is_reported_is_at_the_point_before_the_step_and_changes_nothing(name: str):
     model, plain = small_network(), small_network()
-    optimizer = GradMatch(CLOSURES["SAM"](model.parameters()), Fish(1.0, track_alignment=True))
-    inner, losses, gradients = CLOSURES["SAM"](plain.parameters()), [], []
+    optimizer = GradMatch(CLOSURES[name](model.parameters()), Fish(1.0, track_alignment=True))
+    inner, losses, gradients = CLOSURES[name](plain.parameters()), [], []
     for d in DOMAINS:
         losses.append(domain_loss(plain, d))
         found = torch.autograd.grad(losses[-1], list(plain.parameters()))
@@ -134,6 +125,7 @@ def test_what_is_reported_is_at_the_point_before_the_step():
     report = optimizer.meta_step(partial(domain_loss, model), DOMAINS)
     torch.testing.assert_close(report.losses, torch.stack(losses).detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(report.cosine, mean_pairwise_cosine(gradients), rtol=1e-10, atol=1e-12)
+    assert_identical(model.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("name", CLOSURES)

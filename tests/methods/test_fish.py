@@ -67,17 +67,6 @@ def test_tracked_alignment_is_that_of_the_inner_gradients(manual: bool):
         torch.testing.assert_close(report.grad_norms, torch.stack([g.norm() for g in gradients]))
 
 
-def test_tracking_changes_nothing_and_measures_a_line_search_once():
-    results = []
-    for tracks in (False, True):
-        model = feature_net()
-        optimizer = GradMatch(lbfgs(model), Fish(0.5, track_alignment=tracks))
-        report = optimizer.meta_step(partial(loss_of, model), batches(2))
-        results.append(model.state_dict())
-    assert_identical(results[1], results[0])
-    assert report.grad_norms.shape == (2,)
-
-
 def test_a_failed_step_leaves_no_half_measured_alignment():
     model = nn.Linear(2, 1)
     optimizer = GradMatch(SGD(model.parameters(), lr=0.1), Fish(0.5, inner_steps=2, track_alignment=True))

@@ -219,13 +219,3 @@ def test_losses_that_do_not_serve_are_errors_in_words(kind: str):
     with pytest.raises(ValueError, match=BAD_LOSSES[kind][1]):
         wrap(model).meta_step(partial(BAD_LOSSES[kind][0], model), domains())
     assert_identical(model.state_dict(), before)
-
-
-def test_another_number_of_domains_without_names_is_refused_and_a_state_without_ours_is_told_of():
-    model = network()
-    optimizer = wrap(model)
-    optimizer.meta_step(partial(loss_of, model), domains())
-    with pytest.raises(ValueError, match="holds 3 domains without names, and earlier ones held 4"):
-        optimizer.meta_step(partial(loss_of, model), domains()[:3])
-    with pytest.warns(UserWarning, match="running variances begin anew"):
-        optimizer.load_state_dict(optimizer.optimizer.state_dict())

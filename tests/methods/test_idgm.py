@@ -41,11 +41,14 @@ def exact_direction(losses: Any, theta: Tensor, gamma: float) -> Tensor:
     return displacement(losses, theta, lambda model: IDGM(model, gamma, "inner_product"))
 
 
+def fish_direction(losses: Any, theta: Tensor, alpha: float) -> Tensor:
+    """(theta - theta~) / (alpha S)."""
+    return displacement(losses, theta, lambda _: Fish(meta_lr=1.0), lr=alpha) / (alpha * len(losses))
+
+
 def mean_fish_direction(losses: Any, theta: Tensor, alpha: float) -> Tensor:
-    """(theta - theta~) / (alpha S) averaged over all orders of the domains."""
-    orders = itertools.permutations(losses)
-    walks = [displacement(order, theta, lambda _: Fish(meta_lr=1.0), lr=alpha) for order in orders]
-    return torch.stack(walks).mean(dim=0) / (alpha * len(losses))
+    """Averaged over all orders of the domains."""
+    return torch.stack([fish_direction(order, theta, alpha) for order in itertools.permutations(losses)]).mean(dim=0)
 
 
 def ratios(errors: list[float]) -> list[float]:
@@ -79,26 +82,15 @@ def errors_of_two_groups(order: Any, seed: int, domains: int, wrong: float = 1.0
 
     Two groups of a ``DomainBatchSampler`` over domains of one batch each, both from the same parameters.
     """
-    generator = torch.Generator().manual_seed(seed)
-    features = 0.4 * torch.randn(domains * 6, 5, generator=generator, dtype=torch.float64)
-    targets = torch.randn(domains * 6, generator=generator, dtype=torch.float64)
-    theta = torch.randn(5, generator=generator, dtype=torch.float64)
-    data = torch.utils.data.TensorDataset(features, targets)
-    sampler = DomainBatchSampler([i // 6 for i in range(len(data))], batch_size=6, order=order, seed=seed)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler)
-    groups = [
-        [lambda theta, x=x, y=y: (torch.tanh(x @ theta) - y).square().mean() for x, y in group]
-        for _ in range(2)
-        for group in meta_batches(loader, domains)
-    ]
+    losses, theta = quartic(seed, domains)
+    sampler = DomainBatchSampler(range(domains), batch_size=1, order=order, seed=seed)
+    groups = [[losses[domain] for (domain,) in group] for _ in range(2) for group in meta_batches(sampler, domains)]
     single, mean = [], []
     for halvings in range(5, 9):
         alpha = 0.5**halvings
-        walks = [
-            displacement(group, theta, lambda _: Fish(meta_lr=1.0), lr=alpha) / (alpha * domains) for group in groups
-        ]
-        exact = exact_direction(groups[0], theta, wrong * fish_gamma(alpha, domains))
-        size = float((exact - exact_direction(groups[0], theta, 0.0)).norm()) / alpha
+        walks = [fish_direction(group, theta, alpha) for group in groups]
+        exact = exact_direction(losses, theta, wrong * fish_gamma(alpha, domains))
+        size = float((exact - exact_direction(losses, theta, 0.0)).norm()) / alpha
         single.append(float((walks[0] - exact).norm()) / size)
         mean.append(float((sum(walks) / 2 - exact).norm()) / size)
     return single, mean

@@ -16,6 +16,7 @@ from _models import assert_identical
 from _operations import Operations
 from _ranks import on_ranks
 from _spread import Collectives, error_of, full, world
+from test_fishr import domains, loss_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_gradmatch import IDGM, GradMatch
 from torch_gradmatch.gradients.agreement import AGREEMENTS
 
-DOMAINS = 4
+DOMAINS = len(domains())
 GAMMA = 0.3
 
 
@@ -76,21 +77,6 @@ class Network(nn.Module):
         else:
             z = self.features(x)
         return self.head(F.gelu(self.top(z)))
-
-
-def domains() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.randn(10, 6, generator=generator, dtype=torch.float64),
-            torch.randint(0, 3, (10,), generator=generator),
-        )
-        for _ in range(DOMAINS)
-    ]
-
-
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 MATCHED: dict[str, Callable[[Network], Any]] = {
@@ -310,12 +296,6 @@ def test_parts_that_cannot_be_matched_are_errors_in_words_and_change_nothing(
     assert_identical(model.state_dict(), before)
 
 
-def test_repr_shows_what_is_matched():
-    model = Network()
-    assert "matched='1 parameters'" in repr(IDGM(model, matched=[model.head.weight]))
-    assert "matched='Linear'" in repr(IDGM(model, matched=model.head))
-
-
 def test_a_loss_linear_in_the_head_and_alone_has_nothing_to_match():
     model = nn.Linear(6, 1).double()
     with pytest.raises(RuntimeError, match="there is nothing to match"):
@@ -377,15 +357,11 @@ def test_on_two_ranks_is_what_one_process_finds(scheme: str, settings: dict[str,
                     torch.testing.assert_close(gradients[name], p.grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def refused_on_a_rank(*, sharded: bool) -> str:
+def refused_on_a_rank() -> str:
     model = Network()
-    settings: dict[str, Any] = {} if sharded else {"one_pass": True, **world()}
-    if sharded:
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    method = IDGM(model, matched=model.head, **settings)
-    return error_of(lambda: GradMatch(SGD(model.parameters(), lr=0.1), method))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return error_of(lambda: GradMatch(SGD(model.parameters(), lr=0.1), IDGM(model, matched=model.head)))
 
 
-@pytest.mark.parametrize(("sharded", "message"), [(True, "DTensors"), (False, "pass parallel='data'")])
-def test_a_sharded_head_and_one_pass_by_domains_are_refused(sharded: bool, message: str):
-    assert all(message in error for error in on_ranks(2, partial(refused_on_a_rank, sharded=sharded)))
+def test_a_sharded_head_is_refused():
+    assert all("DTensors" in error for error in on_ranks(2, refused_on_a_rank))

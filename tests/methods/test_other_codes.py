@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from _networks import cross_entropy
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -35,14 +36,10 @@ def groups() -> list[Batches]:
     return [[batch(domain) for domain in range(S)] for _ in range(4)]
 
 
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def train(model: nn.Module, optimizer: Optimizer, batches: Batches) -> None:
     for batch in batches:
         optimizer.zero_grad()
-        loss_of(model, batch).backward()
+        cross_entropy(model, batch).backward()
         optimizer.step()
 
 
@@ -113,13 +110,13 @@ def test_iga_of_domainbed_is_idgm_with_the_variance():
     """A sum over domains there, a mean here: gamma is S times the penalty."""
     model, ours, penalty = network(), network(), 0.7
     parameters, group = list(model.parameters()), groups()[0]
-    losses = [loss_of(model, batch) for batch in group]
+    losses = [cross_entropy(model, batch) for batch in group]
     grads = [torch.autograd.grad(loss, parameters, create_graph=True) for loss in losses]
     mean_loss = torch.stack(losses).mean()
     mean_grad = torch.autograd.grad(mean_loss, parameters, retain_graph=True)
     spread = torch.stack([(g - m).pow(2).sum() for grad in grads for g, m in zip(grad, mean_grad, strict=True)]).sum()
     expected = torch.autograd.grad(mean_loss + penalty * spread, parameters)
     optimizer = GradMatch(SGD(ours.parameters(), lr=0.0), IDGM(ours, gamma=S * penalty))
-    optimizer.meta_step(partial(loss_of, ours), group)
+    optimizer.meta_step(partial(cross_entropy, ours), group)
     for p, gradient in zip(ours.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from _models import assert_same_model, assert_same_state, small_network
+from _networks import mean_squared_error as loss_of
 from _reference import ReferenceFish, naive_idgm, smooth_fish_gradient
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -40,10 +41,6 @@ def groups(count: int = 3) -> list[list[Batch]]:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     return [[(draw(SAMPLES, 3) + d / 2, draw(SAMPLES, 1) + d) for d in range(DOMAINS)] for _ in range(count)]
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().mean()
 
 
 def clip(model: nn.Module, scale: float = 1.0) -> None:

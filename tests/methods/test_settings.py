@@ -9,21 +9,13 @@ import numpy as np
 import pytest
 import torch
 from _feature_training import batches, feature_net, snapshot, train
-from _models import assert_identical, loss_of
+from _models import assert_identical, loss_of, small_network
+from _second_order import EVERY
 from torch import nn
 from torch.optim import SGD, Adam
 
-from torch_gradmatch import ERM, IDGM, Fish, Fishr, GradMatch, GroupDRO, SmoothFish, VREx
+from torch_gradmatch import IDGM, Fish, GradMatch, SmoothFish
 
-METHODS: dict[str, Any] = {
-    "Fish": lambda m: Fish(model=m),
-    "SmoothFish": lambda m: SmoothFish(1.0, 0.1, m),
-    "IDGM": lambda m: IDGM(m, 0.1),
-    "Fishr": lambda m: Fishr(m, m, 0.1),
-    "VREx": lambda m: VREx(model=m),
-    "GroupDRO": lambda m: GroupDRO(model=m),
-    "ERM": lambda m: ERM(model=m),
-}
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 BAD: dict[str, dict[str, tuple[Any, ...]]] = {
     "Fish": {
@@ -61,7 +53,7 @@ BAD: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize(("method", "name"), [(method, name) for method, bad in BAD.items() for name in bad])
 def test_a_bad_value_is_named_and_shown_also_later_and_changes_nothing(method: str, name: str):
-    settings = METHODS[method](nn.Linear(1, 1))
+    settings = EVERY[method](small_network())
     before = vars(settings).copy()
     for value in BAD[method][name]:
         with pytest.raises(ValueError, match=rf"{name} should .*got {value!r:.80}"):
@@ -71,9 +63,9 @@ def test_a_bad_value_is_named_and_shown_also_later_and_changes_nothing(method: s
             type(settings)(**{**before, name: value})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BAD)
 def test_a_wrong_model_and_a_misspelt_setting_are_refused(method: str):
-    settings = METHODS[method](nn.Linear(1, 1))
+    settings = EVERY[method](small_network())
     with pytest.raises(TypeError, match=r"model should be a torch.nn.Module, not a scripted one .got str"):
         settings.model = "resnet"
     with pytest.raises(AttributeError, match=rf"{method} has no setting 'meta_Ir'; its settings are .*nonfinite"):
@@ -85,7 +77,7 @@ def test_a_wrong_model_and_a_misspelt_setting_are_refused(method: str):
     [("Fish", "meta_lr"), ("SmoothFish", "gamma"), ("SmoothFish", "inner_lr"), ("IDGM", "gamma"), ("IDGM", "strength")],
 )
 def test_a_number_of_any_kind_is_kept_as_a_float(method: str, name: str):
-    settings = METHODS[method](nn.Linear(1, 1))
+    settings = EVERY[method](small_network())
     setattr(settings, name, np.float32(0.25))
     given = type(settings)(**{**vars(settings), name: np.float32(0.25)})
     for kept in (getattr(settings, name), getattr(given, name)):
@@ -96,7 +88,10 @@ def test_repr_shows_settings_and_only_the_class_of_the_model():
     assert repr(SmoothFish(1.0, 0.1, nn.Linear(1, 1))) == (
         "SmoothFish(gamma=1.0, inner_lr=0.1, model=Linear, nonfinite='raise', track_alignment=False, symmetric=False)"
     )
-    assert "gamma=0.5, agreement='variance', strength=0.1, hvp='reverse'" in repr(IDGM(nn.Linear(1, 1), 0.5))
+    model = nn.Linear(1, 1)
+    assert "gamma=0.5, agreement='variance', strength=0.1, hvp='reverse'" in repr(IDGM(model, 0.5))
+    for matched, shown in ((model, "Linear"), ([model.weight], "1 parameters")):
+        assert f"matched='{shown}'" in repr(IDGM(model, matched=matched))
 
 
 CHANGES: dict[str, Any] = {

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_idgm import exact_direction, quartic, ratios
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import LBFGS, SGD, AdamW
 
 from torch_gradmatch import GradMatch, SmoothFish, fish_gamma
@@ -156,15 +157,6 @@ def test_a_walk_that_diverges_is_an_error_that_names_the_step(gamma: float, symm
     assert not bool(torch.isfinite(w))
 
 
-def test_at_gamma_1_a_loss_that_is_infinite_by_itself_is_named():
-    """Not the walk's fault: it is infinite before it, too."""
-    w = nn.Parameter(torch.ones(()))
-    optimizer = GradMatch(SGD([w], lr=0.1), SmoothFish(1.0, 0.1))
-    with pytest.raises(ValueError, match="loss of batch 2 is inf: nothing was changed"):
-        optimizer.meta_step(lambda t: (w - t).pow(4), [0.0, 2.0, float("inf")])
-    assert w.item() == 1.0
-
-
 def noisy_labels(domains: int = 3, size: int = 16) -> list[tuple[Tensor, Tensor]]:
     """Domains of unequal scale and direction, three labels in ten wrong."""
     generator = torch.Generator().manual_seed(0)
@@ -189,19 +181,23 @@ def test_training_that_matches_a_little_is_not_suspected_nor_what_is_not_looked_
     assert losses[-1] > 50 * losses[0] if gamma > 1 else losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("scaler", [None, GradScaler("cpu", init_scale=4.0)], ids=["plain", "scaler"])
 @pytest.mark.parametrize(("gamma", "symmetric"), [(2.0, False), (1.0, True)])
-def test_warns_where_the_walk_is_lost_in_rounding(gamma: float, symmetric: bool):
+def test_warns_where_the_walk_is_lost_in_rounding(gamma: float, symmetric: bool, scaler: GradScaler | None):
+    """And points to the line of the user."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
     batches = [torch.randn(5, 4) for _ in range(3)]
 
     def train(inner_lr: float) -> None:
         optimizer = GradMatch(SGD(model.parameters(), lr=0.0), SmoothFish(gamma, inner_lr, symmetric=symmetric))
-        optimizer.meta_step(lambda x: model(x).square().mean(), batches)
+        optimizer.meta_step(lambda x: model(x).square().mean(), batches, scaler=scaler)
 
     train(0.1)
-    with pytest.warns(UserWarning, match=r"changes by .* of its length, which is rounding. Raise inner_lr"):
+    message = r"SmoothFish matches nothing.*changes by .* of its length, which is rounding. Raise inner_lr"
+    with pytest.warns(UserWarning, match=message) as told:
         train(1e-9)
+    assert told[0].filename == __file__
 
 
 def test_does_not_warn_of_a_walk_that_is_short_because_all_is_learnt():
