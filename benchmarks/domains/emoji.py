@@ -157,6 +157,7 @@ NOTES = (
         "concept (the code point) is the group: nothing that is drawn in the held-out style was seen in another one."
     ),
     "Classes are CLDR's subgroups, merged to 21; 930 concepts, 8,257 images of 64 x 64 pixels. Line art has no colour.",
+    "The runs are from before features were computed in double: they differ in the last digit (README.md beside them).",
 )
 SHIFT = "another vendor draws the same things in another style"
 LICENCES = "those of the sets (Apache-2.0, CC-BY-4.0, CC-BY-SA-4.0, MIT), in LICENCES.txt beside the images"

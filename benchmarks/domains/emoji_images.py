@@ -11,7 +11,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 import unicodedata
@@ -278,8 +277,3 @@ def images(root: Path) -> Images:
         [SETS[number].family for number in sets[kept].tolist()],
         keys[kept].tolist(),
     )
-
-
-if __name__ == "__main__":
-    download(Path(sys.argv[1]))
-    build(Path(sys.argv[1]))
