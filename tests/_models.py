@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -76,45 +77,42 @@ def domain_loss(model: nn.Module, domain: int) -> Tensor:
     return (model(x) - domain).square().mean()
 
 
-def assert_same_model(actual: nn.Module, expected: nn.Module, *, rtol: float = 1e-10) -> None:
-    """Parameters and buffers agree."""
-    ours, theirs = actual.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def assert_same_state(actual: Any, expected: Any, *, rtol: float = 1e-10, path: str = "state") -> None:
-    """Nested optimizer state agrees, entry by entry."""
-    if isinstance(expected, Tensor):
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol, msg=lambda m: f"{path}: {m}")
-    elif isinstance(expected, dict):
+def leaves(actual: Any, expected: Any, path: str = "state") -> Iterator[tuple[Any, Any, str]]:
+    """What two nested states hold where, pair by pair; they have to be built alike."""
+    if isinstance(expected, dict):
         assert set(actual) == set(expected), f"{path}: {sorted(map(str, actual))} != {sorted(map(str, expected))}"
         for key in expected:
-            assert_same_state(actual[key], expected[key], rtol=rtol, path=f"{path}[{key!r}]")
+            yield from leaves(actual[key], expected[key], f"{path}[{key!r}]")
     elif isinstance(expected, list | tuple):
         assert len(actual) == len(expected), path
         for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-            assert_same_state(a, e, rtol=rtol, path=f"{path}[{i}]")
-    elif isinstance(expected, float):
-        assert abs(actual - expected) <= rtol * max(1.0, abs(expected)), path
+            yield from leaves(a, e, f"{path}[{i}]")
     else:
-        assert actual == expected, path
+        yield actual, expected, path
+
+
+def assert_same_model(actual: nn.Module, expected: nn.Module, *, rtol: float = 1e-10) -> None:
+    """Parameters and buffers agree."""
+    assert_same_state(actual.state_dict(), expected.state_dict(), rtol=rtol)
+
+
+def assert_same_state(actual: Any, expected: Any, *, rtol: float = 1e-10) -> None:
+    """Nested optimizer state agrees, entry by entry."""
+    for a, e, path in leaves(actual, expected):
+        if isinstance(e, Tensor):
+            torch.testing.assert_close(a, e, rtol=rtol, atol=rtol, msg=lambda m, path=path: f"{path}: {m}")
+        elif isinstance(e, float):
+            assert abs(a - e) <= rtol * max(1.0, abs(e)), path
+        else:
+            assert a == e, path
 
 
 def assert_identical(actual: Any, expected: Any, path: str = "state") -> None:
     """Nested state agrees bit for bit."""
-    if isinstance(expected, Tensor):
-        assert isinstance(actual, Tensor), path
-        assert actual.dtype == expected.dtype, path
-        assert torch.equal(actual, expected), path
-    elif isinstance(expected, dict):
-        assert set(actual) == set(expected), path
-        for key in expected:
-            assert_identical(actual[key], expected[key], f"{path}[{key!r}]")
-    elif isinstance(expected, list | tuple):
-        assert len(actual) == len(expected), path
-        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-            assert_identical(a, e, f"{path}[{i}]")
-    else:
-        assert actual == expected, path
+    for a, e, place in leaves(actual, expected, path):
+        if isinstance(e, Tensor):
+            assert isinstance(a, Tensor), place
+            assert a.dtype == e.dtype, place
+            assert torch.equal(a, e), place
+        else:
+            assert a == e, place

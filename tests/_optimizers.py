@@ -173,9 +173,7 @@ BUILDS: dict[str, Build] = {
     ),
     **each("pytorch_optimizer", "Magma OrthoGrad PCGrad TRAC SafeFP16Optimizer", lambda cls, model: cls(adam(model))),
     **each(
-        "schedulefree",
-        "ScheduleFreeWrapper ScheduleFreeWrapperReference",
-        lambda cls, model: cls(momentum_sgd(model)),
+        "schedulefree", "ScheduleFreeWrapper ScheduleFreeWrapperReference", lambda cls, model: cls(momentum_sgd(model))
     ),
     "pytorch_optimizer.ScheduleFreeWrapper": lambda cls, model: cls(momentum_sgd(model)),
     "pytorch_optimizer.AdamMini": lambda cls, model: cls(model, lr=0.01, num_embeds=6, num_heads=2),

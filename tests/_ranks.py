@@ -104,16 +104,7 @@ _POOLS: dict[int, _Pool] = {}
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call a function of a test module on every rank and return what each returns.
-
-    Args:
-        size: How many ranks.
-        function: Called with the arguments; it can ask ``torch.distributed`` for its rank.
-        arguments: What can be pickled.
-
-    Returns:
-        The results, by rank.
-    """
+    """Call a function of a test module on every rank and return what each returns, by rank."""
     if size not in _POOLS:
         _POOLS[size] = _Pool(size)
     return _POOLS[size].call(function, arguments)

@@ -6,8 +6,10 @@ Shi et al., Gradient Matching for Domain Generalization, ICLR 2022, arXiv 2104.0
 from __future__ import annotations
 
 import copy
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -192,30 +194,46 @@ def smooth_fish_gradient(
     inner_lr: float,
     *,
     symmetric: bool = False,
+    walker: nn.Module | None = None,
 ) -> list[Tensor | None]:
     """Gbar + gamma (Gtilde - Gbar), Gtilde the mean of the gradients along a walk by SGD on a copy of the model.
 
-    Symmetric: Gbar + 2 gamma / (alpha (S - 1)) (F + R - 2 Gbar), F and R those of the walk and of its reverse. The
-    model's buffers move once for each domain.
+    Symmetric: Gbar + 2 gamma / (alpha (S - 1)) (F + R - 2 Gbar), F and R those of the walk and of its reverse; each
+    domain then begins with the buffers that it began with at first. On a walk it draws the random numbers that it drew
+    at first. The model's buffers move once for each domain; at gamma 1 the walk is all there is, so they are its.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    walks = [(copy.deepcopy(model), batches)]
-    if symmetric:
-        walks.append((copy.deepcopy(model), batches[::-1]))
-        gamma = gamma / (inner_lr * (len(batches) - 1) / 4)
-    here, along = [], []
+    walker = copy.deepcopy(model) if walker is None else walker
+    start = copy.deepcopy(walker.state_dict())
+    parameters, walking = ([p for p in network.parameters() if p.requires_grad] for network in (model, walker))
+
+    def gradient(network: nn.Module, wanted: list[Tensor], batch: Any) -> list[Tensor | None]:
+        found = torch.autograd.grad(loss_of(network, batch), wanted, allow_unused=True)
+        return [None if g is None else g.to_dense() for g in found]
+
+    here, along, randoms, buffers = [], [], [], []
     for batch in batches:
-        here.append(torch.autograd.grad(loss_of(model, batch), parameters, allow_unused=True))
-    for walking, order in walks:
-        steps = [p for p in walking.parameters() if p.requires_grad]
-        for batch in order:
-            along.append(torch.autograd.grad(loss_of(walking, batch), steps, allow_unused=True))
+        randoms.append(random_states())
+        buffers.append(copy.deepcopy(list(model.buffers())))
+        here.append(gradient(model, parameters, batch))
+    after = random_states()
+    forth = list(range(len(batches)))
+    for order in (forth, forth[::-1]) if symmetric else (forth,):
+        walker.load_state_dict(start)
+        for index in order:
+            set_random_states(randoms[index])
+            if symmetric:
+                for buffer, value in zip(walker.buffers(), buffers[index], strict=True):
+                    buffer.copy_(value)
+            along.append(gradient(walker, walking, batches[index]))
             with torch.no_grad():
-                for p, g in zip(steps, along[-1], strict=True):
+                for p, g in zip(walking, along[-1], strict=True):
                     if g is not None:
                         p -= inner_lr * g
-    if gamma == 1 and not symmetric:  # then the walk is all there is
-        for buffer, walked in zip(model.buffers(), walks[0][0].buffers(), strict=True):
+    set_random_states(after)
+    if symmetric:
+        gamma = gamma / (inner_lr * (len(batches) - 1) / 4)
+    elif gamma == 1:
+        for buffer, walked in zip(model.buffers(), walker.buffers(), strict=True):
             buffer.copy_(walked)
     found: list[Tensor | None] = []
     for i in range(len(parameters)):
@@ -225,3 +243,13 @@ def smooth_fish_gradient(
         mean, smooth = (sum(0 if g[i] is None else g[i] for g in gs) / len(gs) for gs in (here, along))
         found.append(mean + gamma * (smooth - mean))
     return found
+
+
+def random_states() -> Any:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def set_random_states(states: Any) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    random.setstate(states[2])

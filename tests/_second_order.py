@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _models import assert_identical
+from _models import assert_identical, assert_same_state
 from _networks import Case
-from _reference import agreement_of
+from _reference import agreement_of, smooth_fish_gradient
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -70,9 +70,8 @@ def next_random_numbers() -> list[float]:
 def flat(gradient: dict[str, Tensor | None], model: nn.Module) -> Tensor:
     """One real vector for a gradient by parameter name, zeros for None."""
     parts = [torch.zeros_like(p) if gradient.get(n) is None else gradient[n] for n, p in model.named_parameters()]
-    reals = [
-        torch.view_as_real(g) * 1.0 if g.is_complex() else g for g in parts
-    ]  # view_as_real's derivative needs a copy
+    # view_as_real's derivative needs a copy
+    reals = [torch.view_as_real(g) * 1.0 if g.is_complex() else g for g in parts]
     return torch.cat([g.reshape(-1) for g in reals])
 
 
@@ -96,18 +95,15 @@ def plain_autograd(
     gamma: float = GAMMA,
     agreement: str | Callable[[list[dict[str, Tensor]]], Tensor] = "inner_product",
     names: list[str] | None = None,
-    chosen: list[int] | None = None,
 ) -> Expected:
-    """Differentiate mean loss - gamma phi by the named parameters; only the chosen domains get a second derivative."""
+    """Differentiate mean loss - gamma phi by the named parameters."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)}
     losses, gradients = [], []
     with sdpa_kernel(SDPBackend.MATH):
-        for index, batch in enumerate(batches):
+        for batch in batches:
             losses.append(loss(model, batch))
             found = torch.autograd.grad(losses[-1], list(params.values()), create_graph=True, allow_unused=True)
             found = [g if g is None or not g.is_sparse else g.to_dense() for g in found]
-            if chosen is not None and index not in chosen:
-                found = [None if g is None else g.detach() for g in found]
             gradients.append(dict(zip(params, found, strict=True)))
         vectors = [flat(g, model) for g in gradients]
         if callable(agreement):
@@ -116,15 +112,14 @@ def plain_autograd(
         else:
             phi = agreement_of(agreement, vectors)
         mean = torch.stack(losses).mean()
-        share = 1.0 if chosen is None else len(batches) / len(chosen)
-        objective = mean - gamma * share * phi
+        objective = mean - gamma * phi
         direction = torch.autograd.grad(objective, list(params.values()), allow_unused=True)
     dense = [g if g is None or not g.is_sparse else g.to_dense() for g in direction]
     return Expected(
         dict(zip(params, dense, strict=True)),
         torch.stack(losses).detach(),
         [v.detach() for v in vectors],
-        (mean - gamma * phi).detach(),
+        objective.detach(),
     )
 
 
@@ -138,54 +133,10 @@ def plain_smooth_fish(
     *,
     symmetric: bool = False,
 ) -> Tensor:
-    """Gbar + gamma (Gtilde - Gbar), the walk on a second copy of the model; the first one's buffers move on.
-
-    Symmetric: the mean of two walks, of which the second goes back through the domains; each domain then begins with
-    the buffers that it began with at first. At gamma 1 the walk is all there is, so the buffers are its.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    walking = [p for p in walker.parameters() if p.requires_grad]
-    start = copy.deepcopy(walker.state_dict())
-
-    def gradient(network: nn.Module, wanted: list[Tensor], batch: Any) -> list[Tensor]:
-        found = torch.autograd.grad(loss(network, batch), wanted, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, wanted, strict=True)]
-
-    def random_states() -> Any:
-        return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-
-    def set_random(states: Any) -> None:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
-
-    at_start, along, randoms, buffers = [], [], [], []
-    for batch in batches:
-        randoms.append(random_states())
-        buffers.append(copy.deepcopy(list(model.buffers())))
-        at_start.append(gradient(model, params, batch))
-    after = random_states()
-    orders = [range(len(batches)), range(len(batches) - 1, -1, -1)] if symmetric else [range(len(batches))]
-    for order in orders:
-        walker.load_state_dict(start)
-        for index in order:
-            set_random(randoms[index])
-            if symmetric:
-                for buffer, value in zip(walker.buffers(), buffers[index], strict=True):
-                    buffer.copy_(value)
-            along.append(gradient(walker, walking, batches[index]))
-            with torch.no_grad():
-                for p, g in zip(walking, along[-1], strict=True):
-                    p -= inner_lr * g
-    set_random(after)
-    if symmetric:
-        gamma = gamma / (inner_lr * (len(batches) - 1) / 4)
-    elif gamma == 1:
-        for buffer, walked in zip(model.buffers(), walker.buffers(), strict=True):
-            buffer.copy_(walked)
+    """The direction as one vector; the walk is on a second model, built alike, as some cannot be copied."""
+    found = smooth_fish_gradient(model, loss, batches, gamma, inner_lr, symmetric=symmetric, walker=walker)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    means = [[sum(parts) / len(gs) for parts in zip(*gs, strict=True)] for gs in (at_start, along)]
-    return flat({n: a + gamma * (b - a) for n, a, b in zip(names, *means, strict=True)}, model)
+    return flat(dict(zip(names, found, strict=True)), model)
 
 
 # ------------------------------------------------------------------------------------------------ comparisons and loops
@@ -203,10 +154,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def assert_same_buffers(actual: nn.Module, expected: nn.Module) -> None:
-    ours, theirs = dict(actual.named_buffers()), dict(expected.named_buffers())
-    assert ours.keys() == theirs.keys()
-    for name, buffer in theirs.items():
-        torch.testing.assert_close(ours[name], buffer, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_state(dict(actual.named_buffers()), dict(expected.named_buffers()), rtol=1e-12)
 
 
 @contextmanager

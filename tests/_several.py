@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _models import assert_identical
+from _optimizers import matrices
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
@@ -26,10 +27,6 @@ def make_model(seed: int = 0) -> nn.Sequential:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2)
     return model
-
-
-def matrices(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.dim() == 2]
 
 
 def rest(model: nn.Module) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,19 +83,12 @@ class NeedsAModel(Averaging):
         self.lock = memoryview(b"cannot be copied")
 
 
-class Counting:
-    """Counts out of sight."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-
 class CountsOutOfSight(SGD):
     """SGD whose steps become shorter by a count that no reset finds."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr=lr)
-        self.counting = Counting()
+        self.counting = SimpleNamespace(number=0)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -505,19 +505,8 @@ def main(options: list[str]) -> int:
     """Let pytest do it, in a process that has imported nothing yet; write how often which part has found what."""
     folder = Path("out/soak")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-o",
-        "addopts=",
-        "-o",
-        "junit_family=xunit1",
-        f"--junitxml={folder}/soak.xml",
-        *options,
-    ]
-    done = subprocess.run(command, check=False)
+    command = [sys.executable, "-m", "pytest", __file__, "-o", "addopts=", "-o", "junit_family=xunit1"]
+    done = subprocess.run([*command, f"--junitxml={folder}/soak.xml", *options], check=False)
     told = ElementTree.parse(folder / "soak.xml")
     found = Counter(f"{one.get('name')}: {one.get('value')}" for one in told.iter("property"))
     found["FAILED"] = len([*told.iter("failure"), *told.iter("error")])

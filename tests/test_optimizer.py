@@ -45,15 +45,13 @@ def test_is_an_optimizer_with_the_wrapped_groups_and_defaults():
     assert wrapped.param_groups is groups
 
 
-@pytest.mark.parametrize("loaded", ["wrapper", "wrapped"])
-def test_groups_are_still_shared_after_load_state_dict(loaded: str):
+def test_groups_are_still_shared_after_the_wrapped_optimizer_has_loaded_a_state_dict():
     model = nn.Linear(2, 2)
     wrapped = Adam(model.parameters())
     optimizer = GradMatch(wrapped)
-    target = optimizer if loaded == "wrapper" else wrapped
-    state = target.state_dict()
+    state = wrapped.state_dict()
     state["param_groups"][0]["lr"] = 0.25
-    target.load_state_dict(state)
+    wrapped.load_state_dict(state)
     assert optimizer.param_groups is wrapped.param_groups
     assert optimizer.param_groups[0]["lr"] == 0.25
     assert optimizer.param_groups[0]["params"][0] is model.weight
@@ -91,19 +89,6 @@ def test_methods_of_the_wrapped_optimizer_can_be_called_and_nothing_else():
         assert not hasattr(optimizer, name)
     with pytest.raises(AttributeError, match="'GradMatch' object has no attribute 'train'"):
         GradMatch(sgd()).train()
-
-
-def test_add_param_group_reaches_the_wrapped_optimizer_and_its_defaults():
-    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
-    wrapped = SGD([first], lr=0.5, momentum=0.9)
-    optimizer = GradMatch(wrapped, Fish(1.0, inner_steps=2))
-    first.grad = torch.ones(2)
-    optimizer.step()
-    optimizer.add_param_group({"params": [second]})
-    assert wrapped.param_groups[1]["momentum"] == 0.9
-    second.grad = torch.ones(3)
-    optimizer.step()
-    assert second.tolist() == [-0.5] * 3
 
 
 def test_hooks_of_both_fire_once_per_step():
@@ -311,13 +296,6 @@ def test_rollback_resets_an_inner_state_that_no_step_could_recover_from():
     step(optimizer, 1.0)
     optimizer.interpolate()
     assert parameter.isfinite().all()
-
-
-def test_rollback_keeps_a_healthy_inner_state():
-    optimizer = GradMatch(Adam([nn.Parameter(torch.ones(2))], lr=0.1), Fish(0.5))
-    parameter = step(optimizer, 1.0)
-    optimizer.rollback()
-    assert optimizer.optimizer.state[parameter]["step"] == 1
 
 
 def test_nonfinite_ignore_does_not_look():

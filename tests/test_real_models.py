@@ -96,7 +96,15 @@ def test_idgm_is_plain_autograd(build: Callable[[], Case], variant: str):
         assert found[name] is None or found[name].dtype == p.dtype
 
 
-@pytest.mark.parametrize("build", networks.WITHOUT_FORWARD, ids=lambda build: build.__name__)
+def penalty_on_gathered_parameters() -> Case:
+    model = two_layers()
+    gathered = list(model.parameters())
+    return Case(
+        model, lambda m, batch: mean_squared_error(m, batch) + sum(p.square().sum() for p in gathered), regression(7, 4)
+    )
+
+
+@pytest.mark.parametrize("build", [*networks.WITHOUT_FORWARD, penalty_on_gathered_parameters])
 def test_forward_names_reverse_where_it_cannot_work(build: Callable[[], Case]):
     case = make(build)
     method = IDGM(case.model, GAMMA, hvp="forward")
@@ -221,18 +229,16 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 class Sine(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sin()
+    def __init__(self, *, once: bool) -> None:
+        super().__init__()
+        self.function = OnceDifferentiable.apply if once else torch.sin
 
-
-class SineOnce(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return OnceDifferentiable.apply(x)
+        return self.function(x)
 
 
 @pytest.mark.parametrize(
-    ("kind", "keep_graphs"),
-    [("flash attention", False), ("once_differentiable", False), ("once_differentiable", True)],
+    ("kind", "keep_graphs"), [("flash attention", False), ("once_differentiable", False), ("once_differentiable", True)]
 )
 def test_a_model_without_second_derivative_is_told_to_use_differences(kind: str, keep_graphs: bool):
     torch.manual_seed(0)
@@ -240,7 +246,7 @@ def test_a_model_without_second_derivative_is_told_to_use_differences(kind: str,
         model, twin = Attention(SDPBackend.FLASH_ATTENTION).double(), Attention(SDPBackend.MATH).double()
         batches = regression(4, 5, 8, targets=3)
     else:
-        model, twin = (two_layers(nn.BatchNorm1d(6), sine()) for sine in (SineOnce, Sine))
+        model, twin = (two_layers(nn.BatchNorm1d(6), Sine(once=once)) for once in (True, False))
         batches = regression(7, 4)
     twin.load_state_dict(model.state_dict())
     method = IDGM(model, GAMMA, "inner_product", keep_graphs=keep_graphs)
@@ -281,16 +287,6 @@ def test_a_penalty_on_parameters_gathered_before_the_loss(method: str):
     assert_close(flat(gradient_of(model), model), expected, 1e-6)
 
 
-def test_forward_refuses_parameters_gathered_before_the_loss():
-    model = two_layers()
-    gathered = list(model.parameters())
-    optimizer = GradMatch(SGD(model.parameters(), lr=0.1), IDGM(model, GAMMA, hvp="forward"))
-    with nothing_changes(model, optimizer), pytest.raises(RuntimeError, match='use hvp="reverse"'):
-        optimizer.meta_step(
-            lambda batch: mean_squared_error(model, batch) + sum(p.square().sum() for p in gathered), regression(7, 4)
-        )
-
-
 @pytest.mark.parametrize("method", ["IDGM", "IDGM-kept"])  # of the others see test_backward_passes.py
 def test_hooks_on_parameters_see_every_gradient(method: str):
     """``parameter.register_hook``, with which people mask the gradients of some weights."""
@@ -306,13 +302,7 @@ def test_hooks_on_parameters_see_every_gradient(method: str):
 
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
-# On Python 3.13.0 and no other: a fault of its own, mended in 3.13.1, for which the compiler checks its guards slowly.
-on_python_3_13_0 = pytest.mark.filterwarnings(
-    r"ignore:Guards may run slower on Python 3\.13\.0:RuntimeWarning:torch\._dynamo\.guards"
-)
 
-
-@on_python_3_13_0
 @pytest.mark.parametrize(
     ("method", "wrapped"),
     [
@@ -333,7 +323,6 @@ def test_a_compiled_model_has_first_derivatives(method: str, wrapped: str):
     assert_same_buffers(case.model, twin.model)
 
 
-@on_python_3_13_0
 @pytest.mark.parametrize("keep_graphs", [False, True], ids=["streaming", "kept"])
 def test_a_compiled_model_has_no_second_derivative(keep_graphs: bool):
     torch._dynamo.reset()

@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _feature_training import through_file
-from _models import assert_identical
-from torch import Tensor, nn
+from _feature_training import batches, feature_net, through_file, train
+from _models import assert_identical, loss_of
+from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from torch_gradmatch import IDGM, Fish, GradMatch
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
-
-
-def data(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 3, generator=generator) + i % 3 for i in range(count)]
-
-
-def adam(model: nn.Module, order: Iterable[int] = range(6)) -> torch.optim.Adam:
+def adam(model: nn.Module, *, backwards: bool = False) -> torch.optim.Adam:
     named = list(model.named_parameters())
-    return torch.optim.Adam([named[i] for i in order], lr=0.1)
+    return torch.optim.Adam(named[::-1] if backwards else named, lr=0.1)
 
 
-def fish(model: nn.Module, order: Iterable[int] = range(6)) -> GradMatch[Fish]:
-    return GradMatch(adam(model, order), Fish(0.5, inner_steps=3, model=model, track_alignment=True))
-
-
-def train(model: nn.Module, optimizer: GradMatch, batches: list[Tensor]) -> None:
-    for x in batches:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
+def fish(model: nn.Module, *, backwards: bool = False) -> GradMatch[Fish]:
+    method = Fish(0.5, inner_steps=3, model=model, track_alignment=True)
+    return GradMatch(adam(model, backwards=backwards), method)
 
 
 def by_name(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +56,11 @@ HOOKS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("steps", [3, 4])
-@pytest.mark.parametrize("order", [range(6), [5, 4, 3, 2, 1, 0]], ids=["same order", "reversed"])
-def test_it_resumes_by_names_also_in_the_middle_of_an_inner_loop(order: Iterable[int], steps: int, hook: str):
-    model, resumed_model = network(), network()
-    optimizer, resumed = fish(model), fish(resumed_model, order)
-    train(model, optimizer, data(9)[:steps])
+@pytest.mark.parametrize("backwards", [False, True], ids=["same order", "reversed"])
+def test_it_resumes_by_names_also_in_the_middle_of_an_inner_loop(backwards: bool, steps: int, hook: str):
+    model, resumed_model = feature_net(), feature_net()
+    optimizer, resumed = fish(model), fish(resumed_model, backwards=backwards)
+    train(model, optimizer, batches(9)[:steps])
     saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     adapts, holder = HOOKS[hook]
     holder(resumed).register_load_state_dict_pre_hook(adapts)
@@ -84,7 +68,7 @@ def test_it_resumes_by_names_also_in_the_middle_of_an_inner_loop(order: Iterable
     resumed.load_state_dict(saved["optimizer"])
     assert resumed.inner_step == steps % 3
     for m, o in ((model, optimizer), (resumed_model, resumed)):
-        train(m, o, data(9)[steps:])
+        train(m, o, batches(9)[steps:])
     assert_identical(dict(resumed_model.state_dict()), dict(model.state_dict()))
     assert optimizer.last_meta_step is not None
     assert resumed.last_meta_step is not None
@@ -92,31 +76,31 @@ def test_it_resumes_by_names_also_in_the_middle_of_an_inner_loop(order: Iterable
 
 
 def test_the_gamma_that_idgm_has_found_resumes_as_well():
-    model, resumed_model = network(), network()
+    model, resumed_model = feature_net(), feature_net()
     optimizer = GradMatch(adam(model), IDGM(model))
-    resumed = GradMatch(adam(resumed_model, [5, 4, 3, 2, 1, 0]), IDGM(resumed_model))
-    found = optimizer.meta_step(lambda x: model(x).square().mean(), data(3)).gamma
+    resumed = GradMatch(adam(resumed_model, backwards=True), IDGM(resumed_model))
+    found = optimizer.meta_step(partial(loss_of, model), batches(3)).gamma
     resumed.register_load_state_dict_pre_hook(by_name)
     resumed_model.load_state_dict(model.state_dict())
     resumed.load_state_dict(through_file(optimizer.state_dict()))
-    assert resumed.meta_step(lambda x: resumed_model(x).square().mean(), data(6)[3:]).gamma == found
+    assert resumed.meta_step(partial(loss_of, resumed_model), batches(6)[3:]).gamma == found
 
 
 def test_a_parameter_frozen_in_the_middle_of_an_inner_loop_resumes_where_it_is_frozen(tmp_path: Path):
     """Its slow weights are those of the walk's first step; what would lose them says so when it saves."""
-    model = network()
+    model = feature_net()
     optimizer = fish(model)
-    train(model, optimizer, data(4))
-    model[0].requires_grad_(False)
-    train(model, optimizer, data(5)[4:])
+    train(model, optimizer, batches(4))
+    model.inp.requires_grad_(False)
+    train(model, optimizer, batches(5)[4:])
     with pytest.raises(KeyError, match=r"in the middle of an inner loop.*save between two inner loops"):
         dcp.save({"optimizer": get_state_dict(model, optimizer)[1]}, checkpoint_id=tmp_path, no_dist=True)
     saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    resumed_model = network()
-    resumed_model[0].requires_grad_(False)
+    resumed_model = feature_net()
+    resumed_model.inp.requires_grad_(False)
     resumed = fish(resumed_model)
     resumed_model.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     for m, o in ((model, optimizer), (resumed_model, resumed)):
-        train(m, o, data(9)[5:])
+        train(m, o, batches(9)[5:])
     assert_identical(dict(resumed_model.state_dict()), dict(model.state_dict()))
